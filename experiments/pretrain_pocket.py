@@ -1,0 +1,28 @@
+"""Pre-trains the embedded policy; a GPU takes minutes, two CPU cores would take days.
+
+    python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pretrain
+"""
+
+import ml_collections
+
+
+def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
+  """`size` is "pocket" (the shipped weights) or "pocket-tiny" (the test fixture)."""
+  return ml_collections.ConfigDict(
+      dict(
+          task="pretrain",
+          architecture=size,
+          seed=0,
+          steps=5000,
+          rows=80,  # packed rows a step
+          length=640,  # tokens a row
+          attention="xla",  # or "cudnn", on an NVIDIA GPU
+          decisive=3,  # weight of the response pieces that decide something, against 1 for the rest
+          learning_rate=2.5e-3,
+          warmup=200,
+          workers=4,  # processes that write examples; 0: none
+          log_every=100,
+          gates_every=1000,
+          gate_count=1024,
+      )
+  ).lock()

@@ -1,0 +1,142 @@
+"""The default configuration: every field, its unit and where its value comes from; and the checks that run before anything else does.
+
+The values are the paper's common constants (arXiv 2603.16856, section 4 and appendix) with Frozen Lake and Qwen3-1.7B as the setting.
+A file in `experiments/` starts from `default()` and overrides what its figure or table needs.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+KINDS = ("reverse_kl", "forward_kl", "jsd", "imitation")
+SUPPORTS = ("full", "topk", "topk_tail")
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns the locked default configuration, field by field."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # every draw derives from (seed, round, stage, index)
+  config.rounds = 2  # deploy → extract → consolidate → evaluate, this often
+
+  config.policy = ml_collections.ConfigDict(
+      dict(
+          architecture="qwen3-1.7b",  # a name of policy/architecture.py
+          weights=config_dict.placeholder(str),  # folder or .safetensors file; "pocket" is the embedded policy
+          compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU; or the name of a dtype
+          thinking=True,  # whether the chat template opens a thinking block
+          max_prompt_tokens=16384,  # a longer prompt is an error that names this field
+      )
+  )
+  config.deployment = ml_collections.ConfigDict(
+      dict(
+          game="FrozenLake-v0-raw",  # a single-player TextArena game, by its registered name
+          game_args=ml_collections.ConfigDict(dict(size=3, num_holes=2, randomize_start_goal=False)),  # keyword arguments of the game
+          player="P",  # how the board shows the player; "" if it does not
+          actions="[up], [down], [left], [right]",  # the allowed actions, in the words of the prompt
+          action_pattern=r"\[\s*(up|down|left|right)\s*\]",  # regular expression, case ignored; group 1 goes to the game in brackets
+          episodes=64,  # games whose turns become consolidation's prompts (prefixes)
+          max_turns=5,
+          max_response_tokens=1024,  # a turn
+          temperature=0.7,
+          top_p=1.0,
+          top_k=0,  # 0: off
+          slots=64,  # games played side by side
+      )
+  )
+  config.extraction = ml_collections.ConfigDict(
+      dict(
+          texts=10,  # K knowledge texts, each from its own seed
+          trajectories=30,  # accumulated, a text
+          use=15,  # the text as it stood after this many trajectories is what consolidation uses
+          form="items",  # "items": lines that begin "- EXPERIENCE ITEM:"; "text": free text
+          see_previous=True,  # whether the extractor sees the knowledge so far
+          start_from="nothing",  # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
+          source="extracted",  # "extracted"; controls: "trajectories" (raw transcripts), "swapped" (roles exchanged), "empty" (wrapper only)
+          max_knowledge_tokens=8192,  # over it, the oldest whole items go
+          max_response_tokens=1024,
+          temperature=0.7,
+          top_p=0.8,
+          top_k=20,
+      )
+  )
+  config.consolidation = ml_collections.ConfigDict(
+      dict(
+          steps=20,  # optimizer steps a round
+          batch_size=64,  # prompts a step, one sample each, one update
+          data="student",  # who samples the responses: "student" (on-policy) or "teacher" (off-policy, knowledge in its prompt)
+          kind="reverse_kl",  # "reverse_kl" | "forward_kl" | "jsd" | "imitation" (negative log-likelihood of the sampled tokens)
+          support="full",  # "full" (exact) | "topk" (the paper's, student's top k, no tail) | "topk_tail"
+          k=256,
+          temperature=0.7,  # of the divergence, on both sides; also of the samples
+          learning_rate=1e-6,
+          b1=0.9,
+          b2=0.999,
+          eps=1e-8,
+          weight_decay=0.01,
+          clip_norm=1.0,  # global gradient norm
+          micro_batch=64,  # samples a forward-backward pass; gradients are summed, the result does not depend on it
+          chunk=1024,  # tokens whose logits are live at a time
+          on_no_gain="warn",  # if play with the knowledge is no better than without: "warn" | "skip" | "stop"
+          gate_episodes=64,  # games of each kind for that comparison
+          checkpoint_every=10,  # steps
+          log_probe=32,  # samples of the fixed probe batch for entropy, top-k mass and the silent no-op check
+      )
+  )
+  config.evaluation = ml_collections.ConfigDict(
+      dict(
+          episodes=128,  # held-out maps, the same in every round
+          temperature=0.7,
+          top_p=0.8,
+          top_k=20,
+          in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
+          accumulation=(),  # round 1: also play with the knowledge as it stood after these many trajectories
+          retention=0,  # examples of each retention task; 0: none (they need the embedded policy's worlds)
+      )
+  )
+  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: all devices that are left
+  return config.lock()
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError naming the field, the value seen and what would be right. Checks fields alone and against each other."""
+
+  def need(ok: bool, field: str, value, right: str) -> None:
+    if not ok:
+      raise ValueError(f"config.{field} is {value!r}: it must be {right}")
+
+  def one_of(field: str, choices) -> None:
+    value = config
+    for part in field.split("."):
+      value = value[part]
+    need(value in choices, field, value, "one of " + ", ".join(repr(choice) for choice in choices))
+
+  def positive(field: str, zero_ok: bool = False) -> None:
+    value = config
+    for part in field.split("."):
+      value = value[part]
+    need(value > 0 or (zero_ok and value == 0), field, value, "0 or more" if zero_ok else "more than 0")
+
+  one_of("extraction.form", ("items", "text"))
+  one_of("extraction.start_from", ("nothing", "previous_round"))
+  one_of("extraction.source", ("extracted", "trajectories", "swapped", "empty"))
+  one_of("consolidation.data", ("student", "teacher"))
+  one_of("consolidation.kind", KINDS)
+  one_of("consolidation.support", SUPPORTS)
+  one_of("consolidation.on_no_gain", ("warn", "skip", "stop"))
+  for field in ("rounds", "policy.max_prompt_tokens", "deployment.episodes", "deployment.max_turns", "deployment.max_response_tokens",
+                "deployment.temperature", "deployment.slots", "extraction.texts", "extraction.trajectories", "extraction.use",
+                "extraction.max_knowledge_tokens", "extraction.max_response_tokens", "extraction.temperature", "consolidation.steps",
+                "consolidation.batch_size", "consolidation.k", "consolidation.temperature", "consolidation.learning_rate",
+                "consolidation.clip_norm", "consolidation.micro_batch", "consolidation.chunk", "consolidation.checkpoint_every",
+                "evaluation.episodes", "evaluation.temperature"):
+    positive(field)
+  for field in ("deployment.top_k", "extraction.top_k", "evaluation.top_k", "consolidation.gate_episodes", "consolidation.log_probe",
+                "consolidation.weight_decay", "evaluation.retention"):
+    positive(field, zero_ok=True)
+  for stage in ("deployment", "extraction", "evaluation"):
+    need(0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1")
+  need(config.extraction.use <= config.extraction.trajectories, "extraction.use", config.extraction.use,
+       f"at most extraction.trajectories ({config.extraction.trajectories})")
+  need(config.consolidation.batch_size % config.consolidation.micro_batch == 0, "consolidation.micro_batch", config.consolidation.micro_batch,
+       f"a divisor of consolidation.batch_size ({config.consolidation.batch_size})")
+  need(config.extraction.max_knowledge_tokens < config.policy.max_prompt_tokens, "extraction.max_knowledge_tokens",
+       config.extraction.max_knowledge_tokens, f"below policy.max_prompt_tokens ({config.policy.max_prompt_tokens})")

@@ -1,0 +1,270 @@
+"""The same losses from hidden states and heads, with no [tokens, vocabulary] array alive at any time.
+
+16,384 tokens over a vocabulary of 151,936 are 10 GB of float32 logits a side, several times over once differentiated.
+Here the tokens go by in chunks under `lax.scan`: each chunk's logits are made, compared and turned into the chunk's
+gradients at once, in the forward pass (the loss is a sum, so its gradients are known up to one factor, its cotangent);
+the backward pass only multiplies by that factor. Four matrix products a chunk, none of them done twice.
+
+Shape letters: N tokens, D width (student's and teacher's may differ), V vocabulary, S scan steps, C tokens in a chunk.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Shaped
+
+from oel_jax.consolidation import losses
+
+Scalar = Float32[Array, '']
+
+
+def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
+                      teacher_hidden: Float[Array, '*tokens E'], teacher_head: Float[Array, 'V E'],
+                      mask: Shaped[Array, '*tokens'], *, kind: str = 'reverse_kl', support: str = 'full', k: int = 256,
+                      temperature: float = 0.7, chunk: int = 1024) -> tuple[Scalar, Scalar]:
+  """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, mask, ...)`.
+
+  That is (sum over masked tokens in nats, count), float32 scalars; `kind`, `support`, `k` and `temperature` are defined
+  there. Reverse-mode differentiable once, in `student_hidden` and `student_head`; the teacher's cotangents are zero.
+  Without differentiation no gradient is computed.
+
+  Matrix products run in the dtype of the hidden states and accumulate in float32; logits, statistics and the head's
+  running gradient are float32. So bfloat16 hidden states with a float32 head give bfloat16 products and a head
+  gradient that is not rounded to bfloat16. Largest temporaries: a few [chunk, V] arrays, and the head's gradient.
+
+  On several devices: shard tokens with `jax.shard_map`, heads replicated, and `psum` the two scalars. The head's
+  gradient is then summed over the devices once (differentiation does it); left to automatic sharding, XLA may sum it
+  at every chunk.
+
+  Args:
+    student_hidden: [N, D] or [B, T, D], any float dtype: last hidden states after the final norm.
+    student_head: [V, D], the output projection (for tied weights, the embedding table).
+    teacher_hidden: [N, E] or [B, T, E]: same tokens, its own width.
+    teacher_head: [V, E].
+    mask: [N] or [B, T], bool or 0-1; hidden states may hold anything, NaN included, where it is 0.
+    kind, support, k, temperature: as in `losses.divergence`; Python values.
+    chunk: most tokens handled at once; it need not divide N. Memory grows with it, results do not depend on it.
+
+  Raises:
+    ValueError: an option out of range or shapes that do not match; the message names it, its value and what is right.
+  """
+  losses.check_options(kind, support, k, temperature)
+  _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
+  mask = mask.astype(bool)
+  options = _Options(kind, support, int(k), float(temperature))
+  student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, teacher_hidden, mask)
+  total = _total(options, _chunks(student_hidden, mask, chunk), student_head, _chunks(teacher_hidden, mask, chunk),
+                 teacher_head, _chunks(mask, mask, chunk))
+  return total, mask.sum(dtype=jnp.float32)
+
+
+def linear_statistics(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
+                      teacher_hidden: Float[Array, '*tokens E'], teacher_head: Float[Array, 'V E'],
+                      mask: Shaped[Array, '*tokens'], *, k: int = 256, temperature: float = 0.7,
+                      chunk: int = 1024) -> dict[str, Scalar]:
+  """Returns sums over the masked tokens, as float32 scalars, for the metrics of a probe batch.
+
+    'student_entropy'   −Σ p log p at temperature 1, in nats, whatever `temperature` is
+    'teacher_entropy'   −Σ q log q at temperature 1, in nats
+    'topk_mass'         the student's mass on its own k likeliest tokens, at `temperature`, as `support='topk'` sees it
+    'reverse_kl'        the exact KL(p ‖ q) at `temperature`, in nats, whichever loss is being trained
+    'count'             number of masked tokens; divide the others by it
+  Not differentiable (gradients are zero). Arguments and errors are those of `linear_divergence`.
+  """
+  losses.check_options(k=k, temperature=temperature)
+  _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
+  mask = mask.astype(bool)
+  heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
+
+  def step(sums, xs):
+    hidden, reference, counted = xs
+    student, teacher = _logits(hidden, heads[0], counted), _logits(reference, heads[1], counted)
+    log_p, log_q = (losses.log_probabilities(logits, temperature) for logits in (student, teacher))
+    top, _ = jax.lax.top_k(log_p, min(k, log_p.shape[-1]))
+    values = {
+        'student_entropy': _entropy(student),
+        'teacher_entropy': _entropy(teacher),
+        'topk_mass': jnp.exp(top).sum(-1),
+        'reverse_kl': losses.token_divergence(log_p, log_q, None, 'reverse_kl', 'full'),
+        'count': jnp.ones(counted.shape, jnp.float32),
+    }
+    return {name: sums[name] + jnp.where(counted, values[name], 0).sum() for name in values}, None
+
+  xs = _chunks(student_hidden, mask, chunk), _chunks(teacher_hidden, mask, chunk), _chunks(mask, mask, chunk)
+  xs, heads = jax.lax.stop_gradient((xs, heads))
+  names = 'student_entropy', 'teacher_entropy', 'topk_mass', 'reverse_kl', 'count'
+  zeros = {name: _like_varying(jnp.zeros((), jnp.float32), xs, heads) for name in names}
+  return jax.lax.scan(step, zeros, xs)[0]
+
+
+def linear_imitation(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
+                     tokens: Int[Array, '*tokens'], mask: Shaped[Array, '*tokens'], *,
+                     chunk: int = 1024) -> tuple[Scalar, Scalar]:
+  """Returns `losses.imitation(student_hidden @ student_head.T, tokens, mask)`: (sum in nats, count), float32 scalars.
+
+  A chunk's logits are made again in the backward pass, so that no [tokens, V] array is alive at any time.
+  """
+  mask = mask.astype(bool)
+  head = _cast(student_head, student_hidden)
+
+  @jax.checkpoint
+  def step(total, xs):
+    hidden, ids, counted = xs
+    return total + losses.imitation(_logits(hidden, head, counted), ids, counted)[0], None
+
+  xs = tuple(_chunks(x, mask, chunk) for x in (student_hidden, tokens, mask))
+  return jax.lax.scan(step, jnp.zeros((), jnp.float32), xs)[0], mask.sum(dtype=jnp.float32)
+
+
+class _Options(NamedTuple):
+  """What is static in `_total`, and hashable."""
+  kind: str
+  support: str
+  k: int
+  temperature: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask):
+  """Sum of the divergence over the tokens of chunked inputs [S, C, D], [V, D], [S, C, E], [V, E], [S, C]."""
+  heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
+
+  def step(total, xs):
+    value, _ = _compare(options, *xs, *heads)
+    return total + value, None
+
+  xs = student_hidden, teacher_hidden, mask
+  return jax.lax.scan(step, _like_varying(jnp.zeros((), jnp.float32), xs, heads), xs)[0]
+
+
+def _total_forward(options, student_hidden, student_head, teacher_hidden, teacher_head, mask):
+  """`_total`, and its gradients in the student's hidden states and head for a cotangent of 1."""
+  heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
+
+  def step(carry, xs):
+    total, d_head = carry
+    hidden, _, counted = xs
+    value, compared = _compare(options, *xs, *heads)
+    d_logits = jnp.where(counted[:, None], _logit_gradient(options, *compared), 0)  # [C, V]
+    # Rounded as the logits' factors were: a float32 operand would put both products on the slow units.
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum('cv,vd->cd', d_logits, heads[0], preferred_element_type=jnp.float32)
+    d_head += jnp.einsum('cv,cd->vd', d_logits, _hide(hidden, counted), preferred_element_type=jnp.float32)
+    return (total + value, d_head), d_hidden.astype(hidden.dtype)
+
+  xs = student_hidden, teacher_hidden, mask
+  zeros = jnp.zeros((), jnp.float32), jnp.zeros(student_head.shape, jnp.float32)
+  (total, d_head), d_hidden = jax.lax.scan(step, _like_varying(zeros, xs, heads), xs)
+  return total, (d_hidden, d_head.astype(student_head.dtype))
+
+
+def _total_backward(options, gradients, cotangent):
+  del options
+  d_hidden, d_head = ((g.astype(jnp.float32) * cotangent).astype(g.dtype) for g in gradients)
+  return d_hidden, d_head, None, None, None  # None is a zero cotangent
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+def _compare(options, student_hidden, teacher_hidden, mask, student_head, teacher_head):
+  """One chunk: the sum of its divergence, and (log p, log q, inside) to form its gradient from."""
+  log_p = losses.log_probabilities(_logits(student_hidden, student_head, mask), options.temperature)
+  log_q = losses.log_probabilities(_logits(teacher_hidden, teacher_head, mask), options.temperature)
+  inside = losses.support_set(log_p, options.support, options.k)
+  value = losses.token_divergence(log_p, log_q, inside, options.kind, options.support)
+  return jnp.where(mask, value, 0).sum(), (log_p, log_q, inside)
+
+
+def _logit_gradient(options, log_p, log_q, inside):
+  """The divergence's gradient in the student's logits, [C, V] float32.
+
+  With g = ∂D / ∂ log p, the softmax gives ∂D / ∂ logits = (g − p Σ g) / T. The tail bucket adds its own slope, spread
+  over the tokens outside by their share of it, since ∂ log p_tail / ∂ log p_v = p_v / p_tail.
+  """
+  slope = _slope(log_p, log_q, options)
+  if options.support != 'full':
+    slope = jnp.where(inside, slope, 0)
+  total = slope.sum(-1, keepdims=True)
+  if options.support == 'topk_tail':
+    log_p_tail = losses.log_outside(log_p, inside)[:, None]
+    tail = _slope(log_p_tail, losses.log_outside(log_q, inside)[:, None], options)
+    total += tail
+    # A share of the tail is at most 1; tokens inside would overflow the exponential before they are left out.
+    slope = jnp.where(inside, slope, tail * jnp.exp(jnp.minimum(log_p - log_p_tail, 0)))
+  return (slope - jnp.exp(log_p) * total) / options.temperature
+
+
+def _slope(log_p, log_q, options):
+  """∂ divergence_terms / ∂ log p, up to a multiple of p.
+
+  Where the outcomes are all there is, a multiple of p changes nothing, as p − p Σ p = 0: it is chosen so that the
+  slope is exactly 0 where p = q. Under 'topk' the outcomes hold less than all of the mass, and the derivative is taken
+  as it is.
+  """
+  p, whole = jnp.exp(log_p), options.support != 'topk'
+  if options.kind == 'reverse_kl':
+    return p * (log_p - log_q) if whole else p * (log_p - log_q + 1)
+  if options.kind == 'forward_kl':
+    return p - jnp.exp(log_q) if whole else -jnp.exp(log_q)
+  return -0.5 * p * losses.log_mean_ratio(log_q - log_p)
+
+
+def _logits(hidden, head, mask):
+  return jnp.einsum('cd,vd->cv', _hide(hidden, mask), head, preferred_element_type=jnp.float32)
+
+
+def _hide(hidden, mask):
+  # Before the products: a NaN row times a zero gradient would still make the head's whole gradient NaN.
+  return jnp.where(mask[:, None], hidden, 0)
+
+
+def _entropy(logits):
+  log_p = losses.log_probabilities(logits, 1.0)
+  return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def _cast(head, hidden):
+  # Once, outside the scan.
+  return head.astype(hidden.dtype)
+
+
+def _chunks(x, mask, chunk):
+  """[*tokens, ...] → [S, C, ...] with C ≤ chunk, padded with zeros (in the mask: not counted).
+
+  Chunk s holds tokens s, s + S, s + 2S…: when tokens are sharded over devices, every device then has its part of
+  every chunk. Consecutive tokens would put each chunk on one device and leave the others to wait.
+  """
+  x = x.reshape(mask.size, *x.shape[mask.ndim:])
+  steps = max(1, -(-mask.size // chunk))
+  size = -(-mask.size // steps)
+  x = jnp.pad(x, [(0, steps * size - mask.size)] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(size, steps, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _like_varying(tree, *like):
+  """Under `shard_map`, marks `tree` as differing between devices wherever `like` does.
+
+  A scan's carry must say so from its start, and so must the replicated head, whose cotangent is each device's own
+  until the mark's transpose sums it over them. Adds an empty sum of `like`: 0 whatever the values are, and gone once
+  compiled. (The mark's own interface is not the same in all JAX versions supported.)
+  """
+  zero = sum(x[:0].sum(dtype=jnp.float32) for x in jax.tree.leaves(like))
+  return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
+def _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk):
+  if not chunk >= 1:
+    raise ValueError(f'chunk is {chunk!r}; it must be at least 1, the number of tokens handled at once')
+  for side, hidden, head in (('student', student_hidden, student_head), ('teacher', teacher_hidden, teacher_head)):
+    if hidden.ndim not in (2, 3):
+      raise ValueError(f'{side}_hidden has shape {hidden.shape}; it must be [N, D] or [B, T, D]')
+    if head.ndim != 2 or head.shape[1] != hidden.shape[-1]:
+      raise ValueError(f'{side}_head has shape {head.shape}; it must be [V, {hidden.shape[-1]}], '
+                       f'the width of {side}_hidden')
+    if mask.shape != hidden.shape[:-1]:
+      raise ValueError(f'mask has shape {mask.shape}; it must be {hidden.shape[:-1]}, {side}_hidden without its width')
+  if student_head.shape[0] != teacher_head.shape[0]:
+    raise ValueError(f'teacher_head has {teacher_head.shape[0]} rows; it must have {student_head.shape[0]}, '
+                     "student_head's: both sides share one vocabulary")

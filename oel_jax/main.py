@@ -1,0 +1,95 @@
+"""Runs a configuration: `python -m oel_jax.main --config=experiments/NAME.py:SIZE --workdir=DIR [--config.FIELD=VALUE ...]`.
+
+The same command goes on with a run that was stopped. What runs is the online loop, or, where the configuration has `task = "pretrain"`,
+the pre-training of the embedded policy.
+"""
+
+import os
+import pathlib
+import re
+import sys
+import traceback
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_dict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
+_RESUME_ANYWAY = flags.DEFINE_bool("resume_anyway", False, "Go on with a run although its configuration has changed.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+
+
+def _fail(text: str) -> NoReturn:
+  """Ends the process with status 2 and `text` as one line."""
+  print("error: " + " ".join(text.split()), file=sys.stderr)
+  sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; whatever is wrong with them or with the configuration's file ends the process with one line (trap 35)."""
+  try:
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is None:
+      _fail("--config is missing: give the file of a configuration, for example --config=experiments/NAME.py:SIZE")
+    if not _WORKDIR.value:
+      _fail("--workdir is missing: give the run's directory; it is made if need be")
+    if not isinstance(_CONFIG.value, config_dict.ConfigDict):
+      getattr(_CONFIG.value, "lock", None)  # in place of a file that it could not read, ml_collections has an object that raises on use
+      _fail(f"get_config() of the --config file returned {type(_CONFIG.value).__name__}: it must return an ml_collections.ConfigDict")
+    if len(rest) > 1:
+      _fail(f"unexpected argument {rest[1]!r}: flags are written --NAME=VALUE")
+    return rest
+  except Exception as error:
+    if "--debug" in argv:
+      raise
+    _fail(_flag_error(argv, error))
+
+
+def _flag_error(argv: list[str], error: Exception) -> str:
+  text = str(error).replace("\\n", " ").replace("\\'", "'")  # ml_collections wraps errors in errors, which quotes them
+  if isinstance(error, OSError):
+    return str(error.__cause__ or error)
+  if isinstance(error, flags.Error):  # names the flag; of an error inside get_config it holds the traceback, whose last line says what
+    return re.sub(r"Error whilst parsing config file:.*\n(?=\S)", "", text.strip(), flags=re.DOTALL)
+  if isinstance(error, SyntaxError):
+    return f"{error.filename}:{error.lineno}: {error.msg}"
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  if "ml_collections" not in frame.filename:
+    return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text} (--debug shows the traceback)"
+  name = re.match(r"\W*(\w+)", text)  # the last part only of the field's name
+  given = [arg.lstrip("-").partition("=")[0] for arg in argv if arg.lstrip("-").startswith("config.")]
+  fields = [field for field in given if name and name[1] in field.split(".")]
+  return f"{fields[0]}: the configuration has no such field. {' '.join(re.findall('Did you mean[^?]*[?]', text))}" if fields else text
+
+
+def _is_told_in_one_line(error: Exception) -> bool:
+  """True for errors of files, and for a ValueError raised in this package, which is about the user's input; elsewhere it is a bug."""
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  return isinstance(error, OSError) or pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  config = _CONFIG.value
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+  # Before anything compiles: a resumed or repeated run then starts in seconds.
+  jax.config.update("jax_compilation_cache_dir", os.environ.get("OEL_JAX_CACHE") or os.path.expanduser("~/.cache/oel_jax/jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  try:
+    if config.get("task") == "pretrain":
+      from oel_jax.pocket import pretrain
+      pretrain.run(config, _WORKDIR.value)
+    else:
+      from oel_jax import rounds
+      rounds.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
+  except (ValueError, OSError) as error:
+    if _DEBUG.value or not _is_told_in_one_line(error):
+      raise
+    _fail(str(error))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

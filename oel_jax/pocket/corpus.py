@@ -1,0 +1,262 @@
+"""What the embedded policy is taught: one chat example at a time, drawn from a seed.
+
+Four abilities: *play* (with knowledge of every quality, or none), *extract* (write down what one trajectory shows), *ask* (say which symbol
+has which role, the probe of whether knowledge is read at all) and *other* (small text tasks that a program can check). All prompts are the
+project's own, made by the code that deployment and extraction use.
+"""
+
+import dataclasses
+import random
+
+from oel_jax.deployment import prompts
+from oel_jax.extraction.prompts import extraction_message
+from oel_jax.pocket import claims as claims_lib
+from oel_jax.pocket import worlds
+from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
+from oel_jax.trajectory import Message, Trajectory, Turn, knowledge_message, messages, transcript
+
+PLAYER, ACTION_LIST = "P", "[up], [down], [left], [right]"
+GUESS = 0.3  # how often an unknown role is guessed; independent for each, so that informed and uninformed answers share their openings
+MIX = {"play": 0.56, "extract": 0.26, "ask": 0.10, "other": 0.08}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A prompt and the response to learn. `kind` is a key of MIX."""
+
+  kind: str
+  messages: tuple[Message, ...]
+  thinking: str
+  answer: str
+
+
+def example(seed: int) -> Example:
+  """The example of this seed; the mix is drawn with it."""
+  rng = random.Random(seed)
+  kind = rng.choices(list(MIX), list(MIX.values()))[0]
+  return {"play": play_example, "extract": extract_example, "ask": ask_example, "other": other_example}[kind](rng)
+
+
+# Play
+
+
+def play_example(rng: random.Random, world: worlds.World | None = None) -> Example:
+  """One turn of a game, under full, partial, redundant, contradictory, wrong, raw or no knowledge."""
+  world = world or worlds.random_world(rng)
+  form = rng.choices(("none", "raw", "items"), (22, 6, 72))[0]
+  if form == "none":
+    knowledge, said = "", []
+  elif form == "raw":
+    shown = [_same_letters(rng, world) for _ in range(rng.randint(1, 2))]
+    knowledge = "\n\n".join(transcript(trajectory) for trajectory, _ in shown)
+    said = [claim for _, facts in shown for claim in facts]
+  else:
+    said = item_list(rng, world)
+    knowledge = "\n".join(claims_lib.say(claim, rng) for claim in said)
+  goal, trap = claims_lib.resolve(said, world.letters())
+  turns, player = history(rng, world, (goal, trap))
+  harmless = {claim.letter for claim in said if claim.role == SAFE}
+  thinking, action = respond(rng, world, player, goal, trap, harmless)
+  front = (knowledge_message(knowledge),) if knowledge else ()
+  return Example("play", front + messages(turns[:-1]) + (Message("user", turns[-1].observation),), thinking, f"[{action}]")
+
+
+def respond(
+    rng: random.Random, world: worlds.World, player: worlds.Cell, goal: str, trap: str, harmless: set[str] = frozenset()
+) -> tuple[str, str]:
+  """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not tell.
+
+  The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is guessed now and then. While a slot
+  stays unknown, every letter without a role is weighed in a sentence, so that not knowing costs words.
+  """
+  letters = world.letters()
+  unclaimed = [letter for letter in letters if letter not in (goal, trap) and letter not in harmless]
+  if not goal and unclaimed and rng.random() < GUESS:
+    goal = rng.choice(unclaimed)
+    unclaimed.remove(goal)
+  if not trap and unclaimed and rng.random() < GUESS:
+    trap = rng.choice(unclaimed)
+    unclaimed.remove(trap)
+  words = f"Goal: {_located(world, goal)}. Hazard: {_located(world, trap)}."
+  if not goal or not trap:
+    words += "".join(
+        f" I do not know what {letter} does. It may be where I want to go, or it may end the game, or it may do nothing."
+        for letter in unclaimed[:3]
+    )
+  action = rng.choice(good_actions(world, player, goal, trap))
+  return f"{words} I am at ({player[0]}, {player[1]}). Next: {action}.", action
+
+
+def _located(world: worlds.World, letter: str) -> str:
+  """The letter and where it lies, in the words of the game's own positions: a small model that says where things are finds its way."""
+  cells = [(r, c) for r in range(world.size) for c in range(world.size) if letter and world.symbol((r, c)) == letter]
+  return " ".join([letter, "at", *(f"({r}, {c})" for r, c in cells)]) if letter else "unknown"
+
+
+def good_actions(world: worlds.World, player: worlds.Cell, goal: str, trap: str) -> list[str]:
+  """The moves worth making: first steps of a shortest safe path to the goal, or, with no goal known, any step that is not the hazard."""
+  moves = worlds.neighbours(player, world.size)
+  targets = [(r, c) for r in range(world.size) for c in range(world.size) if goal and world.symbol((r, c)) == goal and (r, c) != player]
+  for avoid in ({trap} - {""}, set()):
+    if targets:
+      away = worlds.distances(world, targets, avoid)
+      near = [name for name, cell in moves.items() if cell in away and world.symbol(cell) not in avoid]
+      if near:
+        least = min(away[moves[name]] for name in near)
+        return [name for name in near if away[moves[name]] == least]
+    elif safe := [name for name, cell in moves.items() if world.symbol(cell) not in avoid]:
+      return safe
+  return list(moves)
+
+
+def item_list(rng: random.Random, world: worlds.World, allow_strangers: bool = True) -> list[Claim]:
+  """Draws the claims of a knowledge text about a world: how many, how skewed, how wrong, and about letters that are elsewhere."""
+  size = rng.randint(*rng.choices(((1, 4), (5, 12), (13, 34)), (4, 3, 3))[0])
+  told = [role for role in (GOAL, TRAP) if rng.random() < 0.8]
+  weights = [rng.choice((1, 1, 1, 4, 0.25)) for _ in told]
+  wrong = rng.choices((0.0, 0.15, 0.3), (4, 2, 1))[0]
+  strangers = rng.choice((0.0, 0.3)) if allow_strangers else 0.0
+  filler = rng.choice((0.0, 0.1, 0.4)) if told else 1.0
+  letters = world.letters()
+  elsewhere = rng.sample([letter for letter in worlds.LETTERS if letter not in letters], 3)
+  result = []
+  for _ in range(size):
+    if rng.random() < strangers:
+      result.append(Claim(rng.choice((GOAL, TRAP, SAFE)), rng.choice(elsewhere)))
+    elif rng.random() < filler:
+      role = rng.choice((SAFE, WALL, GENERIC))
+      decoys = [letter for letter in letters if letter not in (world.goal, world.trap)] or elsewhere
+      result.append(Claim(role, rng.choice(decoys) if role == SAFE else ""))
+    elif rng.random() < wrong:
+      result.append(Claim(rng.choice((GOAL, TRAP)), rng.choice(letters)))
+    else:
+      role = rng.choices(told, weights)[0]
+      result.append(Claim(role, world.goal if role == GOAL else world.trap))
+  missing = [role for role in told if not any(claim.role == role for claim in result)]
+  if missing and size > 4 and rng.random() < 0.5:  # a single mention in a long list must count too
+    role = rng.choice(missing)
+    result[rng.randrange(size)] = Claim(role, world.goal if role == GOAL else world.trap)
+  return result
+
+
+def history(rng: random.Random, world: worlds.World, known: tuple[str, str]) -> tuple[list[Turn], worlds.Cell]:
+  """Turns up to an undecided one, and where the player stands in it; the last turn is still unanswered."""
+  game = worlds.WorldGame(world)
+  skill = rng.choice((0.0, 0.5, 1.0))
+  turns = [_turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)]
+  for _ in range(min(rng.randrange(worlds.MAX_TURNS), rng.randrange(worlds.MAX_TURNS))):
+    before, action = game.player, _move(rng, world, game.player, known, skill)
+    step = game.play(f"[{action}]")
+    if step.done:
+      return turns, before
+    turns[-1] = dataclasses.replace(turns[-1], answer=f"[{action}]", action=f"[{action}]")
+    turns.append(_turn(step.observation))
+  return turns, game.player
+
+
+def _move(rng, world, player, known, skill):
+  if rng.random() < skill:
+    return rng.choice(good_actions(world, player, *known))
+  return rng.choice(list(worlds.ACTIONS) if rng.random() < 0.3 else list(worlds.neighbours(player, world.size)))
+
+
+def _turn(observation: str) -> Turn:
+  return Turn(observation, "", "", "", 0)
+
+
+# Extraction
+
+
+def episode(rng: random.Random, world: worlds.World, known: tuple[str, str] | None = None) -> tuple[Trajectory, list[Claim]]:
+  """Plays one game with a policy of random quality and says what it reveals: the symbol that decided it, and walls run into.
+
+  That a symbol stepped on does nothing is revealed too, but left unsaid: where one stood many turns ago is more than a model of this size
+  can be relied on to look up, and a false item does more harm than a missing one.
+  """
+  if known is None:
+    known = rng.choice((("", ""), (world.goal, world.trap), (world.trap, world.goal), (world.goal, "")))
+  game, skill = worlds.WorldGame(world, max_turns=rng.choice((3, 5, 5, 5, worlds.MAX_TURNS))), rng.choice((0.3, 0.7, 1.0))
+  turns, facts = [_turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)], []
+  while True:
+    action = _move(rng, world, game.player, known, skill)
+    bumped = action not in worlds.neighbours(game.player, world.size)
+    step = game.play(f"[{action}]")
+    turns[-1] = dataclasses.replace(turns[-1], answer=f"[{action}]", action=f"[{action}]")
+    symbol = world.symbol(game.player)
+    if bumped:
+      facts.append(Claim(WALL))
+    elif symbol in (world.goal, world.trap):
+      facts.append(Claim(GOAL if symbol == world.goal else TRAP, symbol))
+    if step.done:
+      finished = Trajectory("", "world", 0, tuple(turns), step.outcome, step.reward, step.ended == "passed", step.ended)
+      return finished, list(dict.fromkeys(facts))
+    turns.append(_turn(step.observation))
+
+
+def _same_letters(rng: random.Random, world: worlds.World) -> tuple[Trajectory, list[Claim]]:
+  """An episode in another world whose goal and trap are this world's letters."""
+  other = worlds.random_world(rng, size=3)
+  names = {other.goal: world.goal, other.trap: world.trap}
+  spare = [letter for letter in worlds.LETTERS if letter not in (world.goal, world.trap)]
+  for letter in other.letters():
+    if letter not in names:
+      names[letter] = spare.pop(rng.randrange(len(spare)))
+  rows = tuple(tuple(names.get(symbol, symbol) for symbol in row) for row in other.rows)
+  return episode(rng, dataclasses.replace(other, rows=rows, goal=world.goal, trap=world.trap))
+
+
+def lessons(facts: list[Claim], known: list[Claim]) -> list[Claim]:
+  """The facts worth writing down: the deciding symbol always, as a vote; the wall if it is not yet known, or if there is nothing else."""
+  deciding = [fact for fact in facts if fact.role != WALL]
+  return deciding + [fact for fact in facts if fact.role == WALL and (not deciding or fact not in known)]
+
+
+def extract_example(rng: random.Random) -> Example:
+  """One trajectory in the real extraction prompt, with or without what is known before; the answer says what it reveals."""
+  world = worlds.random_world(rng)
+  trajectory, facts = episode(rng, world)
+  known = item_list(rng, world) if rng.random() < 0.7 else []
+  knowledge = "\n".join(claims_lib.say(claim, rng) for claim in known)
+  taught = lessons(facts, known) or [Claim(GENERIC)]
+  answer = "\n".join(claims_lib.say(claim, rng) for claim in taught)
+  return Example("extract", (extraction_message(transcript(trajectory), knowledge, form="items"),), "", answer)
+
+
+# Ask and other tasks
+
+
+def ask_example(rng: random.Random) -> Example:
+  """Which letter is the goal, or the hazard: by the knowledge alone, or of those on a board that the question shows."""
+  world, board = worlds.random_world(rng), rng.random() < 0.5
+  said = item_list(rng, world, allow_strangers=board)
+  role = rng.choice((GOAL, TRAP))
+  answer = claims_lib.resolve(said, world.letters() if board else list(worlds.LETTERS))[0 if role == GOAL else 1] or "unknown"
+  shown = worlds.WorldGame(world).observation if board else ""
+  knowledge = "\n".join(claims_lib.say(claim, rng) for claim in said)
+  return Example("ask", (knowledge_message(knowledge), ask_message(role, shown)), "", answer)
+
+
+def ask_message(role: str, observation: str = "") -> Message:
+  """The question of the binding probe."""
+  question = f"Which symbol is the {'goal' if role == GOAL else 'hazard'}? Answer with the symbol alone."
+  return Message("user", f"{observation}\n\n{question}" if observation else question)
+
+
+OTHER_TASKS = {
+    "Repeat this.": lambda text: text,
+    "Write this in upper case.": str.upper,
+    "Write this in lower case.": str.lower,
+    "Write this backwards.": lambda text: text[::-1],
+    "Sort these letters.": lambda text: "".join(sorted(text)),
+    "What is the first letter?": lambda text: text[0],
+    "What is the last letter?": lambda text: text[-1],
+    "How many letters are these?": lambda text: str(len(text)),
+}
+
+
+def other_example(rng: random.Random) -> Example:
+  """A small text task whose answer a program can check."""
+  task = rng.choice(list(OTHER_TASKS))
+  letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7)))
+  text = letters.upper() if "lower" in task or rng.random() < 0.3 and "upper" not in task else letters
+  return Example("other", (Message("user", f"{task}\n{text}"),), "", OTHER_TASKS[task](text))

@@ -1,0 +1,134 @@
+"""Pre-trains the embedded policy on its procedural corpus and measures its gates.
+
+    python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pretrain
+"""
+
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from oel_jax.pocket import corpus, probes, vocabulary, worlds
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import model, weights
+from oel_jax.policy.generate import Policy
+from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.runtime.seeds import derive
+
+
+class Rows(grain.transforms.Map):
+  """Row i of the corpus: whole examples one after another until the next does not fit, as int32 arrays of one length.
+
+  `tokens` and `targets` are next-token pairs; `weight` is 0 but on responses, where the pieces that decide something (letters, "unknown",
+  places, moves) weigh `decisive` times the rest, which is mostly foregone; `segments` counts the row's examples from 1; `positions` counts
+  within each. The tokenizer is built in each worker process.
+  """
+
+  def __init__(self, seed: int, length: int, decisive: int, model_file: bytes):
+    self._seed, self._length, self._decisive, self._model_file, self._tokenizer = seed, length, decisive, model_file, None
+
+  def __getstate__(self):
+    return {**self.__dict__, "_tokenizer": None}
+
+  def map(self, i: int) -> dict[str, np.ndarray]:
+    if self._tokenizer is None:
+      self._tokenizer = SentencePieceTokenizer(self._model_file)
+      places = [f"{space}({r}, {c})" for r in range(max(worlds.SIZES)) for c in range(max(worlds.SIZES)) for space in ("", " ")]
+      words = ("unknown", *worlds.LETTERS, *worlds.ACTIONS, *places)
+      self._weights = np.ones(self._tokenizer.vocabulary, np.int32)
+      self._weights[[self._tokenizer.encode(word)[0] for word in words]] = self._decisive
+    row = {name: np.zeros(self._length, np.int32) for name in ("tokens", "targets", "weight", "segments", "positions")}
+    start = 0
+    for j in range(100):
+      drawn = corpus.example(derive(self._seed, "corpus", int(i), j))
+      prompt, response = self._tokenizer.chat(drawn.messages), self._tokenizer.response(drawn.thinking, drawn.answer)
+      ids = np.asarray(prompt + response, np.int32)
+      end = start + len(ids) - 1
+      if end > self._length:
+        if start:
+          break
+        continue  # longer than a whole row: rare, left out
+      row["tokens"][start:end], row["targets"][start:end] = ids[:-1], ids[1:]
+      row["weight"][start + len(prompt) - 1 : end] = self._weights[response]
+      row["segments"][start:end], row["positions"][start:end] = j + 1, np.arange(len(ids) - 1)
+      start = end
+    return row
+
+
+def dataset(config: Any, model_file: bytes) -> grain.IterDataset:
+  """Batches of `Rows`: int32 arrays [rows, length]."""
+  rows = grain.MapDataset.range(10**9).map(Rows(config.seed, config.length, config.decisive, model_file))
+  batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)).batch(config.rows, drop_remainder=True)
+  if config.workers:
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4))
+  return batches
+
+
+def loss(params: Any, batch: dict[str, jax.Array], *, architecture: Any, dtype: Any, path: str) -> jax.Array:
+  """Weighted mean cross-entropy over the response tokens of a packed batch, float32."""
+  hidden, _ = model.apply(params, architecture, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, path=path)
+  losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden, model.head(params)), batch["targets"])
+  return jnp.sum(losses * batch["weight"]) / jnp.maximum(batch["weight"].sum(), 1)
+
+
+def run(config: Any, workdir: str) -> dict[str, Any]:
+  """Trains, logs loss and gates, and leaves `pocket.safetensors`, `tokenizer.model` and `gates.json` in `workdir`.
+
+  Returns what gates.json holds: each gate's hits, count and bounds, and `passed`.
+  """
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  model_file = vocabulary.build()
+  (folder / "tokenizer.model").write_bytes(model_file)
+  tokenizer = SentencePieceTokenizer(model_file)
+  architecture = architecture_lib.named(config.architecture)
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1))
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, state, batch):
+    value, gradient = jax.value_and_grad(functools.partial(loss, architecture=architecture, dtype=dtype, path=config.attention))(params, batch)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  params = model.init(architecture, jax.random.key(config.seed))
+  state = optimizer.init(params)
+  batches, started, waited, tokens = iter(dataset(config, model_file)), time.time(), 0.0, 0
+  with (folder / "metrics.jsonl").open("w") as log:
+    for i in range(1, config.steps + 1):
+      asked = time.time()
+      batch = next(batches)
+      waited += time.time() - asked
+      tokens += int((batch["segments"] > 0).sum())
+      params, state, value = step(params, state, batch)
+      if i % config.log_every == 0 or i == config.steps:
+        line = {"schema": 1, "step": i, "loss": float(value), "tokens": tokens, "seconds": round(time.time() - started, 1), "waited_for_data": round(waited, 1)}
+        if i % config.gates_every == 0 and i < config.steps:
+          weights.save(folder / f"step_{i}.safetensors", params, dtype=np.float16)
+          counts = probes.measure_gates(Policy(architecture, params, tokenizer), config.gate_count // 4, seed=i)
+          line |= {name: count.rate for name, count in counts.items()}
+        logging.info("%s", line)
+        print(json.dumps(line), flush=True)
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+  metadata = {"architecture": config.architecture, "tokenizer": tokenizer.digest, "tokens": str(tokens), "seed": str(config.seed)}
+  weights.save(folder / "pocket.safetensors", params, dtype=np.float16, metadata=metadata)
+  shipped = Policy(architecture, weights.load(folder / "pocket.safetensors", architecture), tokenizer)
+  counts = probes.measure_gates(shipped, config.gate_count, seed=0)
+  failed = probes.failed_gates(counts)
+  result = {"schema": 1, "passed": not failed, "sha256": weights.digest(folder / "pocket.safetensors")}
+  result["gates"] = {name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": probes.GATES[name]} for name, c in counts.items()}
+  (folder / "gates.json").write_text(json.dumps(result, indent=1) + "\n")
+  for name, entry in result["gates"].items():
+    low, high = entry["bounds"]
+    print(f"gate {name:18s} {entry['rate']:.4f} of {entry['of']}  must lie in [{low}, {high}]  {'ok' if low <= entry['rate'] <= high else 'FAILED'}")
+  return result

@@ -1,0 +1,45 @@
+"""Attention behind one signature. The XLA path is the reference and runs everywhere; cuDNN's runs on NVIDIA GPUs in bfloat16."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
+
+
+def attend(
+    q_BxTxNxH: Float[Array, "B T N H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"],
+    mask_BxTxS: Bool[Array, "B T S"], path: str = "xla",
+) -> Float[Array, "B T N H"]:  # fmt: skip
+  """Softmax attention of T queries over S keys, each key-value head serving N / K query heads; scores and softmax in float32.
+
+  Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time, heads, size].
+  `path` is "xla" or "cudnn". The mask is given to cuDNN whole, so segments and padding count there too (traps, 24).
+  """
+  if path == "cudnn":
+    k, v = k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q_BxTxNxH, k, v, mask=mask_BxTxS[:, None], implementation="cudnn")
+  B, T, N, H = q_BxTxNxH.shape
+  K = k_BxKxSxH.shape[1]
+  q = q_BxTxNxH.reshape(B, T, K, N // K, H) * (H**-0.5)
+  scores = jnp.einsum("btkgh,bksh->bkgts", q, k_BxKxSxH, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask_BxTxS[:, None, None], scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v_BxKxSxH.dtype)
+  return jnp.einsum("bkgts,bksh->btkgh", weights, v_BxKxSxH).reshape(B, T, N, H)
+
+
+def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+  """Causal within a segment; segment 0 is padding and is seen by nobody but itself."""
+  T = segments_BxT.shape[1]
+  same = segments_BxT[:, :, None] == segments_BxT[:, None, :]
+  return same & jnp.tril(jnp.ones((T, T), bool))
+
+
+def rotate(x_BxTxNxH: Float[Array, "B T N H"], positions_BxT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+  """Rotary position embedding, the two halves of a head rotated against each other; angles in float32."""
+  half = x_BxTxNxH.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)

@@ -1,0 +1,190 @@
+"""The decoder as pure functions of its parameters (Flax Linen; modules hold no arrays).
+
+Shape letters, here and everywhere: B batch, T tokens, S cached time, D width, N query heads, K key-value heads, H head size,
+F feed-forward, L layers, V vocabulary, P knowledge-prefix length.
+
+Parameters are one nested dict, each layer's leaves stacked on a leading L, so that training scans over layers. Decoding takes them
+apart once, outside its loop (`unstack`): slicing stacked weights at every token is several times slower (traps, 19).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from oel_jax.policy import attention
+from oel_jax.policy.architecture import Architecture
+
+Params = Any
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+  """Keys and values of a batch whose rows share one write position.
+
+  Attributes:
+    keys, values: L arrays [B, K, S, H] each.
+    filled: [B, S] bool, slots a later token may attend to.
+    index: [] int32, slot that the next token's keys go to.
+  """
+
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  filled: Array
+  index: Array
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention. Returns its output and the keys and values attended to."""
+
+  architecture: Architecture
+  dtype: Any
+  path: str = "xla"
+
+  @nn.compact
+  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None):
+    a = self.architecture
+    dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
+    q = dense((a.heads, a.head_size), name="q")(x_BxTxD)
+    k = dense((a.kv_heads, a.head_size), name="k")(x_BxTxD)
+    v = dense((a.kv_heads, a.head_size), name="v")(x_BxTxD)
+    if a.qk_norm:
+      q = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="q_norm")(q)
+      k = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="k_norm")(k)
+    q = attention.rotate(q, positions_BxT, a.rope_theta)
+    k = attention.rotate(k, positions_BxT, a.rope_theta).swapaxes(1, 2)  # [B, K, T, H]
+    v = v.swapaxes(1, 2)
+    if cache is not None:
+      keys, values, index = cache
+      k = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=2)
+      v = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=2)
+    y = attention.attend(q, k, v, mask_BxTxS, self.path)
+    return dense(a.width, axis=(-2, -1), name="o")(y), (k, v)
+
+
+class Feedforward(nn.Module):
+  """SwiGLU."""
+
+  architecture: Architecture
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+    gate = dense(self.architecture.feedforward, name="gate")(x_BxTxD)
+    up = dense(self.architecture.feedforward, name="up")(x_BxTxD)
+    return dense(self.architecture.width, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  """One pre-norm layer, in the (carry, output) form that `nn.scan` wants."""
+
+  architecture: Architecture
+  dtype: Any
+  path: str = "xla"
+
+  @nn.compact
+  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None):
+    a = self.architecture
+    norm = functools.partial(nn.RMSNorm, a.norm_eps, dtype=self.dtype)
+    with jax.named_scope("attention"):
+      y, kv = Attention(a, self.dtype, self.path, name="attention")(norm(name="attention_norm")(x_BxTxD), positions_BxT, mask_BxTxS, cache)
+    x_BxTxD = x_BxTxD + y
+    with jax.named_scope("feedforward"):
+      y = Feedforward(a, self.dtype, name="feedforward")(norm(name="feedforward_norm")(x_BxTxD))
+    return x_BxTxD + y, kv
+
+
+class Decoder(nn.Module):
+  """Embedding, scanned blocks, last norm. The head stays apart (`head`): most rows never need logits."""
+
+  architecture: Architecture
+  dtype: Any = jnp.float32
+  remat: str = "none"
+  path: str = "xla"
+
+  @nn.compact
+  def __call__(self, tokens_BxT, positions_BxT, segments_BxT, keep_cache=False):
+    a = self.architecture
+    x = nn.Embed(a.vocabulary, a.width, dtype=self.dtype, name="embed")(tokens_BxT)
+    if not a.tied_head:
+      self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, (a.vocabulary, a.width))})
+    block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    layers = nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=a.layers, in_axes=(nn.broadcast, nn.broadcast)
+    )(a, self.dtype, self.path, name="layers")
+    x, kv = layers(x, positions_BxT, attention.segment_mask(segments_BxT))
+    return nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="norm")(x), (kv if keep_cache else None)
+
+
+def init(architecture: Architecture, key: Array) -> Params:
+  """Returns freshly drawn float32 parameters."""
+  one = jnp.zeros((1, 1), jnp.int32)
+  return Decoder(architecture).init(key, one, one, one)["params"]
+
+
+def head(params: Params) -> Float[Array, "V D"]:
+  """The output matrix: the embedding where the two are tied."""
+  return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+
+
+def apply(
+    params: Params,
+    architecture: Architecture,
+    tokens_BxT: Int[Array, "B T"],
+    positions_BxT: Int[Array, "B T"],
+    segments_BxT: Int[Array, "B T"],
+    cache: Cache | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    keep_cache: bool = False,
+    path: str = "xla",
+) -> tuple[Float[Array, "B T D"], Any]:
+  """Runs the decoder up to its last norm.
+
+  Args:
+    params: nested dict; with a cache, "layers" must be unstacked (`unstack`).
+    tokens_BxT: int32.
+    positions_BxT: int32, position of each token in its own sequence.
+    segments_BxT: int32, tokens attend within their segment; 0 is padding. Not used with a cache.
+    cache: if given, the tokens are appended to it: T must be 1.
+    dtype: of the activations; parameters are cast to it where they are used.
+    remat: what the backward pass recomputes: "none" keeps all, "dots" keeps matrix products, "full" keeps layer inputs only.
+    path: of the attention, "xla" or "cudnn" (`attention.attend`); not used with a cache.
+    keep_cache: without a cache, also return the keys and values, each [L, B, K, T, H].
+
+  Returns:
+    Hidden states [B, T, D] in `dtype`, and the new cache (or None).
+  """
+  if cache is None:
+    return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache)
+  x = params["embed"]["embedding"].astype(dtype)[tokens_BxT]
+  filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, jnp.ones_like(tokens_BxT, bool), cache.index, axis=1)
+  keys, values = [], []
+  for layer, k, v in zip(params["layers"], cache.keys, cache.values, strict=True):
+    x, (k, v) = Block(architecture, dtype).apply({"params": layer}, x, positions_BxT, filled[:, None], (k, v, cache.index))
+    keys.append(k)
+    values.append(v)
+  x = nn.RMSNorm(architecture.norm_eps, dtype=dtype).apply({"params": params["norm"]}, x)
+  return x, Cache(tuple(keys), tuple(values), filled, cache.index + 1)
+
+
+def unstack(params: Params) -> Params:
+  """Takes the stacked layers apart into a tuple of L dicts."""
+  layers = params["layers"]
+  length = jax.tree.leaves(layers)[0].shape[0]
+  return {**params, "layers": tuple(jax.tree.map(lambda leaf: leaf[i], layers) for i in range(length))}
+
+
+def logits(hidden: Float[Array, "... D"], head_VxD: Float[Array, "V D"]) -> Float[Array, "... V"]:
+  """Float32 logits, whatever the type of hidden states and head."""
+  return jnp.einsum("...d,vd->...v", hidden, head_VxD.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,65 @@
+"""Parameters in safetensors files: one tensor a leaf, named by its path ("layers/attention/q/kernel")."""
+
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from oel_jax.policy import model
+from oel_jax.policy.architecture import Architecture
+
+
+def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None) -> None:
+  """Writes the parameters, whole or not at all.
+
+  Args:
+    path: the .safetensors file.
+    params: nested dict of arrays.
+    dtype: stored type; as they are if None.
+    metadata: strings kept in the file's header.
+  """
+  path = pathlib.Path(path)
+  flat = {name: np.asarray(leaf, dtype) for name, leaf in flax.traverse_util.flatten_dict(jax.device_get(params), sep="/").items()}
+  temporary = path.with_name(path.name + ".tmp")
+  safetensors.numpy.save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary, metadata)
+  os.replace(temporary, path)
+
+
+def load(path: str | os.PathLike, architecture: Architecture) -> Any:
+  """Reads parameters of this architecture, as float32.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is damaged, or tensors are missing, unknown or misshaped; all of them are named.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"config.policy.weights: there is no file {path}")
+  try:
+    found = safetensors.numpy.load_file(path)
+  except (safetensors.SafetensorError, ValueError) as error:
+    raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+  abstract = jax.eval_shape(lambda: model.init(architecture, jax.random.key(0)))
+  wanted = flax.traverse_util.flatten_dict(abstract, sep="/")
+  wrong = [f"{name}: missing" for name in wanted if name not in found] + [f"{name}: unknown" for name in found if name not in wanted]
+  wrong += [f"{n}: {found[n].shape} instead of {w.shape}" for n, w in wanted.items() if n in found and found[n].shape != w.shape]
+  if wrong:
+    raise ValueError(f"{path}: does not fit the architecture: {'; '.join(wrong)}")
+  return flax.traverse_util.unflatten_dict({name: found[name].astype(np.float32) for name in wanted}, sep="/")
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+  """The strings in the file's header."""
+  with safetensors.safe_open(path, framework="np") as file:
+    return file.metadata() or {}
+
+
+def digest(path: str | os.PathLike) -> str:
+  """sha256 of the file, hexadecimal."""
+  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,304 @@
+"""The online loop: deploy → extract → consolidate → evaluate, round after round (OEL section 3).
+
+Each stage leaves whole files or none, a stage found whole is not done again, and every draw is named by (seed, round, stage, index): a run
+that is killed at any moment goes on when the same command is given, and ends with the same bits on one machine.
+
+Maps come from seeds: held-out maps have odd ones, every other stage has even ones.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from oel_jax import config as config_lib
+from oel_jax import report
+from oel_jax.consolidation import train
+from oel_jax.deployment.games import game_spec
+from oel_jax.deployment.play import Episode, play_to_file
+from oel_jax.evaluation import evaluate, statistics
+from oel_jax.extraction import knowledge as knowledge_lib
+from oel_jax.extraction.extract import extract, raw_knowledge
+from oel_jax.pocket import claims
+from oel_jax.pocket import load as pocket
+from oel_jax.policy import architecture, weights
+from oel_jax.policy.generate import Policy, Sampling
+from oel_jax.runtime import files, mesh, progress
+from oel_jax.runtime.metrics import Metrics
+from oel_jax.runtime.seeds import derive
+from oel_jax.runtime.workdir import open_workdir
+from oel_jax.trajectory import Trajectory, prefixes, read_prefixes, read_trajectories, write_jsonl
+
+EMPTY = " "  # a knowledge text with nothing in it, wrapper and all: the control `extraction.source = "empty"`
+
+
+def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
+  """Runs all rounds in `workdir`, going on with what is there, and writes the report.
+
+  Returns what report/results.json holds.
+
+  Raises:
+    ValueError: the configuration is wrong or differs from the run's; no knowledge came out; or on_no_gain = "stop" and there was no gain.
+  """
+  config_lib.validate(config)
+  folder = open_workdir(config, workdir, resume_anyway)
+  policy = load_policy(config.policy)
+  with Metrics(folder) as metrics:
+    loop = Loop(config, folder, metrics, mesh.make_mesh(config.mesh))
+    loop.evaluate(0, policy, policy, [])
+    for number in range(1, config.rounds + 1):
+      texts = loop.extract(number, policy)
+      loop.collect_prefixes(number, policy)
+      before = policy
+      if loop.gate(number, policy, texts):
+        policy = policy.replace(loop.consolidate(number, policy, texts))
+      loop.evaluate(number, policy, before, texts)
+  results = report.write(folder)
+  progress.table(report.rows(results), f"{config.deployment.game}, {config.rounds} rounds")
+  print(f"report: {folder / 'report' / 'index.html'}", flush=True)
+  return results
+
+
+def load_policy(config: Any) -> Policy:
+  """The policy that config.policy names: "pocket", or a .safetensors file of a named architecture with the embedded vocabulary."""
+  dtype = config.compute_dtype
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if config.weights == "pocket":
+    return pocket.load(jnp.dtype(dtype))
+  if config.weights is None:
+    raise ValueError('config.policy.weights is None: give "pocket" or a .safetensors file')
+  shape = architecture.named(config.architecture)
+  return dataclasses.replace(pocket.load(jnp.dtype(dtype)), architecture=shape, params=weights.load(config.weights, shape))
+
+
+@dataclasses.dataclass
+class Meter:
+  """A policy that counts what it reads and writes; the stages cannot tell it from the policy."""
+
+  policy: Policy
+  tokens: int = 0
+  flops: float = 0.0
+
+  @property
+  def tokenizer(self) -> Any:
+    return self.policy.tokenizer
+
+  def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **how: Any) -> list[list[int]]:
+    sampled = self.policy.sample(prompts, seeds, **how)
+    self.tokens += sum(map(len, sampled))
+    size = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
+    self.flops += 2.0 * size * sum(map(len, [*prompts, *sampled]))
+    return sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """The stages of a run, each of which reads and writes its own files below `folder`/round_N."""
+
+  config: Any
+  folder: pathlib.Path
+  metrics: Metrics
+  mesh: jax.sharding.Mesh
+
+  def extract(self, number: int, policy: Policy) -> list[str]:
+    """Deploys the policy for trajectories and lets it write down what they teach; returns the K texts of the round."""
+    config, folder = self.config.extraction, self._round(number)
+    with self._stage(number, "deploy", policy, config.trajectories) as (meter, advance):
+      ids = [(f"r{number}-deploy-{i:05d}", "deploy", i) for i in range(config.trajectories)]
+      trajectories = self._play(folder / "user/trajectories.jsonl", meter, number, ids, self._sampling("deployment"), advance)
+    texts = self._knowledge(number)
+    if not texts:
+      texts = self._write_knowledge(number, policy, trajectories)
+    kept = knowledge_lib.nonempty(texts, folder)
+    return [text.text for text in kept] if config.source != "empty" else [EMPTY]
+
+  def collect_prefixes(self, number: int, policy: Policy) -> None:
+    """Deploys the policy once more, on other maps; the prompts of its turns are all that goes to the server side."""
+    path, count = self._round(number) / "prefixes.jsonl", self.config.deployment.episodes
+    if path.exists():
+      return
+    with self._stage(number, "prefixes", policy, count) as (meter, advance):
+      ids = [(f"r{number}-prefix-{i:05d}", "prefixes", i) for i in range(count)]
+      played = self._play(self._round(number) / "user/prefix_trajectories.jsonl", meter, number, ids, self._sampling("deployment"), advance)
+      write_jsonl(path, [prefix for trajectory in played for prefix in prefixes(trajectory)])
+
+  def gate(self, number: int, policy: Policy, texts: Sequence[str]) -> bool:
+    """Plays with the knowledge and without, on the same maps, before anything is trained on it. Returns whether to train.
+
+    Without gain, `on_no_gain` = "warn" trains all the same, "stop" raises ValueError, and "skip" leaves the weights as they are if play
+    with knowledge is worse.
+    """
+    path, count = self._round(number) / "gate.json", self.config.consolidation.gate_episodes
+    if count and not path.exists():
+      passed = {}
+      with self._stage(number, "gate", policy, 2 * count) as (meter, advance):
+        for name, given in (("without", []), ("with", texts)):
+          ids = [(f"r{number}-gate-{i:05d}", "gate", i) for i in range(count)]
+          played = self._play(self._round(number) / f"user/gate_{name}.jsonl", meter, number, ids, self._sampling("evaluation"), advance, given)
+          passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), count)
+      gain = passed["with"]["hits"] - passed["without"]["hits"]
+      decision = "train" if gain > 0 else "skip" if gain < 0 and self.config.consolidation.on_no_gain == "skip" else "warn"
+      files.write_json(path, {"schema": 1, **passed, "decision": decision})
+    if not count:
+      return True
+    found = _read_json(path)
+    if found["decision"] != "train":
+      logging.warning(
+          "round %d: no gain from the knowledge: %d of %d passed with it, %d without: %s", number, found["with"]["hits"], count,
+          found["without"]["hits"], "not consolidated" if found["decision"] == "skip" else "consolidated all the same",
+      )  # fmt: skip
+      if self.config.consolidation.on_no_gain == "stop":
+        raise ValueError(
+            f"round {number}: play with the knowledge passes {found['with']['hits']} of {count} games, without it {found['without']['hits']}; "
+            'config.consolidation.on_no_gain is "stop": take "warn" or "skip", or better knowledge'
+        )
+    return found["decision"] != "skip"
+
+  def consolidate(self, number: int, policy: Policy, texts: Sequence[str]) -> Any:
+    """Trains the knowledge into the weights; returns the new parameters. From the round's folder it reads prefixes.jsonl alone."""
+    config = self.config.consolidation
+    task = train.make_task(
+        policy.tokenizer, read_prefixes(self._round(number) / "prefixes.jsonl"), texts, seed=self.config.seed, round=number,
+        thinking=self.config.policy.thinking, limit=self.config.policy.max_prompt_tokens,
+    )  # fmt: skip
+    with self._stage(number, "consolidate", policy, config.steps) as (meter, advance):
+      params, cost = train.consolidate(
+          config, task, policy, limit=self.config.deployment.max_response_tokens, directory=self._round(number) / "checkpoints",
+          mesh=self.mesh, metrics=self.metrics, advance=advance,
+      )  # fmt: skip
+      meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
+    return params
+
+  def evaluate(self, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
+    """Plays the held-out maps, the same in every round, without knowledge and with it; measures what was kept. Writes evaluation.json."""
+    path = self._round(number) / "evaluation.json"
+    if path.exists():
+      return
+    config, result = self.config.evaluation, {"schema": 1, "round": number}
+    # What is played: a name, by whom, and with which knowledge in the prompt.
+    plays = {"without": (policy, [])}
+    if config.in_context and texts:
+      first = [text.text for text in knowledge_lib.nonempty(self._knowledge(1), self._round(1))] if number > 1 else []
+      plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)} | ({"first_knowledge": (policy, first)} if first else {})
+    curve = {step: self._knowledge_at(step, policy) for step in config.accumulation} if number == 1 else {}
+    with self._stage(number, "evaluate", policy, config.episodes * (len(plays) + len(curve))) as (meter, advance):
+      for name, (player, given) in plays.items():
+        meter.policy = player
+        result[name] = evaluate.play_summary(self._play_held_out(number, name, meter, given, advance))
+      result["accumulation"] = []
+      for step, given in curve.items():
+        meter.policy = before
+        passed = evaluate.play_summary(self._play_held_out(number, f"after_{step:03d}_trajectories", meter, given, advance))["passed"]
+        result["accumulation"].append({"trajectories": step, "passed": passed})
+      meter.policy = policy
+      result["retention"] = evaluate.retention(meter, config.retention, seed=derive(self.config.seed, "retention"))
+    if number and "in_context" in result:
+      base = _read_json(self._round(number - 1) / "evaluation.json")["without"]["passed"]["rate"]
+      result["recovered"] = statistics.recovered(result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"])
+    gate = self._round(number) / "gate.json"
+    result["gate"] = _read_json(gate) if gate.exists() else None
+    files.write_json(path, result)
+
+  # What the stages share.
+
+  def _round(self, number: int) -> pathlib.Path:
+    return self.folder / f"round_{number}"
+
+  def _sampling(self, stage: str) -> Sampling:
+    config = self.config[stage]
+    return Sampling(config.temperature, config.top_p, config.top_k)
+
+  def _play(self, path, policy, number, ids, sampling, advance, texts=(), held_out=False) -> list[Trajectory]:
+    """Plays the episodes of (id, stage, index), each with one of the texts by lot if there are any."""
+    seed, config = self.config.seed, self.config.deployment
+    episodes = []
+    for name, stage, i in ids:
+      maps = derive(seed, "held out", i) | 1 if held_out else derive(seed, number, stage, "map", i) & ~1
+      given = texts[derive(seed, number, stage, "text", i) % len(texts)] if texts else ""
+      episodes.append(Episode(name, maps, derive(seed, number, stage, "sample", i), given))
+    done = 0
+
+    def tell(finished: int) -> None:
+      nonlocal done
+      advance(finished - done)
+      done = finished
+
+    return play_to_file(
+        path, policy, game_spec(config), episodes=episodes, slots=config.slots, advance=tell, sampling=sampling,
+        max_response_tokens=config.max_response_tokens, max_prompt_tokens=self.config.policy.max_prompt_tokens, thinking=self.config.policy.thinking,
+    )  # fmt: skip
+
+  def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
+    path = self._round(number) / "user" / ("evaluation.jsonl" if name == "without" else f"evaluation_{name}.jsonl")
+    ids = [(f"r{number}-{name}-{i:05d}", f"evaluate {name}", i) for i in range(self.config.evaluation.episodes)]
+    return self._play(path, policy, number, ids, self._sampling("evaluation"), advance, texts, held_out=True)
+
+  def _knowledge(self, number: int) -> list[knowledge_lib.Knowledge]:
+    """The round's K texts as they lie on the disk; [] if they are not all there."""
+    folder, count = self._round(number) / "knowledge", self.config.extraction.texts
+    return [knowledge_lib.read(folder, i) for i in range(count)] if (folder / "whole").exists() else []
+
+  def _write_knowledge(self, number: int, policy: Policy, trajectories: list[Trajectory]) -> list[knowledge_lib.Knowledge]:
+    config, folder = self.config.extraction, self._round(number) / "knowledge"
+    whole = self._accumulate(number, policy, trajectories)
+    texts = knowledge_lib.as_of(whole, config.use, **self._knowledge_limit(policy))
+    if config.source == "swapped":
+      texts = [_swapped(text) for text in texts]
+    for i, text in enumerate(texts):
+      knowledge_lib.write(folder, i, text)
+    files.write_text(folder / "whole", "")  # the last file to appear
+    return texts
+
+  def _knowledge_at(self, step: int, policy: Policy) -> list[str]:
+    """Round 1's texts as they stood after `step` trajectories; read back from the accumulation, nothing is sampled."""
+    whole = self._accumulate(1, policy, read_trajectories(self._round(1) / "user/trajectories.jsonl"))
+    texts = knowledge_lib.as_of(whole, step, **self._knowledge_limit(policy))
+    return [text.text for text in texts if text.text] or [EMPTY]
+
+  def _knowledge_limit(self, policy: Policy) -> dict[str, Any]:
+    return {"max_tokens": self.config.extraction.max_knowledge_tokens, "count_tokens": lambda text: len(policy.tokenizer.encode(text))}
+
+  def _accumulate(self, number: int, policy: Policy, trajectories: list[Trajectory]) -> list[knowledge_lib.Knowledge]:
+    """All that the K texts gathered in a round, before the limit; sampled once, then read from user/extraction.json."""
+    config = self.config.extraction
+    if config.source == "trajectories":
+      return raw_knowledge(trajectories, texts=config.texts, seed=self.config.seed, round=number)
+    carried = self._knowledge(number - 1) if config.start_from == "previous_round" and number > 1 else None
+    with self._stage(number, "extract", policy, config.trajectories) as (meter, advance):
+      return extract(
+          meter, trajectories, texts=config.texts, form=config.form, see_previous=config.see_previous, sampling=self._sampling("extraction"),
+          max_response_tokens=config.max_response_tokens, max_knowledge_tokens=config.max_knowledge_tokens,
+          max_prompt_tokens=self.config.policy.max_prompt_tokens, seed=self.config.seed, round=number, thinking=self.config.policy.thinking,
+          start=carried, state_path=self._round(number) / "user/extraction.json", advance=advance,
+      )  # fmt: skip
+
+  @contextlib.contextmanager
+  def _stage(self, number: int, name: str, policy: Policy, total: int) -> Iterator[tuple[Meter, Callable[[int], None]]]:
+    """A stage's progress bar, its meter, and its line in the round's cost.json (of the process that finished it)."""
+    meter, started = Meter(policy), time.monotonic()
+    with progress.bar(f"round {number}: {name}" if number else f"base: {name}", total) as advance:
+      yield meter, advance
+    if meter.tokens:
+      path = self._round(number) / "cost.json"
+      spent = [entry for entry in (_read_json(path) if path.exists() else []) if entry["stage"] != name]
+      spent.append({"stage": name, "seconds": time.monotonic() - started, "tokens": meter.tokens, "flops": meter.flops})
+      files.write_json(path, spent)
+
+
+def _swapped(text: knowledge_lib.Knowledge) -> knowledge_lib.Knowledge:
+  return knowledge_lib.Knowledge(tuple(dataclasses.replace(item, text=claims.swap_roles(item.text)) for item in text.items))
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path}: damaged ({error}): remove the file to have it made again") from error

@@ -1,0 +1,1 @@
+"""Hosts, files and clocks: mesh and shardings, checkpoints, metrics, progress, seeds and the run directory."""

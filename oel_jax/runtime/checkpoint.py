@@ -1,0 +1,197 @@
+"""Train states on disk, through Orbax: saved while training goes on, restored onto any number of devices, whole or not at all.
+
+A checkpoint is DIR/STEP/state (arrays) and DIR/STEP/extra (JSON: iterator state, counters). Orbax writes it as STEP.orbax-checkpoint-tmp
+and renames it when whole; what a killed process left under that name is removed when the directory is next opened.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+
+class Restored(NamedTuple):
+  """A checkpoint as read: its step, its arrays in the shardings asked for, and what was saved beside them."""
+
+  step: int
+  state: Any
+  extra: dict[str, Any]
+
+
+def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+  """Named beforehand, so that a process that has not saved anything can read a checkpoint's metadata."""
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  for item, handler, args in (("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
+                              ("extra", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore))):
+    for arg in args:
+      registry.add(item, arg, handler)
+  return registry
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Path → (shape, dtype) of each array. Named tuples and the dicts that Orbax makes of them give the same paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves}
+
+
+def _not_a_traceback_of_orbax(record) -> bool:
+  """Orbax logs the traceback of one failed write five times over before it raises it; the error that is raised says it all."""
+  return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+class Checkpoints:
+  """The checkpoints of one training run. Use it in a `with` statement: leaving it waits for what is still being written.
+
+  In a run of several processes, every process makes the same calls, and `directory` is on storage that they share.
+  """
+
+  def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    """Opens `directory`, which is created if need be.
+
+    Args:
+      directory: holds one folder a step, and nothing else of ours.
+      keep: how many of the latest checkpoints stay. With 1, damage to the only one loses the run.
+    """
+    self.directory = pathlib.Path(directory).absolute()
+    self._saving: int | None = None  # the step that may still be on its way to the disk
+    logging.get_absl_logger().addFilter(_not_a_traceback_of_orbax)
+    with self._explained("open the checkpoints"):
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+      self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    try:
+      self.close()
+    except Exception as late:
+      if error is None:
+        raise
+      logging.error("%s", late)  # the error that is already under way says more
+
+  def steps(self) -> list[int]:
+    """The steps that have a checkpoint, ascending; one that is still being written counts."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
+    """Copies the state to the host and writes it in the background; the device buffers may be donated right after.
+
+    Args:
+      step: larger than every step saved before, or one that is saved already (then nothing happens: the same run gives the same state).
+      state: pytree of arrays.
+      extra: JSON-able; comes back from `restore`.
+
+    Raises:
+      ValueError: `extra` is not JSON, or the step is older than the latest.
+      OSError: this or the save before it could not be written (disk full); what was whole before stays.
+    """
+    extra = extra or {}
+    try:
+      json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{self.directory}: extra of step {step} cannot be written as JSON: {error}") from error
+    steps = self.steps()
+    if step in steps:
+      return
+    if steps and step < steps[-1]:
+      raise ValueError(f"{self.directory}: cannot save step {step} after step {steps[-1]}: steps must ascend")
+    self.wait()
+    self._saving = step
+    with self._explained(f"write the checkpoint of step {step}"):
+      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)), force=True)
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk.
+
+    Raises:
+      OSError: it could not be written; names the step. What was whole before stays.
+    """
+    step, self._saving = self._saving, None
+    with self._explained(f"write the checkpoint of step {step}"):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits, as `wait` does, and lets go of the directory."""
+    try:
+      self.wait()
+    finally:
+      with contextlib.suppress(Exception):  # what can fail here has failed, and was reported, in wait()
+        self._manager.close()
+
+  def restore(self, abstract_state: Any) -> Restored | None:
+    """Reads the latest checkpoint that is whole.
+
+    One that is not is renamed to STEP.damaged-TIME, with a warning, and the one before it is read.
+
+    Args:
+      abstract_state: pytree of ShapeDtypeStructs with shardings (`mesh.abstract_init`), on any devices.
+
+    Returns:
+      The checkpoint, bit for bit what was saved; None if there is none.
+
+    Raises:
+      ValueError: a readable checkpoint holds other arrays than `abstract_state`, that is, another model or optimizer wrote it.
+    """
+    self.wait()
+    for step in reversed(self.steps()):
+      try:
+        saved = _shapes(self._manager.item_metadata(step).state.tree)
+        asked = _shapes(abstract_state)
+      except Exception as error:
+        self._set_aside(step, error)
+        continue
+      self._compare(step, saved, asked)
+      try:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), extra=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+      except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # says nothing about the file
+      except Exception as error:  # TensorStore and Orbax raise ValueError, OSError, KeyError and bare Exception for damage
+        self._set_aside(step, error)
+        continue
+      return Restored(step, restored.state, restored.extra)
+    return None
+
+  def _compare(self, step: int, saved: dict, asked: dict) -> None:
+    """Separates a wrong config, which is an error, from a damaged file, which is not."""
+    for path in sorted(saved.keys() | asked.keys()):
+      if saved.get(path) != asked.get(path):
+        has, wants = (f"{found[1]}{list(found[0])}" if found else "nothing" for found in (saved.get(path), asked.get(path)))
+        raise ValueError(f"{self.directory / str(step)}: holds {has} at {path}, where this run has {wants}: "
+                         "the checkpoint is of another architecture or optimizer; use another --workdir or the config it was made with")
+
+  def _set_aside(self, step: int, error: Exception) -> None:
+    path = self.directory / str(step)
+    aside = path.with_name(f"{step}.damaged-{int(time.time())}")
+    reason = (str(error).splitlines() or [""])[0][:300]
+    logging.warning("%s: unfinished or damaged checkpoint skipped, kept as %s (%s: %s)", path, aside.name, type(error).__name__, reason)
+    if jax.process_index() == 0:
+      path.rename(aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"set aside {path}")
+    self._manager.reload()
+
+  @contextlib.contextmanager
+  def _explained(self, what: str) -> Iterator[None]:
+    """Orbax and TensorStore pass on a full disk in several types of error and pages of text; this makes one line of it."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise  # of the device, not of the disk
+    except Exception as error:
+      full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota" in str(error)
+      reason = "the disk is full; free some space and run the same command again" if full else str(error).splitlines()[0][:600]
+      code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
+      raise OSError(code, f"could not {what}: {reason}; those before are whole", str(self.directory)) from error

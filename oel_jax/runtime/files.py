@@ -1,0 +1,60 @@
+"""Whole files or none: a reader never sees half of what was being written."""
+
+import errno
+import json
+import os
+import pathlib
+from typing import Any
+
+
+def explained(error: OSError, path: str | os.PathLike) -> OSError:
+  """Returns the error again, of the same type and number, with the file's name and what would help."""
+  advice = {
+      errno.ENOSPC: "the disk is full; free some space and run the same command again, it goes on from what is already written",
+      errno.EDQUOT: "your disk quota is used up; free some space and run the same command again, it goes on from what is already written",
+      errno.EROFS: "the file system is read-only; choose another --workdir",
+      errno.EACCES: "no permission to write there; choose another --workdir",
+  }.get(error.errno, error.strerror or str(error))
+  return type(error)(error.errno, f"could not write: {advice}", str(path))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes UTF-8 text under a temporary name, then renames: `path` holds the old text or the new one, also after a power cut.
+
+  Args:
+    path: its folder must exist.
+    text: the whole content.
+
+  Raises:
+    OSError: the disk is full, or the like; names the file. Whatever `path` held is untouched.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise explained(error, path) from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes indented JSON through `write_text`.
+
+  Raises:
+    OSError: as in `write_text`.
+    ValueError: the value holds something that JSON has not, such as NaN or an array; names the file.
+  """
+  try:
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path}: cannot be written as JSON: {error}") from error
+  write_text(path, text)

@@ -1,0 +1,166 @@
+"""What a run measured: one JSON line a step in metrics.jsonl, the same numbers for TensorBoard, and a count of compilations."""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+from oel_jax.runtime import files
+
+SCHEMA = 1
+RESERVED = ("schema", "round", "stage", "step", "time")
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+  """Counts the programs that JAX compiled, or fetched from its compilation cache, since this object was made.
+
+  A count that grows at every step shows shapes that change at every step. Call the object for the count; `close` stops it.
+  """
+
+  def __init__(self):
+    self._count = 0
+    self._listening = True
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, duration: float, **_: Any) -> None:
+    self._count += event == _COMPILE_EVENT
+
+  def __call__(self) -> int:
+    return self._count
+
+  def close(self) -> None:
+    """Stops counting; the count stays."""
+    if self._listening:
+      jax.monitoring.unregister_event_duration_listener(self._listen)
+      self._listening = False
+
+
+def _number(name: str, value: Any) -> int | float | bool:
+  array = np.asarray(value)
+  if array.size != 1 or array.dtype.kind in "OSUMm":
+    raise ValueError(f"metrics: {name} is {value!r}: it must be one number")
+  if array.dtype.kind in "biu":
+    return array.reshape(()).item()
+  return float(array.reshape(()))  # kind "V" are ml_dtypes numbers, such as bfloat16
+
+
+class Metrics:
+  """The metrics of one run directory. In a run of several processes only the first one writes.
+
+  Attributes:
+    compiles: call it for the number of programs compiled since this object was made.
+  """
+
+  def __init__(self, directory: str | os.PathLike):
+    """Opens DIR/metrics.jsonl for appending; a last line that a kill cut off is dropped, with a warning.
+
+    Args:
+      directory: created if need be; TensorBoard's event files go there too.
+    """
+    self.compiles = CompileCounter()
+    self._path = pathlib.Path(directory) / "metrics.jsonl"
+    self._points = collections.Counter()  # stage → lines so far: TensorBoard's horizontal axis, as steps begin anew in each round
+    self._file = self._board = None
+    if jax.process_index() != 0:
+      return
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+      logging.warning("%s:%d: unfinished last line dropped", self._path, len(lines))
+      files.write_text(self._path, "".join(lines[:-1]))
+    # SummaryWriter's thread dies of a full disk without a word, and then blocks the run when its queue is full; this one writes at once.
+    self._board = EventsWriter(str(self._path.parent / "events"), f".{os.getpid()}")
+    self._open()
+
+  def _open(self) -> None:
+    self._points.clear()
+    self._points.update(record["stage"] for _, record in self._read() if record)
+    self._file = open(self._path, "a", encoding="utf-8")
+
+  def _read(self) -> list[tuple[str, dict[str, Any] | None]]:
+    """Each line as (text, record); the record of a line that is not ours is None, and its text is kept."""
+    found = []
+    if self._path.exists():
+      for number, text in enumerate(self._path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        try:
+          record = json.loads(text)
+          record = {name: record[name] for name in ("round", "stage", "step")}
+        except (ValueError, KeyError, TypeError):
+          logging.warning("%s:%d: not a line of metrics; kept as it is", self._path, number)
+          record = None
+        found.append((text, record))
+    return found
+
+  def write(self, stage: str, step: int, *, round: int, **scalars: Any) -> None:
+    """Appends one line, and one point to each of TensorBoard's "stage/name" curves.
+
+    Args:
+      stage: e.g. "consolidation".
+      step: counted within the stage and round.
+      round: counted from 1; 0 where there are no rounds.
+      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities are written as null, with a warning.
+
+    Raises:
+      ValueError: a value is not one number, or its name is one of schema and time.
+      OSError: the line could not be written (disk full).
+    """
+    if taken := set(scalars) & set(RESERVED):
+      raise ValueError(f"metrics: the names {sorted(taken)} are taken")
+    values = {name: _number(name, value) for name, value in scalars.items()}
+    if self._file is None:
+      return
+    now = time.time()
+    for name, value in values.items():
+      if not math.isfinite(value):
+        logging.warning("metrics: %s/%s is %s at round %d, step %d; written as null", stage, name, value, round, step)
+        values[name] = None
+    line = dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values)
+    try:
+      self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+      self._file.flush()
+      for name, value in values.items():
+        if value is not None:
+          point = summary.scalar(f"{stage}/{name}", value)
+          self._board.write_event(Event(step=self._points[stage], wall_time=now, summary=point))
+      self._board.flush()
+    except OSError as error:
+      raise files.explained(error, self._path) from error
+    self._points[stage] += 1
+
+  def drop_after(self, round: int, stage: str, step: int) -> None:
+    """Removes the lines of this round and stage whose step is larger: they are about to be done again from a checkpoint at `step`.
+
+    -1 removes all lines of the round and stage. TensorBoard's event files keep the old points; the new ones fall on the same places.
+    """
+    if self._file is None:
+      return
+    self._file.close()
+    kept = [text for text, record in self._read()
+            if not (record and record["round"] == round and record["stage"] == stage and record["step"] > step)]
+    files.write_text(self._path, "".join(kept))
+    self._open()
+
+  def close(self) -> None:
+    """Closes the files and stops counting compilations. Everything is on disk already: each line is handed over when it is written."""
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
+      self._file = None
+    self.compiles.close()
+
+  def __enter__(self) -> "Metrics":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()

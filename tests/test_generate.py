@@ -1,0 +1,297 @@
+"""Sampling: against a naive loop that runs the whole forward for every token, and against float64 distributions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oel_jax.policy import generate as generate_lib
+from oel_jax.policy import model
+from oel_jax.policy.architecture import named
+from oel_jax.policy.generate import Policy, Sampling, filter_logits, generate, sample_token
+
+TINY = named("pocket-tiny")
+GREEDY, FREE = Sampling(1e-6), Sampling(1.0)
+LIMIT = 12  # few limits, samplings and sets of end ids: each is compiled anew
+
+
+@functools.cache
+def params():
+  rng = np.random.default_rng(0)
+
+  def leaf(path, shape):
+    scale = path[-1].key == "scale"
+    return (scale + rng.standard_normal(shape.shape) / (5 if scale else TINY.width**0.5)).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: model.init(TINY, jax.random.key(0))))
+
+
+def sample(prompts, seeds=None, sampling=FREE, limit=LIMIT, eos_ids=(510, 511), pad_id=1):
+  seeds = range(len(prompts)) if seeds is None else seeds
+  return generate(params(), TINY, prompts, seeds, sampling=sampling, max_new_tokens=limit, eos_ids=eos_ids, pad_id=pad_id)
+
+
+def random_prompts(*lengths, seed=0):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, 500, length).tolist() for length in lengths]
+
+
+@jax.jit
+def next_logits(tokens, length):
+  """Logits behind the first `length` tokens of one row, by a whole forward without any cache."""
+  positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
+  hidden, _ = model.apply(params(), TINY, tokens[None], positions, (positions < length).astype(jnp.int32))
+  return model.logits(hidden[0, length - 1], model.head(params()))
+
+
+def naive(prompt, choose, limit=LIMIT, eos_ids=(510, 511)):
+  row, response = np.zeros(96, np.int32), []
+  row[: len(prompt)] = prompt
+  while len(response) < limit:
+    token = int(choose(next_logits(row, len(prompt) + len(response)), len(response)))
+    row[len(prompt) + len(response)] = token
+    response.append(token)
+    if token in eos_ids:
+      break
+  return response
+
+
+def naive_sampled(prompt, seed, eos_ids=(510, 511)):
+  """Each sequence's own stream: its seed, then the position in the response."""
+  key = jax.random.key(np.uint32(seed))
+  return naive(prompt, lambda logits, t: jax.random.categorical(jax.random.fold_in(key, t), logits), eos_ids=eos_ids)
+
+
+def test_nearly_greedy_sampling_equals_a_naive_loop_for_prompts_of_any_length():
+  prompts = random_prompts(1, 5, 64, 17)
+  expected = [naive(prompt, lambda logits, t: np.argmax(logits)) for prompt in prompts]
+  assert sample(prompts, sampling=GREEDY) == expected
+  assert len({tuple(ids) for ids in expected}) == 4 and all(len(set(ids)) > 3 for ids in expected)  # not one token over and over
+
+
+def test_sampling_equals_a_naive_loop_with_each_sequences_own_stream():
+  prompts, seeds = random_prompts(9, 30, 2), [7, 4_294_967_295, 0]
+  assert sample(prompts, seeds) == [naive_sampled(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def test_a_sequence_does_not_depend_on_what_shares_its_batch():
+  prompts, seeds = random_prompts(3, 20, 64, 41), [11, 12, 13, 14]
+  together = sample(prompts, seeds)
+  alone = [sample([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+  assert together == alone
+  order = [2, 0, 3, 1]
+  assert sample([prompts[i] for i in order], [seeds[i] for i in order]) == [together[i] for i in order]
+  more = random_prompts(*range(1, 13), seed=1)  # the next batch size
+  assert sample(more + prompts, [*range(100, 112), *seeds])[12:] == together
+  longer = sample(prompts + [random_prompts(100)[0]], seeds + [1])  # and the next length
+  assert longer[:4] == together
+
+
+def test_equal_prompts_differ_by_seed_and_only_by_seed():
+  prompt = random_prompts(10)[0]
+  first, second, again = sample([prompt] * 3, [1, 2, 1])
+  assert first == again and first != second
+
+
+def test_more_prompts_than_the_largest_batch_keep_their_order():
+  lengths = [int(n) for n in np.random.default_rng(0).integers(1, 60, 260)]
+  prompts, seeds = random_prompts(*lengths), list(range(500, 760))
+  result = sample(prompts, seeds, limit=2)
+  assert len(result) == 260 and all(0 < len(ids) <= 2 for ids in result)
+  for i in (0, 77, 255, 256, 259):
+    assert sample([prompts[i]], [seeds[i]], limit=2) == [result[i]]
+
+
+# Ends
+
+
+@functools.cache
+def three_ends() -> tuple[int, ...]:
+  """Ids that three of the four responses to `four_prompts` come to hold at different places."""
+  whole = sample(four_prompts())
+  return whole[0][3], whole[1][6], whole[2][0]
+
+
+def four_prompts():
+  return random_prompts(4, 8, 15, 33)
+
+
+def test_each_of_several_end_ids_ends_a_response_and_is_kept():
+  """Trap 15: the first of the ids that comes ends the response; it is the last id returned."""
+  whole = sample(four_prompts())
+  assert all(len(ids) == LIMIT and not {510, 511} & set(ids) for ids in whole)  # the length limit: no end id
+  ends = three_ends()
+  cut = [next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids) for ids in whole]
+  assert sample(four_prompts(), eos_ids=ends) == cut
+  assert len(cut[0]) <= 4 and len(cut[1]) <= 7 and len(cut[2]) == 1
+  assert {ids[-1] for ids in cut[:3]} == set(ends)
+
+
+def test_no_response_is_longer_than_the_limit():
+  prompts = random_prompts(5, 9)
+  assert sample(prompts, limit=2) == [ids[:2] for ids in sample(prompts)]
+
+
+def test_padding_may_be_the_end_id_and_may_stand_in_the_prompt():
+  """Trap 15: what fills a row is told from what was said by its place, not by its value."""
+  ends, prompts = three_ends(), four_prompts()
+  prompts[1][4] = prompts[2][-1] = prompts[3][0] = ends[0]
+  expected = [naive_sampled(prompt, seed, ends) for seed, prompt in enumerate(prompts)]
+  assert sample(prompts, eos_ids=ends, pad_id=1) == expected
+  assert sample(prompts, eos_ids=ends, pad_id=ends[0]) == expected
+  assert expected[0][-1] == ends[0]
+
+
+# Distributions
+
+
+def support_by_numpy(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+  """Probabilities of one row in float64, filtered as transformers' warpers in a row: temperature, top-k, top-p."""
+  z = np.asarray(logits, np.float64) / sampling.temperature
+  if 0 < sampling.top_k < len(z):
+    z[z < np.sort(z)[-sampling.top_k]] = -np.inf
+  if sampling.top_p < 1:
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    total, order = 0.0, np.argsort(z, kind="stable")
+    for i in order[:-1]:  # the likeliest always stays
+      total += p[i]
+      if total > 1 - sampling.top_p:
+        break
+      z[i] = -np.inf
+  p = np.exp(z - z.max())
+  return p / p.sum()
+
+
+SAMPLINGS = [
+    Sampling(1.0), Sampling(0.7), Sampling(0.7, 0.8, 20), Sampling(1.3, 0.95), Sampling(1.0, 1.0, 5), Sampling(0.2, 0.5),
+    Sampling(1.0, 0.01), Sampling(1.0, 1.0, 1), Sampling(2.0, 0.9, 40), Sampling(1.0, 0.8, 1000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_the_filtered_distribution_is_that_of_float64(sampling):
+  logits = np.random.default_rng(1).normal(0, 3, (40, 50)).astype(np.float32)
+  filtered = np.asarray(filter_logits(jnp.asarray(logits), sampling), np.float64)
+  for row, ours in zip(logits, filtered, strict=True):
+    expected = support_by_numpy(row, sampling)
+    np.testing.assert_array_equal(np.isfinite(ours), expected > 0)
+    got = np.exp(ours - ours.max())
+    np.testing.assert_allclose(got / got.sum(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_the_filtered_distribution_is_that_of_transformers(sampling):
+  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  logits = np.random.default_rng(2).normal(0, 2, (40, 50)).astype(np.float32)
+  scores = torch.tensor(logits)
+  warpers = [transformers.TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
+  warpers += [transformers.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+  warpers += [transformers.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+  for warper in warpers:
+    scores = warper(None, scores)
+  np.testing.assert_allclose(filter_logits(jnp.asarray(logits), sampling), scores.numpy(), rtol=1e-6)
+
+
+def test_ties():
+  kept = lambda row, sampling: np.isfinite(np.asarray(filter_logits(jnp.asarray([row], jnp.float32), sampling)))[0].tolist()
+  assert kept([1, 3, 2, 2, 0], Sampling(1.0, 1.0, 2)) == [False, True, True, True, False]  # top-k keeps all that tie with the k-th
+  assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.75))) == 3  # one holds exactly 1 - top_p: it goes
+  assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.7))) == 3
+  assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.1))) == 1
+  assert kept([5, 5, -9, -9], Sampling(1.0, 0.9)) == [True, True, False, False]
+  assert kept([-np.inf, 0, -np.inf, 0], Sampling(1.0, 0.9)) == [False, True, False, True]
+
+
+def test_the_filter_is_the_same_for_bfloat16_logits_of_the_same_value():
+  logits = jnp.asarray(np.random.default_rng(3).normal(0, 2, (4, 64)), jnp.bfloat16)
+  filtered = filter_logits(logits, Sampling(0.7, 0.8, 20))
+  assert filtered.dtype == jnp.float32
+  np.testing.assert_array_equal(filtered, filter_logits(logits.astype(jnp.float32), Sampling(0.7, 0.8, 20)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 0.9, 6)], ids=str)
+def test_draws_follow_the_distribution(sampling):
+  """Chi-square of 20,000 draws over eight ids; the bound is the 99.99th percentile at most 7 degrees of freedom has."""
+  row = np.array([0.3, -1.0, 2.0, 1.4, 0.0, -3.0, 1.0, 0.9], np.float32)
+  n = 20_000
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(n))
+  drawn = np.asarray(sample_token(jnp.broadcast_to(row, (n, 8)), keys, sampling))
+  assert drawn.dtype == np.int32
+  counts, expected = np.bincount(drawn, minlength=8), n * support_by_numpy(row, sampling)
+  assert counts[expected == 0].sum() == 0
+  inside = expected > 0
+  assert inside.sum() == (8 if sampling == FREE else 4)
+  assert np.sum((counts - expected)[inside] ** 2 / expected[inside]) < 29.9
+
+
+def test_first_tokens_of_whole_responses_follow_the_distribution_too():
+  """The streams of different seeds are independent: 1,024 seeds on one prompt, ids counted in eight classes."""
+  prompt = random_prompts(12)[0]
+  row = np.zeros(96, np.int32)
+  row[:12] = prompt
+  expected = 1024 * support_by_numpy(np.asarray(next_logits(row, 12)), FREE).reshape(-1, 8).sum(0)
+  firsts = [ids[0] for ids in sample([prompt] * 1024, range(1024), limit=2)]
+  assert np.sum((np.bincount(np.array(firsts) % 8, minlength=8) - expected) ** 2 / expected) < 29.9
+  assert len(set(firsts)) > 50
+
+
+# Shapes and bad input
+
+
+def test_few_programs_are_compiled():
+  """Trap 20: 24 batches of other sizes and lengths share a handful of compiled shapes."""
+  before = generate_lib._generate._cache_size()
+  for i in range(24):
+    rows, longest = (1 + i % 4, 128) if i % 6 == 0 else (1 + i % 16, 64)
+    sample(random_prompts(*np.random.default_rng(i).integers(1, longest + 1, rows), seed=i))
+  assert generate_lib._generate._cache_size() - before <= 3  # 4 rows of 64 or 128 tokens, 16 rows of 64
+
+
+@pytest.mark.parametrize("size,expected", [(1, 64), (64, 64), (65, 128), (16384, 16384), (16385, 32768), (40000, 49152)])
+def test_buckets(size, expected):
+  assert generate_lib.bucket(size, generate_lib.LENGTHS) == expected
+
+
+def test_bad_input_is_one_clear_error():
+  with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
+    sample([[1], [2]], [0])
+  with pytest.raises(ValueError, match="empty prompt at index 1"):
+    sample([[1], [], [2]])
+  assert sample([]) == []
+
+
+@pytest.mark.parametrize("bad", [TINY.vocabulary, -1])
+def test_an_id_beyond_the_vocabulary_is_refused(bad):
+  """Looked up, it is NaN or another token; either way the response would be noise, without a word."""
+  with pytest.raises(ValueError, match=f"index 1.*{bad}"):
+    sample([[1], [3, bad]])
+
+
+@pytest.mark.parametrize(
+    "field,value", [("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1)]
+)
+def test_a_sampling_that_means_nothing_is_refused(field, value):
+  with pytest.raises(ValueError, match=f"{field}.*{value}"):
+    Sampling(**{"temperature": 1.0, field: value})
+
+
+class Words:
+  """A stand-in for a tokenizer: what `Policy` needs of one."""
+
+  pad_id, eos_ids = 1, (510, 511)
+
+  def __init__(self, vocabulary):
+    self.vocabulary = vocabulary
+
+
+def test_policy_samples_with_its_own_parts_and_refuses_a_foreign_tokenizer():
+  policy = Policy(TINY, params(), Words(TINY.vocabulary))
+  prompts = random_prompts(1, 5, 64, 17)
+  assert policy.sample(prompts, range(4), sampling=FREE, max_new_tokens=LIMIT) == sample(prompts)
+  other = policy.replace({**params(), "norm": {"scale": -params()["norm"]["scale"]}})
+  assert other.sample(prompts, range(4), sampling=FREE, max_new_tokens=LIMIT) != sample(prompts)
+  with pytest.raises(ValueError, match=f"{TINY.vocabulary + 1}.*{TINY.vocabulary}"):  # trap 16
+    Policy(TINY, params(), Words(TINY.vocabulary + 1))

@@ -1,0 +1,118 @@
+"""The command line: what it starts, and one clear line for each mistake (trap 35)."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+CONFIG = """
+import ml_collections
+from ml_collections import config_dict
+
+def get_config(size="small"):
+  if size not in ("small", "pretrain"):
+    raise ValueError(f"size {size!r}: it must be small or pretrain")
+  config = ml_collections.ConfigDict(dict(seed=0, rate=0.5, group=dict(steps=3, weights=config_dict.placeholder(str))))
+  if size == "pretrain":
+    config.task = "pretrain"
+  return config
+"""
+
+# Stands in for the stages, then runs main as `python -m oel_jax.main` does.
+DRIVER = """
+import runpy, sys, types
+import jax, oel_jax, oel_jax.pocket
+
+def run(config, workdir, resume_anyway=None):
+  print("loop", config.seed, config.group.steps, config.group.weights, workdir, resume_anyway, config.is_locked)
+  print("cache", jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
+  if config.rate == 1.0:
+    open("/nowhere/at/all")
+  if config.rate == 2.0:
+    jax.numpy.zeros((2, 3)).reshape(7)
+
+def pretrain(config, workdir):
+  print("pretrain", config.seed, workdir)
+
+for package, name, function in ((oel_jax, "rounds", run), (oel_jax.pocket, "pretrain", pretrain)):
+  module = types.ModuleType(name)
+  module.run = function
+  sys.modules[f"{package.__name__}.{name}"] = module
+  setattr(package, name, module)
+runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(name="start")
+def fixture_start(tmp_path):
+  (tmp_path / "config.py").write_text(CONFIG)
+  (tmp_path / "driver.py").write_text(DRIVER)
+
+  def start(*flags: str, size: str = "") -> subprocess.CompletedProcess:
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(pathlib.Path(__file__).parents[1]), OEL_JAX_CACHE=str(tmp_path / "cache"))
+    flags = [f"--config={tmp_path}/config.py{size}", f"--workdir={tmp_path}/run", *flags]
+    return subprocess.run([sys.executable, str(tmp_path / "driver.py"), *flags], env=env, capture_output=True, text=True, timeout=60)
+
+  return start
+
+
+def test_starts_the_loop_with_the_overrides(start, tmp_path):
+  done = start("--config.seed=4", "--config.group.weights=pocket", "--resume_anyway")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [f"loop 4 3 pocket {tmp_path}/run True True", f"cache {tmp_path}/cache 0.3"]
+
+
+def test_starts_the_pre_training(start, tmp_path):
+  assert start(size=":pretrain").stdout == f"pretrain 0 {tmp_path}/run\n"
+
+
+@pytest.mark.parametrize("flag, told", [
+    ("--config.group.step=4", 'config.group.step: the configuration has no such field. Did you mean "steps"'),
+    ("--config.seed=1.5", "--config.seed=1.5: invalid literal for int"),
+    ("--config.seed=None", "--config.seed=None: invalid literal for int"),
+    ("--config.rate=high", "--config.rate=high: could not convert string to float"),
+    ("--bogus=1", "bogus"),
+    ("bogus", "unexpected argument 'bogus'"),
+    ("--config=/nowhere/config.py", "/nowhere/config.py"),
+    ("--workdir=", "--workdir is missing"),
+    ("--config.rate=1.0", "No such file or directory: '/nowhere/at/all'"),
+])
+def test_a_mistake_is_one_line(start, flag, told):
+  done = start(flag)
+  errors = done.stderr.splitlines()
+  assert done.returncode == 2 and len(errors) == 1, done.stderr
+  assert errors[0].startswith("error: ") and told in errors[0]
+
+
+def test_an_unknown_size_is_one_line(start):
+  done = start(size=":huge")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+  assert "config.py:huge" in done.stderr and "size 'huge': it must be small or pretrain" in done.stderr
+
+
+def test_debug_and_errors_that_are_bugs_keep_their_traceback(start):
+  done = start("--config.rate=1.0", "--debug")
+  assert done.returncode == 1 and "Traceback" in done.stderr and "FileNotFoundError" in done.stderr
+  done = start("--config.rate=2.0")  # raised inside JAX: not something that the user wrote
+  assert done.returncode == 1 and "Traceback" in done.stderr and "reshape" in done.stderr
+
+
+def test_an_error_of_this_package_is_one_line():
+  script = textwrap.dedent("""
+      from oel_jax import main
+      from oel_jax.runtime import files
+      try:
+        files.write_json("x", float("nan"))
+      except ValueError as error:
+        print(main._is_told_in_one_line(error))
+      try:
+        raise ValueError("elsewhere")
+      except ValueError as error:
+        print(main._is_told_in_one_line(error))
+  """)
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
+  out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+  assert out.stdout.split() == ["True", "False"], out.stderr

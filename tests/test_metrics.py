@@ -1,0 +1,149 @@
+"""metrics.jsonl and TensorBoard's files, after kills too; the compile counter; progress; whole files."""
+
+import json
+import os
+import resource
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from oel_jax.runtime import files, progress
+from oel_jax.runtime.metrics import CompileCounter, Metrics
+
+
+def lines(directory):
+  return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(directory):
+  """Reads the event files by hand (length, checksum, message, checksum): tag → [(step, value)]."""
+  found = {}
+  for path in sorted(directory.glob("events.out.tfevents*")):
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+      size = struct.unpack_from("<Q", data, at)[0]
+      event = Event.FromString(data[at + 12:at + 12 + size])
+      for value in event.summary.value:
+        found.setdefault(value.tag, []).append((event.step, value.simple_value))
+      at += size + 16
+  return found
+
+
+def test_lines_types_and_tensorboard(tmp_path):
+  with Metrics(tmp_path / "new" / "run") as metrics:
+    metrics.write("consolidation", 1, round=1, loss=jnp.float32(0.5), tokens=np.int64(7), last=np.bool_(True), half=jnp.bfloat16(1.5))
+    metrics.write("consolidation", 2, round=1, loss=np.array([0.25]), tokens=8)
+    metrics.write("consolidation", 1, round=2, loss=0.125)
+  first, second, third = lines(tmp_path / "new" / "run")
+  assert abs(first.pop("time") - second["time"]) < 60
+  assert first == {"schema": 1, "round": 1, "stage": "consolidation", "step": 1, "loss": 0.5, "tokens": 7, "last": True, "half": 1.5}
+  assert type(first["tokens"]) is int and type(first["last"]) is bool and second["loss"] == 0.25
+  assert (third["round"], third["step"]) == (2, 1)
+  curves = events(tmp_path / "new" / "run")
+  assert curves["consolidation/loss"] == [(0, 0.5), (1, 0.25), (2, 0.125)]  # rounds one after the other
+  assert curves["consolidation/tokens"] == [(0, 7.0), (1, 8.0)]
+
+
+def test_not_a_number_is_null_with_a_warning(tmp_path, caplog):
+  with Metrics(tmp_path) as metrics:
+    metrics.write("s", 3, round=1, a=float("nan"), b=np.float32("inf"), c=1)
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert "NaN" not in text and "Infinity" not in text
+  assert lines(tmp_path)[0]["a"] is None and lines(tmp_path)[0]["b"] is None and lines(tmp_path)[0]["c"] == 1
+  assert "s/a is nan at round 1, step 3" in caplog.text and "s/b is inf" in caplog.text
+
+
+@pytest.mark.parametrize("scalars, told", [(dict(x=np.arange(3)), "x is"), (dict(x="high"), "x is 'high'"), (dict(x=None), "x is None"),
+                                           (dict(time=1.0), "time")])
+def test_refuses_what_is_not_a_number(tmp_path, scalars, told):
+  with Metrics(tmp_path) as metrics:
+    with pytest.raises(ValueError, match=told):
+      metrics.write("s", 1, round=1, **scalars)
+  assert lines(tmp_path) == []
+
+
+def test_resumed_steps_are_not_doubled(tmp_path, caplog):
+  with Metrics(tmp_path) as metrics:
+    metrics.write("evaluation", 5, round=1, x=1.0)
+    for step in range(1, 6):
+      metrics.write("consolidation", step, round=1, x=step)
+    for step in range(1, 6):
+      metrics.write("consolidation", step, round=2, x=step)
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text() + "not ours\n" + '{"schema": 1, "round": 2, "sta')  # killed while writing
+  with Metrics(tmp_path) as metrics:
+    assert "metrics.jsonl:13: unfinished last line dropped" in caplog.text
+    metrics.drop_after(2, "consolidation", 3)
+    metrics.write("consolidation", 4, round=2, x=40)
+  text = path.read_text().splitlines()
+  assert text[9] == "not ours" and "metrics.jsonl:12: not a line of metrics" in caplog.text
+  kept = [json.loads(line) for line in text if line != "not ours"]
+  again = [("c", round, step, step) for round, last in ((1, 5), (2, 3)) for step in range(1, last + 1)]
+  wanted = [("e", 1, 5, 1.0), *again, ("c", 2, 4, 40)]
+  assert [(line["stage"][0], line["round"], line["step"], line["x"]) for line in kept] == wanted
+  assert (8, 40.0) in events(tmp_path)["consolidation/x"]  # where the dropped step 4 of round 2 stood
+  with Metrics(tmp_path) as metrics:
+    metrics.drop_after(2, "consolidation", -1)
+  assert [line["round"] for line in map(json.loads, (line for line in path.read_text().splitlines() if line != "not ours"))] == [1] * 6
+
+
+def test_compile_counter_counts_programs_not_calls(tmp_path):  # trap 20
+  inputs = {size: np.ones(size, np.float32) for size in (3, 4, 5)}
+  with Metrics(tmp_path) as metrics:
+    function = jax.jit(lambda x: x * 2 + 1)
+    start = metrics.compiles()
+    for _ in range(3):
+      jax.block_until_ready(function(inputs[3]))
+    assert metrics.compiles() - start == 1
+    for size in (4, 5, 4, 3):
+      jax.block_until_ready(function(inputs[size]))
+    assert metrics.compiles() - start == 3
+    other = CompileCounter()
+  jax.block_until_ready(jax.jit(lambda x: x * 3)(inputs[3]))
+  assert metrics.compiles() - start == 3 and other() == 1  # a closed one counts no more
+  other.close()
+
+
+def test_progress_in_a_log_file_is_one_line(capsys):
+  with progress.bar("round 1: deploy", 5) as advance:
+    advance()
+    advance(4)
+  out = capsys.readouterr().out
+  assert out.startswith("round 1: deploy: 5 of 5 in ") and out.endswith(" s\n") and out.count("\n") == 1
+
+
+def test_table_shows_every_column_and_text_as_it_is(capsys):
+  progress.table([{"model": "[bold]a[/bold]", "pass": 0.123456}, {"model": "b", "tokens": 12, "pass": None}], "Round 1")
+  out = capsys.readouterr().out
+  assert all(part in out for part in ("Round 1", "[bold]a[/bold]", "0.1235", "tokens", "12", "–"))
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"old": 0})
+  with open(path, encoding="utf-8") as reader:  # a reader that is in the middle of the file keeps the old one, whole
+    files.write_json(path, {"é": 1})
+    assert reader.read() == '{\n  "old": 0\n}\n'
+  assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+  with pytest.raises(ValueError, match="a.json: cannot be written as JSON"):
+    files.write_json(path, {"x": float("nan")})
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # stands for a disk that takes no more
+    with pytest.raises(OSError, match="could not write.*a.json"):
+      files.write_text(path, "x" * 5000)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+  assert os.listdir(tmp_path) == ["a.json"]
+  with pytest.raises(FileNotFoundError, match="could not write.*nowhere"):
+    files.write_text(tmp_path / "nowhere" / "b.txt", "")
+
+
+def test_explained_says_what_to_do_about_a_full_disk():
+  told = str(files.explained(OSError(28, "No space left on device"), "run/x.json"))
+  assert "disk is full" in told and "run/x.json" in told

@@ -1,0 +1,165 @@
+"""Consolidation of a round: what is drawn, that the right text is scored, and that an interrupted run ends with the same bits."""
+
+import dataclasses
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from oel_jax import config as config_lib
+from oel_jax.consolidation import train
+from oel_jax.pocket import vocabulary
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import model
+from oel_jax.policy.generate import Policy
+from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime.metrics import Metrics
+from oel_jax.trajectory import Message, Prefix, knowledge_message
+
+TEXTS = ("- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard.\n- EXPERIENCE ITEM: Aim for G.")
+PREFIXES = tuple(Prefix(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5))
+
+
+@pytest.fixture(scope="module")
+def policy():
+  architecture = architecture_lib.named("pocket-tiny")
+  params = jax.jit(lambda key: model.init(architecture, key))(jax.random.key(0))
+  return Policy(architecture, params, SentencePieceTokenizer(vocabulary.build()))
+
+
+def _config(**changes):
+  config = config_lib.default().consolidation
+  with config.unlocked():
+    config.update(dict(steps=6, batch_size=4, micro_batch=4, learning_rate=1e-3, k=8, checkpoint_every=2, log_probe=3) | changes)
+  return config
+
+
+def _task(policy, **changes):
+  how = dict(seed=3, round=1, thinking=True, limit=256) | changes
+  return train.make_task(policy.tokenizer, PREFIXES, TEXTS, **how)
+
+
+def _one_device():
+  return mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+
+
+def _run(policy, folder, config=None, advance=lambda n: None):
+  with Metrics(folder) as metrics:
+    params, cost = train.consolidate(
+        config or _config(), _task(policy), policy, limit=8, directory=folder / "checkpoints", mesh=_one_device(), metrics=metrics, advance=advance
+    )
+  return jax.device_get(params), cost
+
+
+def test_the_task_holds_the_ids_of_the_chat(policy):  # traps 13, 14
+  task = _task(policy)
+  for prefix, ids in zip(PREFIXES, task.prompts, strict=True):
+    assert list(ids) == policy.tokenizer.chat(prefix.messages)
+    for text, known in zip(TEXTS, task.knowledge, strict=True):
+      assert [*known, *ids] == policy.tokenizer.chat((knowledge_message(text), *prefix.messages))
+
+
+def test_bad_tasks_are_refused(policy):
+  with pytest.raises(ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"):  # trap 12
+    _task(policy, limit=12)
+  with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
+    train.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
+
+  class Shifty:  # a template that says something else when there is a system message
+    def chat(self, messages, thinking=True):
+      return [1, 2, 3] if messages[0].role == "system" else [9, 3]
+
+    def knowledge_prefix(self, message):
+      return [1, 2]
+
+  with pytest.raises(ValueError, match="chat template changes the prompt"):
+    train.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)
+
+
+@pytest.mark.parametrize("data", ["student", "teacher"])
+def test_a_batch_is_scored_as_it_was_sampled(policy, data):
+  """The sampled ids stand behind the prompt on both sides, and the knowledge only with the teacher; the sampler is who `data` says."""
+  task, seen = _task(policy), []
+
+  class Spy:
+    tokenizer = policy.tokenizer
+
+    def __init__(self, name):
+      self.name = name
+
+    def sample(self, prompts, seeds, **how):
+      sampled = policy.sample(prompts, seeds, **how)
+      seen.append((self.name, prompts, sampled))
+      return sampled
+
+  batch, lengths = train.sample_batch(task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate")
+  [(name, prompts, sampled)] = seen
+  assert name == data and lengths == [len(ids) for ids in sampled]
+  for b, i in enumerate([0, 3, 4]):
+    prompt, response = list(task.prompts[i]), sampled[b]
+    assert batch.student_tokens[b, : batch.student_length[b]].tolist() == prompt + response
+    teacher = batch.teacher_tokens[b, : batch.teacher_length[b]].tolist()
+    assert teacher in [[*known, *prompt, *response] for known in task.knowledge]
+    assert batch.response[b][batch.mask[b]].tolist() == response
+    assert list(prompts[b]) == (prompt if data == "student" else teacher[: len(teacher) - len(response)])
+    # The row that predicts the response's first token is the prompt's last, on both sides.
+    assert batch.student_tokens[b, batch.student_start[b] + 1] == batch.teacher_tokens[b, batch.teacher_start[b] + 1] == response[0]
+
+
+def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
+  task, numbers = _task(policy), iter(train.draws(_task(policy), 5))
+  passes = [next(numbers) for _ in range(8)]
+  assert all(sorted(batch["prefix"].tolist()) == list(range(5)) for batch in passes)
+  assert len({tuple(batch["prefix"].tolist()) for batch in passes}) > 1
+  assert [n for batch in passes for n in batch["draw"].tolist()] == list(range(40))
+  used = set()
+  for drawn in passes[:2]:
+    batch, _ = train.sample_batch(task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate")
+    used |= set((batch.teacher_length - batch.student_length).tolist())
+  assert used == {len(known) for known in task.knowledge}
+
+
+def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_path):  # trap 31
+  whole, _ = _run(policy, tmp_path / "whole")
+  assert not np.array_equal(whole["norm"]["scale"], np.asarray(policy.params["norm"]["scale"]))
+
+  class Cut(Exception):
+    pass
+
+  for at in (1, 3, 4, 5):
+    done = []
+
+    def stop(n, at=at, done=done):
+      done.append(n)
+      if sum(done) == at:
+        raise Cut
+
+    with pytest.raises(Cut):
+      _run(policy, tmp_path / f"cut{at}", advance=stop)
+    again, _ = _run(policy, tmp_path / f"cut{at}")
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    lines = (tmp_path / f"cut{at}" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 7  # step 0 and each step once, none twice
+
+
+def test_a_finished_round_is_not_trained_again(policy, tmp_path):
+  first, spent = _run(policy, tmp_path)
+  again, nothing = _run(policy, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, again, first)
+  assert spent["tokens"] > 0 and nothing["tokens"] == 0
+
+
+def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 6
+  whole, _ = _run(policy, tmp_path / "a", _config(steps=2))
+  cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_batch=1))
+  # Adam divides by the gradient's own size, so where that is rounding noise the two may differ by up to a step of the rate, 1e-3.
+  differ = np.concatenate([np.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True)])
+  assert np.quantile(differ, 0.99) < 1e-5
+
+
+def test_the_vocabularies_must_belong_together(policy):  # trap 16
+  small = dataclasses.replace(policy.architecture, vocabulary=policy.tokenizer.vocabulary - 1)
+  with pytest.raises(ValueError, match="do not belong together"):
+    Policy(small, policy.params, policy.tokenizer)

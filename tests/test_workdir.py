@@ -1,0 +1,97 @@
+"""The run directory, and the seeds of a run: the same run goes on, another one is refused."""
+
+import json
+import logging
+
+import ml_collections
+import pytest
+
+from oel_jax import config as default_config
+from oel_jax.runtime import seeds
+from oel_jax.runtime.workdir import open_workdir
+
+
+def test_first_use_writes_the_configuration_and_versions(tmp_path):
+  config = default_config.default()
+  path = open_workdir(config, tmp_path / "a" / "b")
+  written = json.loads((path / "config.json").read_text())
+  assert path == tmp_path / "a" / "b" and written["schema"] == 1
+  assert written["config"]["consolidation"]["learning_rate"] == 1e-6 and written["config"]["policy"]["weights"] is None
+  assert set(written["versions"]) == {"python", "jax", "flax", "oel_jax"}
+  before = (path / "config.json").read_bytes()
+  assert open_workdir(default_config.default(), path) == path
+  assert (path / "config.json").read_bytes() == before
+
+
+def test_another_configuration_is_refused_with_both_values(tmp_path):
+  open_workdir(default_config.default(), tmp_path)
+  before = (tmp_path / "config.json").read_bytes()
+  config = default_config.default()
+  config.seed = 3
+  config.policy.weights = "pocket"
+  with config.unlocked():
+    config.extra = ml_collections.ConfigDict(dict(on=True))
+    del config.deployment["slots"]
+  with pytest.raises(ValueError) as error:
+    open_workdir(config, tmp_path)
+  for part in ("config.seed was 0 and is 3", "config.policy.weights was None and is 'pocket'",
+               "config.extra.on was 'no such field' and is True", "config.deployment.slots was 64 and is 'no such field'",
+               "--resume_anyway", "config.json"):
+    assert part in str(error.value)
+  assert str(error.value).count(" was ") == 4
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_resume_anyway_records_what_changed(tmp_path):
+  open_workdir(default_config.default(), tmp_path)
+  for seed in (1, 2):
+    config = default_config.default()
+    config.seed = seed
+    open_workdir(config, tmp_path, resume_anyway=True)
+  written = json.loads((tmp_path / "config.json").read_text())
+  assert written["config"]["seed"] == 2
+  assert [change["fields"] for change in written["changes"]] == [
+      [{"field": "seed", "was": 0, "is": 1}],
+      [{"field": "seed", "was": 1, "is": 2}],
+  ]
+  config = default_config.default()
+  config.seed = 2
+  open_workdir(config, tmp_path)  # what it is now is what is compared
+
+
+def test_other_versions_are_a_warning(tmp_path, caplog):
+  open_workdir(default_config.default(), tmp_path)
+  path = tmp_path / "config.json"
+  written = json.loads(path.read_text())
+  written["versions"]["jax"] = "0.0.1"
+  path.write_text(json.dumps(written))
+  with caplog.at_level(logging.WARNING):
+    open_workdir(default_config.default(), tmp_path)
+  assert "'jax': '0.0.1'" in caplog.text
+
+
+@pytest.mark.parametrize("text, told", [("", "damaged"), ('{"schema": 1, "config"', "damaged"), ('{"schema": 9}', "its schema is 9"),
+                                        ("[]", "damaged"), ('{"schema": 1, "config": [], "versions": {}, "changes": []}', "damaged")])
+def test_a_damaged_file_is_named_and_kept(tmp_path, text, told):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=told) as error:
+    open_workdir(default_config.default(), tmp_path, resume_anyway=True)
+  assert str(tmp_path / "config.json") in str(error.value)
+  assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+  (tmp_path / "taken").write_text("")
+  with pytest.raises(OSError, match="taken"):
+    open_workdir(default_config.default(), tmp_path / "taken")
+
+
+def test_seeds_are_stable_and_apart():
+  # From another implementation of the same rule: printf "(0, 1, 'deploy', 2)" | b2sum --length 32
+  assert f"{seeds.derive(0, 1, 'deploy', 2):08x}" == "074c6ab8"
+  drawn = {seeds.derive(seed, stage, index) for seed in range(5) for stage in ("deploy", "extract") for index in range(200)}
+  assert len(drawn) == 2000 and all(0 <= value < 2**32 for value in drawn)
+  assert seeds.derive(1) != seeds.derive("1") and seeds.derive("ab", "c") != seeds.derive("a", "bc")
+  for part in (1.0, True, None):
+    with pytest.raises(TypeError, match="int or str"):
+      seeds.derive(part)
