@@ -49,7 +49,7 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
   except OSError as error:
     raise files.explained(error, folder) from error
   for name, png in light.items():
-    _write_bytes(folder / f"{name}.png", png)
+    files.write_bytes(folder / f"{name}.png", png)
   files.write_json(folder / "results.json", results)
   files.write_text(folder / "index.html", html)
   return results
@@ -117,17 +117,6 @@ def _numbers(name: str, measure: Measure | None) -> dict[str, Any]:
 
 def _percent(share: float | None) -> str | None:
   return None if share is None else f"{100 * share:.1f}"
-
-
-def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-  """As `files.write_text`, for a picture; the page has its own copy, so this one need not survive a power cut."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  except OSError as error:
-    temporary.unlink(missing_ok=True)
-    raise files.explained(error, path) from error
 
 
 if __name__ == "__main__":

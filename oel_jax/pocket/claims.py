@@ -57,13 +57,13 @@ def parse(line: str) -> Claim | None:
 
 def parse_all(knowledge: str) -> list[Claim]:
   """The claims of a knowledge text, in order; lines in other words are left out."""
-  return [claim for line in knowledge.splitlines() if line.startswith(ITEM_MARK) and (claim := parse(line))]
+  return [claim for line in knowledge.split("\n") if line.startswith(ITEM_MARK) and (claim := parse(line))]
 
 
 def swap_roles(knowledge: str) -> str:
   """The same text with goal and trap exchanged, each item in the counterpart of its wording; what a policy that reads must obey."""
   lines = []
-  for line in knowledge.splitlines():
+  for line in knowledge.split("\n"):
     claim = parse(line) if line.startswith(ITEM_MARK) else None
     if claim and claim.role in (GOAL, TRAP):
       wording = next(i for pattern, role, i in _PATTERNS if role == claim.role and pattern.match(line.removeprefix(ITEM_MARK).strip()))

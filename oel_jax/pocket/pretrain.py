@@ -24,16 +24,15 @@ from oel_jax.policy.tokenizer import SentencePieceTokenizer
 from oel_jax.runtime.seeds import derive
 
 
-class Rows(grain.transforms.Map):
-  """Row i of the corpus: whole examples one after another until the next does not fit, as int32 arrays of one length.
+class Examples(grain.transforms.Map):
+  """Example i of the corpus as int32 arrays of one length: `tokens` and `targets` are next-token pairs, `weight` is 0 but on the response.
 
-  `tokens` and `targets` are next-token pairs; `weight` is 0 but on responses, where the pieces that decide something (letters, "unknown",
-  places, moves) weigh `decisive` times the rest, which is mostly foregone; `segments` counts the row's examples from 1; `positions` counts
-  within each. The tokenizer is built in each worker process.
+  There the pieces that decide something (letters, "unknown", places, moves) weigh `decisive` times the rest, which is mostly foregone.
+  The tokenizer is built in each worker process.
   """
 
-  def __init__(self, seed: int, length: int, decisive: int, model_file: bytes):
-    self._seed, self._length, self._decisive, self._model_file, self._tokenizer = seed, length, decisive, model_file, None
+  def __init__(self, seed: int, decisive: int, model_file: bytes):
+    self._seed, self._decisive, self._model_file, self._tokenizer = seed, decisive, model_file, None
 
   def __getstate__(self):
     return {**self.__dict__, "_tokenizer": None}
@@ -45,36 +44,36 @@ class Rows(grain.transforms.Map):
       words = ("unknown", *worlds.LETTERS, *worlds.ACTIONS, *places)
       self._weights = np.ones(self._tokenizer.vocabulary, np.int32)
       self._weights[[self._tokenizer.encode(word)[0] for word in words]] = self._decisive
-    row = {name: np.zeros(self._length, np.int32) for name in ("tokens", "targets", "weight", "segments", "positions")}
-    start = 0
-    for j in range(100):
-      drawn = corpus.example(derive(self._seed, "corpus", int(i), j))
-      prompt, response = self._tokenizer.chat(drawn.messages), self._tokenizer.response(drawn.thinking, drawn.answer)
-      ids = np.asarray(prompt + response, np.int32)
-      end = start + len(ids) - 1
-      if end > self._length:
-        if start:
-          break
-        continue  # longer than a whole row: rare, left out
-      row["tokens"][start:end], row["targets"][start:end] = ids[:-1], ids[1:]
-      row["weight"][start + len(prompt) - 1 : end] = self._weights[response]
-      row["segments"][start:end], row["positions"][start:end] = j + 1, np.arange(len(ids) - 1)
-      start = end
-    return row
+    drawn = corpus.example(derive(self._seed, "corpus", int(i)))
+    prompt, response = self._tokenizer.chat(drawn.messages), self._tokenizer.response(drawn.thinking, drawn.answer)
+    ids = np.asarray(prompt + response, np.int32)
+    weight = np.concatenate([np.zeros(len(prompt) - 1, np.int32), self._weights[response]])
+    return {"tokens": ids[:-1], "targets": ids[1:], "weight": weight}
 
 
 def dataset(config: Any, model_file: bytes) -> grain.IterDataset:
-  """Batches of `Rows`: int32 arrays [rows, length]."""
-  rows = grain.MapDataset.range(10**9).map(Rows(config.seed, config.length, config.decisive, model_file))
-  batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)).batch(config.rows, drop_remainder=True)
+  """Batches of packed rows, int32 [rows, length]: `Examples`' arrays, `tokens_segment_ids` (from 1; 0 is padding) and `tokens_positions`.
+
+  An example that does not fit a row goes into another; one longer than a whole row, about 1 in 3,000 at 768 tokens, is left out.
+  """
+  examples = grain.MapDataset.range(10**9).map(Examples(config.seed, config.decisive, model_file))
+  examples = examples.filter(functools.partial(_fits, length=config.length))
+  batches = grain.experimental.FirstFitPackIterDataset(
+      examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)),
+      length_struct=dict.fromkeys(("tokens", "targets", "weight"), config.length), num_packing_bins=config.rows,
+  ).batch(config.rows, drop_remainder=True)  # fmt: skip
   if config.workers:
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4))
   return batches
 
 
+def _fits(example: dict[str, np.ndarray], length: int) -> bool:
+  return len(example["tokens"]) <= length
+
+
 def loss(params: Any, batch: dict[str, jax.Array], *, architecture: Any, dtype: Any, path: str) -> jax.Array:
   """Weighted mean cross-entropy over the response tokens of a packed batch, float32."""
-  hidden, _ = model.apply(params, architecture, batch["tokens"], batch["positions"], batch["segments"], dtype=dtype, path=path)
+  hidden, _ = model.apply(params, architecture, batch["tokens"], batch["tokens_positions"], batch["tokens_segment_ids"], dtype=dtype, path=path)
   losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden, model.head(params)), batch["targets"])
   return jnp.sum(losses * batch["weight"]) / jnp.maximum(batch["weight"].sum(), 1)
 
@@ -100,7 +99,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state, value
 
-  params = model.init(architecture, jax.random.key(config.seed))
+  params = jax.jit(functools.partial(model.init, architecture))(jax.random.key(config.seed))
   state = optimizer.init(params)
   batches, started, waited, tokens = iter(dataset(config, model_file)), time.time(), 0.0, 0
   with (folder / "metrics.jsonl").open("w") as log:
@@ -108,7 +107,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
       asked = time.time()
       batch = next(batches)
       waited += time.time() - asked
-      tokens += int((batch["segments"] > 0).sum())
+      tokens += int((batch["tokens_segment_ids"] > 0).sum())
       params, state, value = step(params, state, batch)
       if i % config.log_every == 0 or i == config.steps:
         line = {"schema": 1, "step": i, "loss": float(value), "tokens": tokens, "seconds": round(time.time() - started, 1), "waited_for_data": round(waited, 1)}

@@ -70,7 +70,7 @@ def play_lake(policy: Any, count: int, *, seed: int, knowledge: str = "", spec: 
 
 def _play(policy, spec, episodes, open_with):
   return play(
-      policy, spec, episodes=episodes, sampling=SAMPLING, max_response_tokens=128, max_prompt_tokens=2048, slots=256, thinking=True, open_with=open_with
+      policy, spec, episodes=episodes, sampling=SAMPLING, max_response_tokens=96, max_prompt_tokens=2048, slots=64, thinking=True, open_with=open_with
   )
 
 

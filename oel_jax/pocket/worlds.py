@@ -77,8 +77,9 @@ def random_world(rng: random.Random, *, layout: str | None = None, size: int | N
       "corner_trap" (the reverse); drawn 3 : 1 : 1 if None.
     size: 3, 4 or 5; drawn if None.
   """
+  layout = layout or rng.choices(("symmetric", "corner_goal", "corner_trap"), (3, 1, 1))[0]
   while True:
-    world = _draw(rng, layout or rng.choices(("symmetric", "corner_goal", "corner_trap"), (3, 1, 1))[0], size or rng.choice(SIZES))
+    world = _draw(rng, layout, size or rng.choice(SIZES))
     goals = [(r, c) for r in range(world.size) for c in range(world.size) if world.symbol((r, c)) == world.goal]
     if distances(world, goals, {world.trap}).get(world.start, MAX_TURNS + 1) <= MAX_TURNS:
       return world
@@ -126,14 +127,17 @@ class WorldGame:
 
   def __init__(self, world: World, max_turns: int = MAX_TURNS):
     self.world, self.player = world, world.start
-    self._max_turns, self._turns, self._errors = max_turns, 0, 0
+    self._max_turns, self._turns, self._errors, self._done = max_turns, 0, 0, False
     self.observation = self._board()
 
   def play(self, answer_action: str) -> Step:
-    """`answer_action` is "[up]", "[down]", "[left]" or "[right]"; anything else is an invalid move."""
-    step = self._move(answer_action.strip("[]"))
+    """`answer_action` is "[up]", "[down]", "[left]" or "[right]"; anything else is an invalid move. RuntimeError after the end."""
+    if self._done:
+      raise RuntimeError("the game is over, there is no move left to make")
+    step = self._move(answer_action[1:-1] if answer_action.startswith("[") and answer_action.endswith("]") else "")
     self._turns += 1
-    if step.done or self._turns < self._max_turns:
+    self._done = step.done or self._turns == self._max_turns
+    if step.done or not self._done:
       return step
     return Step(step.observation, True, 0.0, f"{step.observation}\nThe game was stopped after {self._turns} turns.", "turn_limit")
 

@@ -29,6 +29,15 @@ class Sampling:
   top_p: float = 1.0
   top_k: int = 0
 
+  def __post_init__(self):
+    for name, ok, right in (
+        ("temperature", self.temperature > 0, "above 0"),
+        ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", self.top_k >= 0, "0 (off) or more"),
+    ):
+      if not ok:
+        raise ValueError(f"Sampling.{name} is {getattr(self, name)}: it must be {right}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -92,13 +101,16 @@ def generate(
     The sampled ids, in the order of the prompts.
 
   Raises:
-    ValueError: an empty prompt, or not one seed a prompt.
+    ValueError: an empty prompt, an id that the weights have no row for, or not one seed a prompt.
   """
   if len(prompts) != len(seeds):
     raise ValueError(f"generate got {len(prompts)} prompts but {len(seeds)} seeds: one seed a prompt")
   for i, prompt in enumerate(prompts):
     if not prompt:
       raise ValueError(f"generate got an empty prompt at index {i}: a prompt has at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < architecture.vocabulary:
+      wrong = next(token for token in prompt if not 0 <= token < architecture.vocabulary)
+      raise ValueError(f"generate got the id {wrong} in the prompt at index {i}: ids must be at least 0 and below {architecture.vocabulary}")
   if not prompts:
     return []
   rows = min(bucket(len(prompts), BATCHES), BATCHES[-1])

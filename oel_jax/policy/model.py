@@ -115,6 +115,7 @@ class Decoder(nn.Module):
   def __call__(self, tokens_BxT, positions_BxT, segments_BxT, keep_cache=False):
     a = self.architecture
     x = nn.Embed(a.vocabulary, a.width, dtype=self.dtype, name="embed")(tokens_BxT)
+    x = jnp.where(segments_BxT[..., None] > 0, x, 0)  # a masked NaN is still a NaN: 0 x NaN (traps, 8)
     if not a.tied_head:
       self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, (a.vocabulary, a.width))})
     block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
@@ -164,9 +165,14 @@ def apply(
 
   Returns:
     Hidden states [B, T, D] in `dtype`, and the new cache (or None).
+
+  Raises:
+    ValueError: more than one token a row with a cache.
   """
   if cache is None:
     return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache)
+  if tokens_BxT.shape[1] != 1:
+    raise ValueError(f"tokens have shape {tokens_BxT.shape}: with a cache they go in one a row, [B, 1]")
   x = params["embed"]["embedding"].astype(dtype)[tokens_BxT]
   filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, jnp.ones_like(tokens_BxT, bool), cache.index, axis=1)
   keys, values = [], []

@@ -29,8 +29,11 @@ class SentencePieceTokenizer:
   """
 
   def __init__(self, model: bytes):
-    """Raises ValueError if a control piece is missing."""
-    self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+    """Raises ValueError if this is no SentencePiece model, or a control piece is missing."""
+    try:
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+      raise ValueError(f"tokenizer: these {len(model)} bytes are not a SentencePiece model ({error})") from error
     self.digest = hashlib.sha256(model).hexdigest()
     self.vocabulary = self._model.get_piece_size()
     self._control = {name: self._model.piece_to_id(name) for name in CONTROLS}
@@ -41,8 +44,8 @@ class SentencePieceTokenizer:
     self.eos_ids = (self._control[END],)
 
   def encode(self, text: str) -> list[int]:
-    """Plain text to ids; `decode` gives the text back, character by character."""
-    return self._model.encode(text)
+    """Plain text to ids; `decode` gives the text back, character by character. Half a surrogate pair, which is no text, becomes "?"."""
+    return self._model.encode(text.encode(errors="replace").decode())
 
   def decode(self, ids: Sequence[int]) -> str:
     """Ids to text; control tokens and the weights' spare rows beyond the vocabulary are left out."""
@@ -61,12 +64,10 @@ class SentencePieceTokenizer:
     """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer."""
     ids = [int(i) for i in ids if i not in self.eos_ids]
     close, opening = self._control[END_THINK], self._control[THINK]
-    if close in ids:
-      at = len(ids) - 1 - ids[::-1].index(close)
-      return self.decode(ids[:at]).strip(), self.decode(ids[at + 1 :]).strip()
-    if opening in ids:
+    last = max((at for at, i in enumerate(ids) if i in (opening, close)), default=-1)
+    if last >= 0 and ids[last] == opening:
       return self.decode(ids).strip(), ""
-    return "", self.decode(ids).strip()
+    return self.decode(ids[: last + 1]).strip(), self.decode(ids[last + 1 :]).strip()
 
   def response(self, thinking: str, answer: str) -> list[int]:
     """The ids of a response as the policy would write it, end included; what pre-training teaches."""

@@ -13,10 +13,15 @@ import safetensors.numpy
 
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
+from oel_jax.runtime import files
 
 
 def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None) -> None:
   """Writes the parameters, whole or not at all.
+
+  Raises:
+    ValueError: a value is not finite, or not in `dtype`; names the tensor.
+    OSError: the file cannot be written.
 
   Args:
     path: the .safetensors file.
@@ -25,10 +30,14 @@ def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: d
     metadata: strings kept in the file's header.
   """
   path = pathlib.Path(path)
-  flat = {name: np.asarray(leaf, dtype) for name, leaf in flax.traverse_util.flatten_dict(jax.device_get(params), sep="/").items()}
-  temporary = path.with_name(path.name + ".tmp")
-  safetensors.numpy.save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary, metadata)
-  os.replace(temporary, path)
+  with np.errstate(over="ignore"):  # told below, with the tensor's name
+    flat = {
+        name: np.ascontiguousarray(np.asarray(leaf), dtype) for name, leaf in flax.traverse_util.flatten_dict(jax.device_get(params), sep="/").items()
+    }
+  for name, leaf in flat.items():
+    if not np.isfinite(leaf.astype(np.float32)).all():
+      raise ValueError(f"{path}: {name} holds values that are not finite in {leaf.dtype}: nothing was written")
+  files.write_bytes(path, safetensors.numpy.save(flat, metadata))
 
 
 def load(path: str | os.PathLike, architecture: Architecture) -> Any:

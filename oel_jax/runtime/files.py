@@ -18,12 +18,12 @@ def explained(error: OSError, path: str | os.PathLike) -> OSError:
   return type(error)(error.errno, f"could not write: {advice}", str(path))
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes UTF-8 text under a temporary name, then renames: `path` holds the old text or the new one, also after a power cut.
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """Writes under a temporary name, then renames: `path` holds the old content or the new one, also after a power cut.
 
   Args:
     path: its folder must exist.
-    text: the whole content.
+    data: the whole content.
 
   Raises:
     OSError: the disk is full, or the like; names the file. Whatever `path` held is untouched.
@@ -31,8 +31,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-      file.write(text)
+    with open(temporary, "wb") as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -44,6 +44,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   except OSError as error:
     temporary.unlink(missing_ok=True)
     raise explained(error, path) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """`write_bytes` of the text in UTF-8."""
+  write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
