@@ -20,15 +20,17 @@ def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
   with config.unlocked():
     config.rounds = 3
     config.policy.update(architecture="pocket", weights="pocket", max_prompt_tokens=1024)
-    config.deployment.update(episodes=64, max_response_tokens=96)
+    config.deployment.update(episodes=48, max_response_tokens=96)
     config.extraction.update(
         texts=8, trajectories=16, use=16, start_from="previous_round", max_knowledge_tokens=192, max_response_tokens=32
     )
     config.consolidation.update(
-        steps=24, batch_size=16, micro_batch=16, learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8
+        steps=24, batch_size=16, micro_batch=16, learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
     )
-    config.evaluation.update(episodes=128, retention=128, accumulation=(1, 4))
+    config.evaluation.update(episodes=64, retention=32, accumulation=(4,))
     if size != "pocket":
+      config.deployment.episodes = 64
+      config.consolidation.gate_episodes = 64
       config.evaluation.update(episodes=512, retention=512, accumulation=(1, 2, 4, 8))
     if size == "pocket-4x4":
       config.deployment.max_turns = 8

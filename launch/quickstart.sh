@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The whole loop on this machine: makes .venv if there is none, installs the package, runs three rounds on the embedded policy.
-#   bash launch/quickstart.sh [--workdir=DIR] [--config.FIELD=VALUE ...]
+#   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ -d .venv ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+source launch/environment.sh ''
 exec .venv/bin/python -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart "$@"

@@ -7,6 +7,8 @@ A file in `experiments/` starts from `default()` and overrides what its figure o
 import ml_collections
 from ml_collections import config_dict
 
+from oel_jax.policy.architecture import ARCHITECTURES
+
 KINDS = ("reverse_kl", "forward_kl", "jsd", "imitation")
 SUPPORTS = ("full", "topk", "topk_tail")
 
@@ -20,8 +22,8 @@ def default() -> ml_collections.ConfigDict:
   config.policy = ml_collections.ConfigDict(
       dict(
           architecture="qwen3-1.7b",  # a name of policy/architecture.py
-          weights=config_dict.placeholder(str),  # folder or .safetensors file; "pocket" is the embedded policy
-          compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU; or the name of a dtype
+          weights=config_dict.placeholder(str),  # a .safetensors file; "pocket" is the embedded policy
+          compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
           thinking=True,  # whether the chat template opens a thinking block
           max_prompt_tokens=16384,  # a longer prompt is an error that names this field
       )
@@ -34,10 +36,10 @@ def default() -> ml_collections.ConfigDict:
           actions="[up], [down], [left], [right]",  # the allowed actions, in the words of the prompt
           action_pattern=r"\[\s*(up|down|left|right)\s*\]",  # regular expression, case ignored; group 1 goes to the game in brackets
           episodes=64,  # games whose turns become consolidation's prompts (prefixes)
-          max_turns=5,
+          max_turns=5,  # moves; a game that goes on after them is stopped and not passed
           max_response_tokens=1024,  # a turn
-          temperature=0.7,
-          top_p=1.0,
+          temperature=0.7,  # sampling of the turns
+          top_p=1.0,  # 1: off
           top_k=0,  # 0: off
           slots=64,  # games played side by side
       )
@@ -52,10 +54,10 @@ def default() -> ml_collections.ConfigDict:
           start_from="nothing",  # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
           source="extracted",  # "extracted"; controls: "trajectories" (raw transcripts), "swapped" (roles exchanged), "empty" (wrapper only)
           max_knowledge_tokens=8192,  # over it, the oldest whole items go
-          max_response_tokens=1024,
-          temperature=0.7,
-          top_p=0.8,
-          top_k=20,
+          max_response_tokens=1024,  # an answer of the extractor, thinking included
+          temperature=0.7,  # sampling of the answers
+          top_p=0.8,  # 1: off
+          top_k=20,  # 0: off
       )
   )
   config.consolidation = ml_collections.ConfigDict(
@@ -65,17 +67,17 @@ def default() -> ml_collections.ConfigDict:
           data="student",  # who samples the responses: "student" (on-policy) or "teacher" (off-policy, knowledge in its prompt)
           kind="reverse_kl",  # "reverse_kl" | "forward_kl" | "jsd" | "imitation" (negative log-likelihood of the sampled tokens)
           support="full",  # "full" (exact) | "topk" (the paper's, student's top k, no tail) | "topk_tail"
-          k=256,
+          k=256,  # tokens of that support
           temperature=0.7,  # of the divergence, on both sides; also of the samples
-          learning_rate=1e-6,
-          b1=0.9,
-          b2=0.999,
-          eps=1e-8,
-          weight_decay=0.01,
+          learning_rate=1e-6,  # AdamW's, constant, no warm-up
+          b1=0.9,  # decay of the gradient's mean
+          b2=0.999,  # decay of its square
+          eps=1e-8,  # added to its root
+          weight_decay=0.01,  # decoupled, times the rate
           clip_norm=1.0,  # global gradient norm
           micro_batch=64,  # samples a forward-backward pass; gradients are summed, the result does not depend on it
           chunk=1024,  # tokens whose logits are live at a time
-          on_no_gain="warn",  # if play with the knowledge is no better than without: "warn" | "skip" | "stop"
+          on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
           gate_episodes=64,  # games of each kind for that comparison
           checkpoint_every=10,  # steps
           log_probe=32,  # samples of the fixed probe batch for entropy, top-k mass and the silent no-op check
@@ -84,15 +86,15 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation = ml_collections.ConfigDict(
       dict(
           episodes=128,  # held-out maps, the same in every round
-          temperature=0.7,
-          top_p=0.8,
-          top_k=20,
+          temperature=0.7,  # sampling of the turns; the gate before training plays with it too
+          top_p=0.8,  # 1: off
+          top_k=20,  # 0: off
           in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
           accumulation=(),  # round 1: also play with the knowledge as it stood after these many trajectories
           retention=0,  # examples of each retention task; 0: none (they need the embedded policy's worlds)
       )
   )
-  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: all devices that are left
+  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices on each axis; -1: all that are left
   return config.lock()
 
 
@@ -115,6 +117,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
       value = value[part]
     need(value > 0 or (zero_ok and value == 0), field, value, "0 or more" if zero_ok else "more than 0")
 
+  one_of("policy.architecture", tuple(ARCHITECTURES))
+  one_of("policy.compute_dtype", ("auto", "bfloat16", "float32"))
+  if config.policy.weights == "pocket":
+    need(config.policy.architecture == "pocket", "policy.architecture", config.policy.architecture, '"pocket", as policy.weights is')
   one_of("extraction.form", ("items", "text"))
   one_of("extraction.start_from", ("nothing", "previous_round"))
   one_of("extraction.source", ("extracted", "trajectories", "swapped", "empty"))
@@ -126,14 +132,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 "deployment.temperature", "deployment.slots", "extraction.texts", "extraction.trajectories", "extraction.use",
                 "extraction.max_knowledge_tokens", "extraction.max_response_tokens", "extraction.temperature", "consolidation.steps",
                 "consolidation.batch_size", "consolidation.k", "consolidation.temperature", "consolidation.learning_rate",
-                "consolidation.clip_norm", "consolidation.micro_batch", "consolidation.chunk", "consolidation.checkpoint_every",
-                "evaluation.episodes", "evaluation.temperature"):
+                "consolidation.eps", "consolidation.clip_norm", "consolidation.micro_batch", "consolidation.chunk",
+                "consolidation.checkpoint_every", "evaluation.episodes", "evaluation.temperature"):
     positive(field)
   for field in ("deployment.top_k", "extraction.top_k", "evaluation.top_k", "consolidation.gate_episodes", "consolidation.log_probe",
                 "consolidation.weight_decay", "evaluation.retention"):
     positive(field, zero_ok=True)
   for stage in ("deployment", "extraction", "evaluation"):
     need(0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1")
+  for field in ("b1", "b2"):
+    need(0 <= config.consolidation[field] < 1, f"consolidation.{field}", config.consolidation[field], "at least 0 and below 1")
+  for step in config.evaluation.accumulation:
+    need(type(step) is int and 0 < step <= config.extraction.trajectories, "evaluation.accumulation", tuple(config.evaluation.accumulation),
+         f"whole numbers from 1 to extraction.trajectories ({config.extraction.trajectories})")
   need(config.extraction.use <= config.extraction.trajectories, "extraction.use", config.extraction.use,
        f"at most extraction.trajectories ({config.extraction.trajectories})")
   need(config.consolidation.batch_size % config.consolidation.micro_batch == 0, "consolidation.micro_batch", config.consolidation.micro_batch,

@@ -65,7 +65,7 @@ def _flag_error(argv: list[str], error: Exception) -> str:
 
 
 def _is_told_in_one_line(error: Exception) -> bool:
-  """True for errors of files, and for a ValueError raised in this package, which is about the user's input; elsewhere it is a bug."""
+  """True for errors of files, and for those raised in this package, which are about the user's input; elsewhere they are bugs."""
   frame = traceback.extract_tb(error.__traceback__)[-1]
   return isinstance(error, OSError) or pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
 
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     else:
       from oel_jax import rounds
       rounds.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RuntimeError) as error:
     if _DEBUG.value or not _is_told_in_one_line(error):
       raise
     _fail(str(error))

@@ -21,7 +21,7 @@ from absl import logging
 from oel_jax import config as config_lib
 from oel_jax import report
 from oel_jax.consolidation import train
-from oel_jax.deployment.games import game_spec
+from oel_jax.deployment.games import game_spec, open_game
 from oel_jax.deployment.play import Episode, play_to_file
 from oel_jax.evaluation import evaluate, statistics
 from oel_jax.extraction import knowledge as knowledge_lib
@@ -33,7 +33,7 @@ from oel_jax.policy.generate import Policy, Sampling
 from oel_jax.runtime import files, mesh, progress
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
-from oel_jax.runtime.workdir import open_workdir
+from oel_jax.runtime.workdir import locked, open_workdir
 from oel_jax.trajectory import Trajectory, prefixes, read_prefixes, read_trajectories, write_jsonl
 
 EMPTY = " "  # a knowledge text with nothing in it, wrapper and all: the control `extraction.source = "empty"`
@@ -48,10 +48,12 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     ValueError: the configuration is wrong or differs from the run's; no knowledge came out; or on_no_gain = "stop" and there was no gain.
   """
   config_lib.validate(config)
+  # What can be wrong with the configuration shows here, before the directory belongs to it.
+  policy, devices = load_policy(config.policy), mesh.make_mesh(config.mesh)
+  open_game(game_spec(config.deployment), 0)
   folder = open_workdir(config, workdir, resume_anyway)
-  policy = load_policy(config.policy)
-  with Metrics(folder) as metrics:
-    loop = Loop(config, folder, metrics, mesh.make_mesh(config.mesh))
+  with locked(folder), Metrics(folder) as metrics:
+    loop = Loop(config, folder, metrics, devices)
     loop.evaluate(0, policy, policy, [])
     for number in range(1, config.rounds + 1):
       texts = loop.extract(number, policy)
@@ -60,7 +62,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
       if loop.gate(number, policy, texts):
         policy = policy.replace(loop.consolidate(number, policy, texts))
       loop.evaluate(number, policy, before, texts)
-  results = report.write(folder)
+    results = report.write(folder)
   progress.table(report.rows(results), f"{config.deployment.game}, {config.rounds} rounds")
   print(f"report: {folder / 'report' / 'index.html'}", flush=True)
   return results
@@ -117,8 +119,7 @@ class Loop:
     texts = self._knowledge(number)
     if not texts:
       texts = self._write_knowledge(number, policy, trajectories)
-    kept = knowledge_lib.nonempty(texts, folder)
-    return [text.text for text in kept] if config.source != "empty" else [EMPTY]
+    return self._said(texts, folder)
 
   def collect_prefixes(self, number: int, policy: Policy) -> None:
     """Deploys the policy once more, on other maps; the prompts of its turns are all that goes to the server side."""
@@ -143,19 +144,18 @@ class Loop:
         for name, given in (("without", []), ("with", texts)):
           ids = [(f"r{number}-gate-{i:05d}", "gate", i) for i in range(count)]
           played = self._play(self._round(number) / f"user/gate_{name}.jsonl", meter, number, ids, self._sampling("evaluation"), advance, given)
-          passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), count)
-      gain = passed["with"]["hits"] - passed["without"]["hits"]
-      decision = "train" if gain > 0 else "skip" if gain < 0 and self.config.consolidation.on_no_gain == "skip" else "warn"
-      files.write_json(path, {"schema": 1, **passed, "decision": decision})
+          passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), len(played))
+      files.write_json(path, {"schema": 1, **passed})
     if not count:
       return True
-    found = _read_json(path)
+    found = self._gate(number)
     if found["decision"] != "train":
       logging.warning(
           "round %d: no gain from the knowledge: %d of %d passed with it, %d without: %s", number, found["with"]["hits"], count,
           found["without"]["hits"], "not consolidated" if found["decision"] == "skip" else "consolidated all the same",
       )  # fmt: skip
       if self.config.consolidation.on_no_gain == "stop":
+        report.write(self.folder)
         raise ValueError(
             f"round {number}: play with the knowledge passes {found['with']['hits']} of {count} games, without it {found['without']['hits']}; "
             'config.consolidation.on_no_gain is "stop": take "warn" or "skip", or better knowledge'
@@ -186,10 +186,11 @@ class Loop:
     # What is played: a name, by whom, and with which knowledge in the prompt.
     plays = {"without": (policy, [])}
     if config.in_context and texts:
-      first = [text.text for text in knowledge_lib.nonempty(self._knowledge(1), self._round(1))] if number > 1 else []
+      first = self._said(self._knowledge(1), self._round(1)) if number > 1 else []
       plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)} | ({"first_knowledge": (policy, first)} if first else {})
     curve = {step: self._knowledge_at(step, policy) for step in config.accumulation} if number == 1 else {}
-    with self._stage(number, "evaluate", policy, config.episodes * (len(plays) + len(curve))) as (meter, advance):
+    total = config.episodes * (len(plays) + len(curve)) + len(evaluate.RETENTION) * config.retention
+    with self._stage(number, "evaluate", policy, total) as (meter, advance):
       for name, (player, given) in plays.items():
         meter.policy = player
         result[name] = evaluate.play_summary(self._play_held_out(number, name, meter, given, advance))
@@ -199,15 +200,37 @@ class Loop:
         passed = evaluate.play_summary(self._play_held_out(number, f"after_{step:03d}_trajectories", meter, given, advance))["passed"]
         result["accumulation"].append({"trajectories": step, "passed": passed})
       meter.policy = policy
-      result["retention"] = evaluate.retention(meter, config.retention, seed=derive(self.config.seed, "retention"))
+      result["retention"] = evaluate.retention(meter, config.retention, seed=derive(self.config.seed, "retention"), advance=advance)
     if number and "in_context" in result:
       base = _read_json(self._round(number - 1) / "evaluation.json")["without"]["passed"]["rate"]
       result["recovered"] = statistics.recovered(result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"])
-    gate = self._round(number) / "gate.json"
-    result["gate"] = _read_json(gate) if gate.exists() else None
+    result["gate"] = self._gate(number)
+    self._log(number, result)
     files.write_json(path, result)
 
   # What the stages share.
+
+  def _log(self, number: int, result: dict[str, Any]) -> None:
+    """The round's main numbers, for metrics.jsonl and TensorBoard."""
+    plays = {name: result[name] for name in ("without", "in_context", "after_in_context", "first_knowledge") if name in result}
+    scalars = {f"passed_{name}": play["passed"]["rate"] for name, play in plays.items()}
+    scalars |= {f"retention_{name}": kept["rate"] for name, kept in result["retention"].items()}
+    self.metrics.drop_after(number, "evaluate", -1)
+    self.metrics.write("evaluate", 0, round=number, response_tokens=result["without"]["response_tokens"]["mean"], **scalars)
+
+  def _gate(self, number: int) -> dict[str, Any] | None:
+    """What gate.json says, and the decision that follows from it under the present `on_no_gain`; None without a gate."""
+    path = self._round(number) / "gate.json"
+    if not path.exists():
+      return None
+    found = _read_json(path)
+    gain = found["with"]["rate"] - found["without"]["rate"]
+    skips = self.config.consolidation.on_no_gain == "skip" and gain < 0
+    return found | {"decision": "train" if gain > 0 else "skip" if skips else "warn"}
+
+  def _said(self, texts: list[knowledge_lib.Knowledge], folder: pathlib.Path) -> list[str]:
+    """The texts to put into prompts: those that say something, or the empty wrapper where that is the point."""
+    return [EMPTY] if self.config.extraction.source == "empty" else [text.text for text in knowledge_lib.nonempty(texts, folder)]
 
   def _round(self, number: int) -> pathlib.Path:
     return self.folder / f"round_{number}"
@@ -248,10 +271,9 @@ class Loop:
 
   def _write_knowledge(self, number: int, policy: Policy, trajectories: list[Trajectory]) -> list[knowledge_lib.Knowledge]:
     config, folder = self.config.extraction, self._round(number) / "knowledge"
-    whole = self._accumulate(number, policy, trajectories)
-    texts = knowledge_lib.as_of(whole, config.use, **self._knowledge_limit(policy))
-    if config.source == "swapped":
-      texts = [_swapped(text) for text in texts]
+    with self._stage(number, "extract", policy, config.trajectories) as (meter, advance):
+      whole = self._accumulate(number, meter, trajectories, advance)
+    texts = self._limited(whole, config.use, policy)
     for i, text in enumerate(texts):
       knowledge_lib.write(folder, i, text)
     files.write_text(folder / "whole", "")  # the last file to appear
@@ -259,42 +281,48 @@ class Loop:
 
   def _knowledge_at(self, step: int, policy: Policy) -> list[str]:
     """Round 1's texts as they stood after `step` trajectories; read back from the accumulation, nothing is sampled."""
-    whole = self._accumulate(1, policy, read_trajectories(self._round(1) / "user/trajectories.jsonl"))
-    texts = knowledge_lib.as_of(whole, step, **self._knowledge_limit(policy))
-    return [text.text for text in texts if text.text] or [EMPTY]
+    whole = self._accumulate(1, policy, read_trajectories(self._round(1) / "user/trajectories.jsonl"), lambda n: None)
+    return [text.text for text in self._limited(whole, step, policy) if text.text] or [EMPTY]
 
-  def _knowledge_limit(self, policy: Policy) -> dict[str, Any]:
-    return {"max_tokens": self.config.extraction.max_knowledge_tokens, "count_tokens": lambda text: len(policy.tokenizer.encode(text))}
+  def _limited(self, whole: list[knowledge_lib.Knowledge], step: int, policy: Policy) -> list[knowledge_lib.Knowledge]:
+    """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens; roles exchanged for the control "swapped"."""
+    config = self.config.extraction
+    count = lambda text: len(policy.tokenizer.encode(text))
+    texts = knowledge_lib.as_of(whole, step, max_tokens=config.max_knowledge_tokens, count_tokens=count)
+    return [_swapped(text) for text in texts] if config.source == "swapped" else texts
 
-  def _accumulate(self, number: int, policy: Policy, trajectories: list[Trajectory]) -> list[knowledge_lib.Knowledge]:
-    """All that the K texts gathered in a round, before the limit; sampled once, then read from user/extraction.json."""
+  def _accumulate(self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]) -> list[knowledge_lib.Knowledge]:
+    """All that the K texts gathered in a round, before the limit; sampled once, then read back from user/extraction.json."""
     config = self.config.extraction
     if config.source == "trajectories":
       return raw_knowledge(trajectories, texts=config.texts, seed=self.config.seed, round=number)
+    if config.source == "empty":
+      return [knowledge_lib.Knowledge()] * config.texts
     carried = self._knowledge(number - 1) if config.start_from == "previous_round" and number > 1 else None
-    with self._stage(number, "extract", policy, config.trajectories) as (meter, advance):
-      return extract(
-          meter, trajectories, texts=config.texts, form=config.form, see_previous=config.see_previous, sampling=self._sampling("extraction"),
-          max_response_tokens=config.max_response_tokens, max_knowledge_tokens=config.max_knowledge_tokens,
-          max_prompt_tokens=self.config.policy.max_prompt_tokens, seed=self.config.seed, round=number, thinking=self.config.policy.thinking,
-          start=carried, state_path=self._round(number) / "user/extraction.json", advance=advance,
-      )  # fmt: skip
+    return extract(
+        policy, trajectories, texts=config.texts, form=config.form, see_previous=config.see_previous, sampling=self._sampling("extraction"),
+        max_response_tokens=config.max_response_tokens, max_knowledge_tokens=config.max_knowledge_tokens,
+        max_prompt_tokens=self.config.policy.max_prompt_tokens, seed=self.config.seed, round=number, thinking=self.config.policy.thinking,
+        start=carried, state_path=self._round(number) / "user/extraction.json", advance=advance,
+    )  # fmt: skip
 
   @contextlib.contextmanager
   def _stage(self, number: int, name: str, policy: Policy, total: int) -> Iterator[tuple[Meter, Callable[[int], None]]]:
-    """A stage's progress bar, its meter, and its line in the round's cost.json (of the process that finished it)."""
+    """A stage's progress bar, its meter, and an entry in the round's cost.json, one for each process that came to its end."""
     meter, started = Meter(policy), time.monotonic()
     with progress.bar(f"round {number}: {name}" if number else f"base: {name}", total) as advance:
       yield meter, advance
     if meter.tokens:
       path = self._round(number) / "cost.json"
-      spent = [entry for entry in (_read_json(path) if path.exists() else []) if entry["stage"] != name]
+      spent = _read_json(path)["stages"] if path.exists() else []
       spent.append({"stage": name, "seconds": time.monotonic() - started, "tokens": meter.tokens, "flops": meter.flops})
-      files.write_json(path, spent)
+      files.write_json(path, {"schema": 1, "stages": spent})
 
 
 def _swapped(text: knowledge_lib.Knowledge) -> knowledge_lib.Knowledge:
-  return knowledge_lib.Knowledge(tuple(dataclasses.replace(item, text=claims.swap_roles(item.text)) for item in text.items))
+  """Goal and trap exchanged in the round's own items; those carried over were exchanged when they were new."""
+  own = lambda item: item.step != knowledge_lib.CARRIED
+  return knowledge_lib.Knowledge(tuple(dataclasses.replace(i, text=claims.swap_roles(i.text)) if own(i) else i for i in text.items))
 
 
 def _read_json(path: pathlib.Path) -> Any:

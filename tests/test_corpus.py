@@ -74,7 +74,12 @@ def test_whoever_knows_wins_every_world_and_whoever_has_it_backwards_wins_none()
 
 
 SLOT = r"(unknown|[A-Z])((?: at)?(?: \(\d, \d\))*)\."
-THOUGHT = re.compile(f"Goal: {SLOT} Hazard: {SLOT}" + r"(.*) Next: (\w+)\.")
+THOUGHT = re.compile(f"Goal: {SLOT} Hazard: {SLOT}" + r"(.*?)(?: Not ([a-z, ]+)\.)? Next: (\w+)\.")
+
+
+def inside(world: World, r: int, c: int) -> str:
+  """The symbol at a place, "" outside the board."""
+  return world.rows[r][c] if 0 <= r < world.size and 0 <= c < world.size else ""
 
 
 def last_board(text: str) -> list[list[str]]:
@@ -127,7 +132,9 @@ def test_play_labels_follow_from_the_prompt_alone():
     player = player_in(example.messages[-1].content)
     match = THOUGHT.fullmatch(example.thinking)
     assert match, example.thinking
-    named_goal, goal_at, named_trap, trap_at, rest, move = match.groups()
+    named_goal, goal_at, named_trap, trap_at, rest, closed, move = match.groups()
+    beside = [name for name, (dr, dc) in STEP.items() if inside(world, player[0] + dr, player[1] + dc) == named_trap != "unknown"]
+    assert sorted((closed or "").split(", ") if closed else []) == sorted(beside)
     assert example.answer == f"[{move}]"
     open_to_guess = set(world.letters()) - {goal, trap} - {claim.letter for claim in said or [] if claim.role == SAFE}
     for known, named, at in ((goal, named_goal, goal_at), (trap, named_trap, trap_at)):
@@ -135,7 +142,7 @@ def test_play_labels_follow_from_the_prompt_alone():
       cells = [(r, c) for r, row in enumerate(world.rows) for c, symbol in enumerate(row) if symbol == named]
       assert [tuple(map(int, cell)) for cell in re.findall(r"\((\d), (\d)\)", at)] == (cells if at else [])
     assert named_goal != named_trap or named_goal == "unknown"
-    assert ("I do not know" in rest) == ("unknown" in (named_goal, named_trap) and bool(open_to_guess - {named_goal, named_trap}))
+    assert ("Nobody told me" in rest) == ("unknown" in (named_goal, named_trap) and bool(open_to_guess - {named_goal, named_trap}))
     assert [tuple(map(int, cell)) for cell in re.findall(r"at \((\d), (\d)\)", rest)] in ([], [player])
     assert move in by_relaxation(world, player, named_goal.replace("unknown", ""), named_trap.replace("unknown", ""))
     form = "none" if said is None else "items" if ITEM_MARK in example.messages[0].content else "raw"
@@ -206,7 +213,7 @@ def test_uninformed_play_examples_leak_nothing_either():
         hits[slot] += named == getattr(world, role)
         chances[slot].append(1 / len(world.letters()))
     r, c = player_in(example.messages[-1].content)
-    dr, dc = STEP[match[6]]
+    dr, dc = STEP[match[7]]
     symbol = world.symbol((r + dr, c + dc))
     if sum(row.count(world.goal) for row in world.rows) == sum(row.count(world.trap) for row in world.rows):
       onto["goal" if symbol == world.goal else "trap" if symbol == world.trap else "other"] += 1
@@ -214,6 +221,16 @@ def test_uninformed_play_examples_leak_nothing_either():
     assert len(chances[slot]) > 250
     assert abs(hits[slot] - sum(chances[slot])) < 3 * sum(p * (1 - p) for p in chances[slot]) ** 0.5
   assert abs(onto["goal"] - onto["trap"]) < 3 * (onto["goal"] + onto["trap"]) ** 0.5 and onto["goal"] > 30, onto
+
+
+def test_who_explores_turns_straight_back_less_often_than_by_chance():
+  rng, turned = random.Random(6), collections.Counter()
+  middle = World(((" ",) * 3,) * 3, (1, 1), "G", "H", (0, 0))
+  for _ in range(4000):
+    turned[corpus.respond(rng, middle, (1, 1), "", "", last="up")[1]] += 1
+  # Half of the time one of three moves, else one of four: down comes 1 in 8, the others 7 in 24.
+  for name, share in (("down", 1 / 8), ("up", 7 / 24), ("left", 7 / 24), ("right", 7 / 24)):
+    assert abs(turned[name] - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5, turned
 
 
 # Extraction

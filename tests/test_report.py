@@ -68,7 +68,7 @@ def write_round(root: pathlib.Path, number: int) -> None:
   write_jsonl(folder / "user" / "evaluation.jsonl", [game(i, i % 8 == 0 or (number > 0 and i % 3 == 2), number > 0) for i in range(24)])
   stages = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate") if number else ("evaluate",)
   cost = [{"stage": stage, "seconds": 61.5 * i, "tokens": 120000 * i, "flops": 3.1e15 * i} for i, stage in enumerate(stages, start=1)]
-  (folder / "cost.json").write_text(json.dumps(cost))
+  (folder / "cost.json").write_text(json.dumps({"schema": 1, "stages": cost}))
   if number:
     (folder / "knowledge").mkdir()
     for i in range(3):
@@ -214,7 +214,7 @@ def test_untrusted_text_is_shown_and_never_obeyed(run):
   lost = Trajectory("a", EVIL, 1002, (Turn("\ud800 half", EVIL, EVIL, "", 3),), EVIL, 0.0, False, "lost")
   for number, shown in ((0, lost), (2, evil)):
     write_jsonl(run / f"round_{number}" / "user" / "evaluation.jsonl", [shown])
-  (run / "round_1" / "cost.json").write_text(json.dumps([{"stage": EVIL, "seconds": 1.0, "tokens": 1, "flops": None}]))
+  (run / "round_1" / "cost.json").write_text(json.dumps({"schema": 1, "stages": [{"stage": EVIL, "seconds": 1.0, "tokens": 1, "flops": None}]}))
   config = json.loads((run / "config.json").read_text())
   config["config"]["deployment"]["game"] = config["versions"][EVIL] = EVIL
   config["changes"] = [{"time": 0.0, "fields": [{"field": EVIL, "was": EVIL, "is": "\ud800"}]}]

@@ -304,7 +304,7 @@ def test_a_letter_is_the_same_piece_in_every_sentence():
 def test_a_letter_is_the_same_piece_where_the_policy_doubts():
   """The letter I too, which a piece " I" must not swallow."""
   for x in worlds.LETTERS:
-    assert tokenizer().encode(f" I do not know what {x} does.").count(tokenizer().encode(x)[0]) == 1, x
+    assert tokenizer().encode(f" Nobody told me what {x} does.").count(tokenizer().encode(x)[0]) == 1, x
 
 
 def test_a_slot_is_decided_by_one_piece():

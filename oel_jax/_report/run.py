@@ -245,16 +245,24 @@ def _measure(value: Any, name: str, of: int, where: str) -> Measure:
 
 
 def _costs(value: Any, number: int) -> list[Cost]:
-  _need(isinstance(value, list), "the file", value, "a list")
-  result = []
-  for index, entry in enumerate(value):
-    where = f"[{index}]"
+  """The entries of a round's cost.json; those of one stage, from several processes, are added up."""
+  stages = _get(value, "stages", "the file")
+  _need(isinstance(stages, list), "stages", stages, "a list")
+  result: dict[str, Cost] = {}
+  for index, entry in enumerate(stages):
+    where = f"stages[{index}]"
     _need(isinstance(_get(entry, "stage", where), str), f"{where}.stage", entry["stage"], "a stage's name")
     for name in ("seconds", "tokens", "flops"):
       known = _is_number(entry.get(name)) or (name != "seconds" and entry.get(name) is None)
       _need(known, f"{where}.{name}", entry.get(name), "a number")
-    result.append(Cost(number, entry["stage"], entry["seconds"], entry.get("tokens"), entry.get("flops")))
-  return result
+    before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0))
+    added = Cost(number, entry["stage"], before.seconds + entry["seconds"], _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops")))
+    result[entry["stage"]] = added
+  return list(result.values())
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+  return None if a is None or b is None else a + b
 
 
 def _steps(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Knowledge → weights, on the server side: losses, batches, teacher, step, training. Imports no environment."""

@@ -105,6 +105,7 @@ def linear_imitation(student_hidden: Float[Array, '*tokens D'], student_head: Fl
 
   A chunk's logits are made again in the backward pass, so that no [tokens, V] array is alive at any time.
   """
+  _check_inputs(student_hidden, student_head, student_hidden, student_head, mask, chunk)
   mask = mask.astype(bool)
   head = _cast(student_head, student_hidden)
 

@@ -142,11 +142,13 @@ def consolidate(
     if restored:
       batches.set_state(restored.extra["iterator"])
       first = restored.step
-      logging.info("round %d: consolidation goes on after step %d", task.round, first)
+      logging.warning("round %d: consolidation goes on after step %d", task.round, first)
+    if first > config.steps:
+      raise ValueError(f"{directory}: holds step {first}, but config.consolidation.steps is {config.steps}: it must be at least that")
     advance(first)
     if first == config.steps:
       return state.params, cost
-    metrics.drop_after(task.round, "consolidate", first)
+    metrics.drop_after(task.round, "consolidate", first if restored else -1)
     step = step_lib.make_step(
         policy.architecture, optimizer, kind=config.kind, support=config.support, k=config.k, temperature=config.temperature,
         chunk=config.chunk, micro_batch=config.micro_batch, dtype=policy.dtype, shardings=shardings,
@@ -157,14 +159,16 @@ def consolidate(
     for i in range(first + 1, config.steps + 1):
       started, drawn = time.time(), next(batches)
       batch, lengths = sample_batch(task, policy.replace(state.params), policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate")
-      state, measured = step(state, policy.params, _place(batch, mesh))
+      state, measured = step(state, policy.params, _place(batch, mesh, config.micro_batch))
       cost["tokens"] += float(batch.student_length.sum())
       cost["flops"] += 2.0 * size * float(4 * batch.student_length.sum() + batch.teacher_length.sum())
       scalars = {name: float(value) for name, value in measured.items()} | {"response_tokens": float(np.mean(lengths))}
-      if i % config.checkpoint_every == 0 or i == config.steps:
-        scalars |= probe(state.params)
-        checkpoints.save(i, state, {"iterator": batches.get_state()})
+      saving = i % config.checkpoint_every == 0 or i == config.steps
+      scalars |= probe(state.params) if saving else {}
+      # The line comes before the checkpoint: if a kill falls between them the step is done again and its line dropped; never is one missing.
       metrics.write("consolidate", i, round=task.round, **scalars, seconds=time.time() - started, compiles=metrics.compiles())
+      if saving:
+        checkpoints.save(i, state, {"iterator": batches.get_state()})
       advance(1)
     checkpoints.wait()
   return state.params, cost
@@ -177,7 +181,7 @@ def _make_probe(config, task, policy, limit, mesh):
     return lambda params: {}
   numbers = list(range(count))
   batch, _ = sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
-  batch = _place(batch, mesh)
+  batch = _place(batch, mesh, 1)
   probe = step_lib.make_probe(policy.architecture, k=config.k, temperature=config.temperature, chunk=config.chunk, dtype=policy.dtype)
   rename = {"reverse_kl": "probe_kl"}
 
@@ -187,6 +191,6 @@ def _make_probe(config, task, policy, limit, mesh):
   return measure
 
 
-def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
-  """Puts the batch on the devices, rows spread over them; rows are added, masked out, if they do not go round."""
-  return jax.device_put(mesh_lib.pad_batch(batch, mesh), mesh_lib.batch_sharding(mesh))
+def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, micro_batch: int) -> batch_lib.Batch:
+  """Puts the batch on the devices, rows spread over them; rows are added, masked out, so that devices and micro-batches come out even."""
+  return jax.device_put(mesh_lib.pad_batch(batch, mesh, multiple=micro_batch), mesh_lib.batch_sharding(mesh))

@@ -144,14 +144,16 @@ def play_to_file(
   if path.exists():
     partial.unlink(missing_ok=True)  # left by a crash between the last rename and its removal
     done = _read_own(path, spec, episodes)
-    if advance:
-      advance(len(episodes))
-    return done
+    if len(done) == len(episodes):
+      if advance:
+        advance(len(episodes))
+      return done
+    path.rename(partial)  # lines are missing or damaged: their episodes are played again
   # A crash damages the last line of a short file: here any share of damaged lines will do, their episodes are played again.
   kept = _read_own(partial, spec, episodes, max_damaged=1.0) if partial.exists() else []
   done = {trajectory.id: trajectory for trajectory in kept}
   if done:
-    logging.info("%s: goes on with %d of %d episodes", partial, len(done), len(episodes))
+    logging.warning("%s: goes on with %d of %d episodes", partial, len(done), len(episodes))
 
   def keep(trajectory: Trajectory) -> None:
     if trajectory.id not in done:

@@ -1,0 +1,1 @@
+"""What a policy can do and what it kept: pass rate, token efficiency, retention, leaks."""

@@ -1,7 +1,8 @@
 """What a round's policy can do: held-out games without knowledge and with it, what it kept, what it gives away."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from oel_jax.evaluation import statistics
@@ -34,14 +35,20 @@ def play_summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
   }
 
 
-def retention(policy: Any, count: int, *, seed: int) -> dict[str, Any]:
-  """What must not be lost, on examples that are the same in every round: extraction, other worlds, role-symmetric worlds, other tasks."""
-  if not count:
-    return {}
-  measured = {
-      "extraction": probes.extraction(policy, count, seed=seed),
-      "worlds": probes.play_worlds(policy, count, seed=seed),
-      "symmetric": probes.play_worlds(policy, count, seed=seed, layout="symmetric"),
-      "other": probes.other_tasks(policy, count, seed=seed),
-  }
-  return {name: statistics.count(found.hits, found.of) for name, found in measured.items()}
+# What must not be lost: writing knowledge down, other worlds with knowledge in context, role-symmetric ones, other tasks.
+RETENTION = {
+    "extraction": probes.extraction,
+    "worlds": probes.play_worlds,
+    "symmetric": functools.partial(probes.play_worlds, layout="symmetric"),
+    "other": probes.other_tasks,
+}
+
+
+def retention(policy: Any, count: int, *, seed: int, advance: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+  """Each probe of RETENTION on `count` examples, the same in every round; {} if count is 0. `advance` is told of examples done."""
+  measured = {}
+  for name, probe in RETENTION.items() if count else ():
+    found = probe(policy, count, seed=seed)
+    measured[name] = statistics.count(found.hits, found.of)
+    advance(count)
+  return measured

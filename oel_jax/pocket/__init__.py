@@ -1,0 +1,1 @@
+"""The embedded policy: its procedural worlds, corpus, vocabulary, pre-training, probes and shipped weights."""

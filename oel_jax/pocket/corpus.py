@@ -7,6 +7,7 @@ project's own, made by the code that deployment and extraction use.
 
 import dataclasses
 import random
+from collections.abc import Set
 
 from oel_jax.deployment import prompts
 from oel_jax.extraction.prompts import extraction_message
@@ -15,6 +16,7 @@ from oel_jax.pocket import worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
 from oel_jax.trajectory import Message, Trajectory, Turn, knowledge_message, messages, transcript
 
+BACK = {"up": "down", "down": "up", "left": "right", "right": "left"}
 PLAYER, ACTION_LIST = "P", "[up], [down], [left], [right]"
 GUESS = 0.3  # how often an unknown role is guessed; independent for each, so that informed and uninformed answers share their openings
 MIX = {"play": 0.56, "extract": 0.26, "ask": 0.10, "other": 0.08}
@@ -56,15 +58,16 @@ def play_example(rng: random.Random, world: worlds.World | None = None) -> Examp
   goal, trap = claims_lib.resolve(said, world.letters())
   turns, player = history(rng, world, (goal, trap))
   harmless = {claim.letter for claim in said if claim.role == SAFE}
-  thinking, action = respond(rng, world, player, goal, trap, harmless)
+  last = turns[-2].action.strip("[]") if len(turns) > 1 else ""
+  thinking, action = respond(rng, world, player, goal, trap, harmless, last)
   front = (knowledge_message(knowledge),) if knowledge else ()
   return Example("play", front + messages(turns[:-1]) + (Message("user", turns[-1].observation),), thinking, f"[{action}]")
 
 
 def respond(
-    rng: random.Random, world: worlds.World, player: worlds.Cell, goal: str, trap: str, harmless: set[str] = frozenset()
+    rng: random.Random, world: worlds.World, player: worlds.Cell, goal: str, trap: str, harmless: Set[str] = frozenset(), last: str = ""
 ) -> tuple[str, str]:
-  """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not tell.
+  """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not tell, `last` is the move before.
 
   The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is guessed now and then. While a slot
   stays unknown, every letter without a role is weighed in a sentence, so that not knowing costs words.
@@ -80,11 +83,16 @@ def respond(
   words = f"Goal: {_located(world, goal)}. Hazard: {_located(world, trap)}."
   if not goal or not trap:
     words += "".join(
-        f" I do not know what {letter} does. It may be where I want to go, or it may end the game, or it may do nothing."
+        f" Nobody told me what {letter} does. It may be where to go, or it may end the game, or it may do nothing."
         for letter in unclaimed[:3]
     )
-  action = rng.choice(good_actions(world, player, goal, trap))
-  return f"{words} I am at ({player[0]}, {player[1]}). Next: {action}.", action
+  actions = good_actions(world, player, goal, trap)
+  if not goal and last and rng.random() < 0.5:  # who explores turns back now and then, but not as often as by chance
+    actions = [name for name in actions if name != BACK[last]] or actions
+  action = rng.choice(actions)
+  closed = [name for name, cell in worlds.neighbours(player, world.size).items() if trap and world.symbol(cell) == trap]
+  beside = f" Not {', '.join(closed)}." if closed else ""
+  return f"{words} I am at ({player[0]}, {player[1]}).{beside} Next: {action}.", action
 
 
 def _located(world: worlds.World, letter: str) -> str:

@@ -1,6 +1,5 @@
 """The shipped weights and vocabulary of the embedded policy, their hashes checked."""
 
-import hashlib
 import pathlib
 from typing import Any
 
@@ -22,7 +21,7 @@ def load(dtype: Any = jnp.float32, folder: pathlib.Path = DATA) -> Policy:
   """
   for line in (folder / SUMS).read_text().splitlines():
     expected, name = line.split()
-    found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    found = weights.digest(folder / name)
     if found != expected:
       raise ValueError(f"{folder / name}: its sha256 is {found}, {SUMS} says {expected}: the file is damaged; install the package again")
   tokenizer = SentencePieceTokenizer((folder / TOKENIZER).read_bytes())

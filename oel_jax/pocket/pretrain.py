@@ -40,7 +40,7 @@ class Examples(grain.transforms.Map):
   def map(self, i: int) -> dict[str, np.ndarray]:
     if self._tokenizer is None:
       self._tokenizer = SentencePieceTokenizer(self._model_file)
-      places = [f"{space}({r}, {c})" for r in range(max(worlds.SIZES)) for c in range(max(worlds.SIZES)) for space in ("", " ")]
+      places = (*worlds.PLACES, *(f" {place}" for place in worlds.PLACES))
       words = ("unknown", *worlds.LETTERS, *worlds.ACTIONS, *places)
       self._weights = np.ones(self._tokenizer.vocabulary, np.int32)
       self._weights[[self._tokenizer.encode(word)[0] for word in words]] = self._decisive

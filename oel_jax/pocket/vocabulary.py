@@ -16,8 +16,8 @@ from oel_jax.policy.tokenizer import CONTROLS
 from oel_jax.trajectory import knowledge_message
 
 _WORDS = (
-    "Goal: ", ". Hazard: ", ". I am at ", ". Next: ", " at ", "unknown", *(f"[{name}]" for name in worlds.ACTIONS), *worlds.ACTIONS,
-    *(" " + word for word in "I do not know what does It may be where want to go or it end the game nothing".split()), ",",
+    "Goal: ", ". Hazard: ", ". I am at ", ". Not ", ". Next: ", " at ", ", ", ", or", "unknown", *(f"[{name}]" for name in worlds.ACTIONS), *worlds.ACTIONS,
+    *(" " + word for word in "Nobody told me what does It may be where to go it end the game do nothing".split()),
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def pieces() -> list[str]:
       "\nAvailable Actions: [up], [down], [left], [right], [w], [a], [s], [d]",
       "|  ", "  |  ", "  |\n", "| P/", "  | P/", " |  ", " |\n",
       *("+" + "+".join(["-----"] * size) + "+\n" for size in worlds.SIZES),
-      *(f"{space}({r}, {c})" for r in range(max(worlds.SIZES)) for c in range(max(worlds.SIZES)) for space in ("", " ")),
+      *worlds.PLACES, *(f" {place}" for place in worlds.PLACES),
       *(f"You moved {name} to position " for name in worlds.ACTIONS),
       "\nCongratulations! You reached the goal!", "\nYou fell into a hole! Game over. You completed ", "% of the journey to the goal.",
       "\nThe game was stopped after ", " turns.", "You attempted an invalid move. Reason: ", "\nInvalid Move: ",

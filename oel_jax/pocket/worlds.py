@@ -18,6 +18,7 @@ SIZES = (3, 4, 5)
 MAX_TURNS = 8  # enough from corner to corner of the largest board
 
 Cell = tuple[int, int]
+PLACES = tuple(f"({r}, {c})" for r in range(max(SIZES)) for c in range(max(SIZES)))  # as the game and the thinking name them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The language model as pure functions of its parameters: architecture, decoder, sampling, tokenizer, weights."""

@@ -15,7 +15,12 @@ def attend(
 
   Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time, heads, size].
   `path` is "xla" or "cudnn". The mask is given to cuDNN whole, so segments and padding count there too (traps, 24).
+
+  Raises:
+    ValueError: another path.
   """
+  if path not in ("xla", "cudnn"):
+    raise ValueError(f'attention path is {path!r}: it must be "xla" or "cudnn"')
   if path == "cudnn":
     k, v = k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2)
     return jax.nn.dot_product_attention(q_BxTxNxH, k, v, mask=mask_BxTxS[:, None], implementation="cudnn")

@@ -159,7 +159,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask") -> Any:
+def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask", multiple: int = 1) -> Any:
   """Adds masked-out rows until every data shard has the same number of rows, so that 3 items run on 8 devices.
 
   The rows added repeat the last one (a row of zeros could be a sequence that attends to nothing, whose softmax is 0 / 0); only
@@ -169,6 +169,7 @@ def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask") -> Any:
     batch: pytree of NumPy arrays with the same leading axis.
     mesh: from `make_mesh`.
     mask: the name of the arrays that say what counts; at least one leaf has it as the last part of its path.
+    multiple: the number of rows is made a multiple of this, too.
 
   Returns:
     The batch with a leading axis that is a multiple of data x fsdp; the batch itself if it was one.
@@ -183,7 +184,7 @@ def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask") -> Any:
   length, *others = set(lengths.values())
   if others or length == 0:
     raise ValueError(f"pad_batch: the arrays have lengths {lengths}: they must be the same, and at least 1")
-  missing = -length % (mesh.shape["data"] * mesh.shape["fsdp"])
+  missing = -length % math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], multiple)
   if not missing:
     return batch
 

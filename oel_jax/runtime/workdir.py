@@ -1,11 +1,14 @@
 """The run directory: made once with its configuration, refused for another one."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -104,3 +107,19 @@ def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
     else:
       found[f"{above}{name}"] = inner
   return found
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+  """Holds the run directory for this process; it lets go when the process ends, however it ends.
+
+  Raises:
+    OSError: another process on this machine is running in it.
+  """
+  with open(path / ".lock", "w") as file:
+    try:
+      if jax.process_index() == 0:  # the others of a distributed run belong to it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise OSError(error.errno, "another process is running in this directory: wait for it, or choose another --workdir", str(path)) from error
+    yield

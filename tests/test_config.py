@@ -1,0 +1,180 @@
+"""The configuration: what the defaults are, what is refused and in which words, and that every experiment is accepted."""
+
+import importlib.util
+import inspect
+import io
+import pathlib
+import re
+import tokenize
+
+import pytest
+
+from oel_jax import config as config_lib
+from oel_jax.policy.architecture import ARCHITECTURES
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+
+
+def experiment(name: str):
+  spec = importlib.util.spec_from_file_location(f"experiment_{name}", EXPERIMENTS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def leaves(config) -> dict:
+  return {name: value for name, value in flat(config.to_dict()).items() if not name.startswith("deployment.game_args")}
+
+
+def flat(value: dict, above: str = "") -> dict:
+  found = {}
+  for name, inner in value.items():
+    found |= flat(inner, f"{above}{name}.") if isinstance(inner, dict) else {above + name: inner}
+  return found
+
+
+def test_the_default_is_locked_and_right():
+  config = config_lib.default()
+  config_lib.validate(config)
+  with pytest.raises(AttributeError, match="learning_rates"):
+    config.consolidation.learning_rates = 1.0
+  with pytest.raises(AttributeError):
+    config.task = "pretrain"
+  with pytest.raises(TypeError):
+    config.rounds = "two"
+  config.seed, config.policy.weights = 3, "a.safetensors"  # values may change, and the placeholder takes a string
+  assert config_lib.default().seed == 0 and config_lib.default().policy.weights is None
+
+
+def test_the_default_is_the_papers():
+  """The constants of method.md, written down a second time."""
+  config = config_lib.default()
+  paper = {
+      "extraction.texts": 10, "deployment.max_turns": 5, "deployment.max_response_tokens": 1024, "deployment.temperature": 0.7, "deployment.top_p": 1.0,
+      "evaluation.temperature": 0.7, "evaluation.top_p": 0.8, "evaluation.top_k": 20, "extraction.top_p": 0.8, "extraction.top_k": 20,
+      "evaluation.episodes": 128, "consolidation.temperature": 0.7, "consolidation.k": 256, "consolidation.b1": 0.9, "consolidation.b2": 0.999,
+      "consolidation.eps": 1e-8, "consolidation.weight_decay": 0.01, "consolidation.clip_norm": 1.0, "consolidation.batch_size": 64,
+      "consolidation.steps": 20, "extraction.trajectories": 30, "extraction.use": 15, "extraction.start_from": "nothing", "rounds": 2,
+      "consolidation.kind": "reverse_kl", "consolidation.support": "full", "consolidation.data": "student", "deployment.game": "FrozenLake-v0-raw",
+  }  # fmt: skip
+  found = leaves(config)
+  assert {name: found[name] for name in paper} == paper
+  assert config.deployment.game_args.to_dict() == {"size": 3, "num_holes": 2, "randomize_start_goal": False}
+
+
+def test_every_field_is_explained_where_it_stands():
+  source = inspect.getsource(config_lib.default)
+  commented = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+  bare = []
+  for field in leaves(config_lib.default()):
+    name = field.split(".")[-1]
+    lines = [i for i, line in enumerate(source.splitlines(), start=1) if re.search(rf"\b{name} ?=[^=]", line.partition("#")[0])]
+    assert lines, field
+    bare += [f"{field}: {source.splitlines()[i - 1].strip()}" for i in lines if i not in commented]
+  assert not bare
+
+
+@pytest.mark.parametrize("field, value, right", [
+    ("policy.architecture", "qwen9-1b", "one of 'pocket', 'pocket-tiny', 'qwen3-0.6b'"),
+    ("policy.compute_dtype", "int8", "one of 'auto', 'bfloat16', 'float32'"),
+    ("extraction.form", "poem", "one of 'items', 'text'"),
+    ("extraction.start_from", "", "one of 'nothing', 'previous_round'"),
+    ("extraction.source", "raw", "one of 'extracted', 'trajectories', 'swapped', 'empty'"),
+    ("consolidation.data", "both", "one of 'student', 'teacher'"),
+    ("consolidation.kind", "kl", "one of 'reverse_kl', 'forward_kl', 'jsd', 'imitation'"),
+    ("consolidation.support", "top", "one of 'full', 'topk', 'topk_tail'"),
+    ("consolidation.on_no_gain", "cry", "one of 'warn', 'skip', 'stop'"),
+    ("rounds", 0, "more than 0"),
+    ("deployment.temperature", 0.0, "more than 0"),
+    ("deployment.slots", -1, "more than 0"),
+    ("consolidation.learning_rate", float("nan"), "more than 0"),
+    ("consolidation.eps", 0.0, "more than 0"),
+    ("consolidation.gate_episodes", -1, "0 or more"),
+    ("evaluation.retention", -3, "0 or more"),
+    ("extraction.top_k", -1, "0 or more"),
+    ("evaluation.top_p", 0.0, "above 0 and at most 1"),
+    ("deployment.top_p", 1.5, "above 0 and at most 1"),
+    ("consolidation.b1", 1.0, "at least 0 and below 1"),
+    ("consolidation.b2", -0.1, "at least 0 and below 1"),
+    ("extraction.use", 31, "at most extraction.trajectories (30)"),
+    ("consolidation.micro_batch", 48, "a divisor of consolidation.batch_size (64)"),
+    ("extraction.max_knowledge_tokens", 16384, "below policy.max_prompt_tokens (16384)"),
+    ("evaluation.accumulation", (1, 31), "whole numbers from 1 to extraction.trajectories (30)"),
+    ("evaluation.accumulation", (0,), "whole numbers from 1 to extraction.trajectories (30)"),
+    ("evaluation.accumulation", (1.5,), "whole numbers from 1"),
+    ("evaluation.accumulation", ("4",), "whole numbers from 1"),
+    ("evaluation.accumulation", (True,), "whole numbers from 1"),
+])
+def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
+  config = config_lib.default()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError) as error:
+    config_lib.validate(config)
+  assert str(error.value).startswith(f"config.{field} is {value!r}: it must be ") and right in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_the_embedded_weights_have_one_architecture():
+  config = config_lib.default()
+  config.policy.weights = "pocket"
+  with pytest.raises(ValueError, match="config.policy.architecture is 'qwen3-1.7b': it must be \"pocket\""):
+    config_lib.validate(config)
+  config.policy.architecture = "pocket"
+  config_lib.validate(config)
+
+
+@pytest.mark.parametrize("edge", [
+    {"extraction.use": 30}, {"evaluation.accumulation": (1, 30)}, {"evaluation.top_p": 1.0}, {"consolidation.gate_episodes": 0, "consolidation.log_probe": 0},
+    {"consolidation.weight_decay": 0.0, "consolidation.b1": 0.0}, {"consolidation.micro_batch": 1}, {"extraction.max_knowledge_tokens": 16383},
+])
+def test_the_edges_are_inside(edge):
+  config = config_lib.default()
+  config.update_from_flattened_dict(edge)
+  config_lib.validate(config)
+
+
+# The files of experiments/.
+
+CHOICES = [("frozen_lake", size) for size in experiment("frozen_lake").SIZES] + [("controls", name) for name in experiment("controls").CONTROLS]
+
+
+@pytest.mark.parametrize("name, choice", CHOICES)
+def test_an_experiment_starts_from_the_default_and_is_right(name, choice):
+  config = experiment(name).get_config(choice)
+  config_lib.validate(config)
+  assert config.is_locked and config.deployment.is_locked
+  assert leaves(config).keys() == leaves(config_lib.default()).keys()
+  assert config.policy.architecture == config.policy.weights == "pocket"
+
+
+@pytest.mark.parametrize("name", ["frozen_lake", "controls"])
+def test_an_unknown_size_is_refused_with_the_known_ones(name):
+  module = experiment(name)
+  known = module.SIZES if name == "frozen_lake" else module.CONTROLS
+  with pytest.raises(ValueError) as error:
+    module.get_config("huge")
+  assert f"experiments/{name}.py" in str(error.value) and "'huge'" in str(error.value) and ", ".join(known) in str(error.value)
+
+
+def test_a_control_differs_from_the_own_round_in_what_it_says():
+  module = experiment("controls")
+  own = leaves(module.get_config("own"))
+  for name, changes in module.CONTROLS.items():
+    other = leaves(module.get_config(name))
+    assert {field: other[field] for field in other if other[field] != own[field]} == changes, name
+  table = leaves(experiment("frozen_lake").get_config("pocket-table"))
+  assert {field for field in table if table[field] != own[field]} == {"rounds", "evaluation.accumulation", "consolidation.on_no_gain"}
+
+
+@pytest.mark.parametrize("size", ["pocket", "pocket-tiny"])
+def test_pre_training_names_a_known_architecture(size):
+  config = experiment("pretrain_pocket").get_config(size)
+  assert config.is_locked and config.task == "pretrain" and config.architecture == size and size in ARCHITECTURES
+
+
+def test_every_experiment_opens_with_its_command():
+  files = sorted(EXPERIMENTS.glob("*.py"))
+  assert len(files) >= 3
+  for path in files:
+    head = path.read_text().split('"""')[1]
+    assert re.search(rf"^    python .*experiments/{path.name}", head, re.MULTILINE), path

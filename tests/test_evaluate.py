@@ -1,0 +1,225 @@
+"""Rates and intervals against brute force, summaries of hand-made games, leaks (trap 42), and retention measured on oracles."""
+
+import math
+import re
+import statistics as python_statistics
+
+import numpy as np
+import pytest
+
+from oel_jax.evaluation import evaluate, statistics
+from oel_jax.pocket import claims, corpus, worlds
+from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, Claim
+from oel_jax.trajectory import Trajectory, Turn
+
+Z = python_statistics.NormalDist().inv_cdf(0.975)
+
+
+def score_bound(hits: int, of: int, side: int) -> float:
+  """The p farthest from hits / of, on one side, that a score test still accepts: |hits / of − p| ≤ Z √(p (1 − p) / of), by bisection."""
+  inside, outside = hits / of, (0.0, 1.0)[side > 0]
+  for _ in range(200):
+    middle = (inside + outside) / 2
+    if abs(hits / of - middle) <= Z * math.sqrt(middle * (1 - middle) / of):
+      inside = middle
+    else:
+      outside = middle
+  return inside
+
+
+@pytest.mark.parametrize("hits, of", [(0, 1), (1, 1), (0, 128), (128, 128), (3, 10), (17, 512), (500, 512), (1, 3)])
+def test_a_count_has_the_score_interval(hits, of):
+  found = statistics.count(hits, of)
+  assert (found["rate"], found["hits"], found["of"]) == (hits / of, hits, of)
+  expected = [score_bound(hits, of, -1), score_bound(hits, of, 1)]
+  np.testing.assert_allclose(found["interval"], expected, atol=1e-9)
+  assert 0 <= found["interval"][0] <= found["rate"] <= found["interval"][1] <= 1
+
+
+def test_a_count_of_nothing_says_so():
+  assert statistics.count(0, 0) == {"rate": 0.0, "hits": 0, "of": 0, "interval": [0.0, 1.0]}
+
+
+def test_a_mean_has_the_normal_interval():
+  values = [96, 41, 23.5, 23, 80]
+  found = statistics.mean(values)
+  error = np.std(values, ddof=1) / np.sqrt(5)
+  assert found["of"] == 5
+  np.testing.assert_allclose([found["mean"], *found["interval"]], [np.mean(values), *(np.mean(values) + np.array([-Z, Z]) * error)])
+  assert statistics.mean([]) == {"mean": 0.0, "of": 0, "interval": [0.0, 0.0]}
+  assert statistics.mean([7])["interval"] == [7, 7]
+
+
+def test_recovered_is_the_share_of_the_gain():
+  assert statistics.recovered(0.5, 0.1, 0.9) == pytest.approx(0.5)
+  assert statistics.recovered(0.9, 0.1, 0.5) == pytest.approx(2.0)
+  assert statistics.recovered(0.0, 0.25, 0.5) == pytest.approx(-1.0)
+  assert statistics.recovered(0.5, 0.5, 0.5) is None and statistics.recovered(0.5, 0.5, 0.4) is None
+
+
+def trajectory(ended: str, *tokens: int, thinking: str = "", answer: str = "[up]") -> Trajectory:
+  turns = tuple(Turn("board", thinking, answer, "[up]", count) for count in tokens)
+  return Trajectory("t", "game", 1, turns, "over", float(ended == "passed"), ended == "passed", ended)
+
+
+def test_a_summary_counts_games_turns_and_tokens():
+  games = [
+      trajectory("passed", 10, 20), trajectory("lost", 30), trajectory("passed", 40, 50, 60),
+      trajectory("turn_limit", 70, thinking="The experience given to me says so."), trajectory("invalid", 80, answer="As the lessons above say: [up]"),
+  ]  # fmt: skip
+  found = evaluate.play_summary(games)
+  assert (found["passed"]["hits"], found["passed"]["of"]) == (2, 5)
+  assert found["response_tokens"]["mean"] == pytest.approx(45) and found["response_tokens"]["of"] == 8  # a turn, not a game
+  assert found["moves"]["mean"] == pytest.approx(8 / 5) and found["moves"]["of"] == 5
+  assert found["ended"] == {"passed": 2, "lost": 1, "invalid": 1, "turn_limit": 1}
+  assert (found["leaks"]["hits"], found["leaks"]["of"]) == (2, 8)
+
+
+@pytest.mark.parametrize("text", [  # trap 42
+    "According to the experience given to me, G is the goal.",
+    "The knowledge provided says to avoid H.",
+    "From the notes above I know where to go.",
+    "My previous experience tells me to go down.",
+    "In earlier games H ended the game.",
+    "- EXPERIENCE ITEM: The goal is G.",
+    "The lessons listed\nare not needed, but the given lessons are.",
+])
+def test_talk_of_the_knowledge_is_a_leak(text):
+  assert evaluate.leaks(text)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[up]", "Goal: G at (2, 2). Hazard: H at (0, 1) (1, 2). I am at (0, 0). Not right. Next: down.",
+    "Goal: unknown. Hazard: unknown. Nobody told me what G does. It may be where to go, or it may end the game, or it may do nothing.",
+    "Given the walls, few moves are left. I take note of the items.",  # the words, but not of something handed over
+    "The item is on the board. I was given a start.",
+    "I previously moved down, so the last move was wasted.",
+])
+def test_talk_of_the_game_is_none(text):
+  assert not evaluate.leaks(text)
+
+
+def test_no_answer_that_pre_training_teaches_is_a_leak():
+  examples = [corpus.example(seed) for seed in range(2000)]
+  played = [example for example in examples if example.kind in ("play", "ask", "other")]
+  assert len(played) > 1000
+  assert not [example for example in played if evaluate.leaks(f"{example.thinking}\n{example.answer}")]
+
+
+# Retention, on policies of which it is known what they can do.
+
+
+class Tokenizer:
+  """A token is a whole chat, or a whole answer: its place in the list of those seen."""
+
+  def __init__(self):
+    self.seen = []
+
+  def put(self, what) -> list[int]:
+    self.seen.append(what)
+    return [len(self.seen) - 1]
+
+  def chat(self, messages, *, thinking=True):
+    return self.put([(message.role, message.content) for message in messages])
+
+  def split_response(self, ids):
+    return "", self.seen[ids[0]]
+
+
+class Oracle:
+  """Does all that retention asks for, from the words of the prompt; `able` names what it can do, all else it gets wrong."""
+
+  def __init__(self, *able: str):
+    self.able, self.tokenizer = able, Tokenizer()
+
+  def sample(self, prompts, seeds, *, sampling, max_new_tokens):
+    return [self.tokenizer.put(self.answer(self.tokenizer.seen[prompt[0]])) for prompt in prompts]
+
+  def answer(self, chat: list[tuple[str, str]]) -> str:
+    question = chat[-1][1]
+    if "record of a finished game" in question:
+      return self.extract(question) if "extraction" in self.able else f"- EXPERIENCE ITEM: The goal is {missing_letter(question)}."
+    if chat[0][0] == "system" or "board" in question.lower():
+      return self.play(chat)
+    return solve(question) if "other" in self.able else "no idea"
+
+  def play(self, chat: list[tuple[str, str]]) -> str:
+    rows, player = boards("\n".join(text for _, text in chat))[-1]
+    cells = dict(np.ndenumerate(rows))
+    said = re.findall(r"^- EXPERIENCE ITEM: .*$", chat[0][1], re.MULTILINE)
+    goal, trap = claims.resolve([claims.parse(line) for line in said], [symbol for symbol in cells.values() if symbol != " "])
+    if "play" not in self.able:
+      goal, trap = trap, goal
+    start = tuple(map(int, player))
+    world = worlds.World(tuple(map(tuple, rows)), start, goal, trap, next(cell for cell, symbol in cells.items() if symbol == goal))
+    actions = corpus.good_actions(world, start, goal, trap)
+    return f"[{actions[0]}]"
+
+  def extract(self, question: str) -> str:
+    record = question.partition("Record:\n")[2]
+    if "reached the goal!" not in record and "fell into a hole!" not in record:
+      return "- EXPERIENCE ITEM: Watch what each symbol does."
+    # What the player stands on is hidden by the player, so it is looked up on the board before.
+    (before, _), (_, (r, c)) = boards(record)[-2:]
+    return claims_line(GOAL if "reached the goal!" in record else TRAP, before[r][c])
+
+
+def boards(text: str) -> list[tuple[np.ndarray, tuple[int, int]]]:
+  """The boards of a text, as symbols with " " where the player stands, and the player's place."""
+  found = []
+  for block in re.findall(r"(?:^[+|].*\n)+", text, re.MULTILINE):
+    cells = np.array([[cell.strip() or " " for cell in line.strip("|").split("|")] for line in block.split("\n") if line.startswith("|")])
+    [place] = np.argwhere(np.char.startswith(cells, "P"))
+    found.append((np.where(np.char.startswith(cells, "P"), " ", cells), tuple(map(int, place))))
+  return found
+
+
+def claims_line(role: str, letter: str) -> str:
+  return f"- EXPERIENCE ITEM: {claims.WORDINGS[role][3].format(letter)}"
+
+
+def missing_letter(text: str) -> str:
+  return next(letter for letter in worlds.LETTERS if f" {letter} " not in text and f"/{letter}" not in text)
+
+
+def solve(question: str) -> str:
+  task, text = question.split("\n")
+  word = task.split()
+  if "case." in word:
+    return text.upper() if "upper" in word else text.lower()
+  if word[0] == "How":
+    return str(len(text))
+  if "letter?" in word:
+    return text[0] if "first" in word else text[-1]
+  return {"Repeat": text, "Sort": "".join(sorted(text)), "Write": "".join(reversed(text))}[word[0]]
+
+
+def test_an_oracle_keeps_everything():
+  found = evaluate.retention(Oracle("extraction", "play", "other"), 40, seed=3)
+  assert {name: (share["hits"], share["of"]) for name, share in found.items()} == {
+      name: (40, 40) for name in ("extraction", "worlds", "symmetric", "other")
+  }
+
+
+def test_each_ability_is_measured_by_itself():
+  everything = {"extraction": {"extraction"}, "play": {"worlds", "symmetric"}, "other": {"other"}}
+  for lost, measures in everything.items():
+    found = evaluate.retention(Oracle(*(everything.keys() - {lost})), 40, seed=3)
+    for name, share in found.items():
+      # A wrong extractor names a goal that is not there; a player with the roles exchanged now and then has no hazard that it can reach.
+      assert (share["rate"] <= 0.2) if name in measures else (share["rate"] == 1.0), (lost, name, share)
+
+
+def test_retention_is_the_same_every_time_and_off_by_request():
+  partly = Oracle("extraction")
+  assert evaluate.retention(partly, 12, seed=5) == evaluate.retention(partly, 12, seed=5)
+  assert evaluate.retention(None, 0, seed=5) == {}
+
+
+def test_a_false_item_beside_a_true_one_is_no_hit():
+  class Talkative(Oracle):
+    def extract(self, question):
+      return super().extract(question) + f"\n{claims_line(TRAP, missing_letter(question))}"
+
+  assert evaluate.retention(Talkative("extraction"), 20, seed=3)["extraction"]["hits"] == 0
+  assert claims.parse("- EXPERIENCE ITEM: Watch what each symbol does.") == Claim(GENERIC)

@@ -1,0 +1,567 @@
+"""The whole loop: a shortened quickstart, what it leaves behind, kills at any moment (trap 31), controls, the gate, and bad input."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import textarena
+
+from oel_jax import rounds
+from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import train
+from oel_jax.extraction import knowledge as knowledge_lib
+from oel_jax.pocket import load as pocket
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import model, weights
+from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime.checkpoint import Checkpoints
+from oel_jax.runtime.metrics import Metrics
+from oel_jax.trajectory import Trajectory, read_prefixes, read_trajectories
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHORT = {  # the quickstart with few games; one sampling and one batch shape for most of it, so that little is compiled
+    "rounds": 2, "deployment.episodes": 4, "deployment.slots": 4, "deployment.top_p": 0.8, "deployment.top_k": 20, "extraction.texts": 2,
+    "extraction.trajectories": 4, "extraction.use": 4, "consolidation.steps": 4, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
+    "consolidation.checkpoint_every": 2, "consolidation.gate_episodes": 4, "consolidation.log_probe": 2, "consolidation.on_no_gain": "warn",
+    "evaluation.episodes": 8, "evaluation.retention": 4, "evaluation.accumulation": (),
+}  # fmt: skip
+
+
+def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
+  """Starts `python -m oel_jax.main` on one CPU device; what it prints lies in WORKDIR.out and WORKDIR.err."""
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache))
+  env.pop("XLA_FLAGS", None)  # conftest's eight devices
+  settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
+  command = [sys.executable, "-m", "oel_jax.main", "--config=experiments/frozen_lake.py:pocket", f"--workdir={workdir}"]
+  command += [f"--config.{name}={value}" for name, value in settings.items()] + list(flags)
+  with open(f"{workdir}.out", "ab") as out, open(f"{workdir}.err", "wb") as err:
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=err)
+
+
+def finish(process: subprocess.Popen, workdir, status: int = 0) -> str:
+  """Waits for the end; returns what was printed to stderr."""
+  process.wait(timeout=600)
+  told = pathlib.Path(f"{workdir}.err").read_text()
+  assert process.returncode == status, told
+  return told
+
+
+def short_config() -> ml_collections.ConfigDict:
+  spec = importlib.util.spec_from_file_location("frozen_lake", ROOT / "experiments/frozen_lake.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config("pocket")
+  config.update_from_flattened_dict(SHORT)
+  return config
+
+
+@pytest.fixture(scope="session", name="cache")
+def fixture_cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("compilations")
+
+
+@pytest.fixture(scope="session", name="run")
+def fixture_run(cache, tmp_path_factory):
+  """The run directory of an uninterrupted shortened quickstart. Not to be changed: tests copy it."""
+  workdir = tmp_path_factory.mktemp("quickstart") / "run"
+  finish(start(cache, workdir), workdir)
+  return workdir
+
+
+@pytest.fixture(name="copy")
+def fixture_copy(run, tmp_path):
+  return shutil.copytree(run, tmp_path / "run")
+
+
+def final_params(folder: pathlib.Path, number: int):
+  """The parameters of a round's last checkpoint, read without the loop."""
+  config = short_config().consolidation
+  optimizer, params = train.make_optimizer(config), pocket.load().params
+  abstract = jax.eval_shape(lambda params: step_lib.init_state(params, optimizer), params)
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract)
+  with Checkpoints(folder / f"round_{number}/checkpoints") as checkpoints:
+    restored = checkpoints.restore(abstract)
+  assert restored.step == config.steps
+  return jax.device_get(restored.state.params)
+
+
+def same_bits(tree, other) -> bool:
+  leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+  return len(leaves) == len(others) and all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, others))
+
+
+def hashes(folder: pathlib.Path, *patterns: str) -> dict[str, str]:
+  """By path; without TensorBoard's files and the lock, which each process begins anew."""
+  paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(("events.", ".lock"))})
+  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def read_json(path: pathlib.Path):
+  return json.loads(path.read_text())
+
+
+# What a run leaves behind.
+
+
+def test_the_run_directory_is_as_designed(run):
+  for name in ("config.json", "metrics.jsonl", "report/index.html", "report/results.json"):
+    assert (run / name).is_file(), name
+  assert list(run.glob("events.out.tfevents*")) and list(run.glob("report/*.png"))
+  for number in (1, 2):
+    folder = run / f"round_{number}"
+    names = ["user/trajectories.jsonl", "knowledge/00.md", "knowledge/00.jsonl", "knowledge/01.md", "knowledge/01.jsonl", "prefixes.jsonl"]
+    for name in [*names, "gate.json", "evaluation.json", "cost.json"]:
+      assert (folder / name).is_file(), f"round {number}: {name}"
+    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == [2, 4]
+    assert len((folder / "user/trajectories.jsonl").read_text().splitlines()) == 4
+    assert {entry["stage"] for entry in read_json(folder / "cost.json")} == {"deploy", "extract", "prefixes", "gate", "consolidate", "evaluate"}
+  assert (run / "round_0/evaluation.json").is_file() and not (run / "round_0/checkpoints").exists() and not (run / "round_3").exists()
+  assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp"))]
+  for path in run.rglob("*.jsonl"):
+    assert all("schema" in json.loads(line) for line in path.read_text().splitlines()), path
+  told = pathlib.Path(f"{run}.out").read_text()
+  assert str(run / "report/index.html") in told and "round 2: consolidate: 4 of 4" in told
+
+
+def test_the_results_have_their_counts_and_say_what_the_games_say(run):
+  results = read_json(run / "report/results.json")
+
+  def held_out(number: int, name: str = "evaluation") -> list[dict]:
+    return [json.loads(line) for line in (run / f"round_{number}/user/{name}.jsonl").read_text().splitlines()]
+
+  def check(entry: dict, games: list[dict]) -> None:
+    tokens = [m["response_tokens"] for game in games for m in game["messages"] if m["role"] == "assistant"]
+    assert len(games) == 8 and entry["passed"] == pytest.approx(sum(game["reward"] >= 1 for game in games) / 8) and entry["passed_count"] == 8
+    assert entry["response_tokens"] == pytest.approx(sum(tokens) / len(tokens)) and entry["response_tokens_count"] == len(tokens)
+    for name in ("passed", "response_tokens"):
+      low, high = entry[f"{name}_interval"]
+      assert low <= entry[name] <= high
+
+  check(results["base"], held_out(0))
+  assert [entry["round"] for entry in results["rounds"]] == [1, 2]
+  for entry in results["rounds"]:
+    check(entry, held_out(entry["round"]))
+    in_context = held_out(entry["round"], "evaluation_in_context")
+    assert entry["in_context"] == pytest.approx(sum(game["reward"] >= 1 for game in in_context) / 8) and entry["in_context_count"] == 8
+    low, high = entry["in_context_interval"]
+    assert low <= entry["in_context"] <= high
+    for name in ("extraction", "worlds", "symmetric", "other"):
+      kept = entry["retention"]
+      assert kept[f"{name}_count"] == 4 and (kept[name] * 4) % 1 == 0 and kept[f"{name}_interval"][0] <= kept[name] <= kept[f"{name}_interval"][1]
+
+
+def test_the_metrics_have_one_line_a_step(run):
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  trained = [(line["round"], line["step"]) for line in lines if line["stage"] == "consolidate"]
+  assert trained == [(number, step) for number in (1, 2) for step in range(5)]
+  for line in lines:
+    if line["stage"] == "consolidate":
+      names = {"loss", "gradient_norm", "tokens", "response_tokens", "seconds"} if line["step"] else set()
+      names |= {"probe_kl", "student_entropy", "teacher_entropy", "topk_mass"} if line["step"] % 2 == 0 else set()
+      assert names <= line.keys() and all(np.isfinite(line[name]) for name in names), line
+
+
+def test_the_server_side_gets_prompts_only(run):
+  """No knowledge, no rules, no outcome, and of the games only those that were deployed for it."""
+  env = textarena.make("FrozenLake-v0-raw", size=3, num_holes=2, randomize_start_goal=False)
+  state = random.getstate()
+  env.reset(num_players=1, seed=1)
+  random.setstate(state)
+  rules = [text for _, text, kind in env.get_observation()[1] if kind is textarena.ObservationType.PROMPT]
+  sentences = [part.strip() for text in rules for part in re.split(r"\n|(?<=[.!?])\s", text) if len(part.split()) >= 4]
+  assert len(sentences) >= 3
+  for number in (1, 2):
+    folder = run / f"round_{number}"
+    found = read_prefixes(folder / "prefixes.jsonl")
+    games = read_trajectories(folder / "user/prefix_trajectories.jsonl")
+    assert len(games) == 4 and len(found) == sum(len(game.turns) for game in games)
+    assert len({prefix.id for prefix in found}) == len(found)
+    items = [item.text for i in (0, 1) for item in knowledge_lib.read(folder / "knowledge", i).items]
+    assert items
+    for prefix in found:
+      text = "\n".join(message.content for message in prefix.messages)
+      assert [message.role for message in prefix.messages] == ["user", "assistant"] * (len(prefix.messages) // 2) + ["user"]
+      assert "EXPERIENCE ITEM" not in text and "Experience from earlier games" not in text and not any(item in text for item in items)
+      assert not any(sentence in text for sentence in sentences)
+      assert "Congratulations" not in text and "fell into a hole" not in text
+    extracted_from = {game.seed for game in read_trajectories(folder / "user/trajectories.jsonl")}
+    assert extracted_from.isdisjoint(game.seed for game in games)
+    provenance = {item.trajectory for i in (0, 1) for item in knowledge_lib.read(folder / "knowledge", i).items if item.round == number}
+    assert provenance <= {game.id for game in read_trajectories(folder / "user/trajectories.jsonl")}
+
+
+def test_held_out_maps_are_nobody_elses(run):
+  held_out, others = {}, set()
+  for path in run.glob("round_*/user/*.jsonl"):
+    seeds = [json.loads(line)["seed"] for line in path.read_text().splitlines()]
+    if path.name.startswith("evaluation"):
+      held_out[str(path)] = seeds
+    else:
+      others |= set(seeds)
+      assert len(set(seeds)) == 4, path
+  assert len(held_out) == 1 + 3 + 4 and len({tuple(seeds) for seeds in held_out.values()}) == 1  # the same maps, in every round, however played
+  [seeds] = {tuple(seeds) for seeds in held_out.values()}
+  assert len(set(seeds)) == 8 and all(seed % 2 == 1 for seed in seeds)
+  assert len(others) == 2 * 3 * 4 and all(seed % 2 == 0 for seed in others)  # two rounds of trajectories, prefixes and gate (twice the same)
+
+
+def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch):  # trap 32
+  shutil.rmtree(copy / "round_2/checkpoints")
+  (copy / "round_2/evaluation.json").unlink()
+  config = short_config()
+  config.consolidation.log_probe = 0  # the probe would compile for its numbers, which are of no use here
+  seen = {}
+
+  class Enough(Exception):
+    pass
+
+  def spy(task, student, teacher, *_):
+    seen.update(round=task.round, student=jax.device_get(student.params), teacher=jax.device_get(teacher.params))
+    raise Enough
+
+  monkeypatch.setattr(train, "sample_batch", spy)
+  with pytest.raises(Enough):
+    rounds.run(config, copy, resume_anyway=True)
+  first = final_params(copy, 1)
+  assert seen["round"] == 2 and same_bits(seen["teacher"], first) and same_bits(seen["student"], first)
+  assert not same_bits(first, pocket.load().params)
+
+
+def test_the_same_command_again_does_nothing_new(cache, copy):
+  contents, written = hashes(copy, "**/*"), {name: (copy / name).stat().st_mtime_ns for name in hashes(copy, "round_*/**/*", "*")}
+  finish(start(cache, copy), copy)
+  assert hashes(copy, "**/*") == contents
+  assert written == {name: (copy / name).stat().st_mtime_ns for name in hashes(copy, "round_*/**/*", "*")}
+
+
+# Trap 31: kills.
+
+STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
+LAST_FILES = ("user/trajectories.jsonl", "knowledge/whole", "prefixes.jsonl", "gate.json", "checkpoints/4", "evaluation.json")
+ORDER = [("evaluate", "round_0/evaluation.json")] + [
+    (stage, f"round_{number}/{name}") for number in (1, 2) for stage, name in zip(STAGES, LAST_FILES)
+]
+
+
+def at(folder: pathlib.Path) -> int:
+  """The index in ORDER of the stage that the run is in."""
+  return next((i for i, (_, name) in enumerate(ORDER) if not (folder / name).exists()), len(ORDER))
+
+
+def steps_done(folder: pathlib.Path, number: int) -> int:
+  try:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+  except FileNotFoundError:
+    return 0
+  return sum(line["stage"] == "consolidate" and line["round"] == number and line["step"] > 0 for line in lines)
+
+
+def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random) -> str | None:
+  """Runs until ORDER[stage] has begun, then kills after a random while; returns the name of the stage that was cut off, None if none was."""
+  name, number = ORDER[stage][0], (stage + 5) // 6
+  steps = rng.randint(0, 3) if name == "consolidate" else 0
+  process = start(cache, workdir)
+  while process.poll() is None and (at(workdir) < stage or (at(workdir) == stage and steps_done(workdir, number) < steps)):
+    time.sleep(0.01)
+  time.sleep(rng.uniform(0, 0.4))
+  if process.poll() is not None:
+    finish(process, workdir)
+    return None
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  return ORDER[at(workdir)][0] if at(workdir) < len(ORDER) else None
+
+
+def outcome(folder: pathlib.Path) -> dict:
+  """Everything that a run is for, bit for bit."""
+  found = hashes(
+      folder, "config.json", "round_*/evaluation.json", "round_*/gate.json", "round_*/prefixes.jsonl", "round_*/knowledge/*", "round_*/user/*",
+  )  # fmt: skip
+  for number in (1, 2):
+    found[f"round {number}"] = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(final_params(folder, number)))).hexdigest()
+  for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    place = f"metrics of round {line['round']}, {line['stage']}, step {line['step']}"
+    assert place not in found, f"{place} stand there twice"
+    found[place] = {name: value for name, value in line.items() if name not in ("time", "seconds", "compiles")}
+  return found
+
+
+def survives(run, cache, workdir, stages, rng) -> set[str]:
+  """Kills in each of these stages, lets the run end, compares; returns the names of the stages that were cut off."""
+  hit = [kill_in(cache, workdir, stage, rng) for stage in stages]
+  finish(start(cache, workdir), workdir)
+  expected, found = outcome(run), outcome(workdir)
+  assert {name for name in expected | found if expected.get(name) != found.get(name)} == set(), hit
+  assert read_json(workdir / "report/results.json") == read_json(run / "report/results.json")
+  return {name for name in hit if name}
+
+
+def test_a_killed_run_ends_with_the_same_bits(run, cache, tmp_path):
+  rng = random.Random(31)
+  assert len(survives(run, cache, tmp_path / "run", (2, 5, 12), rng)) >= 2  # extract and consolidate in round 1, evaluate in round 2
+
+
+@pytest.mark.slow
+def test_ten_kills_in_every_stage_change_no_bit(run, cache, tmp_path):
+  rng = random.Random(10)
+  stages = sorted(rng.sample(range(len(ORDER)), 10))
+  while {ORDER[stage][0] for stage in stages[:-2]} != set(STAGES):  # so that a stage that ended too soon is mostly met again
+    stages = sorted(rng.sample(range(len(ORDER)), 10))
+  assert survives(run, cache, tmp_path / "run", stages, rng) == set(STAGES)
+
+
+# The stages by themselves, with a policy that is not a model.
+
+
+class Tokenizer:
+  """A token is a whole chat, or a whole answer: its place in the list of those seen."""
+
+  def __init__(self):
+    self.seen = []
+
+  def put(self, what) -> list[int]:
+    self.seen.append(what)
+    return [len(self.seen) - 1]
+
+  def chat(self, messages, *, thinking=True):
+    return self.put(messages)
+
+  def encode(self, text):
+    return text.split()
+
+  def split_response(self, ids):
+    return "", self.seen[ids[0]]
+
+
+class Scripted:
+  """Walks down; when asked what a game teaches, gives `lesson`."""
+
+  params = {}
+
+  def __init__(self, lesson: str = "- EXPERIENCE ITEM: The goal is G.\n- EXPERIENCE ITEM: H is a hazard."):
+    self.lesson, self.tokenizer = lesson, Tokenizer()
+
+  def sample(self, prompts, seeds, **how):
+    asked = [self.tokenizer.seen[prompt[0]][-1].content for prompt in prompts]
+    return [self.tokenizer.put(self.lesson if "record of a finished game" in text else "[down]") for text in asked]
+
+
+@pytest.fixture(name="make_loop")
+def fixture_make_loop(tmp_path):
+  with Metrics(tmp_path) as metrics:
+
+    def make(**changes) -> rounds.Loop:
+      config = short_config()
+      config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+      return rounds.Loop(config, tmp_path, metrics, None)
+
+    yield make
+
+
+def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
+  assert make_loop().extract(1, Scripted()) == ["\n".join(["- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard."] * 4)] * 2
+  shutil.rmtree(tmp_path / "round_1/knowledge")
+  swapped = make_loop(extraction__source="swapped").extract(1, Scripted())  # of the same extraction: nothing is sampled again
+  assert swapped == ["\n".join(["- EXPERIENCE ITEM: The hazard is G.", "- EXPERIENCE ITEM: H is the goal."] * 4)] * 2
+  assert (tmp_path / "round_1/knowledge/00.md").read_text() == swapped[0] + "\n"
+  shutil.rmtree(tmp_path / "round_1/knowledge")
+  assert make_loop(extraction__source="empty").extract(1, Scripted()) == [rounds.EMPTY]
+  assert not rounds.EMPTY.strip()
+  shutil.rmtree(tmp_path / "round_1/knowledge")
+  raw = make_loop(extraction__source="trajectories", extraction__max_knowledge_tokens=900).extract(1, Scripted())
+  assert len(raw) == 2 and raw[0] != raw[1]  # the same transcripts, each text in its own order
+  games = read_trajectories(tmp_path / "round_1/user/trajectories.jsonl")
+  for text in raw:
+    assert all(text.count(game.outcome) >= 1 for game in games) and text.count("You are P on the board.") == len(games) == 4
+
+
+def test_items_are_carried_over_or_begun_anew(make_loop, tmp_path):
+  make_loop().extract(1, Scripted("- EXPERIENCE ITEM: The goal is G."))
+  carried = make_loop(extraction__start_from="previous_round").extract(2, Scripted("- EXPERIENCE ITEM: H is a hazard."))
+  assert carried == ["\n".join(["- EXPERIENCE ITEM: The goal is G."] * 4 + ["- EXPERIENCE ITEM: H is a hazard."] * 4)] * 2
+  shutil.rmtree(tmp_path / "round_2")
+  assert make_loop(extraction__start_from="nothing").extract(2, Scripted("- EXPERIENCE ITEM: H is a hazard.")) == [
+      "\n".join(["- EXPERIENCE ITEM: H is a hazard."] * 4)
+  ] * 2
+
+
+def test_knowledge_that_is_all_empty_stops_with_its_folder(make_loop, tmp_path):
+  with pytest.raises(ValueError, match="all 2 knowledge texts are empty") as error:
+    make_loop().extract(1, Scripted("I have nothing to say."))
+  assert str(tmp_path / "round_1") in str(error.value) and len((tmp_path / "round_1/user/trajectories.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("without, given, on_no_gain, decision", [
+    (1, 3, "stop", "train"), (1, 3, "skip", "train"), (1, 3, "warn", "train"),
+    (2, 2, "warn", "warn"), (2, 2, "skip", "warn"), (2, 2, "stop", None),
+    (3, 1, "warn", "warn"), (3, 1, "skip", "skip"), (3, 1, "stop", None),
+])
+def test_the_gate_decides_by_what_was_played(make_loop, tmp_path, monkeypatch, caplog, without, given, on_no_gain, decision):
+  played = []
+
+  def play(path, policy, spec, *, episodes, sampling, advance, **how):
+    wins = given if episodes[0].knowledge else without
+    played.append([(episode.map_seed, episode.knowledge) for episode in episodes])
+    return [Trajectory(episode.id, "g", episode.map_seed, (), "", float(i < wins), i < wins, "passed" if i < wins else "lost")
+            for i, episode in enumerate(episodes)]
+
+  monkeypatch.setattr(rounds, "play_to_file", play)
+  monkeypatch.setattr(rounds.report, "write", lambda folder: {})
+  loop = make_loop(consolidation__on_no_gain=on_no_gain)
+  for _ in range(2):  # the second time from the file
+    if decision is None:
+      with pytest.raises(ValueError, match=f"passes {given} of 4 games, without it {without}; config.consolidation.on_no_gain is \"stop\""):
+        loop.gate(1, Scripted(), ["one", "two"])
+    else:
+      assert loop.gate(1, Scripted(), ["one", "two"]) == (decision != "skip")
+  plain, informed = played
+  assert [seed for seed, _ in plain] == [seed for seed, _ in informed] and len({seed for seed, _ in plain}) == 4
+  assert {text for _, text in plain} == {""} and {text for _, text in informed} <= {"one", "two"}
+  written = read_json(tmp_path / "round_1/gate.json")
+  assert (written["without"]["hits"], written["with"]["hits"]) == (without, given)
+  assert decision is None or loop._gate(1)["decision"] == decision
+  assert ("no gain from the knowledge" in caplog.text) == (given <= without)
+
+
+def test_no_gate_is_no_games(make_loop, tmp_path):
+  assert make_loop(consolidation__gate_episodes=0).gate(1, None, ["text"]) is True
+  assert not (tmp_path / "round_1").exists()
+
+
+def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypatch):
+  """By "skip", `run` goes on with the policy that it had; the round is evaluated all the same."""
+  calls = []
+
+  class Quiet(rounds.Loop):
+    def extract(self, number, policy):
+      return ["text"]
+
+    def collect_prefixes(self, number, policy):
+      pass
+
+    def gate(self, number, policy, texts):
+      return number == 2
+
+    def consolidate(self, number, policy, texts):
+      return policy.params + 1
+
+    def evaluate(self, number, policy, before, texts):
+      calls.append((number, policy.params, before.params))
+
+  @dataclasses.dataclass(frozen=True)
+  class Fake:
+    params: int = 0
+
+    def replace(self, params):
+      return Fake(params)
+
+  monkeypatch.setattr(rounds, "Loop", Quiet)
+  monkeypatch.setattr(rounds, "load_policy", lambda config: Fake())
+  monkeypatch.setattr(rounds.report, "write", lambda folder: {})
+  monkeypatch.setattr(rounds.report, "rows", lambda results: [])
+  rounds.run(make_loop(rounds=3).config, make_loop().folder / "run")
+  assert calls == [(0, 0, 0), (1, 0, 0), (2, 1, 0), (3, 1, 1)]
+
+
+def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
+  """consolidation.data = "teacher" with imitation, on a small policy from a .safetensors file that knows nothing: only the way is tested."""
+  shape = architecture_lib.named("pocket-tiny")
+  path = tmp_path / "tiny.safetensors"
+  weights.save(path, jax.jit(lambda key: model.init(shape, key))(jax.random.key(0)))
+  config = short_config()
+  config.update_from_flattened_dict({
+      "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8, "deployment.max_turns": 2,
+      "extraction.source": "trajectories", "extraction.max_knowledge_tokens": 200, "consolidation.data": "teacher", "consolidation.kind": "imitation",
+      "consolidation.steps": 2, "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
+  })  # fmt: skip
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh_lib, "make_mesh", lambda asked, make=mesh_lib.make_mesh: make(asked, jax.devices()[:1]))
+    results = rounds.run(config, tmp_path / "run")
+  assert [entry["round"] for entry in results["rounds"]] == [1] and results["rounds"][0]["in_context"] is None
+  lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  losses = [line["loss"] for line in lines if line["step"] > 0]
+  # Of a policy that has learned nothing, a sampled token's negative log-likelihood is about log V, where a divergence would be near 0.
+  assert len(losses) == 2 and all(abs(loss - np.log(shape.vocabulary)) < 1 for loss in losses)
+
+
+# Bad input: one clear line, status 2, and nothing lost.
+
+
+def refused(told: str, *parts: str) -> None:
+  lines = told.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), told
+  for part in parts:
+    assert part in lines[0], told
+
+
+BAD = {
+    "field": (("--config.consolidation.learning_rates=1",), ("config.consolidation.learning_rates", "no such field", "learning_rate")),
+    "architecture": (("--config.policy.architecture=qwen9",), ("config.policy.architecture", "'qwen9'", "'pocket'")),
+    "game": (("--config.deployment.game=FrozenLak-v0",), ("config.deployment.game", "'FrozenLak-v0'", "FrozenLake-v0-raw")),
+    "players": (("--config.deployment.game=Chess-v0-raw", "--config.deployment.game_args={}"), ("config.deployment.game", "several players")),
+    "weights": (("--config.policy.weights=None",), ("config.policy.weights", "pocket")),
+    "prompt": (("--config.policy.max_prompt_tokens=20", "--config.extraction.max_knowledge_tokens=10"),
+               ("config.policy.max_prompt_tokens is 20", "tokens: raise it")),
+}
+
+
+def test_bad_input_is_told_in_one_line(cache, tmp_path):
+  processes = {name: start(cache, tmp_path / name, *flags) for name, (flags, _) in BAD.items() if name != "players"}
+  for name, process in processes.items():
+    refused(finish(process, tmp_path / name, status=2), *BAD[name][1])
+
+
+def test_a_run_that_was_tampered_with_is_refused_by_name_and_line(run, cache, tmp_path):
+  bad = {name: shutil.copytree(run, tmp_path / name) for name in ("config", "trajectories", "knowledge", "changed")}
+  trajectories = bad["trajectories"] / "round_1/user/trajectories.jsonl"
+  lines = trajectories.read_text().splitlines()
+  trajectories.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
+  for index in (0, 1):
+    knowledge_lib.write(bad["knowledge"] / "round_1/knowledge", index, knowledge_lib.Knowledge())
+  kept = {name: hashes(folder, "**/*") for name, folder in bad.items()}
+  processes = {
+      "config": start(cache, bad["config"], "--config.consolidation.learning_rate=0.5", "--config.evaluation.top_k=7"),
+      "trajectories": start(cache, bad["trajectories"]),
+      "knowledge": start(cache, bad["knowledge"]),
+      "changed": start(cache, bad["changed"], "--config.evaluation.top_k=7", "--resume_anyway"),
+  }
+  told = {name: finish(process, bad[name], status=0 if name == "changed" else 2) for name, process in processes.items()}
+  refused(told["config"], str(bad["config"] / "config.json"), "config.consolidation.learning_rate was 0.0001 and is 0.5",
+          "config.evaluation.top_k was 20 and is 7", "--resume_anyway")
+  refused(told["trajectories"], str(trajectories), "1 of 4 lines are damaged", "line 2")
+  refused(told["knowledge"].splitlines()[-1], str(bad["knowledge"] / "round_1"), "all 2 knowledge texts are empty")
+  for name in ("config", "trajectories", "knowledge"):
+    assert hashes(bad[name], "**/*") == kept[name], name
+  [change] = read_json(bad["changed"] / "config.json")["changes"]
+  assert change["fields"] == [{"field": "evaluation.top_k", "was": 20, "is": 7}]
+
+
+def test_after_a_mistake_in_the_game_the_right_command_goes_on(tmp_path):
+  """A run that could never start must not stand in the way of the one that can."""
+  config = short_config()
+  config.deployment.game = "FrozenLak-v0"
+  with pytest.raises(ValueError, match="config.deployment.game"):
+    rounds.run(config, tmp_path / "run")
+  assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_game_for_several_players_is_refused(tmp_path):
+  config = short_config()
+  config.deployment.game = "Chess-v0-raw"
+  with pytest.raises(ValueError, match="'Chess-v0-raw'.* several players"):
+    rounds.run(config, tmp_path / "run")

@@ -1,0 +1,40 @@
+"""The table over seeds, against numbers worked out by hand."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("table", pathlib.Path(__file__).parents[1] / "experiments" / "table.py")
+table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(table)
+
+
+def _results(passed, rounds=1):
+  kept = dict.fromkeys(table.KEPT, 0.5)
+  entry = {"passed": passed, "in_context": None, "response_tokens": 40.0, "retention": kept}
+  return {"base": {"passed": 0.0, "response_tokens": 50.0}, "base_retention": kept, "rounds": [{"round": i + 1, **entry} for i in range(rounds)]}
+
+
+def test_mean_and_standard_error_by_hand():
+  # 0.2, 0.4, 0.9: mean 0.5, sample variance 0.13, standard error sqrt(0.13 / 3) = 0.2082
+  assert table.spread([0.2, 0.4, 0.9], True) == "50.0 ± 20.8"
+  assert table.spread([11.0], False) == "11.0"
+  assert table.spread([0.1, None], True) == "–"
+
+
+def test_only_rounds_that_all_runs_have_are_in_the_table(tmp_path, capsys):
+  for i, result in enumerate([_results(0.5, rounds=2), _results(0.7, rounds=1)]):
+    (tmp_path / str(i) / "report").mkdir(parents=True)
+    (tmp_path / str(i) / "report" / "results.json").write_text(json.dumps(result))
+  table.main([str(tmp_path / "0"), str(tmp_path / "1")])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2].startswith("| base | 0.0 ± 0.0 | – | 50.0 ± 0.0 | 50.0")
+  assert lines[3].startswith("| round 1 | 60.0 ± 10.0 | – | 40.0 ± 0.0 |")
+  assert not any("round 2" in line for line in lines)
+
+
+def test_a_run_without_a_report_is_told(tmp_path):
+  with pytest.raises(SystemExit, match="has no report yet"):
+    table.main([str(tmp_path)])
