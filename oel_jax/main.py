@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
   try:
     if config.get("task") == "pretrain":
       from oel_jax.pocket import pretrain
-      pretrain.run(config, _WORKDIR.value)
+      pretrain.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
     else:
       from oel_jax import rounds
       rounds.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)

@@ -4,24 +4,25 @@
 """
 
 import functools
-import json
-import pathlib
 import time
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
-from absl import logging
 
-from oel_jax.pocket import corpus, probes, vocabulary, worlds
-from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import model, weights
+from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
+from oel_jax.policy import architecture, model, weights
 from oel_jax.policy.generate import Policy
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.runtime import files, mesh, progress
+from oel_jax.runtime.checkpoint import Checkpoints
+from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
+from oel_jax.runtime.workdir import locked, open_workdir
 
 
 class Examples(grain.transforms.Map):
@@ -71,63 +72,83 @@ def _fits(example: dict[str, np.ndarray], length: int) -> bool:
   return len(example["tokens"]) <= length
 
 
-def loss(params: Any, batch: dict[str, jax.Array], *, architecture: Any, dtype: Any, path: str) -> jax.Array:
+def loss(params: Any, batch: dict[str, jax.Array], *, shape: Any, dtype: Any, path: str) -> jax.Array:
   """Weighted mean cross-entropy over the response tokens of a packed batch, float32."""
-  hidden, _ = model.apply(params, architecture, batch["tokens"], batch["tokens_positions"], batch["tokens_segment_ids"], dtype=dtype, path=path)
+  hidden, _ = model.apply(params, shape, batch["tokens"], batch["tokens_positions"], batch["tokens_segment_ids"], dtype=dtype, path=path)
   losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden, model.head(params)), batch["targets"])
   return jnp.sum(losses * batch["weight"]) / jnp.maximum(batch["weight"].sum(), 1)
 
 
-def run(config: Any, workdir: str) -> dict[str, Any]:
-  """Trains, logs loss and gates, and leaves `pocket.safetensors`, `tokenizer.model` and `gates.json` in `workdir`.
+def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
+  """Trains, logs, and measures the gates; goes on from the last checkpoint when called again.
 
-  Returns what gates.json holds: each gate's hits, count and bounds, and `passed`.
+  Leaves what `pocket.load` reads (`pocket.safetensors`, `tokenizer.model`, `sha256sums`) and `gates.json` in `workdir`.
+
+  Returns what gates.json holds: each gate's hits, count, rate and bounds, and `passed`.
+
+  Raises:
+    ValueError: `workdir` belongs to another configuration.
   """
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  model_file = vocabulary.build()
-  (folder / "tokenizer.model").write_bytes(model_file)
-  tokenizer = SentencePieceTokenizer(model_file)
-  architecture = architecture_lib.named(config.architecture)
+  folder = open_workdir(config, workdir, resume_anyway)
+  tokenizer = SentencePieceTokenizer(vocabulary.build())
+  files.write_bytes(folder / load.TOKENIZER, vocabulary.build())
+  shape = architecture.named(config.architecture)
+  with locked(folder), Metrics(folder) as metrics, Checkpoints(folder / "checkpoints") as checkpoints:
+    params, tokens = train(config, shape, vocabulary.build(), metrics, checkpoints)
+  header = {"architecture": config.architecture, "tokenizer": tokenizer.digest, "tokens": str(tokens), "seed": str(config.seed)}
+  weights.save(folder / load.WEIGHTS, params, dtype=np.float16, metadata=header)
+  sums = [f"{weights.digest(folder / name)}  {name}\n" for name in (load.WEIGHTS, load.TOKENIZER)]
+  files.write_text(folder / load.SUMS, "".join(sums))
+  counts = probes.measure_gates(load.load(folder=folder), config.gate_count, seed=0)
+  gates = {name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": probes.GATES[name]} for name, c in counts.items()}
+  passed = all(probes.passes(name, count) for name, count in counts.items())
+  result = {"schema": 1, "passed": passed, "sha256": weights.digest(folder / load.WEIGHTS), "gates": gates}
+  files.write_json(folder / "gates.json", result)
+  rows = [{"gate": name, **gate, "bounds": str(gate["bounds"]), "passed": probes.passes(name, counts[name])} for name, gate in gates.items()]
+  progress.table(rows, "gates")
+  return result
+
+
+def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoints: Checkpoints) -> tuple[Any, int]:
+  """The training loop: returns the parameters and the number of real tokens seen."""
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1))
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, batch):
-    value, gradient = jax.value_and_grad(functools.partial(loss, architecture=architecture, dtype=dtype, path=config.attention))(params, batch)
-    updates, state = optimizer.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, value
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, batch):
+    params, moments = state
+    value, gradient = jax.value_and_grad(functools.partial(loss, shape=shape, dtype=dtype, path=config.attention))(params, batch)
+    updates, moments = optimizer.update(gradient, moments, params)
+    return (optax.apply_updates(params, updates), moments), value
 
-  params = jax.jit(functools.partial(model.init, architecture))(jax.random.key(config.seed))
-  state = optimizer.init(params)
-  batches, started, waited, tokens = iter(dataset(config, model_file)), time.time(), 0.0, 0
-  with (folder / "metrics.jsonl").open("w") as log:
-    for i in range(1, config.steps + 1):
-      asked = time.time()
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+
+  def begin(key):
+    params = model.init(shape, key)
+    return params, optimizer.init(params)
+
+  key = jax.random.key(config.seed)
+  restored = checkpoints.restore(mesh.abstract_init(begin, devices, key))
+  state = restored.state if restored else mesh.sharded_init(begin, devices, key)
+  first, tokens = (restored.step, restored.extra["tokens"]) if restored else (0, 0)
+  batches = iter(dataset(config, model_file))
+  if restored:
+    batches.set_state(restored.extra["iterator"])
+  metrics.drop_after(0, "pretrain", first if restored else -1)
+  started = time.time()
+  with progress.bar("pretrain", config.steps) as advance:
+    advance(first)
+    for i in range(first + 1, config.steps + 1):
       batch = next(batches)
-      waited += time.time() - asked
       tokens += int((batch["tokens_segment_ids"] > 0).sum())
-      params, state, value = step(params, state, batch)
+      state, value = step(state, batch)
       if i % config.log_every == 0 or i == config.steps:
-        line = {"schema": 1, "step": i, "loss": float(value), "tokens": tokens, "seconds": round(time.time() - started, 1), "waited_for_data": round(waited, 1)}
-        if i % config.gates_every == 0 and i < config.steps:
-          weights.save(folder / f"step_{i}.safetensors", params, dtype=np.float16)
-          counts = probes.measure_gates(Policy(architecture, params, tokenizer), config.gate_count // 4, seed=i)
-          line |= {name: count.rate for name, count in counts.items()}
-        logging.info("%s", line)
-        print(json.dumps(line), flush=True)
-        log.write(json.dumps(line) + "\n")
-        log.flush()
-  metadata = {"architecture": config.architecture, "tokenizer": tokenizer.digest, "tokens": str(tokens), "seed": str(config.seed)}
-  weights.save(folder / "pocket.safetensors", params, dtype=np.float16, metadata=metadata)
-  shipped = Policy(architecture, weights.load(folder / "pocket.safetensors", architecture), tokenizer)
-  counts = probes.measure_gates(shipped, config.gate_count, seed=0)
-  failed = probes.failed_gates(counts)
-  result = {"schema": 1, "passed": not failed, "sha256": weights.digest(folder / "pocket.safetensors")}
-  result["gates"] = {name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": probes.GATES[name]} for name, c in counts.items()}
-  (folder / "gates.json").write_text(json.dumps(result, indent=1) + "\n")
-  for name, entry in result["gates"].items():
-    low, high = entry["bounds"]
-    print(f"gate {name:18s} {entry['rate']:.4f} of {entry['of']}  must lie in [{low}, {high}]  {'ok' if low <= entry['rate'] <= high else 'FAILED'}")
-  return result
+        metrics.write("pretrain", i, round=0, loss=value, tokens=tokens, seconds=time.time() - started)
+      if i % config.gates_every == 0 and i < config.steps:
+        counts = probes.measure_gates(Policy(shape, state[0], SentencePieceTokenizer(model_file)), config.gate_count // 4, seed=i)
+        metrics.write("gates", i, round=0, **{name: count.rate for name, count in counts.items()})
+      if i % config.checkpoint_every == 0 or i == config.steps:
+        checkpoints.save(i, state, {"iterator": batches.get_state(), "tokens": tokens})
+      advance(1)
+  return state[0], tokens

@@ -152,10 +152,7 @@ def measure_gates(policy: Any, count: int, *, seed: int) -> dict[str, Count]:
   }
 
 
-def failed_gates(counts: dict[str, Count]) -> list[str]:
-  """A sentence for each gate that is not passed."""
-  return [
-      f"{name}: {counts[name].rate:.3f} of {counts[name].of}, must lie in [{low}, {high}]"
-      for name, (low, high) in GATES.items()
-      if not low <= counts[name].rate <= high
-  ]
+def passes(name: str, count: Count) -> bool:
+  """Whether this gate's measured rate lies within its bounds."""
+  low, high = GATES[name]
+  return low <= count.rate <= high
