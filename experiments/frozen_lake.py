@@ -13,7 +13,7 @@ SIZES = ("pocket", "pocket-table", "pocket-4x4")
 
 
 def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
-  """`size`: "pocket" is the quickstart, "pocket-table" the README's table (512 held-out maps), "pocket-4x4" the same on 4 × 4 with three holes."""
+  """`size`: "pocket" is the quickstart, "pocket-table" has 512 held-out maps, "pocket-4x4" is the same on 4 × 4 with three holes."""
   if size not in SIZES:
     raise ValueError(f"experiments/frozen_lake.py has no size {size!r}: it must be one of {', '.join(SIZES)}")
   config = config_lib.default()

@@ -52,7 +52,7 @@ def default() -> ml_collections.ConfigDict:
           form="items",  # "items": lines that begin "- EXPERIENCE ITEM:"; "text": free text
           see_previous=True,  # whether the extractor sees the knowledge so far
           start_from="nothing",  # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
-          source="extracted",  # "extracted"; controls: "trajectories" (raw transcripts), "swapped" (roles exchanged), "empty" (wrapper only)
+          source="extracted",  # "extracted"; controls: "trajectories" (raw), "swapped" (roles exchanged), "empty" (wrapper only)
           max_knowledge_tokens=8192,  # over it, the oldest whole items go
           max_response_tokens=1024,  # an answer of the extractor, thinking included
           temperature=0.7,  # sampling of the answers
@@ -147,7 +147,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
          f"whole numbers from 1 to extraction.trajectories ({config.extraction.trajectories})")
   need(config.extraction.use <= config.extraction.trajectories, "extraction.use", config.extraction.use,
        f"at most extraction.trajectories ({config.extraction.trajectories})")
-  need(config.consolidation.batch_size % config.consolidation.micro_batch == 0, "consolidation.micro_batch", config.consolidation.micro_batch,
+  micro_batch = config.consolidation.micro_batch
+  need(config.consolidation.batch_size % micro_batch == 0, "consolidation.micro_batch", micro_batch,
        f"a divisor of consolidation.batch_size ({config.consolidation.batch_size})")
   need(config.extraction.max_knowledge_tokens < config.policy.max_prompt_tokens, "extraction.max_knowledge_tokens",
        config.extraction.max_knowledge_tokens, f"below policy.max_prompt_tokens ({config.policy.max_prompt_tokens})")

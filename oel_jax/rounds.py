@@ -143,7 +143,8 @@ class Loop:
       with self._stage(number, "gate", policy, 2 * count) as (meter, advance):
         for name, given in (("without", []), ("with", texts)):
           ids = [(f"r{number}-gate-{i:05d}", "gate", i) for i in range(count)]
-          played = self._play(self._round(number) / f"user/gate_{name}.jsonl", meter, number, ids, self._sampling("evaluation"), advance, given)
+          file = self._round(number) / f"user/gate_{name}.jsonl"
+          played = self._play(file, meter, number, ids, self._sampling("evaluation"), advance, given)
           passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), len(played))
       files.write_json(path, {"schema": 1, **passed})
     if not count:
@@ -157,7 +158,7 @@ class Loop:
       if self.config.consolidation.on_no_gain == "stop":
         report.write(self.folder)
         raise ValueError(
-            f"round {number}: play with the knowledge passes {found['with']['hits']} of {count} games, without it {found['without']['hits']}; "
+            f"round {number}: with the knowledge {found['with']['hits']} of {count} games are passed, without it {found['without']['hits']}; "
             'config.consolidation.on_no_gain is "stop": take "warn" or "skip", or better knowledge'
         )
     return found["decision"] != "skip"
@@ -187,7 +188,8 @@ class Loop:
     plays = {"without": (policy, [])}
     if config.in_context and texts:
       first = self._said(self._knowledge(1), self._round(1)) if number > 1 else []
-      plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)} | ({"first_knowledge": (policy, first)} if first else {})
+      plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)}
+      plays |= {"first_knowledge": (policy, first)} if first else {}
     curve = {step: self._knowledge_at(step, policy) for step in config.accumulation} if number == 1 else {}
     total = config.episodes * (len(plays) + len(curve)) + len(evaluate.RETENTION) * config.retention
     with self._stage(number, "evaluate", policy, total) as (meter, advance):
@@ -256,7 +258,8 @@ class Loop:
 
     return play_to_file(
         path, policy, game_spec(config), episodes=episodes, slots=config.slots, advance=tell, sampling=sampling,
-        max_response_tokens=config.max_response_tokens, max_prompt_tokens=self.config.policy.max_prompt_tokens, thinking=self.config.policy.thinking,
+        max_response_tokens=config.max_response_tokens, max_prompt_tokens=self.config.policy.max_prompt_tokens,
+        thinking=self.config.policy.thinking,
     )  # fmt: skip
 
   def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
@@ -291,7 +294,9 @@ class Loop:
     texts = knowledge_lib.as_of(whole, step, max_tokens=config.max_knowledge_tokens, count_tokens=count)
     return [_swapped(text) for text in texts] if config.source == "swapped" else texts
 
-  def _accumulate(self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]) -> list[knowledge_lib.Knowledge]:
+  def _accumulate(
+      self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]
+  ) -> list[knowledge_lib.Knowledge]:
     """All that the K texts gathered in a round, before the limit; sampled once, then read back from user/extraction.json."""
     config = self.config.extraction
     if config.source == "trajectories":

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import ml_collections
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import textarena
 
-from oel_jax import rounds
+from oel_jax import main, rounds
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import train
 from oel_jax.extraction import knowledge as knowledge_lib
@@ -129,7 +130,7 @@ def test_the_run_directory_is_as_designed(run):
       assert (folder / name).is_file(), f"round {number}: {name}"
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == [2, 4]
     assert len((folder / "user/trajectories.jsonl").read_text().splitlines()) == 4
-    assert {entry["stage"] for entry in read_json(folder / "cost.json")} == {"deploy", "extract", "prefixes", "gate", "consolidate", "evaluate"}
+    assert {entry["stage"] for entry in read_json(folder / "cost.json")["stages"]} == {"deploy", "extract", "prefixes", "gate", "consolidate", "evaluate"}
   assert (run / "round_0/evaluation.json").is_file() and not (run / "round_0/checkpoints").exists() and not (run / "round_3").exists()
   assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp"))]
   for path in run.rglob("*.jsonl"):
@@ -421,6 +422,7 @@ def test_the_gate_decides_by_what_was_played(make_loop, tmp_path, monkeypatch, c
             for i, episode in enumerate(episodes)]
 
   monkeypatch.setattr(rounds, "play_to_file", play)
+  (tmp_path / "round_1").mkdir()
   monkeypatch.setattr(rounds.report, "write", lambda folder: {})
   loop = make_loop(consolidation__on_no_gain=on_no_gain)
   for _ in range(2):  # the second time from the file
@@ -487,14 +489,15 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   config.update_from_flattened_dict({
       "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8, "deployment.max_turns": 2,
       "extraction.source": "trajectories", "extraction.max_knowledge_tokens": 200, "consolidation.data": "teacher", "consolidation.kind": "imitation",
-      "consolidation.steps": 2, "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
+      "consolidation.steps": 2, "consolidation.gate_episodes": 0, "consolidation.log_probe": 0, "evaluation.episodes": 4,
+      "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
   })  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh_lib, "make_mesh", lambda asked, make=mesh_lib.make_mesh: make(asked, jax.devices()[:1]))
     results = rounds.run(config, tmp_path / "run")
   assert [entry["round"] for entry in results["rounds"]] == [1] and results["rounds"][0]["in_context"] is None
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-  losses = [line["loss"] for line in lines if line["step"] > 0]
+  losses = [line["loss"] for line in lines if line["stage"] == "consolidate" and line["step"] > 0]
   # Of a policy that has learned nothing, a sampled token's negative log-likelihood is about log V, where a divergence would be near 0.
   assert len(losses) == 2 and all(abs(loss - np.log(shape.vocabulary)) < 1 for loss in losses)
 
@@ -502,66 +505,89 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
 # Bad input: one clear line, status 2, and nothing lost.
 
 
-def refused(told: str, *parts: str) -> None:
-  lines = told.splitlines()
-  assert len(lines) == 1 and lines[0].startswith("error: "), told
-  for part in parts:
-    assert part in lines[0], told
+@pytest.fixture(name="refused")
+def fixture_refused(cache, tmp_path, monkeypatch, capsys):
+  """Runs main on a configuration, as it is after the flags are parsed (test_main.py has the parsing); returns the one line it ends with."""
+  monkeypatch.setenv("OEL_JAX_CACHE", str(tmp_path / "compilations"))
+  monkeypatch.setattr(main.jax.config, "update", lambda *_: None)  # the cache is for this process's whole life
+  monkeypatch.setattr(main.logging, "set_verbosity", lambda *_: None)
+  capsys.readouterr()
+
+  def run_main(workdir=None, resume_anyway=False, **changes) -> str:
+    config = short_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    for name, value in (("_CONFIG", config), ("_WORKDIR", str(workdir or tmp_path / "refused")), ("_RESUME_ANYWAY", resume_anyway), ("_DEBUG", False)):
+      monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    with pytest.raises(SystemExit) as end:
+      main.main([])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+  return run_main
 
 
-BAD = {
-    "field": (("--config.consolidation.learning_rates=1",), ("config.consolidation.learning_rates", "no such field", "learning_rate")),
-    "architecture": (("--config.policy.architecture=qwen9",), ("config.policy.architecture", "'qwen9'", "'pocket'")),
-    "game": (("--config.deployment.game=FrozenLak-v0",), ("config.deployment.game", "'FrozenLak-v0'", "FrozenLake-v0-raw")),
-    "players": (("--config.deployment.game=Chess-v0-raw", "--config.deployment.game_args={}"), ("config.deployment.game", "several players")),
-    "weights": (("--config.policy.weights=None",), ("config.policy.weights", "pocket")),
-    "prompt": (("--config.policy.max_prompt_tokens=20", "--config.extraction.max_knowledge_tokens=10"),
-               ("config.policy.max_prompt_tokens is 20", "tokens: raise it")),
-}
+def test_an_unknown_field_is_told_in_one_line(cache, tmp_path):
+  told = finish(start(cache, tmp_path / "run", "--config.consolidation.learning_rates=1"), tmp_path / "run", status=2)
+  assert told.startswith("error: config.consolidation.learning_rates: the configuration has no such field.") and told.count("\n") == 1
+  assert 'Did you mean "learning_rate"' in told and not (tmp_path / "run").exists()
 
 
-def test_bad_input_is_told_in_one_line(cache, tmp_path):
-  processes = {name: start(cache, tmp_path / name, *flags) for name, (flags, _) in BAD.items() if name != "players"}
-  for name, process in processes.items():
-    refused(finish(process, tmp_path / name, status=2), *BAD[name][1])
+@pytest.mark.parametrize("changes, parts", [
+    ({"policy.architecture": "qwen9"}, ("config.policy.architecture is 'qwen9'", "'pocket'")),
+    ({"policy.architecture": "qwen3-4b"}, ("config.policy.architecture is 'qwen3-4b'", '"pocket"')),
+    ({"policy.weights": None}, ("config.policy.weights is None", '"pocket"')),
+    ({"policy.weights": "/nowhere/x.safetensors"}, ("config.policy.weights", "/nowhere/x.safetensors")),
+    ({"deployment.game": "FrozenLak-v0"}, ("config.deployment.game is 'FrozenLak-v0'", "FrozenLake-v0-raw")),
+    ({"deployment.game": "FrozenLake-v0"}, ("config.deployment.game is 'FrozenLake-v0'", "'FrozenLake-v0-raw'")),
+    ({"deployment.game": "TicTacToe-v0-raw"}, ("config.deployment.game is 'TicTacToe-v0-raw'", "for one player")),
+    ({"deployment.action_pattern": "[up"}, ("config.deployment.action_pattern is '[up'", "no regular expression")),
+    ({"consolidation.kind": "kl"}, ("config.consolidation.kind is 'kl'", "'reverse_kl'")),
+    ({"mesh.data": 5}, ("config.mesh", "5")),
+])
+def test_a_wrong_configuration_is_told_before_the_directory_is_its(refused, tmp_path, changes, parts):
+  told = refused(**changes)
+  assert all(part in told for part in parts), told
+  # So that the same command goes on once the mistake is mended.
+  assert not (tmp_path / "refused").exists()
 
 
-def test_a_run_that_was_tampered_with_is_refused_by_name_and_line(run, cache, tmp_path):
-  bad = {name: shutil.copytree(run, tmp_path / name) for name in ("config", "trajectories", "knowledge", "changed")}
-  trajectories = bad["trajectories"] / "round_1/user/trajectories.jsonl"
-  lines = trajectories.read_text().splitlines()
-  trajectories.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
+def test_a_prompt_over_the_limit_is_told(refused):
+  told = refused(policy__max_prompt_tokens=20, extraction__max_knowledge_tokens=10)
+  assert "config.policy.max_prompt_tokens is 20, but the prompt of episode r0-without-00000, turn 1, has" in told
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(refused, copy):
+  before = hashes(copy, "**/*")
+  told = refused(copy, consolidation__learning_rate=0.5, evaluation__top_k=7)
+  assert str(copy / "config.json") in told and "--resume_anyway" in told
+  assert "config.consolidation.learning_rate was 0.0001 and is 0.5; config.evaluation.top_k was 20 and is 7" in told
+  assert hashes(copy, "**/*") == before
+
+
+def test_another_configuration_goes_on_if_told_to(copy):
+  config = short_config()
+  config.evaluation.top_k = 7
+  before = hashes(copy, "round_*/**/*")
+  rounds.run(config, copy, resume_anyway=True)
+  [change] = read_json(copy / "config.json")["changes"]
+  assert change["fields"] == [{"field": "evaluation.top_k", "was": 20, "is": 7}] and hashes(copy, "round_*/**/*") == before
+
+
+def test_damaged_trajectories_are_refused_by_file_and_line(refused, copy):
+  path = copy / "round_1/user/trajectories.jsonl"
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
+  before = hashes(copy, "**/*")
+  told = refused(copy)
+  assert f"{path}: 1 of 4 lines are damaged" in told and "the first is line 2:" in told
+  assert hashes(copy, "**/*") == before
+
+
+def test_knowledge_that_is_all_empty_is_told(refused, copy):
   for index in (0, 1):
-    knowledge_lib.write(bad["knowledge"] / "round_1/knowledge", index, knowledge_lib.Knowledge())
-  kept = {name: hashes(folder, "**/*") for name, folder in bad.items()}
-  processes = {
-      "config": start(cache, bad["config"], "--config.consolidation.learning_rate=0.5", "--config.evaluation.top_k=7"),
-      "trajectories": start(cache, bad["trajectories"]),
-      "knowledge": start(cache, bad["knowledge"]),
-      "changed": start(cache, bad["changed"], "--config.evaluation.top_k=7", "--resume_anyway"),
-  }
-  told = {name: finish(process, bad[name], status=0 if name == "changed" else 2) for name, process in processes.items()}
-  refused(told["config"], str(bad["config"] / "config.json"), "config.consolidation.learning_rate was 0.0001 and is 0.5",
-          "config.evaluation.top_k was 20 and is 7", "--resume_anyway")
-  refused(told["trajectories"], str(trajectories), "1 of 4 lines are damaged", "line 2")
-  refused(told["knowledge"].splitlines()[-1], str(bad["knowledge"] / "round_1"), "all 2 knowledge texts are empty")
-  for name in ("config", "trajectories", "knowledge"):
-    assert hashes(bad[name], "**/*") == kept[name], name
-  [change] = read_json(bad["changed"] / "config.json")["changes"]
-  assert change["fields"] == [{"field": "evaluation.top_k", "was": 20, "is": 7}]
-
-
-def test_after_a_mistake_in_the_game_the_right_command_goes_on(tmp_path):
-  """A run that could never start must not stand in the way of the one that can."""
-  config = short_config()
-  config.deployment.game = "FrozenLak-v0"
-  with pytest.raises(ValueError, match="config.deployment.game"):
-    rounds.run(config, tmp_path / "run")
-  assert not (tmp_path / "run/config.json").exists()
-
-
-def test_a_game_for_several_players_is_refused(tmp_path):
-  config = short_config()
-  config.deployment.game = "Chess-v0-raw"
-  with pytest.raises(ValueError, match="'Chess-v0-raw'.* several players"):
-    rounds.run(config, tmp_path / "run")
+    knowledge_lib.write(copy / "round_1/knowledge", index, knowledge_lib.Knowledge())
+  before = hashes(copy, "**/*")
+  told = refused(copy)
+  assert f"{copy / 'round_1'}: all 2 knowledge texts are empty" in told and "extraction.form" in told
+  assert hashes(copy, "**/*") == before

@@ -256,8 +256,8 @@ def _costs(value: Any, number: int) -> list[Cost]:
       known = _is_number(entry.get(name)) or (name != "seconds" and entry.get(name) is None)
       _need(known, f"{where}.{name}", entry.get(name), "a number")
     before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0))
-    added = Cost(number, entry["stage"], before.seconds + entry["seconds"], _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops")))
-    result[entry["stage"]] = added
+    tokens, flops = _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops"))
+    result[entry["stage"]] = Cost(number, entry["stage"], before.seconds + entry["seconds"], tokens, flops)
   return list(result.values())
 
 

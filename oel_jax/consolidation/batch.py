@@ -58,7 +58,8 @@ def assemble(
     plain, informed = [*prompt, *sampled], [*known, *prompt, *sampled]
     if not prompt or not sampled:
       raise ValueError(f"sample {b} has {len(prompt)} prompt and {len(sampled)} response tokens: both need at least one")
-    for name, ids, room in (("student", plain, student_length), ("teacher", informed, teacher_length), ("response", sampled, response_length)):
+    rooms = (("student", plain, student_length), ("teacher", informed, teacher_length), ("response", sampled, response_length))
+    for name, ids, room in rooms:
       if len(ids) > room:
         raise ValueError(f"sample {b}: the {name}'s sequence has {len(ids)} tokens, the batch has room for {room}")
     student[b, : len(plain)], teacher[b, : len(informed)] = plain, informed

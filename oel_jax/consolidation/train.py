@@ -42,7 +42,9 @@ class Task:
   round: int
 
 
-def make_task(tokenizer: Any, prefixes: Sequence[Prefix], texts: Sequence[str], *, seed: int, round: int, thinking: bool, limit: int) -> Task:
+def make_task(
+    tokenizer: Any, prefixes: Sequence[Prefix], texts: Sequence[str], *, seed: int, round: int, thinking: bool, limit: int
+) -> Task:
   """Turns prefixes and knowledge texts into ids.
 
   Raises:
@@ -62,7 +64,10 @@ def make_task(tokenizer: Any, prefixes: Sequence[Prefix], texts: Sequence[str], 
     )
   whole = tokenizer.chat((knowledge_message(texts[0]), *prefixes[0].messages), thinking=thinking)
   if tuple(whole) != knowledge[0] + prompts[0]:
-    raise ValueError("the chat template changes the prompt when a system message with knowledge stands before it: teacher and student would differ in more")
+    raise ValueError(
+        "the chat template changes the prompt when a system message with knowledge stands before it: teacher and student would differ in "
+        "more than the knowledge"
+    )
   return Task(prompts, knowledge, seed, round)
 
 
@@ -81,7 +86,9 @@ def draws(task: Task, batch_size: int) -> grain.IterDataset:
   return numbered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).batch(batch_size)
 
 
-def sample_batch(task: Task, student: Policy, teacher: Policy, prefixes: Sequence[int], numbers: Sequence[int], config: Any, limit: int, stage: str):
+def sample_batch(
+    task: Task, student: Policy, teacher: Policy, prefixes: Sequence[int], numbers: Sequence[int], config: Any, limit: int, stage: str
+) -> tuple[batch_lib.Batch, list[int]]:
   """Draws a knowledge text and a response for each prefix; returns the batch and the responses' lengths.
 
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the teacher from knowledge and prompt.
@@ -158,14 +165,15 @@ def consolidate(
       metrics.write("consolidate", 0, round=task.round, **probe(policy.params))
     for i in range(first + 1, config.steps + 1):
       started, drawn = time.time(), next(batches)
-      batch, lengths = sample_batch(task, policy.replace(state.params), policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate")
+      student = policy.replace(state.params)
+      batch, lengths = sample_batch(task, student, policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate")
       state, measured = step(state, policy.params, _place(batch, mesh, config.micro_batch))
       cost["tokens"] += float(batch.student_length.sum())
       cost["flops"] += 2.0 * size * float(4 * batch.student_length.sum() + batch.teacher_length.sum())
       scalars = {name: float(value) for name, value in measured.items()} | {"response_tokens": float(np.mean(lengths))}
       saving = i % config.checkpoint_every == 0 or i == config.steps
       scalars |= probe(state.params) if saving else {}
-      # The line comes before the checkpoint: if a kill falls between them the step is done again and its line dropped; never is one missing.
+      # The line comes before the checkpoint: if a kill falls between them, the step is done again and its line dropped; none is missing.
       metrics.write("consolidate", i, round=task.round, **scalars, seconds=time.time() - started, compiles=metrics.compiles())
       if saving:
         checkpoints.save(i, state, {"iterator": batches.get_state()})

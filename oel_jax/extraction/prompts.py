@@ -23,4 +23,5 @@ def extraction_message(transcript: str, knowledge: str, *, form: str) -> Message
     form: "items" or "text".
   """
   known = f"Known before this game:\n{knowledge}\n\n" if knowledge else ""
-  return Message("user", f"This is the record of a finished game whose rules nobody told the player.\n\n{known}Record:\n{transcript}\n\n{_TASK}{_FORM[form]}")
+  opening = "This is the record of a finished game whose rules nobody told the player.\n\n"
+  return Message("user", f"{opening}{known}Record:\n{transcript}\n\n{_TASK}{_FORM[form]}")

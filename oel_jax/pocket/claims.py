@@ -14,16 +14,25 @@ GOAL, TRAP, SAFE, WALL, GENERIC = "goal", "trap", "safe", "wall", "generic"
 
 WORDINGS = {
     GOAL: (
-        "The goal is {}.", "To win, reach {}.", "The winning symbol is {}.", "You win by stepping on {}.", "Aim for {}.", "The game is won on {}.",
-        "{} is the goal.", "{} wins the game.", "{} is the target to reach.", "{} ends the game with a win.", "{} is where to go.", "{} is good: go there.",
+        "The goal is {}.", "To win, reach {}.", "The winning symbol is {}.", "You win by stepping on {}.",
+        "Aim for {}.", "The game is won on {}.", "{} is the goal.", "{} wins the game.", "{} is the target to reach.",
+        "{} ends the game with a win.", "{} is where to go.", "{} is good: go there.",
     ),
     TRAP: (
-        "The hazard is {}.", "To survive, avoid {}.", "The deadly symbol is {}.", "You lose by stepping on {}.", "Never step on {}.", "The game is lost on {}.",
-        "{} is a hazard.", "{} loses the game.", "{} is a hole to fall into.", "{} ends the game with a loss.", "{} must be avoided.", "{} is deadly: go around it.",
+        "The hazard is {}.", "To survive, avoid {}.", "The deadly symbol is {}.", "You lose by stepping on {}.",
+        "Never step on {}.", "The game is lost on {}.", "{} is a hazard.", "{} loses the game.",
+        "{} is a hole to fall into.", "{} ends the game with a loss.", "{} must be avoided.",
+        "{} is deadly: go around it.",
     ),
-    SAFE: ("Nothing happens on {}.", "You may step on {}.", "{} is harmless.", "{} does nothing."),
-    WALL: ("A move into the wall is wasted.", "Nobody can leave the board.", "Walls stop a move."),
-    GENERIC: ("Watch what each symbol does.", "Try a symbol to learn what it does.", "There are few moves: waste none."),
+    SAFE: (
+        "Nothing happens on {}.", "You may step on {}.", "{} is harmless.", "{} does nothing.",
+    ),
+    WALL: (
+        "A move into the wall is wasted.", "Nobody can leave the board.", "Walls stop a move.",
+    ),
+    GENERIC: (
+        "Watch what each symbol does.", "Try a symbol to learn what it does.", "There are few moves: waste none.",
+    ),
 }  # fmt: skip
 
 _PATTERNS = [

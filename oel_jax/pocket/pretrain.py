@@ -104,8 +104,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   passed = all(probes.passes(name, count) for name, count in counts.items())
   result = {"schema": 1, "passed": passed, "sha256": weights.digest(folder / load.WEIGHTS), "gates": gates}
   files.write_json(folder / "gates.json", result)
-  rows = [{"gate": name, **gate, "bounds": str(gate["bounds"]), "passed": probes.passes(name, counts[name])} for name, gate in gates.items()]
-  progress.table(rows, "gates")
+  seen = lambda name, gate: {"gate": name, **gate, "bounds": str(gate["bounds"]), "passed": probes.passes(name, counts[name])}
+  progress.table([seen(name, gate) for name, gate in gates.items()], "gates")
   return result
 
 

@@ -1,6 +1,7 @@
 """What the embedded policy can do, measured: the gates of its pre-training and the retention tests of every round.
 
-Each probe returns `Count(hits, of)`. All play by the real loop (`deployment.play`), in worlds drawn from seeds that no training example uses.
+Each probe returns `Count(hits, of)`. All play by the real loop (`deployment.play`), in worlds drawn from seeds that no training example
+uses.
 """
 
 import dataclasses
@@ -70,12 +71,13 @@ def play_lake(policy: Any, count: int, *, seed: int, knowledge: str = "", spec: 
 
 def _play(policy, spec, episodes, open_with):
   return play(
-      policy, spec, episodes=episodes, sampling=SAMPLING, max_response_tokens=96, max_prompt_tokens=2048, slots=64, thinking=True, open_with=open_with
+      policy, spec, episodes=episodes, sampling=SAMPLING, max_response_tokens=96, max_prompt_tokens=2048, slots=64, thinking=True,
+      open_with=open_with,
   )
 
 
 def binding(policy: Any, count: int, *, seed: int) -> Count:
-  """Wrong answers to "which symbol is the goal / the hazard?", given a list that tells; a list names both, so guessing a mentioned letter fails."""
+  """Wrong answers to "which symbol is the goal (or the hazard)?", given a list that names both: a guess at a letter it names fails."""
   prompts, answers = [], []
   for i in range(count):
     rng = random.Random(f"binding {seed} {i}")
@@ -87,7 +89,7 @@ def binding(policy: Any, count: int, *, seed: int) -> Count:
 
 
 def extraction(policy: Any, count: int, *, seed: int) -> Count:
-  """Trajectories of random worlds from which exactly what they reveal is written down: the deciding symbol if there is one, nothing false."""
+  """Trajectories of random worlds of which what they reveal is written down: the deciding symbol if there is one, and nothing false."""
   prompts, revealed = [], []
   for i in range(count):
     rng = random.Random(f"extraction {seed} {i}")

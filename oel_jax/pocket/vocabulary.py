@@ -16,7 +16,8 @@ from oel_jax.policy.tokenizer import CONTROLS
 from oel_jax.trajectory import knowledge_message
 
 _WORDS = (
-    "Goal: ", ". Hazard: ", ". I am at ", ". Not ", ". Next: ", " at ", ", ", ", or", "unknown", *(f"[{name}]" for name in worlds.ACTIONS), *worlds.ACTIONS,
+    "Goal: ", ". Hazard: ", ". I am at ", ". Not ", ". Next: ", " at ", ", ", ", or", "unknown",
+    *(f"[{name}]" for name in worlds.ACTIONS), *worlds.ACTIONS,
     *(" " + word for word in "Nobody told me what does It may be where to go it end the game do nothing".split()),
 )  # fmt: skip
 

@@ -118,7 +118,9 @@ def render(world: World, player: Cell) -> str:
   line = "+" + "+".join(["-----"] * world.size) + "+"
   lines = [line]
   for r, row in enumerate(world.rows):
-    shown = ["P/" + symbol if (r, c) == player and symbol == world.goal else "P" if (r, c) == player else symbol for c, symbol in enumerate(row)]
+    shown = list(row)
+    if r == player[0]:
+      shown[player[1]] = f"P/{world.goal}" if world.symbol(player) == world.goal else "P"
     lines += ["|" + "|".join(f" {symbol:^3} " for symbol in shown) + "|", line]
   return "\n".join(lines)
 

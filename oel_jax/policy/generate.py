@@ -18,7 +18,7 @@ from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 
 BATCHES = (4, 16, 64, 256)  # a few shapes, so that little is compiled (traps, 20)
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Policy:
   def __post_init__(self):
     if self.tokenizer.vocabulary > self.architecture.vocabulary:
       raise ValueError(
-          f"the tokenizer has {self.tokenizer.vocabulary} pieces but the weights only {self.architecture.vocabulary}: they do not belong together"
+          f"the tokenizer has {self.tokenizer.vocabulary} pieces but the weights only {self.architecture.vocabulary}: "
+          "they do not belong together"
       )
 
   def sample(
@@ -110,7 +111,7 @@ def generate(
       raise ValueError(f"generate got an empty prompt at index {i}: a prompt has at least one token")
     if not 0 <= min(prompt) <= max(prompt) < architecture.vocabulary:
       wrong = next(token for token in prompt if not 0 <= token < architecture.vocabulary)
-      raise ValueError(f"generate got the id {wrong} in the prompt at index {i}: ids must be at least 0 and below {architecture.vocabulary}")
+      raise ValueError(f"generate got the id {wrong} in the prompt at index {i}: ids are at least 0 and below {architecture.vocabulary}")
   if not prompts:
     return []
   rows = min(bucket(len(prompts), BATCHES), BATCHES[-1])
@@ -129,9 +130,8 @@ def generate(
   tokens, lengths = pad_right(prompts, rows, bucket(max(map(len, prompts)), LENGTHS), pad_id)
   seed_row = np.zeros((rows,), np.uint32)
   seed_row[: len(seeds)] = seeds
-  sampled, counts = jax.device_get(
-      _generate(params, tokens, lengths, seed_row, architecture=architecture, sampling=sampling, limit=max_new_tokens, eos_ids=eos_ids, dtype=dtype)
-  )
+  how = dict(architecture=architecture, sampling=sampling, limit=max_new_tokens, eos_ids=eos_ids, dtype=dtype)
+  sampled, counts = jax.device_get(_generate(params, tokens, lengths, seed_row, **how))
   return [sampled[i, : counts[i]].tolist() for i in range(len(prompts))]
 
 

@@ -31,9 +31,8 @@ def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: d
   """
   path = pathlib.Path(path)
   with np.errstate(over="ignore"):  # told below, with the tensor's name
-    flat = {
-        name: np.ascontiguousarray(np.asarray(leaf), dtype) for name, leaf in flax.traverse_util.flatten_dict(jax.device_get(params), sep="/").items()
-    }
+    leaves = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    flat = {name: np.ascontiguousarray(np.asarray(leaf), dtype) for name, leaf in leaves.items()}
   for name, leaf in flat.items():
     if not np.isfinite(leaf.astype(np.float32)).all():
       raise ValueError(f"{path}: {name} holds values that are not finite in {leaf.dtype}: nothing was written")

@@ -121,5 +121,6 @@ def locked(path: pathlib.Path) -> Iterator[None]:
       if jax.process_index() == 0:  # the others of a distributed run belong to it
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-      raise OSError(error.errno, "another process is running in this directory: wait for it, or choose another --workdir", str(path)) from error
+      advice = "another process is running in this directory: wait for it, or choose another --workdir"
+      raise OSError(error.errno, advice, str(path)) from error
     yield
