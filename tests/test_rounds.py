@@ -38,14 +38,14 @@ SHORT = {  # the quickstart with few games; one sampling and one batch shape for
     "rounds": 2, "deployment.episodes": 4, "deployment.slots": 4, "deployment.top_p": 0.8, "deployment.top_k": 20, "extraction.texts": 2,
     "extraction.trajectories": 4, "extraction.use": 4, "consolidation.steps": 4, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
     "consolidation.checkpoint_every": 2, "consolidation.gate_episodes": 4, "consolidation.log_probe": 2, "consolidation.on_no_gain": "warn",
-    "evaluation.episodes": 8, "evaluation.retention": 4, "evaluation.accumulation": (),
+    "evaluation.episodes": 4, "evaluation.retention": 2, "evaluation.accumulation": (),
 }  # fmt: skip
 
 
 def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
   """Starts `python -m oel_jax.main` on one CPU device; what it prints lies in WORKDIR.out and WORKDIR.err."""
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache))
-  env.pop("XLA_FLAGS", None)  # conftest's eight devices
+  # One device, unlike conftest's eight; and what runs for so short a time is compiled as fast as can be.
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache), XLA_FLAGS="--xla_backend_optimization_level=1")
   settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
   command = [sys.executable, "-m", "oel_jax.main", "--config=experiments/frozen_lake.py:pocket", f"--workdir={workdir}"]
   command += [f"--config.{name}={value}" for name, value in settings.items()] + list(flags)
@@ -147,7 +147,7 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
 
   def check(entry: dict, games: list[dict]) -> None:
     tokens = [m["response_tokens"] for game in games for m in game["messages"] if m["role"] == "assistant"]
-    assert len(games) == 8 and entry["passed"] == pytest.approx(sum(game["reward"] >= 1 for game in games) / 8) and entry["passed_count"] == 8
+    assert len(games) == 4 and entry["passed"] == pytest.approx(sum(game["reward"] >= 1 for game in games) / 4) and entry["passed_count"] == 4
     assert entry["response_tokens"] == pytest.approx(sum(tokens) / len(tokens)) and entry["response_tokens_count"] == len(tokens)
     for name in ("passed", "response_tokens"):
       low, high = entry[f"{name}_interval"]
@@ -158,12 +158,12 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
   for entry in results["rounds"]:
     check(entry, held_out(entry["round"]))
     in_context = held_out(entry["round"], "evaluation_in_context")
-    assert entry["in_context"] == pytest.approx(sum(game["reward"] >= 1 for game in in_context) / 8) and entry["in_context_count"] == 8
+    assert entry["in_context"] == pytest.approx(sum(game["reward"] >= 1 for game in in_context) / 4) and entry["in_context_count"] == 4
     low, high = entry["in_context_interval"]
     assert low <= entry["in_context"] <= high
     for name in ("extraction", "worlds", "symmetric", "other"):
       kept = entry["retention"]
-      assert kept[f"{name}_count"] == 4 and (kept[name] * 4) % 1 == 0 and kept[f"{name}_interval"][0] <= kept[name] <= kept[f"{name}_interval"][1]
+      assert kept[f"{name}_count"] == 2 and kept[name] in (0, 0.5, 1) and kept[f"{name}_interval"][0] <= kept[name] <= kept[f"{name}_interval"][1]
 
 
 def test_the_metrics_have_one_line_a_step(run):
@@ -217,7 +217,7 @@ def test_held_out_maps_are_nobody_elses(run):
       assert len(set(seeds)) == 4, path
   assert len(held_out) == 1 + 3 + 4 and len({tuple(seeds) for seeds in held_out.values()}) == 1  # the same maps, in every round, however played
   [seeds] = {tuple(seeds) for seeds in held_out.values()}
-  assert len(set(seeds)) == 8 and all(seed % 2 == 1 for seed in seeds)
+  assert len(set(seeds)) == 4 and all(seed % 2 == 1 for seed in seeds)
   assert len(others) == 2 * 3 * 4 and all(seed % 2 == 0 for seed in others)  # two rounds of trajectories, prefixes and gate (twice the same)
 
 
@@ -272,11 +272,11 @@ def steps_done(folder: pathlib.Path, number: int) -> int:
   return sum(line["stage"] == "consolidate" and line["round"] == number and line["step"] > 0 for line in lines)
 
 
-def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random) -> str | None:
+def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random, **changes) -> str | None:
   """Runs until ORDER[stage] has begun, then kills after a random while; returns the name of the stage that was cut off, None if none was."""
   name, number = ORDER[stage][0], (stage + 5) // 6
   steps = rng.randint(0, 3) if name == "consolidate" else 0
-  process = start(cache, workdir)
+  process = start(cache, workdir, **changes)
   while process.poll() is None and (at(workdir) < stage or (at(workdir) == stage and steps_done(workdir, number) < steps)):
     time.sleep(0.01)
   time.sleep(rng.uniform(0, 0.4))
@@ -288,33 +288,35 @@ def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random) -> str
   return ORDER[at(workdir)][0] if at(workdir) < len(ORDER) else None
 
 
-def outcome(folder: pathlib.Path) -> dict:
-  """Everything that a run is for, bit for bit."""
-  found = hashes(
-      folder, "config.json", "round_*/evaluation.json", "round_*/gate.json", "round_*/prefixes.jsonl", "round_*/knowledge/*", "round_*/user/*",
-  )  # fmt: skip
-  for number in (1, 2):
+def outcome(folder: pathlib.Path, last: int) -> dict:
+  """Everything that a run is for, bit for bit, up to the last round."""
+  names = ("evaluation.json", "gate.json", "prefixes.jsonl", "knowledge/*", "user/*")
+  found = hashes(folder, *(f"round_{number}/{name}" for number in range(last + 1) for name in names))
+  for number in range(1, last + 1):
     found[f"round {number}"] = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(final_params(folder, number)))).hexdigest()
   for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    if line["round"] > last:
+      continue
     place = f"metrics of round {line['round']}, {line['stage']}, step {line['step']}"
     assert place not in found, f"{place} stand there twice"
     found[place] = {name: value for name, value in line.items() if name not in ("time", "seconds", "compiles")}
   return found
 
 
-def survives(run, cache, workdir, stages, rng) -> set[str]:
+def survives(run, cache, workdir, stages, rng, last: int) -> set[str]:
   """Kills in each of these stages, lets the run end, compares; returns the names of the stages that were cut off."""
-  hit = [kill_in(cache, workdir, stage, rng) for stage in stages]
-  finish(start(cache, workdir), workdir)
-  expected, found = outcome(run), outcome(workdir)
+  hit = [kill_in(cache, workdir, stage, rng, rounds=last) for stage in stages]
+  finish(start(cache, workdir, rounds=last), workdir)
+  expected, found = outcome(run, last), outcome(workdir, last)
   assert {name for name in expected | found if expected.get(name) != found.get(name)} == set(), hit
-  assert read_json(workdir / "report/results.json") == read_json(run / "report/results.json")
+  results, wanted = read_json(workdir / "report/results.json"), read_json(run / "report/results.json")
+  assert results["base"] == wanted["base"] and results["rounds"] == wanted["rounds"][:last]
   return {name for name in hit if name}
 
 
 def test_a_killed_run_ends_with_the_same_bits(run, cache, tmp_path):
-  rng = random.Random(31)
-  assert len(survives(run, cache, tmp_path / "run", (2, 5, 12), rng)) >= 2  # extract and consolidate in round 1, evaluate in round 2
+  """Killed in extraction, consolidation and evaluation; and a run of one round is the first round of a run of two."""
+  assert len(survives(run, cache, tmp_path / "run", (2, 5, 6), random.Random(31), last=1)) >= 2
 
 
 @pytest.mark.slow
@@ -323,7 +325,7 @@ def test_ten_kills_in_every_stage_change_no_bit(run, cache, tmp_path):
   stages = sorted(rng.sample(range(len(ORDER)), 10))
   while {ORDER[stage][0] for stage in stages[:-2]} != set(STAGES):  # so that a stage that ended too soon is mostly met again
     stages = sorted(rng.sample(range(len(ORDER)), 10))
-  assert survives(run, cache, tmp_path / "run", stages, rng) == set(STAGES)
+  assert survives(run, cache, tmp_path / "run", stages, rng, last=2) == set(STAGES)
 
 
 # The stages by themselves, with a policy that is not a model.
@@ -427,7 +429,7 @@ def test_the_gate_decides_by_what_was_played(make_loop, tmp_path, monkeypatch, c
   loop = make_loop(consolidation__on_no_gain=on_no_gain)
   for _ in range(2):  # the second time from the file
     if decision is None:
-      with pytest.raises(ValueError, match=f"passes {given} of 4 games, without it {without}; config.consolidation.on_no_gain is \"stop\""):
+      with pytest.raises(ValueError, match=f"{given} of 4 games .*, without it {without}; config.consolidation.on_no_gain is \"stop\""):
         loop.gate(1, Scripted(), ["one", "two"])
     else:
       assert loop.gate(1, Scripted(), ["one", "two"]) == (decision != "skip")
@@ -487,7 +489,7 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   weights.save(path, jax.jit(lambda key: model.init(shape, key))(jax.random.key(0)))
   config = short_config()
   config.update_from_flattened_dict({
-      "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8, "deployment.max_turns": 2,
+      "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8, "deployment.max_turns": 1,
       "extraction.source": "trajectories", "extraction.max_knowledge_tokens": 200, "consolidation.data": "teacher", "consolidation.kind": "imitation",
       "consolidation.steps": 2, "consolidation.gate_episodes": 0, "consolidation.log_probe": 0, "evaluation.episodes": 4,
       "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
@@ -515,6 +517,9 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
 
   def run_main(workdir=None, resume_anyway=False, **changes) -> str:
     config = short_config()
+    if changes.pop("deployment.game_args", None) == {}:
+      with config.unlocked():
+        config.deployment.game_args = ml_collections.ConfigDict()
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     for name, value in (("_CONFIG", config), ("_WORKDIR", str(workdir or tmp_path / "refused")), ("_RESUME_ANYWAY", resume_anyway), ("_DEBUG", False)):
       monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
@@ -540,7 +545,7 @@ def test_an_unknown_field_is_told_in_one_line(cache, tmp_path):
     ({"policy.weights": "/nowhere/x.safetensors"}, ("config.policy.weights", "/nowhere/x.safetensors")),
     ({"deployment.game": "FrozenLak-v0"}, ("config.deployment.game is 'FrozenLak-v0'", "FrozenLake-v0-raw")),
     ({"deployment.game": "FrozenLake-v0"}, ("config.deployment.game is 'FrozenLake-v0'", "'FrozenLake-v0-raw'")),
-    ({"deployment.game": "TicTacToe-v0-raw"}, ("config.deployment.game is 'TicTacToe-v0-raw'", "for one player")),
+    ({"deployment.game": "TicTacToe-v0-raw", "deployment.game_args": {}}, ("config.deployment.game is 'TicTacToe-v0-raw'", "for one player")),
     ({"deployment.action_pattern": "[up"}, ("config.deployment.action_pattern is '[up'", "no regular expression")),
     ({"consolidation.kind": "kl"}, ("config.consolidation.kind is 'kl'", "'reverse_kl'")),
     ({"mesh.data": 5}, ("config.mesh", "5")),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 
-BATCHES = (4, 16, 64, 256)  # a few shapes, so that little is compiled (traps, 20)
+BATCHES = (4, 16, 32, 64, 256)  # a few shapes, so that little is compiled (traps, 20)
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 
