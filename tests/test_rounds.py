@@ -34,11 +34,11 @@ from oel_jax.runtime.metrics import Metrics
 from oel_jax.trajectory import Trajectory, read_prefixes, read_trajectories
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHORT = {  # the quickstart with few games; one sampling and one batch shape for most of it, so that little is compiled
-    "rounds": 2, "deployment.episodes": 4, "deployment.slots": 4, "deployment.top_p": 0.8, "deployment.top_k": 20, "extraction.texts": 2,
-    "extraction.trajectories": 4, "extraction.use": 4, "consolidation.steps": 4, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
-    "consolidation.checkpoint_every": 2, "consolidation.gate_episodes": 4, "consolidation.log_probe": 2, "consolidation.on_no_gain": "warn",
-    "evaluation.episodes": 4, "evaluation.retention": 2, "evaluation.accumulation": (),
+SHORT = {  # the quickstart with few games, alike in sampling, batch and length where they can be, so that little is compiled
+    "rounds": 2, "deployment.episodes": 4, "deployment.slots": 4, "extraction.texts": 2, "extraction.trajectories": 4, "extraction.use": 4,
+    "extraction.max_knowledge_tokens": 60, "consolidation.steps": 4, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
+    "consolidation.checkpoint_every": 2, "consolidation.gate_episodes": 4, "consolidation.log_probe": 4, "consolidation.on_no_gain": "warn",
+    "evaluation.episodes": 4, "evaluation.top_p": 1.0, "evaluation.top_k": 0, "evaluation.retention": 1, "evaluation.accumulation": (),
 }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
     assert low <= entry["in_context"] <= high
     for name in ("extraction", "worlds", "symmetric", "other"):
       kept = entry["retention"]
-      assert kept[f"{name}_count"] == 2 and kept[name] in (0, 0.5, 1) and kept[f"{name}_interval"][0] <= kept[name] <= kept[f"{name}_interval"][1]
+      assert kept[f"{name}_count"] == 1 and kept[name] in (0, 1) and kept[f"{name}_interval"][0] <= kept[name] <= kept[f"{name}_interval"][1]
 
 
 def test_the_metrics_have_one_line_a_step(run):
@@ -566,7 +566,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(refused, c
   before = hashes(copy, "**/*")
   told = refused(copy, consolidation__learning_rate=0.5, evaluation__top_k=7)
   assert str(copy / "config.json") in told and "--resume_anyway" in told
-  assert "config.consolidation.learning_rate was 0.0001 and is 0.5; config.evaluation.top_k was 20 and is 7" in told
+  assert "config.consolidation.learning_rate was 0.0001 and is 0.5; config.evaluation.top_k was 0 and is 7" in told
   assert hashes(copy, "**/*") == before
 
 
@@ -576,7 +576,7 @@ def test_another_configuration_goes_on_if_told_to(copy):
   before = hashes(copy, "round_*/**/*")
   rounds.run(config, copy, resume_anyway=True)
   [change] = read_json(copy / "config.json")["changes"]
-  assert change["fields"] == [{"field": "evaluation.top_k", "was": 20, "is": 7}] and hashes(copy, "round_*/**/*") == before
+  assert change["fields"] == [{"field": "evaluation.top_k", "was": 0, "is": 7}] and hashes(copy, "round_*/**/*") == before
 
 
 def test_damaged_trajectories_are_refused_by_file_and_line(refused, copy):
