@@ -51,6 +51,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   # What can be wrong with the configuration shows here, before the directory belongs to it.
   policy, devices = load_policy(config.policy), mesh.make_mesh(config.mesh)
   open_game(game_spec(config.deployment), 0)
+  # Placed as training leaves its parameters: to jit, host arrays are others, and every program would be compiled again after round 1.
+  policy = policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
   folder = open_workdir(config, workdir, resume_anyway)
   with locked(folder), Metrics(folder) as metrics:
     loop = Loop(config, folder, metrics, devices)

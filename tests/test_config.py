@@ -50,12 +50,15 @@ def test_the_default_is_the_papers():
   """The constants of method.md, written down a second time."""
   config = config_lib.default()
   paper = {
-      "extraction.texts": 10, "deployment.max_turns": 5, "deployment.max_response_tokens": 1024, "deployment.temperature": 0.7, "deployment.top_p": 1.0,
+      "extraction.texts": 10, "deployment.max_turns": 5, "deployment.max_response_tokens": 1024,
+      "deployment.temperature": 0.7, "deployment.top_p": 1.0,
       "evaluation.temperature": 0.7, "evaluation.top_p": 0.8, "evaluation.top_k": 20, "extraction.top_p": 0.8, "extraction.top_k": 20,
-      "evaluation.episodes": 128, "consolidation.temperature": 0.7, "consolidation.k": 256, "consolidation.b1": 0.9, "consolidation.b2": 0.999,
+      "evaluation.episodes": 128, "consolidation.temperature": 0.7, "consolidation.k": 256,
+      "consolidation.b1": 0.9, "consolidation.b2": 0.999,
       "consolidation.eps": 1e-8, "consolidation.weight_decay": 0.01, "consolidation.clip_norm": 1.0, "consolidation.batch_size": 64,
       "consolidation.steps": 20, "extraction.trajectories": 30, "extraction.use": 15, "extraction.start_from": "nothing", "rounds": 2,
-      "consolidation.kind": "reverse_kl", "consolidation.support": "full", "consolidation.data": "student", "deployment.game": "FrozenLake-v0-raw",
+      "consolidation.kind": "reverse_kl", "consolidation.support": "full", "consolidation.data": "student",
+      "deployment.game": "FrozenLake-v0-raw",
   }  # fmt: skip
   found = leaves(config)
   assert {name: found[name] for name in paper} == paper
@@ -124,8 +127,9 @@ def test_the_embedded_weights_have_one_architecture():
 
 
 @pytest.mark.parametrize("edge", [
-    {"extraction.use": 30}, {"evaluation.accumulation": (1, 30)}, {"evaluation.top_p": 1.0}, {"consolidation.gate_episodes": 0, "consolidation.log_probe": 0},
-    {"consolidation.weight_decay": 0.0, "consolidation.b1": 0.0}, {"consolidation.micro_batch": 1}, {"extraction.max_knowledge_tokens": 16383},
+    {"extraction.use": 30}, {"evaluation.accumulation": (1, 30)}, {"evaluation.top_p": 1.0}, {"consolidation.micro_batch": 1},
+    {"consolidation.gate_episodes": 0, "consolidation.log_probe": 0}, {"consolidation.weight_decay": 0.0, "consolidation.b1": 0.0},
+    {"extraction.max_knowledge_tokens": 16383},
 ])
 def test_the_edges_are_inside(edge):
   config = config_lib.default()
@@ -135,7 +139,8 @@ def test_the_edges_are_inside(edge):
 
 # The files of experiments/.
 
-CHOICES = [("frozen_lake", size) for size in experiment("frozen_lake").SIZES] + [("controls", name) for name in experiment("controls").CONTROLS]
+CHOICES = [("frozen_lake", size) for size in experiment("frozen_lake").SIZES]
+CHOICES += [("controls", name) for name in experiment("controls").CONTROLS]
 
 
 @pytest.mark.parametrize("name, choice", CHOICES)

@@ -16,7 +16,7 @@ Z = python_statistics.NormalDist().inv_cdf(0.975)
 
 
 def score_bound(hits: int, of: int, side: int) -> float:
-  """The p farthest from hits / of, on one side, that a score test still accepts: |hits / of − p| ≤ Z √(p (1 − p) / of), by bisection."""
+  """The p farthest from hits / of, on one side, that a score test accepts: |hits / of − p| ≤ Z √(p (1 − p) / of), by bisection."""
   inside, outside = hits / of, (0.0, 1.0)[side > 0]
   for _ in range(200):
     middle = (inside + outside) / 2
@@ -65,7 +65,8 @@ def trajectory(ended: str, *tokens: int, thinking: str = "", answer: str = "[up]
 def test_a_summary_counts_games_turns_and_tokens():
   games = [
       trajectory("passed", 10, 20), trajectory("lost", 30), trajectory("passed", 40, 50, 60),
-      trajectory("turn_limit", 70, thinking="The experience given to me says so."), trajectory("invalid", 80, answer="As the lessons above say: [up]"),
+      trajectory("turn_limit", 70, thinking="The experience given to me says so."),
+      trajectory("invalid", 80, answer="As the lessons above say: [up]"),
   ]  # fmt: skip
   found = evaluate.play_summary(games)
   assert (found["passed"]["hits"], found["passed"]["of"]) == (2, 5)

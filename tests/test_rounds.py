@@ -34,6 +34,7 @@ from oel_jax.runtime.metrics import Metrics
 from oel_jax.trajectory import Trajectory, read_prefixes, read_trajectories
 
 ROOT = pathlib.Path(__file__).parents[1]
+STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
 SHORT = {  # the quickstart with few games, alike in sampling, batch and length where they can be, so that little is compiled
     "rounds": 2, "deployment.episodes": 4, "deployment.slots": 4, "extraction.texts": 2, "extraction.trajectories": 4, "extraction.use": 4,
     "extraction.max_knowledge_tokens": 60, "consolidation.steps": 4, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
@@ -44,8 +45,9 @@ SHORT = {  # the quickstart with few games, alike in sampling, batch and length 
 
 def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
   """Starts `python -m oel_jax.main` on one CPU device; what it prints lies in WORKDIR.out and WORKDIR.err."""
-  # One device, unlike conftest's eight; and what runs for so short a time is compiled as fast as can be.
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache), XLA_FLAGS="--xla_backend_optimization_level=1")
+  # One device, unlike conftest's eight; and what runs for so short a time need not be compiled well.
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache))
+  env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
   settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
   command = [sys.executable, "-m", "oel_jax.main", "--config=experiments/frozen_lake.py:pocket", f"--workdir={workdir}"]
   command += [f"--config.{name}={value}" for name, value in settings.items()] + list(flags)
@@ -108,8 +110,9 @@ def same_bits(tree, other) -> bool:
 
 def hashes(folder: pathlib.Path, *patterns: str) -> dict[str, str]:
   """By path; without TensorBoard's files and the lock, which each process begins anew."""
-  paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(("events.", ".lock"))})
-  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+  paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+  kept = sorted(path for path in paths if not path.name.startswith(("events.", ".lock")))
+  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 def read_json(path: pathlib.Path):
@@ -130,7 +133,7 @@ def test_the_run_directory_is_as_designed(run):
       assert (folder / name).is_file(), f"round {number}: {name}"
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == [2, 4]
     assert len((folder / "user/trajectories.jsonl").read_text().splitlines()) == 4
-    assert {entry["stage"] for entry in read_json(folder / "cost.json")["stages"]} == {"deploy", "extract", "prefixes", "gate", "consolidate", "evaluate"}
+    assert {entry["stage"] for entry in read_json(folder / "cost.json")["stages"]} == set(STAGES)
   assert (run / "round_0/evaluation.json").is_file() and not (run / "round_0/checkpoints").exists() and not (run / "round_3").exists()
   assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp"))]
   for path in run.rglob("*.jsonl"):
@@ -147,7 +150,7 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
 
   def check(entry: dict, games: list[dict]) -> None:
     tokens = [m["response_tokens"] for game in games for m in game["messages"] if m["role"] == "assistant"]
-    assert len(games) == 4 and entry["passed"] == pytest.approx(sum(game["reward"] >= 1 for game in games) / 4) and entry["passed_count"] == 4
+    assert len(games) == entry["passed_count"] == 4 and entry["passed"] == pytest.approx(sum(game["reward"] >= 1 for game in games) / 4)
     assert entry["response_tokens"] == pytest.approx(sum(tokens) / len(tokens)) and entry["response_tokens_count"] == len(tokens)
     for name in ("passed", "response_tokens"):
       low, high = entry[f"{name}_interval"]
@@ -163,7 +166,8 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
     assert low <= entry["in_context"] <= high
     for name in ("extraction", "worlds", "symmetric", "other"):
       kept = entry["retention"]
-      assert kept[f"{name}_count"] == 1 and kept[name] in (0, 1) and kept[f"{name}_interval"][0] <= kept[name] <= kept[f"{name}_interval"][1]
+      low, high = kept[f"{name}_interval"]
+      assert kept[f"{name}_count"] == 1 and kept[name] in (0, 1) and low <= kept[name] <= high
 
 
 def test_the_metrics_have_one_line_a_step(run):
@@ -215,10 +219,15 @@ def test_held_out_maps_are_nobody_elses(run):
     else:
       others |= set(seeds)
       assert len(set(seeds)) == 4, path
-  assert len(held_out) == 1 + 3 + 4 and len({tuple(seeds) for seeds in held_out.values()}) == 1  # the same maps, in every round, however played
+  assert len(held_out) == 1 + 3 + 4 and len({tuple(seeds) for seeds in held_out.values()}) == 1  # the same maps, however played
   [seeds] = {tuple(seeds) for seeds in held_out.values()}
   assert len(set(seeds)) == 4 and all(seed % 2 == 1 for seed in seeds)
-  assert len(others) == 2 * 3 * 4 and all(seed % 2 == 0 for seed in others)  # two rounds of trajectories, prefixes and gate (twice the same)
+  assert len(others) == 2 * 3 * 4 and all(seed % 2 == 0 for seed in others)  # two rounds of trajectories, prefixes and gate
+
+
+def test_trained_weights_run_in_the_programs_of_the_first(run, cache):  # trap 20
+  """A program for each of the ten shapes or so that the prompts have; twice as many, if those of the base model were not used again."""
+  assert 4 <= len(list(cache.glob("jit__generate-*-cache"))) <= 13
 
 
 def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch):  # trap 32
@@ -252,7 +261,6 @@ def test_the_same_command_again_does_nothing_new(cache, copy):
 
 # Trap 31: kills.
 
-STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
 LAST_FILES = ("user/trajectories.jsonl", "knowledge/whole", "prefixes.jsonl", "gate.json", "checkpoints/4", "evaluation.json")
 ORDER = [("evaluate", "round_0/evaluation.json")] + [
     (stage, f"round_{number}/{name}") for number in (1, 2) for stage, name in zip(STAGES, LAST_FILES)
@@ -273,7 +281,7 @@ def steps_done(folder: pathlib.Path, number: int) -> int:
 
 
 def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random, **changes) -> str | None:
-  """Runs until ORDER[stage] has begun, then kills after a random while; returns the name of the stage that was cut off, None if none was."""
+  """Runs until ORDER[stage] has begun, then kills after a random while; returns the name of the stage cut off, None if there was none."""
   name, number = ORDER[stage][0], (stage + 5) // 6
   steps = rng.randint(0, 3) if name == "consolidate" else 0
   process = start(cache, workdir, **changes)
@@ -293,7 +301,8 @@ def outcome(folder: pathlib.Path, last: int) -> dict:
   names = ("evaluation.json", "gate.json", "prefixes.jsonl", "knowledge/*", "user/*")
   found = hashes(folder, *(f"round_{number}/{name}" for number in range(last + 1) for name in names))
   for number in range(1, last + 1):
-    found[f"round {number}"] = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(final_params(folder, number)))).hexdigest()
+    params = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(final_params(folder, number)))
+    found[f"parameters of round {number}"] = hashlib.sha256(params).hexdigest()
   for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
     if line["round"] > last:
       continue
@@ -377,7 +386,8 @@ def fixture_make_loop(tmp_path):
 
 
 def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
-  assert make_loop().extract(1, Scripted()) == ["\n".join(["- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard."] * 4)] * 2
+  own = make_loop().extract(1, Scripted())
+  assert own == ["\n".join(["- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard."] * 4)] * 2
   shutil.rmtree(tmp_path / "round_1/knowledge")
   swapped = make_loop(extraction__source="swapped").extract(1, Scripted())  # of the same extraction: nothing is sampled again
   assert swapped == ["\n".join(["- EXPERIENCE ITEM: The hazard is G.", "- EXPERIENCE ITEM: H is the goal."] * 4)] * 2
@@ -462,36 +472,36 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
       return number == 2
 
     def consolidate(self, number, policy, texts):
-      return policy.params + 1
+      return policy.params | {number: np.zeros(1)}
 
     def evaluate(self, number, policy, before, texts):
-      calls.append((number, policy.params, before.params))
+      calls.append((number, list(policy.params), list(before.params)))
 
   @dataclasses.dataclass(frozen=True)
   class Fake:
-    params: int = 0
+    params: dict
 
     def replace(self, params):
       return Fake(params)
 
   monkeypatch.setattr(rounds, "Loop", Quiet)
-  monkeypatch.setattr(rounds, "load_policy", lambda config: Fake())
+  monkeypatch.setattr(rounds, "load_policy", lambda config: Fake({}))
   monkeypatch.setattr(rounds.report, "write", lambda folder: {})
   monkeypatch.setattr(rounds.report, "rows", lambda results: [])
   rounds.run(make_loop(rounds=3).config, make_loop().folder / "run")
-  assert calls == [(0, 0, 0), (1, 0, 0), (2, 1, 0), (3, 1, 1)]
+  assert calls == [(0, [], []), (1, [], []), (2, [2], []), (3, [2], [2])]  # by the rounds whose training is in the weights
 
 
 def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
-  """consolidation.data = "teacher" with imitation, on a small policy from a .safetensors file that knows nothing: only the way is tested."""
+  """consolidation.data = "teacher" with imitation, on a small policy from a file that knows nothing: only the way is tested."""
   shape = architecture_lib.named("pocket-tiny")
   path = tmp_path / "tiny.safetensors"
   weights.save(path, jax.jit(lambda key: model.init(shape, key))(jax.random.key(0)))
   config = short_config()
   config.update_from_flattened_dict({
-      "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8, "deployment.max_turns": 1,
-      "extraction.source": "trajectories", "extraction.max_knowledge_tokens": 200, "consolidation.data": "teacher", "consolidation.kind": "imitation",
-      "consolidation.steps": 2, "consolidation.gate_episodes": 0, "consolidation.log_probe": 0, "evaluation.episodes": 4,
+      "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8,
+      "deployment.max_turns": 1, "extraction.source": "trajectories", "extraction.max_knowledge_tokens": 200,
+      "consolidation.data": "teacher", "consolidation.kind": "imitation", "consolidation.steps": 2, "consolidation.gate_episodes": 0, "consolidation.log_probe": 0, "evaluation.episodes": 4,
       "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
   })  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
@@ -521,7 +531,8 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
       with config.unlocked():
         config.deployment.game_args = ml_collections.ConfigDict()
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    for name, value in (("_CONFIG", config), ("_WORKDIR", str(workdir or tmp_path / "refused")), ("_RESUME_ANYWAY", resume_anyway), ("_DEBUG", False)):
+    flags = {"_CONFIG": config, "_WORKDIR": str(workdir or tmp_path / "refused"), "_RESUME_ANYWAY": resume_anyway, "_DEBUG": False}
+    for name, value in flags.items():
       monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
     with pytest.raises(SystemExit) as end:
       main.main([])
@@ -545,7 +556,7 @@ def test_an_unknown_field_is_told_in_one_line(cache, tmp_path):
     ({"policy.weights": "/nowhere/x.safetensors"}, ("config.policy.weights", "/nowhere/x.safetensors")),
     ({"deployment.game": "FrozenLak-v0"}, ("config.deployment.game is 'FrozenLak-v0'", "FrozenLake-v0-raw")),
     ({"deployment.game": "FrozenLake-v0"}, ("config.deployment.game is 'FrozenLake-v0'", "'FrozenLake-v0-raw'")),
-    ({"deployment.game": "TicTacToe-v0-raw", "deployment.game_args": {}}, ("config.deployment.game is 'TicTacToe-v0-raw'", "for one player")),
+    ({"deployment.game": "TicTacToe-v0-raw", "deployment.game_args": {}}, ("config.deployment.game is 'TicTacToe-v0-raw'", "one player")),
     ({"deployment.action_pattern": "[up"}, ("config.deployment.action_pattern is '[up'", "no regular expression")),
     ({"consolidation.kind": "kl"}, ("config.consolidation.kind is 'kl'", "'reverse_kl'")),
     ({"mesh.data": 5}, ("config.mesh", "5")),
