@@ -34,7 +34,7 @@ def run(config, workdir, resume_anyway=None):
   if config.rate == 2.0:
     jax.numpy.zeros((2, 3)).reshape(7)
 
-def pretrain(config, workdir):
+def pretrain(config, workdir, resume_anyway):
   print("pretrain", config.seed, workdir)
 
 for package, name, function in ((oel_jax, "rounds", run), (oel_jax.pocket, "pretrain", pretrain)):

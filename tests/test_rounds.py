@@ -501,8 +501,8 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   config.update_from_flattened_dict({
       "rounds": 1, "policy.architecture": "pocket-tiny", "policy.weights": str(path), "deployment.max_response_tokens": 8,
       "deployment.max_turns": 1, "extraction.source": "trajectories", "extraction.max_knowledge_tokens": 200,
-      "consolidation.data": "teacher", "consolidation.kind": "imitation", "consolidation.steps": 2, "consolidation.gate_episodes": 0, "consolidation.log_probe": 0, "evaluation.episodes": 4,
-      "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
+      "consolidation.data": "teacher", "consolidation.kind": "imitation", "consolidation.steps": 2, "consolidation.gate_episodes": 0,
+      "consolidation.log_probe": 0, "evaluation.retention": 0, "evaluation.in_context": False, "mesh.data": 1,
   })  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh_lib, "make_mesh", lambda asked, make=mesh_lib.make_mesh: make(asked, jax.devices()[:1]))
