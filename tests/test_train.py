@@ -128,7 +128,7 @@ def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_p
   class Cut(Exception):
     pass
 
-  for at in (1, 3, 4, 5):
+  for at in (1, 5):  # before the first checkpoint, and between two
     done = []
 
     def stop(n, at=at, done=done):
