@@ -153,9 +153,9 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
     return None
   figure = _figure(1.75 * len(panels) + 0.5, 10.6)
   xs = range(1, len(run.steps) + 1)
-  marker = "o" if len(run.steps) <= 60 else ""
   for axes, (title, unit, curves) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels):
     for label, values, color in curves:
+      marker = "o" if sum(map(math.isfinite, values)) <= 60 else ""  # few, or probed every few steps: a line alone would not show them
       axes.plot(xs, values, color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
     if title == "Loss":
       axes.axhline(0, color=theme.dim, linewidth=0.8)  # a divergence means something only against zero
