@@ -66,6 +66,8 @@ def _flag_error(argv: list[str], error: Exception) -> str:
 
 def _is_told_in_one_line(error: Exception) -> bool:
   """True for errors of files, and for those raised in this package, which are about the user's input; elsewhere they are bugs."""
+  if isinstance(error, jax.errors.JaxRuntimeError):  # of the device; where it was raised says nothing about whose it is
+    return False
   frame = traceback.extract_tb(error.__traceback__)[-1]
   return isinstance(error, OSError) or pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
 

@@ -46,6 +46,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
   Raises:
     ValueError: the configuration is wrong or differs from the run's; no knowledge came out; or on_no_gain = "stop" and there was no gain.
+    OSError: another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config)
   # What can be wrong with the configuration shows here, before the directory belongs to it.

@@ -6,6 +6,7 @@ import statistics as python_statistics
 
 import numpy as np
 import pytest
+from fakes import Tokenizer
 
 from oel_jax.evaluation import evaluate, statistics
 from oel_jax.pocket import claims, corpus, worlds
@@ -110,23 +111,6 @@ def test_no_answer_that_pre_training_teaches_is_a_leak():
 # Retention, on policies of which it is known what they can do.
 
 
-class Tokenizer:
-  """A token is a whole chat, or a whole answer: its place in the list of those seen."""
-
-  def __init__(self):
-    self.seen = []
-
-  def put(self, what) -> list[int]:
-    self.seen.append(what)
-    return [len(self.seen) - 1]
-
-  def chat(self, messages, *, thinking=True):
-    return self.put([(message.role, message.content) for message in messages])
-
-  def split_response(self, ids):
-    return "", self.seen[ids[0]]
-
-
 class Oracle:
   """Does all that retention asks for, from the words of the prompt; `able` names what it can do, all else it gets wrong."""
 
@@ -134,7 +118,8 @@ class Oracle:
     self.able, self.tokenizer = able, Tokenizer()
 
   def sample(self, prompts, seeds, *, sampling, max_new_tokens):
-    return [self.tokenizer.put(self.answer(self.tokenizer.seen[prompt[0]])) for prompt in prompts]
+    chats = [[(message.role, message.content) for message in self.tokenizer.seen[prompt[0]]] for prompt in prompts]
+    return [self.tokenizer.put(self.answer(chat)) for chat in chats]
 
   def answer(self, chat: list[tuple[str, str]]) -> str:
     question = chat[-1][1]

@@ -3,7 +3,6 @@
 import itertools
 import pickle
 import random
-import string
 
 import ml_collections
 import numpy as np

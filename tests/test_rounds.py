@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 import pytest
 import textarena
+from fakes import Tokenizer
 
 from oel_jax import main, rounds
 from oel_jax.consolidation import step as step_lib
@@ -338,26 +339,6 @@ def test_ten_kills_in_every_stage_change_no_bit(run, cache, tmp_path):
 
 
 # The stages by themselves, with a policy that is not a model.
-
-
-class Tokenizer:
-  """A token is a whole chat, or a whole answer: its place in the list of those seen."""
-
-  def __init__(self):
-    self.seen = []
-
-  def put(self, what) -> list[int]:
-    self.seen.append(what)
-    return [len(self.seen) - 1]
-
-  def chat(self, messages, *, thinking=True):
-    return self.put(messages)
-
-  def encode(self, text):
-    return text.split()
-
-  def split_response(self, ids):
-    return "", self.seen[ids[0]]
 
 
 class Scripted:

@@ -133,6 +133,9 @@ def consolidate(
 
   Returns:
     The new parameters, and what it cost in this process: sampled and trained-on "tokens", "flops" (2 a parameter and token, forward).
+
+  Raises:
+    ValueError: the checkpoints hold more steps than config.steps.
   """
   optimizer = make_optimizer(config)
   # Where to start, in this order: the round's last whole checkpoint, or a copy of the round's first weights.
@@ -149,7 +152,8 @@ def consolidate(
     if restored:
       batches.set_state(restored.extra["iterator"])
       first = restored.step
-      logging.warning("round %d: consolidation goes on after step %d", task.round, first)
+      if first < config.steps:
+        logging.warning("round %d: consolidation goes on after step %d", task.round, first)
     if first > config.steps:
       raise ValueError(f"{directory}: holds step {first}, but config.consolidation.steps is {config.steps}: it must be at least that")
     advance(first)

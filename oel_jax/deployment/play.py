@@ -128,7 +128,7 @@ def play_to_file(
 
   Each episode is added to `path`.partial as it ends. A later call keeps what is there: whole groups are not played again; a group that
   lacks an episode is played again whole, since its batches decide its bits, but only the missing lines are added. A `path` that exists is
-  whole and is only read.
+  only read, unless lines of it are damaged: then their episodes are played again.
 
   Args:
     path: JSON Lines file of `oel_jax.trajectory`.

@@ -126,7 +126,7 @@ def as_of(texts: Sequence[Knowledge], step: int, *, max_tokens: int, count_token
     kept, dropped = limit(text.at(step), max_tokens, count_tokens)
     if dropped:
       logging.warning("knowledge text %02d after %d trajectories: the %d oldest of %d items dropped to keep to %d tokens",
-                   index, step, dropped, dropped + len(kept.items), max_tokens)
+                      index, step, dropped, dropped + len(kept.items), max_tokens)
     result.append(kept)
   return result
 

@@ -55,7 +55,7 @@ class Examples(grain.transforms.Map):
 def dataset(config: Any, model_file: bytes) -> grain.IterDataset:
   """Batches of packed rows, int32 [rows, length]: `Examples`' arrays, `tokens_segment_ids` (from 1; 0 is padding) and `tokens_positions`.
 
-  An example that does not fit a row goes into another; one longer than a whole row, about 1 in 3,000 at 768 tokens, is left out.
+  An example that does not fit a row goes into another; one longer than a whole row, rare at 768 tokens, is left out.
   """
   examples = grain.MapDataset.range(10**9).map(Examples(config.seed, config.decisive, model_file))
   examples = examples.filter(functools.partial(_fits, length=config.length))
@@ -73,7 +73,7 @@ def _fits(example: dict[str, np.ndarray], length: int) -> bool:
 
 
 def loss(params: Any, batch: dict[str, jax.Array], *, shape: Any, dtype: Any, path: str) -> jax.Array:
-  """Weighted mean cross-entropy over the response tokens of a packed batch, float32."""
+  """Weighted mean cross-entropy over the response tokens, float32, in nats; `batch` is one of `dataset`'s, `shape` the architecture."""
   hidden, _ = model.apply(params, shape, batch["tokens"], batch["tokens_positions"], batch["tokens_segment_ids"], dtype=dtype, path=path)
   losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden, model.head(params)), batch["targets"])
   return jnp.sum(losses * batch["weight"]) / jnp.maximum(batch["weight"].sum(), 1)
@@ -87,15 +87,15 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   Returns what gates.json holds: each gate's hits, count, rate and bounds, and `passed`.
 
   Raises:
-    ValueError: `workdir` belongs to another configuration.
+    ValueError: the architecture is unknown, or `workdir` belongs to another configuration.
   """
+  shape, model_file = architecture.named(config.architecture), vocabulary.build()
   folder = open_workdir(config, workdir, resume_anyway)
-  tokenizer = SentencePieceTokenizer(vocabulary.build())
-  files.write_bytes(folder / load.TOKENIZER, vocabulary.build())
-  shape = architecture.named(config.architecture)
+  files.write_bytes(folder / load.TOKENIZER, model_file)
   with locked(folder), Metrics(folder) as metrics, Checkpoints(folder / "checkpoints") as checkpoints:
-    params, tokens = train(config, shape, vocabulary.build(), metrics, checkpoints)
-  header = {"architecture": config.architecture, "tokenizer": tokenizer.digest, "tokens": str(tokens), "seed": str(config.seed)}
+    params, tokens = train(config, shape, model_file, metrics, checkpoints)
+  digest = SentencePieceTokenizer(model_file).digest
+  header = {"architecture": config.architecture, "tokenizer": digest, "tokens": str(tokens), "seed": str(config.seed)}
   weights.save(folder / load.WEIGHTS, params, dtype=np.float16, metadata=header)
   sums = [f"{weights.digest(folder / name)}  {name}\n" for name in (load.WEIGHTS, load.TOKENIZER)]
   files.write_text(folder / load.SUMS, "".join(sums))
@@ -135,7 +135,8 @@ def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoi
   batches = iter(dataset(config, model_file))
   if restored:
     batches.set_state(restored.extra["iterator"])
-  metrics.drop_after(0, "pretrain", first if restored else -1)
+  for stage in ("pretrain", "gates"):
+    metrics.drop_after(0, stage, first if restored else -1)
   started = time.time()
   with progress.bar("pretrain", config.steps) as advance:
     advance(first)

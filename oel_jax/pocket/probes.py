@@ -138,7 +138,8 @@ GATES = {
 
 def measure_gates(policy: Any, count: int, *, seed: int) -> dict[str, Count]:
   """Every gate's probe, `count` examples each."""
-  told = "\n".join(claims_lib.say(Claim(role, letter), random.Random(seed)) for role, letter in ((GOAL, "G"), (TRAP, "H")) * 2)
+  rng = random.Random(seed)
+  told = "\n".join(claims_lib.say(Claim(role, letter), rng) for role, letter in ((GOAL, "G"), (TRAP, "H")) * 2)
   return {
       "binding_wrong": binding(policy, count, seed=seed),
       "full": play_worlds(policy, count, seed=seed),

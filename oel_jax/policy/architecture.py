@@ -59,5 +59,5 @@ ARCHITECTURES = {
 def named(name: str) -> Architecture:
   """Returns the architecture of this name; ValueError lists the known ones."""
   if name not in ARCHITECTURES:
-    raise ValueError(f"config.policy.architecture is {name!r}: it must be one of {', '.join(ARCHITECTURES)}")
+    raise ValueError(f"the architecture is {name!r}: it must be one of {', '.join(ARCHITECTURES)}")
   return ARCHITECTURES[name]

@@ -19,15 +19,15 @@ from oel_jax.runtime import files
 def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None) -> None:
   """Writes the parameters, whole or not at all.
 
-  Raises:
-    ValueError: a value is not finite, or not in `dtype`; names the tensor.
-    OSError: the file cannot be written.
-
   Args:
     path: the .safetensors file.
     params: nested dict of arrays.
     dtype: stored type; as they are if None.
     metadata: strings kept in the file's header.
+
+  Raises:
+    ValueError: a value is not finite, or not in `dtype`; names the tensor.
+    OSError: the file cannot be written.
   """
   path = pathlib.Path(path)
   with np.errstate(over="ignore"):  # told below, with the tensor's name
