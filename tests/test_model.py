@@ -233,6 +233,19 @@ def _paths(a):
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
 
 
+@pytest.mark.parametrize("vocabulary", [7, model.SMALL_VOCABULARY + 1])  # by a matrix product, and by adding row to row
+def test_the_gradient_of_an_embedding_is_the_sum_over_each_tokens_places(vocabulary):
+  rng = np.random.default_rng(0)
+  tokens, weight = rng.integers(0, 7, (3, 50)), rng.normal(size=(3, 50, 4))
+  table = rng.normal(size=(vocabulary, 4)).astype(np.float32)
+  value, gradient = jax.value_and_grad(lambda t: jnp.sum(model.embed(t, jnp.asarray(tokens)) * weight.astype(np.float32)))(table)
+  expected = np.zeros((vocabulary, 4))
+  for at in np.ndindex(tokens.shape):
+    expected[tokens[at]] += weight[at]
+  np.testing.assert_allclose(value, (table.astype(np.float64)[tokens] * weight).sum(), rtol=1e-5)
+  np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_parameter_has_exactly_one_row_in_the_sharding_table(name):
   a = named(name)

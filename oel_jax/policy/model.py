@@ -20,6 +20,8 @@ from oel_jax.policy.architecture import Architecture
 
 Params = Any
 
+SMALL_VOCABULARY = 4096  # up to it, an embedding's gradient is a matrix product (`embed`)
+
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -40,6 +42,33 @@ class Cache(NamedTuple):
   values: tuple[Array, ...]
   filled: Array
   index: Array
+
+
+@jax.custom_vjp
+def embed(table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"]) -> Float[Array, "*tokens D"]:
+  """The tokens' rows of the table. The gradient of a small table is a matrix product.
+
+  Adding each token's gradient to its row makes a GPU's threads wait for one another where many tokens share few rows: with 52,000 tokens
+  on 576 rows that was 69 of a pre-training step's 89 ms on an H100, and the product takes under 1 ms.
+  """
+  return table_VxD[tokens]
+
+
+def _embed_forward(table_VxD, tokens):
+  return table_VxD[tokens], (tokens, jnp.zeros((table_VxD.shape[0], 0), table_VxD.dtype))
+
+
+def _embed_backward(saved, gradient):
+  tokens, like = saved
+  V, D = like.shape[0], gradient.shape[-1]
+  if V > SMALL_VOCABULARY:
+    return jnp.zeros((V, D), like.dtype).at[tokens].add(gradient.astype(like.dtype)), None
+  ids, gradient = tokens.reshape(-1), gradient.reshape(-1, D)
+  product = jnp.einsum("nv,nd->vd", jax.nn.one_hot(ids, V, dtype=gradient.dtype), gradient, preferred_element_type=jnp.float32)
+  return product.astype(like.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Attention(nn.Module):
@@ -114,7 +143,7 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, tokens_BxT, positions_BxT, segments_BxT, keep_cache=False):
     a = self.architecture
-    x = nn.Embed(a.vocabulary, a.width, dtype=self.dtype, name="embed")(tokens_BxT)
+    x = embed(nn.Embed(a.vocabulary, a.width, name="embed").embedding.astype(self.dtype), tokens_BxT)
     x = jnp.where(segments_BxT[..., None] > 0, x, 0)  # a masked NaN is still a NaN: 0 x NaN (traps, 8)
     if not a.tied_head:
       self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, (a.vocabulary, a.width))})
