@@ -13,7 +13,7 @@ def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
           task="pretrain",
           architecture=size,
           seed=0,
-          steps=8000,
+          steps=12000,
           rows=68,  # packed rows a step
           length=768,  # tokens a row
           attention="xla",  # or "cudnn", on an NVIDIA GPU
@@ -23,7 +23,7 @@ def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
           workers=4,  # processes that write examples; 0: none
           log_every=100,
           checkpoint_every=1000,
-          gates_every=4000,  # a quarter of gate_count, while training
+          gates_every=6000,  # a quarter of gate_count, while training
           gate_count=1024,
       )
   ).lock()

@@ -228,8 +228,8 @@ def test_who_explores_turns_straight_back_less_often_than_by_chance():
   middle = World(((" ",) * 3,) * 3, (1, 1), "G", "H", (0, 0))
   for _ in range(4000):
     turned[corpus.respond(rng, middle, (1, 1), "", "", last="up")[1]] += 1
-  # Half of the time one of three moves, else one of four: down comes 1 in 8, the others 7 in 24.
-  for name, share in (("down", 1 / 8), ("up", 7 / 24), ("left", 7 / 24), ("right", 7 / 24)):
+  # A fifth of the time one of three moves, else one of four: down comes 1 in 5, the others 4 in 15.
+  for name, share in (("down", 1 / 5), ("up", 4 / 15), ("left", 4 / 15), ("right", 4 / 15)):
     assert abs(turned[name] - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5, turned
 
 

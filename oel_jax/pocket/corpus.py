@@ -19,6 +19,7 @@ from oel_jax.trajectory import Message, Trajectory, Turn, knowledge_message, mes
 BACK = {"up": "down", "down": "up", "left": "right", "right": "left"}
 PLAYER, ACTION_LIST = "P", "[up], [down], [left], [right]"
 GUESS = 0.3  # how often an unknown role is guessed; independent for each, so that informed and uninformed answers share their openings
+ONWARD = 0.2  # how often a move straight back is ruled out while exploring; a free walk seldom wins, one that never turns wins too often
 MIX = {"play": 0.56, "extract": 0.26, "ask": 0.10, "other": 0.08}
 
 
@@ -87,7 +88,7 @@ def respond(
         for letter in unclaimed[:3]
     )
   actions = good_actions(world, player, goal, trap)
-  if not goal and last and rng.random() < 0.5:  # who explores turns back now and then, but not as often as by chance
+  if not goal and last and rng.random() < ONWARD:
     actions = [name for name in actions if name != BACK[last]] or actions
   action = rng.choice(actions)
   closed = [name for name, cell in worlds.neighbours(player, world.size).items() if trap and world.symbol(cell) == trap]
