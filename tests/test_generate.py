@@ -118,6 +118,14 @@ def four_prompts():
   return random_prompts(4, 8, 15, 33)
 
 
+def test_long_prompts_go_in_smaller_batches_with_the_same_tokens(monkeypatch):
+  prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
+  whole, run = sample(prompts), generate_lib._generate
+  monkeypatch.setattr(generate_lib, "BATCH_TOKENS", 4 * 64)
+  monkeypatch.setattr(generate_lib, "_generate", lambda params, tokens, *rest, **how: shapes.append(tokens.shape) or run(params, tokens, *rest, **how))
+  assert sample(prompts) == whole and shapes == [(4, 64), (4, 64)]
+
+
 def test_each_of_several_end_ids_ends_a_response_and_is_kept():
   """Trap 15: the first of the ids that comes ends the response; it is the last id returned."""
   whole = sample(four_prompts())

@@ -18,6 +18,7 @@ from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 
 BATCHES = (4, 16, 32, 64, 256)  # a few shapes, so that little is compiled (traps, 20)
+BATCH_TOKENS = 65536  # prompt tokens of a batch, padding included; the attention scores of more would be what fills a device's memory
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 
@@ -114,7 +115,8 @@ def generate(
       raise ValueError(f"generate got the id {wrong} in the prompt at index {i}: ids are at least 0 and below {architecture.vocabulary}")
   if not prompts:
     return []
-  rows = min(bucket(len(prompts), BATCHES), BATCHES[-1])
+  length = bucket(max(map(len, prompts)), LENGTHS)
+  rows = min(bucket(len(prompts), BATCHES), max((b for b in BATCHES if b * length <= BATCH_TOKENS), default=BATCHES[0]))
   if len(prompts) > rows:  # more than one batch: the long prompts together, so that the others' padding is short
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     result: list[list[int]] = [[] for _ in prompts]
@@ -127,7 +129,7 @@ def generate(
       for i, ids in zip(part, sampled, strict=True):
         result[i] = ids
     return result
-  tokens, lengths = pad_right(prompts, rows, bucket(max(map(len, prompts)), LENGTHS), pad_id)
+  tokens, lengths = pad_right(prompts, rows, length, pad_id)
   seed_row = np.zeros((rows,), np.uint32)
   seed_row[: len(seeds)] = seeds
   how = dict(architecture=architecture, sampling=sampling, limit=max_new_tokens, eos_ids=eos_ids, dtype=dtype)
