@@ -121,8 +121,10 @@ def _accumulation(run: Run, theme: Theme) -> Figure | None:
     return None
   figure = _figure(width=10.6)
   axes = figure.subplots()
-  counts = [count for count, _ in first.accumulation]
-  highest = _points(axes, counts, [passed for _, passed in first.accumulation], scale=100, color=theme.context, marker="D",
+  points, use = list(first.accumulation), run.config.get("extraction.use")
+  if first.in_context and type(use) is int and use > points[-1][0]:
+    points.append((use, first.in_context.passed))  # the knowledge that the round used
+  highest = _points(axes, [count for count, _ in points], [passed for _, passed in points], scale=100, color=theme.context, marker="D",
                     label="base model, knowledge in its prompt")
   base = run.evaluations.get(0)
   lines = [("base model, no knowledge", base, theme.dim, ":"), ("after round 1, no knowledge", first, theme.without, "--")]
