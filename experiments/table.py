@@ -1,6 +1,9 @@
 """Puts several seeds' results into one Markdown table, mean ± standard error over the runs.
 
     python experiments/table.py runs/table/0 runs/table/1 runs/table/2
+    python experiments/table.py --controls runs/controls/own runs/controls/swapped
+
+The second has a line a control, as its last round left it; the seeds' runs lie in its directory. `table.sh` makes them all.
 """
 
 import json
@@ -37,19 +40,35 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
   return table
 
 
-def main(folders: list[str]) -> None:
-  """Prints the table of the runs in these directories."""
-  if not folders:
-    sys.exit("usage: python experiments/table.py RUN_DIRECTORY ...")
-  paths = [pathlib.Path(folder) / "report" / "results.json" for folder in folders]
+def load(folders: list[pathlib.Path]) -> list[dict[str, Any]]:
+  """The results of these run directories; ends the process if one has none."""
+  paths = [folder / "report" / "results.json" for folder in folders]
   for path in paths:
     if not path.exists():
       sys.exit(f"error: {path} does not exist: the run has no report yet")
+  return [json.loads(path.read_text()) for path in paths]
+
+
+def main(arguments: list[str]) -> None:
+  """Prints the table of the runs in these directories, or of these directories of runs."""
+  controls, folders = arguments[:1] == ["--controls"], [pathlib.Path(name) for name in arguments if name != "--controls"]
+  if not folders:
+    sys.exit("usage: python experiments/table.py RUN_DIRECTORY ...  or  table.py --controls DIRECTORY_OF_RUNS ...")
+  if controls:
+    groups = {folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir())) for folder in folders}
+    empty = [name for name, results in groups.items() if not results]
+    if empty:
+      sys.exit(f"error: no runs in {', '.join(empty)}")
+    lines = [[name, *rows(results)[-1][1:]] for name, results in groups.items()]
+    counts = sorted({len(results) for results in groups.values()})
+  else:
+    results = load(folders)
+    lines, counts = rows(results), [len(results)]
   head = ["", "passed %", "in context %", "response tokens", *(f"{name} %" for name in KEPT)]
   print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-  for line in rows([json.loads(path.read_text()) for path in paths]):
+  for line in lines:
     print(f"| {' | '.join(line)} |")
-  print(f"\n{len(paths)} runs, mean ± standard error over runs.")
+  print(f"\n{' or '.join(map(str, counts))} runs a line, mean ± standard error over runs.")
 
 
 if __name__ == "__main__":

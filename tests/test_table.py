@@ -38,3 +38,17 @@ def test_only_rounds_that_all_runs_have_are_in_the_table(tmp_path, capsys):
 def test_a_run_without_a_report_is_told(tmp_path):
   with pytest.raises(SystemExit, match="has no report yet"):
     table.main([str(tmp_path)])
+
+
+def test_a_line_a_control_as_its_last_round_left_it(tmp_path, capsys):
+  for control, passed in (("own", (0.5, 0.7)), ("swapped", (0.0, 0.1))):
+    for i, rate in enumerate(passed):
+      (tmp_path / control / str(i) / "report").mkdir(parents=True)
+      (tmp_path / control / str(i) / "report" / "results.json").write_text(json.dumps(_results(rate)))
+    (tmp_path / control / "0.log").write_text("")
+  table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "swapped")])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2].startswith("| own | 60.0 ± 10.0 | – | 40.0") and lines[3].startswith("| swapped | 5.0 ± 5.0 |")
+  (tmp_path / "topk").mkdir()
+  with pytest.raises(SystemExit, match="no runs in topk"):
+    table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "topk")])
