@@ -257,23 +257,29 @@ def test_every_parameter_has_exactly_one_row_in_the_sharding_table(name):
   L, D, N, K, H, F, V = a.layers, a.width, a.heads, a.kv_heads, a.head_size, a.feedforward, a.vocabulary
   shapes = {
       "embed/embedding": (V, D), "layers/attention/q/kernel": (L, D, N, H), "layers/attention/k/kernel": (L, D, K, H),
-      "layers/attention/v/kernel": (L, D, K, H), "layers/attention/o/kernel": (L, N, H, D), "layers/attention/q_norm/scale": (L, H),
-      "layers/attention/k_norm/scale": (L, H), "layers/feedforward/gate/kernel": (L, D, F), "layers/feedforward/up/kernel": (L, D, F),
+      "layers/attention/v/kernel": (L, D, K, H), "layers/attention/o/kernel": (L, N, H, D), "layers/feedforward/gate/kernel": (L, D, F), "layers/feedforward/up/kernel": (L, D, F),
       "layers/feedforward/down/kernel": (L, F, D), "layers/attention_norm/scale": (L, D), "layers/feedforward_norm/scale": (L, D),
       "norm/scale": (D,),
   }  # fmt: skip
+  if a.qk_norm:
+    shapes |= {f"layers/attention/{x}_norm/scale": (L, H) for x in "qk"}
+  if a.qkv_bias:
+    shapes |= {f"layers/attention/{x}/bias": (L, heads, H) for x, heads in (("q", N), ("k", K), ("v", K))}
   if not a.tied_head:
     shapes["head/kernel"] = (V, D)
   assert {path: leaf.shape for path, leaf in leaves.items()} == shapes
 
 
 def test_parameter_counts_are_the_published_ones():
-  """Qwen3 model cards: 0.6 B, 1.7 B, 4.0 B and 8.2 B parameters."""
+  """Model cards: Qwen3 0.6 B, 1.7 B, 4.0 B and 8.2 B; Qwen2.5 1.54 B and 7.61 B; Llama 8.03 B, 1.24 B and 3.21 B; SmolLM2 135 M."""
   counts = {name: sum(int(np.prod(leaf.shape)) for leaf in _paths(named(name)).values()) for name in ARCHITECTURES}
   assert counts["qwen3-0.6b"] == 596_049_920
   assert counts["qwen3-1.7b"] == 1_720_574_976
   assert counts["qwen3-4b"] == counts["qwen3-4b-instruct"] == 4_022_468_096
   assert counts["qwen3-8b"] == 8_190_735_360
+  assert counts["qwen2.5-1.5b"] == 1_543_714_304 and counts["qwen2.5-7b"] == 7_615_616_512
+  assert counts["llama-3.1-8b"] == 8_030_261_248 and counts["smollm2-135m"] == 134_515_008
+  assert counts["llama-3.2-1b"] == 1_235_814_400 and counts["llama-3.2-3b"] == 3_212_749_824
 
 
 def test_layers_start_out_different_and_fan_in_scaled():

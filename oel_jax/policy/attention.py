@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from oel_jax.policy.architecture import Llama3Scaling
+
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
 
 
@@ -40,11 +42,21 @@ def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
   return same & jnp.tril(jnp.ones((T, T), bool))
 
 
-def rotate(x_BxTxNxH: Float[Array, "B T N H"], positions_BxT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+def frequencies(size: int, theta: float, scaling: Llama3Scaling | None = None) -> Float[Array, "half"]:
+  """Radians a position that each pair of a head's `size` numbers turns by, float32."""
+  plain = theta ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
+  if scaling is None:
+    return plain
+  turns = scaling.original_max_position_embeddings * plain / (2 * jnp.pi)  # within the original context
+  fast = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+  return plain * (fast + (1 - fast) / scaling.factor)
+
+
+def rotate(
+    x_BxTxNxH: Float[Array, "B T N H"], positions_BxT: Int[Array, "B T"], theta: float, scaling: Llama3Scaling | None = None
+) -> Float[Array, "B T N H"]:
   """Rotary position embedding, the two halves of a head rotated against each other; angles in float32."""
-  half = x_BxTxNxH.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
+  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies(x_BxTxNxH.shape[-1], theta, scaling)  # [B, T, 1, H/2]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)

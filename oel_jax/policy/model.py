@@ -82,14 +82,14 @@ class Attention(nn.Module):
   def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None):
     a = self.architecture
     dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
-    q = dense((a.heads, a.head_size), name="q")(x_BxTxD)
-    k = dense((a.kv_heads, a.head_size), name="k")(x_BxTxD)
-    v = dense((a.kv_heads, a.head_size), name="v")(x_BxTxD)
+    q = dense((a.heads, a.head_size), use_bias=a.qkv_bias, name="q")(x_BxTxD)
+    k = dense((a.kv_heads, a.head_size), use_bias=a.qkv_bias, name="k")(x_BxTxD)
+    v = dense((a.kv_heads, a.head_size), use_bias=a.qkv_bias, name="v")(x_BxTxD)
     if a.qk_norm:
       q = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="q_norm")(q)
       k = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="k_norm")(k)
-    q = attention.rotate(q, positions_BxT, a.rope_theta)
-    k = attention.rotate(k, positions_BxT, a.rope_theta).swapaxes(1, 2)  # [B, K, T, H]
+    q = attention.rotate(q, positions_BxT, a.rope_theta, a.rope_scaling)
+    k = attention.rotate(k, positions_BxT, a.rope_theta, a.rope_scaling).swapaxes(1, 2)  # [B, K, T, H]
     v = v.swapaxes(1, 2)
     if cache is not None:
       keys, values, index = cache

@@ -1,0 +1,305 @@
+"""Hugging Face model folders: config.json ↔ `Architecture`, safetensors (one file or shards) ↔ parameters.
+
+Qwen3, Qwen2.5 and Llama (SmolLM2 too) are one decoder here, told apart by two switches: a norm on query and key heads, and a bias on
+query, key and value. Tensors are read one by one and go to their devices as they come, so the host never holds the model.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from oel_jax.policy import model
+from oel_jax.policy.architecture import Architecture, Llama3Scaling
+from oel_jax.runtime import files
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_BYTES = 4 * 2**30
+FAMILIES = ("qwen3", "qwen2", "llama")
+
+# Our path, layers' leading L aside ↔ the tensor's name. {} is the layer.
+NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/feedforward_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    **{f"layers/attention/{x}/{ours}": f"model.layers.{{}}.self_attn.{x}_proj.{theirs}"
+       for x in "qkv" for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
+    **{f"layers/attention/{x}_norm/scale": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
+    **{f"layers/feedforward/{x}/kernel": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+}  # fmt: skip
+
+# Fields that change what the model computes, each with the only value that is built here.
+FIXED = {
+    "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0, "pretraining_tp": 1,
+    "rope_interleaved": False, "is_encoder_decoder": False, "add_cross_attention": False,
+}  # fmt: skip
+READ = {
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
+    "layer_types",
+}  # fmt: skip
+# Fields that change nothing of the forward pass.
+HARMLESS = {
+    "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "is_llama_config", "label2id", "max_position_embeddings", "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
+    "problem_type", "return_dict", "sliding_window", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def read_architecture(folder: str | os.PathLike) -> Architecture:
+  """The shapes that the folder's config.json gives.
+
+  Raises:
+    FileNotFoundError: there is no config.json.
+    ValueError: it is damaged, a field is missing, or says something that this decoder does not do; names the field and its value.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file; config.policy.weights must be a folder with a Hugging Face model")
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    family = config["model_type"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path}: not a Hugging Face configuration ({type(error).__name__}: {error})") from error
+  if family not in FAMILIES:
+    raise ValueError(f'{path}: "model_type" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}')
+  _refuse(path, config, family)
+
+  def need(name: str) -> Any:
+    if config.get(name) is None:
+      raise ValueError(f'{path}: "{name}" is missing')
+    return config[name]
+
+  theta, scaling = _rope(path, config)
+  heads = need("num_attention_heads")
+  return Architecture(
+      vocabulary=need("vocab_size"), width=need("hidden_size"), layers=need("num_hidden_layers"), heads=heads,
+      kv_heads=config.get("num_key_value_heads") or heads, head_size=config.get("head_dim") or need("hidden_size") // heads,
+      feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps"),
+      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=bool(config.get("tie_word_embeddings", family == "qwen2")),
+  )  # fmt: skip
+
+
+def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
+  """Raises ValueError at the first field that would change the model in a way that is not built here."""
+  fixed = FIXED | ({} if family == "qwen2" else {"attention_bias": False})
+  for name, value in config.items():
+    if name in fixed and value is not None and value != fixed[name]:
+      raise ValueError(f'{path}: "{name}" is {value!r}: only {fixed[name]!r} is supported')
+    if name == "layer_types" and value is not None and set(value) - {"full_attention"}:
+      raise ValueError(f'{path}: "layer_types" holds {sorted(set(value) - {"full_attention"})}: only "full_attention" is supported')
+    known = name in READ or name in FIXED or name in HARMLESS or name.startswith(("_", "transformers"))
+    if not known and value not in (None, False):
+      raise ValueError(f'{path}: "{name}" is {value!r:.100}: this decoder does not know the field; remove it only if it changes nothing')
+
+
+def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling" or the newer "rope_parameters"."""
+  field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+  given = config.get(field) or {}
+  theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
+  kind = given.get("rope_type") or given.get("type") or "default"
+  if kind == "default":
+    return float(theta), None
+  if kind != "llama3":
+    raise ValueError(f'{path}: "{field}" is {given!r}: of the ways to scale rotary positions, only "llama3" is supported')
+  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  missing = [name for name in names if name not in given]
+  if missing:
+    raise ValueError(f'{path}: "{field}" lacks {", ".join(missing)}')
+  return float(theta), Llama3Scaling(*(float(given[name]) for name in names))
+
+
+def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+  abstract = jax.eval_shape(lambda: model.init(architecture, jax.random.key(0)))
+  return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()}
+
+
+def _tensors(architecture: Architecture) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+  """Each tensor that a folder of this architecture holds: name → (our path, layer or None, its shape there)."""
+  found = {}
+  for path, shape in _shapes(architecture).items():
+    layered = path.startswith("layers/")
+    for layer in range(architecture.layers) if layered else (None,):
+      found[NAMES[path].format(layer)] = (path, layer, _their_shape(path, shape[1:] if layered else shape))
+  return found
+
+
+def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  if path.endswith("/bias"):
+    return (shape[0] * shape[1],)
+  if not path.startswith("layers/") or path.endswith("/scale"):
+    return shape
+  rows = shape[0] * shape[1] if path.endswith("/o/kernel") else shape[0]  # o reads heads × size, the others read the width
+  size = int(np.prod(shape))
+  return (size // rows, rows)
+
+
+def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = np.float32, shardings: Any = None) -> Any:
+  """Reads a folder's parameters, tensor by tensor, each straight to its devices.
+
+  Args:
+    folder: holds model.safetensors, or shards with their index.
+    architecture: from `read_architecture`.
+    dtype: of the parameters returned.
+    shardings: tree of shardings (`mesh.param_shardings`); None for the default device.
+
+  Returns:
+    The parameter tree of `model.init`, layers stacked.
+
+  Raises:
+    FileNotFoundError: no weights in the folder, or a shard is missing.
+    ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists them all.
+  """
+  folder, wanted = pathlib.Path(folder), _tensors(architecture)
+  tensors = _open(folder)
+  unknown = sorted(name for name in tensors if name not in wanted and not _is_ignored(name, architecture))
+  wrong = [f"{name}: missing" for name in wanted if name not in tensors] + [f"{name}: unknown" for name in unknown]
+  for name in wanted.keys() & tensors.keys():
+    shape = tuple(tensors[name].get_slice(name).get_shape())
+    if shape != wanted[name][2]:
+      wrong.append(f"{name}: {shape} instead of {wanted[name][2]}")
+  if wrong:
+    shown = "; ".join(sorted(wrong)[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    raise ValueError(f"{folder}: the weights do not fit config.json: {shown}")
+  places = flax.traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
+  flat = {}
+  for path, shape in _shapes(architecture).items():
+    layered = path.startswith("layers/")
+    one = shape[1:] if layered else shape
+    read = functools.partial(_ours, tensors, shape=one, plain=not layered, dtype=dtype)
+    if not layered:
+      flat[path] = jax.device_put(read(NAMES[path]), places.get(path))
+      continue
+    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=places.get(path))()
+    place = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=places.get(path))
+    for layer in range(architecture.layers):
+      stack = place(stack, read(NAMES[path].format(layer)), layer, 0)
+    flat[path] = stack
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _ours(tensors, name, *, shape, plain, dtype) -> np.ndarray:
+  found = tensors[name].get_tensor(name)
+  return np.ascontiguousarray(np.asarray(found if plain or found.ndim == 1 else found.T).reshape(shape), dtype)
+
+
+def _is_ignored(name: str, architecture: Architecture) -> bool:
+  """Tensors that carry nothing of their own: a tied head stored twice, and frequencies that old files keep."""
+  return name.endswith("rotary_emb.inv_freq") or (architecture.tied_head and name == NAMES["head/kernel"])
+
+
+def _open(folder: pathlib.Path) -> dict[str, Any]:
+  """Tensor name → the open file that holds it."""
+  if (folder / INDEX).is_file():
+    try:
+      names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(f"{folder / INDEX}: not an index of safetensors shards ({type(error).__name__}: {error})") from error
+  else:
+    names = [SINGLE]
+  found = {}
+  for name in names:
+    if not (folder / name).is_file():
+      raise FileNotFoundError(f"{folder / name}: no such file; the folder must hold {SINGLE}, or {INDEX} and every shard it names")
+    try:
+      file = safetensors.safe_open(folder / name, framework="flax")
+    except safetensors.SafetensorError as error:
+      raise ValueError(f"{folder / name}: not a whole safetensors file ({error})") from error
+    found |= dict.fromkeys(file.keys(), file)
+  return found
+
+
+def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, dtype: Any = ml_dtypes.bfloat16,
+         config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+  """Writes config.json and the weights, in shards with an index if they are larger than one; `transformers` and engines read them.
+
+  Args:
+    folder: made if need be.
+    params: tree of `model.init`'s shape.
+    architecture: theirs.
+    dtype: stored type.
+    config: fields of the folder that the model came from, kept where they do not speak of shapes.
+    shard_bytes: most bytes of a file.
+
+  Raises:
+    OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").unlink(missing_ok=True)
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
+  weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
+  (folder / INDEX).unlink(missing_ok=True)
+  if len(set(weight_map.values())) > 1:
+    files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  files.write_json(folder / "config.json", (config or {}) | write_config(architecture, dtype))
+
+
+def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
+  """The fields of a config.json that `read_architecture` reads back as the same architecture.
+
+  Raises:
+    ValueError: no family of `transformers` has this combination of norms, biases and scaling.
+  """
+  a = architecture
+  if (a.qk_norm and a.qkv_bias) or (a.rope_scaling and (a.qk_norm or a.qkv_bias)):
+    raise ValueError(f"no Hugging Face family has {a}: qk_norm, qkv_bias and rope_scaling exclude one another")
+  family, name = ("qwen3", "Qwen3") if a.qk_norm else ("qwen2", "Qwen2") if a.qkv_bias else ("llama", "Llama")
+  rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rope_theta}
+  if a.rope_scaling:
+    scaling = dataclasses.asdict(a.rope_scaling)
+    rope |= scaling | {"rope_type": "llama3", "original_max_position_embeddings": int(scaling["original_max_position_embeddings"])}
+  # Both spellings: engines built on older versions read rope_theta and rope_scaling.
+  return {
+      "architectures": [f"{name}ForCausalLM"], "model_type": family, "vocab_size": a.vocabulary, "hidden_size": a.width,
+      "num_hidden_layers": a.layers, "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_size,
+      "intermediate_size": a.feedforward, "rms_norm_eps": a.norm_eps, "tie_word_embeddings": a.tied_head, "hidden_act": "silu",
+      "rope_theta": a.rope_theta, "rope_scaling": rope if a.rope_scaling else None, "rope_parameters": rope,
+      "torch_dtype": np.dtype(dtype).name,
+  }  # fmt: skip
+
+
+def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> dict[str, str]:
+  """Writes the tensors into files of at most `shard_bytes` (or one tensor); returns which file holds which."""
+  held: list[list[str]] = []
+  shard: dict[str, np.ndarray] = {}
+
+  def flush() -> None:
+    files.write_bytes(folder / f".part-{len(held):05d}", safetensors.numpy.save(shard, {"format": "pt"}))
+    held.append(list(shard))
+    shard.clear()
+
+  for name, tensor in tensors:
+    if shard and sum(part.nbytes for part in shard.values()) + tensor.nbytes > shard_bytes:
+      flush()
+    shard[name] = tensor
+  flush()
+  weight_map = {}
+  for i, names in enumerate(held):  # named last: the number of files is part of each name
+    file = SINGLE if len(held) == 1 else f"model-{i + 1:05d}-of-{len(held):05d}.safetensors"
+    os.replace(folder / f".part-{i:05d}", folder / file)
+    weight_map |= dict.fromkeys(names, file)
+  return weight_map
+
+
+def _theirs(flat: dict[str, Any], architecture: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+  for name, (path, layer, shape) in _tensors(architecture).items():
+    leaf = np.asarray(flat[path] if layer is None else flat[path][layer])
+    kernel = layer is not None and len(shape) == 2
+    yield name, np.ascontiguousarray(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype)

@@ -1,0 +1,227 @@
+"""Hugging Face folders against `transformers`: hidden states and logits of each family, in and out; and what a folder may not hold."""
+
+import json
+import shutil
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from oel_jax.policy import architecture, huggingface, model
+from oel_jax.policy.attention import frequencies
+from oel_jax.runtime import mesh
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=256, initializer_range=0.3)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+FAMILIES = {
+    "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=False)),
+    "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
+    "llama-3": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=False)),
+    "smollm2": ("Llama", dict(tie_word_embeddings=True)),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+  """A small random model of each family in a folder, and itself."""
+  return make(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """One of them, for what has nothing to do with families."""
+  return make("qwen3", tmp_path_factory)[0]
+
+
+def make(family, tmp_path_factory):
+  name, fields = FAMILIES[family]
+  torch.manual_seed(0)
+  theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SMALL, **fields)).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      if parameter.ndim == 1:  # norms begin as ones, biases as zeros: neither would be seen
+        parameter.add_(0.3 * torch.randn_like(parameter))
+  folder = tmp_path_factory.mktemp("model") / family
+  theirs.save_pretrained(folder)
+  return folder, theirs
+
+
+def expected(theirs, rows):
+  with torch.no_grad():
+    return [theirs(torch.tensor([row]), output_hidden_states=True) for row in rows]
+
+
+def rows_of(*lengths):
+  rng = np.random.default_rng(1)
+  return [rng.integers(0, SMALL["vocab_size"], length).tolist() for length in lengths]
+
+
+def padded(rows):
+  tokens, length = np.zeros((len(rows), max(map(len, rows))), np.int32), np.array([len(row) for row in rows])[:, None]
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+  positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  return tokens, positions, (positions < length).astype(np.int32)
+
+
+def test_a_padded_batch_gives_their_hidden_states_and_logits(made):
+  folder, theirs = made
+  shape, rows = huggingface.read_architecture(folder), rows_of(60, 7, 33)
+  params = huggingface.load(folder, shape)
+  hidden, _ = model.apply(params, shape, *padded(rows))
+  logits = model.logits(hidden, model.head(params))
+  for i, (row, right) in enumerate(zip(rows, expected(theirs, rows), strict=True)):
+    np.testing.assert_allclose(hidden[i, : len(row)], right.hidden_states[-1][0].numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(logits[i, : len(row)], right.logits[0].numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_segments_give_what_each_gives_alone(made):
+  folder, theirs = made
+  shape, rows = huggingface.read_architecture(folder), rows_of(20, 31)
+  tokens = np.array([rows[0] + rows[1]], np.int32)
+  positions, segments = np.r_[np.arange(20), np.arange(31)][None], np.repeat([1, 2], [20, 31])[None]
+  params = huggingface.load(folder, shape)
+  hidden, _ = model.apply(params, shape, tokens, positions, segments)
+  alone = np.concatenate([right.logits[0].numpy() for right in expected(theirs, rows)])
+  np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_with_a_cache_gives_their_logits(made):
+  folder, theirs = made
+  shape, (row,) = huggingface.read_architecture(folder), rows_of(40)
+  params, room = huggingface.load(folder, shape), 64
+  tokens = np.array([row], np.int32)
+  _, (keys, values) = model.apply(params, shape, tokens[:, :30], np.arange(30)[None], np.ones((1, 30), np.int32), keep_cache=True)
+  pad = lambda kv: tuple(jnp.pad(x, ((0, 0), (0, 0), (0, room - 30), (0, 0))) for x in kv)
+  cache, layers, found = model.Cache(pad(keys), pad(values), (np.arange(room) < 30)[None], jnp.int32(30)), model.unstack(params), []
+  for t in range(30, 40):
+    hidden, cache = model.apply(layers, shape, tokens[:, t : t + 1], np.array([[t]]), None, cache)
+    found.append(model.logits(hidden, model.head(params))[0, 0])
+  np.testing.assert_allclose(np.stack(found), expected(theirs, [row])[0].logits[0, 30:].numpy(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
+  folder, theirs = made
+  shape = huggingface.read_architecture(folder)
+  params = huggingface.load(folder, shape)
+  huggingface.save(tmp_path, params, shape, dtype=np.float32, shard_bytes=shard_bytes)
+  assert huggingface.read_architecture(tmp_path) == shape
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+  assert type(again) is type(theirs)
+  for right, found in zip(expected(theirs, rows_of(50, 9, 21)), expected(again, rows_of(50, 9, 21)), strict=True):
+    np.testing.assert_allclose(found.logits.numpy(), right.logits.numpy(), atol=1e-4)
+  stored = [name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)]
+  assert len(stored) == len(set(stored)) and ("lm_head.weight" in stored) is not shape.tied_head
+  assert ((tmp_path / huggingface.INDEX).exists() and len(list(tmp_path.glob("*.safetensors"))) > 3) is (shard_bytes < 10**9)
+  assert not list(tmp_path.glob(".part*"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_in_out_and_in_again_is_the_same_bits(folder, tmp_path, dtype):
+  shape = huggingface.read_architecture(folder)
+  huggingface.save(tmp_path / "a", huggingface.load(folder, shape), shape, dtype=dtype)
+  first = huggingface.load(tmp_path / "a", shape, dtype=dtype)
+  huggingface.save(tmp_path / "b", first, shape, dtype=dtype)
+  for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(huggingface.load(tmp_path / "b", shape, dtype=dtype)), strict=True):
+    assert x.dtype == dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_parameters_go_where_the_shardings_say(folder):
+  shape = huggingface.read_architecture(folder)
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+  places = mesh.param_shardings(devices, jax.eval_shape(lambda: model.init(shape, jax.random.key(0))))
+  params = huggingface.load(folder, shape, shardings=places)
+  jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim) or pytest.fail(str(leaf.sharding)), params, places)
+
+
+# What a folder may not hold.
+
+
+def changed(folder, tmp_path, **fields):
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  config = json.loads((copy / "config.json").read_text()) | fields
+  (copy / "config.json").write_text(json.dumps(config))
+  return copy
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("model_type", "mixtral"), ("hidden_act", "gelu"), ("use_sliding_window", True), ("mlp_bias", True), ("num_experts", 8),
+     ("layer_types", ["full_attention", "sliding_attention", "full_attention"]), ("quantization_config", {"bits": 4})],
+)  # fmt: skip
+def test_a_field_that_is_not_built_is_named_with_its_value(folder, tmp_path, field, value):
+  with pytest.raises(ValueError, match=field) as error:
+    huggingface.read_architecture(changed(folder, tmp_path, **{field: value}))
+  shown = "sliding_attention" if field == "layer_types" else repr(value)
+  assert shown in str(error.value) and "config.json" in str(error.value)
+
+
+def test_another_scaling_of_positions_is_refused(folder, tmp_path):
+  with pytest.raises(ValueError, match="yarn"):
+    huggingface.read_architecture(changed(folder, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
+
+
+def test_a_folder_without_config_or_weights_is_told(folder, tmp_path):
+  with pytest.raises(FileNotFoundError, match="config.json"):
+    huggingface.read_architecture(tmp_path)
+  shape = huggingface.read_architecture(folder)
+  with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    huggingface.load(tmp_path, shape)
+
+
+def test_missing_unknown_and_misshaped_tensors_are_listed_together(folder, tmp_path):
+  copy, shape = shutil.copytree(folder, tmp_path / "copy"), huggingface.read_architecture(folder)
+  tensors = safetensors.numpy.load_file(copy / "model.safetensors")
+  del tensors["model.norm.weight"]
+  tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((3, 5), np.float32)
+  tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((3, 5), np.float32)
+  safetensors.numpy.save_file(tensors, copy / "model.safetensors")
+  with pytest.raises(ValueError) as error:
+    huggingface.load(copy, shape)
+  for part in ("model.norm.weight: missing", "layers.1.mlp.up_proj.weight: (3, 5) instead of (80, 48)", "layers.9.mlp.up_proj.weight: unknown"):
+    assert part in str(error.value)
+
+
+def test_a_cut_file_and_a_missing_shard_are_told(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  content = (copy / "model.safetensors").read_bytes()
+  (copy / "model.safetensors").write_bytes(content[: len(content) // 2])
+  with pytest.raises(ValueError, match="not a whole safetensors file"):
+    huggingface.load(copy, shape)
+  huggingface.save(tmp_path / "shards", huggingface.load(folder, shape), shape, shard_bytes=20_000)
+  gone = sorted((tmp_path / "shards").glob("model-*"))[1]
+  gone.unlink()
+  with pytest.raises(FileNotFoundError, match=gone.name):
+    huggingface.load(tmp_path / "shards", shape)
+
+
+# The named sizes.
+
+
+def test_frequencies_are_those_of_transformers():
+  scaling = architecture.named("llama-3.1-8b").rope_scaling
+  config = transformers.LlamaConfig(head_dim=128, max_position_embeddings=131072, rope_parameters={
+      "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192})  # fmt: skip
+  right, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+  np.testing.assert_allclose(frequencies(128, 5e5, scaling), right.numpy(), rtol=1e-5)
+
+
+def test_two_families_in_one_have_no_folder():
+  shape = architecture.Architecture(8, 8, 1, 1, 1, 4, 8, qk_norm=True, qkv_bias=True)
+  with pytest.raises(ValueError, match="qk_norm"):
+    huggingface.write_config(shape, np.float32)
+  assert flax.traverse_util.flatten_dict(jax.eval_shape(lambda: model.init(shape, jax.random.key(0))), sep="/").keys() <= huggingface.NAMES.keys()
