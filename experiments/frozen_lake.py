@@ -28,7 +28,10 @@ def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
         steps=24, batch_size=16, micro_batch=16, learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
     )
     config.evaluation.update(episodes=64, retention=32, accumulation=(4,))
-    if size != "pocket":
+    if size == "pocket":  # ten minutes on two cores
+      config.rounds = 2
+      config.consolidation.steps = 16
+    else:
       config.deployment.episodes = 64
       config.consolidation.gate_episodes = 64
       config.evaluation.update(episodes=512, retention=512, accumulation=(1, 2, 4, 8))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole loop on this machine: makes .venv if there is none, installs the package, runs three rounds on the embedded policy.
+# The whole loop on this machine: makes .venv if there is none, installs the package, runs two rounds on the embedded policy.
 #   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
