@@ -151,6 +151,7 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
   assert spent["tokens"] > 0 and nothing["tokens"] == 0
 
 
+@pytest.mark.slow  # test_step.py compares the gradients themselves
 def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 6
   whole, _ = _run(policy, tmp_path / "a", _config(steps=2))
   cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_batch=1))
