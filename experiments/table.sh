@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what the README's tables are made of, and prints them: the loop, its controls and the 4 × 4 board, three seeds each.
 #   JOBS=8 bash experiments/table.sh DIRECTORY [--config.FIELD=VALUE ...]
-# JOBS runs share one device (about 4 GiB of a GPU each). Called again, it goes on with what was cut off. PYTHON, SEEDS and CONTROLS may be set.
+# JOBS runs share one device. Called again, it goes on with what was cut off. PYTHON, SEEDS and CONTROLS may be set.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 1 ] || { echo "usage: JOBS=8 bash experiments/table.sh DIRECTORY [--config.FIELD=VALUE ...]" >&2; exit 2; }

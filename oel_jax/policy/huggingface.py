@@ -239,7 +239,7 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
   Raises:
     OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
   """
-  folder = pathlib.Path(folder)
+  folder, fields = pathlib.Path(folder), write_config(architecture, dtype)  # an architecture that has no folder is told before one is touched
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").unlink(missing_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
@@ -248,7 +248,7 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
   (folder / INDEX).unlink(missing_ok=True)
   if len(set(weight_map.values())) > 1:
     files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-  files.write_json(folder / "config.json", (config or {}) | write_config(architecture, dtype))
+  files.write_json(folder / "config.json", (config or {}) | fields)
 
 
 def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:

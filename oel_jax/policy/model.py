@@ -49,7 +49,7 @@ def embed(table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"]) -> Floa
   """The tokens' rows of the table. The gradient of a small table is a matrix product.
 
   Adding each token's gradient to its row makes a GPU's threads wait for one another where many tokens share few rows: with 52,000 tokens
-  on 576 rows that was 69 of a pre-training step's 89 ms on an H100, and the product takes under 1 ms.
+  on 576 rows that was 69 of a pre-training step's 89 ms on an H100; with the product the whole step takes 19.
   """
   return table_VxD[tokens]
 
