@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what the README's tables are made of, and prints them: the loop, its controls and the 4 × 4 board, three seeds each.
 #   JOBS=8 bash experiments/table.sh DIRECTORY [--config.FIELD=VALUE ...]
-# JOBS runs share one device. Called again, it goes on with what was cut off. PYTHON, SEEDS and CONTROLS may be set.
+# JOBS runs share the device, or the first DEVICES GPUs. Called again, it goes on with what was cut off. PYTHON, SEEDS and CONTROLS may be set.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 1 ] || { echo "usage: JOBS=8 bash experiments/table.sh DIRECTORY [--config.FIELD=VALUE ...]" >&2; exit 2; }
@@ -12,6 +12,7 @@ CONTROLS=${CONTROLS:-own swapped empty trajectories student-forward_kl teacher-r
 
 one() { # NAME CONFIG SEED [FLAG ...]
   mkdir -p "$DIRECTORY/$1"
+  [ -z "${DEVICES:-}" ] || export CUDA_VISIBLE_DEVICES=$((${SLOT:-0} % DEVICES))
   "$PYTHON" -m oel_jax.main --config="experiments/$2" --workdir="$DIRECTORY/$1/$3" --config.seed="$3" "${@:4}" > "$DIRECTORY/$1/$3.log" 2>&1 ||
     echo "error: $1, seed $3, ended with status $?: see $DIRECTORY/$1/$3.log" >&2
 }
@@ -27,7 +28,7 @@ done
 one ${jobs[0]} "$@" &
 first=$!
 until [ -e "$DIRECTORY/loop/${SEEDS%% *}/round_0/evaluation.json" ] || ! kill -0 $first 2>/dev/null; do sleep 1; done
-printf '%s\n' "${jobs[@]:1}" | xargs -P "${JOBS:-1}" -I{} bash -c 'one $1 "${@:2}"' _ {} "$@"
+printf '%s\n' "${jobs[@]:1}" | xargs -P "${JOBS:-1}" --process-slot-var=SLOT -I{} bash -c 'one $1 "${@:2}"' _ {} "$@"
 wait
 
 for name in loop 4x4; do
