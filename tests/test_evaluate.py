@@ -47,8 +47,8 @@ def test_a_mean_has_the_normal_interval():
   error = np.std(values, ddof=1) / np.sqrt(5)
   assert found["of"] == 5
   np.testing.assert_allclose([found["mean"], *found["interval"]], [np.mean(values), *(np.mean(values) + np.array([-Z, Z]) * error)])
-  assert statistics.mean([]) == {"mean": 0.0, "of": 0, "interval": [0.0, 0.0]}
-  assert statistics.mean([7])["interval"] == [7, 7]
+  assert statistics.mean([]) == {"mean": 0.0, "of": 0, "interval": None}
+  assert statistics.mean([7]) == {"mean": 7, "of": 1, "interval": None}  # one value says nothing of the spread
 
 
 def test_recovered_is_the_share_of_the_gain():
@@ -94,6 +94,7 @@ def test_talk_of_the_knowledge_is_a_leak(text):
     "", "[up]", "Goal: G at (2, 2). Hazard: H at (0, 1) (1, 2). I am at (0, 0). Not right. Next: down.",
     "Goal: unknown. Hazard: unknown. Nobody told me what G does. It may be where to go, or it may end the game, or it may do nothing.",
     "Given the walls, few moves are left. I take note of the items.",  # the words, but not of something handed over
+    "Given the walls, I experience few choices.",
     "The item is on the board. I was given a start.",
     "I previously moved down, so the last move was wasted.",
 ])

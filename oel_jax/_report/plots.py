@@ -144,7 +144,7 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
   """Loss, response length and entropy over the optimizer steps of all rounds."""
   if not run.steps:
     return None
-  panels = [(title, unit, [pair for pair in curves if any(map(math.isfinite, pair[1]))]) for title, unit, curves in (
+  panels = [(title, unit, [curve for curve in curves if any(math.isfinite(y) for _, y in curve[1])]) for title, unit, curves in (
       ("Loss", "nats a token", [("", _curve(run.steps, "loss"), theme.without)]),
       ("Response length", "tokens", [("", _curve(run.steps, "response_tokens"), theme.without)]),
       ("Entropy", "nats a token", [("student", _curve(run.steps, "student_entropy"), theme.without),
@@ -154,11 +154,10 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
   if not panels:
     return None
   figure = _figure(1.75 * len(panels) + 0.5, 10.6)
-  xs = range(1, len(run.steps) + 1)
   for axes, (title, unit, curves) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels):
-    for label, values, color in curves:
-      marker = "o" if sum(map(math.isfinite, values)) <= 60 else ""  # few, or probed every few steps: a line alone would not show them
-      axes.plot(xs, values, color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
+    for label, points, color in curves:
+      marker = "o" if len(points) <= 60 else ""  # few, or probed every few steps: a line alone would not show them
+      axes.plot(*zip(*points), color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
     if title == "Loss":
       axes.axhline(0, color=theme.dim, linewidth=0.8)  # a divergence means something only against zero
     axes.set_title(title)
@@ -183,6 +182,12 @@ def _mark_rounds(axes: Axes, rounds: Sequence[int], theme: Theme) -> None:
                     va="top", color=theme.dim, fontsize=8)
 
 
-def _curve(steps: Sequence[dict[str, Any]], name: str) -> list[float]:
-  """NaN, which is drawn as a gap, where a step has no such number."""
-  return [step[name] if type(step.get(name)) in (int, float) and math.isfinite(step[name]) else math.nan for step in steps]
+def _curve(steps: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+  """(step, value) of the steps that have such a number; NaN, which is drawn as a gap, between rounds."""
+  points = []
+  for index, step in enumerate(steps):
+    if index and step["round"] != steps[index - 1]["round"]:
+      points.append((index + 0.5, math.nan))
+    if type(step.get(name)) in (int, float) and math.isfinite(step[name]):
+      points.append((index + 1, step[name]))
+  return points

@@ -12,7 +12,7 @@ from oel_jax.trajectory import ENDED, Trajectory
 # Answers that speak of the knowledge as of something handed to the speaker (traps, 42).
 LEAK = re.compile(
     r"\b(experience|knowledge|lessons?|items?|notes?)\b[^.\n]{0,40}\b(given|provided|above|listed|supplied|shared)\b"
-    r"|\b(given|provided|earlier|past|previous)\b[^.\n]{0,20}\b(experiences?|knowledge|games|lessons|notes)\b"
+    r"|\b(given|provided|earlier|past|previous)\b[^.,\n]{0,20}\b(experiences?|knowledge|games|lessons|notes)\b"
     r"|EXPERIENCE ITEM",
     re.IGNORECASE,
 )

@@ -18,12 +18,12 @@ def count(hits: int, of: int) -> dict[str, Any]:
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
-  """A mean with its normal interval."""
+  """A mean with its normal interval, which fewer than two values do not have: None."""
   of = len(values)
-  if of == 0:
-    return {"mean": 0.0, "of": 0, "interval": [0.0, 0.0]}
+  if of < 2:
+    return {"mean": float(sum(values)), "of": of, "interval": None}
   middle = sum(values) / of
-  error = math.sqrt(sum((value - middle) ** 2 for value in values) / max(of - 1, 1) / of)
+  error = math.sqrt(sum((value - middle) ** 2 for value in values) / (of - 1) / of)
   return {"mean": middle, "of": of, "interval": [middle - Z * error, middle + Z * error]}
 
 
