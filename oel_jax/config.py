@@ -21,8 +21,8 @@ def default() -> ml_collections.ConfigDict:
 
   config.policy = ml_collections.ConfigDict(
       dict(
-          architecture="qwen3-1.7b",  # a name of policy/architecture.py
-          weights=config_dict.placeholder(str),  # a .safetensors file; "pocket" is the embedded policy
+          architecture="auto",  # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree with
+          weights=config_dict.placeholder(str),  # a Hugging Face folder; a .safetensors file of ours; or "pocket", the embedded policy
           compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
           thinking=True,  # whether the chat template opens a thinking block
           max_prompt_tokens=16384,  # a longer prompt is an error that names this field
@@ -117,10 +117,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
       value = value[part]
     need(value > 0 or (zero_ok and value == 0), field, value, "0 or more" if zero_ok else "more than 0")
 
-  one_of("policy.architecture", tuple(ARCHITECTURES))
+  one_of("policy.architecture", ("auto", *ARCHITECTURES))
   one_of("policy.compute_dtype", ("auto", "bfloat16", "float32"))
   if config.policy.weights == "pocket":
-    need(config.policy.architecture == "pocket", "policy.architecture", config.policy.architecture, '"pocket", as policy.weights is')
+    need(config.policy.architecture in ("auto", "pocket"), "policy.architecture", config.policy.architecture, '"pocket", as policy.weights is')
   one_of("extraction.form", ("items", "text"))
   one_of("extraction.start_from", ("nothing", "previous_round"))
   one_of("extraction.source", ("extracted", "trajectories", "swapped", "empty"))

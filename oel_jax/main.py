@@ -1,7 +1,7 @@
 """Runs a configuration: `python -m oel_jax.main --config=experiments/NAME.py:SIZE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
 The same command goes on with a run that was stopped. What runs is the online loop, or, where the configuration has `task = "pretrain"`,
-the pre-training of the embedded policy.
+the pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a Hugging Face folder.
 """
 
 import os
@@ -17,6 +17,8 @@ from ml_collections import config_dict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
+_STAGE = flags.DEFINE_enum("stage", "run", ["run", "export"], "run: the loop; export: its newest weights to WORKDIR/export.")
+_DTYPE = flags.DEFINE_enum("export_dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type of the exported tensors.")
 _RESUME_ANYWAY = flags.DEFINE_bool("resume_anyway", False, "Go on with a run although its configuration has changed.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
@@ -84,10 +86,13 @@ def main(argv: list[str]) -> None:
     if config.get("task") == "pretrain":
       from oel_jax.pocket import pretrain
       pretrain.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
+    elif _STAGE.value == "export":
+      from oel_jax import export
+      print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
     else:
       from oel_jax import rounds
       rounds.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
-  except (ValueError, OSError, RuntimeError) as error:
+  except (ValueError, OSError, RuntimeError, ImportError) as error:
     if _DEBUG.value or not _is_told_in_one_line(error):
       raise
     _fail(str(error))

@@ -28,8 +28,9 @@ from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction.extract import extract, raw_knowledge
 from oel_jax.pocket import claims
 from oel_jax.pocket import load as pocket
-from oel_jax.policy import architecture, weights
+from oel_jax.policy import architecture, huggingface, model, weights
 from oel_jax.policy.generate import Policy, Sampling
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import files, mesh, progress
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
@@ -50,10 +51,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   """
   config_lib.validate(config)
   # What can be wrong with the configuration shows here, before the directory belongs to it.
-  policy, devices = load_policy(config.policy), mesh.make_mesh(config.mesh)
+  devices = mesh.make_mesh(config.mesh)
+  policy = load_policy(config.policy, devices)
   open_game(game_spec(config.deployment), 0)
-  # Placed as training leaves its parameters: to jit, host arrays are others, and every program would be compiled again after round 1.
-  policy = policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
   folder = open_workdir(config, workdir, resume_anyway)
   with locked(folder), Metrics(folder) as metrics:
     loop = Loop(config, folder, metrics, devices)
@@ -71,17 +71,38 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   return results
 
 
-def load_policy(config: Any) -> Policy:
-  """The policy that config.policy names: "pocket", or a .safetensors file of a named architecture with the embedded vocabulary."""
+def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
+  """The policy that config.policy names, its parameters in float32 and placed as training leaves them.
+
+  Raises:
+    ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture.
+    OSError: a file is missing in the folder.
+  """
   dtype = config.compute_dtype
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  if config.weights == "pocket":
-    return pocket.load(jnp.dtype(dtype))
   if config.weights is None:
-    raise ValueError('config.policy.weights is None: give "pocket" or a .safetensors file')
-  shape = architecture.named(config.architecture)
-  return dataclasses.replace(pocket.load(jnp.dtype(dtype)), architecture=shape, params=weights.load(config.weights, shape))
+    raise ValueError('config.policy.weights is not set: it must be a Hugging Face folder, a .safetensors file of ours, or "pocket"')
+  path = pathlib.Path(config.weights).expanduser()
+  if path.is_dir():
+    shape, tokenizer = huggingface.read_architecture(path), HuggingFaceTokenizer.from_folder(path)
+    _agree(config, shape)
+    return Policy(shape, huggingface.load(path, shape, shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
+  policy = pocket.load(jnp.dtype(dtype))
+  if config.weights != "pocket":
+    if not path.is_file():
+      raise ValueError(f"config.policy.weights is {config.weights!r}: there is no such file or folder")
+    shape = architecture.named(weights.metadata(path)["architecture"] if config.architecture == "auto" else config.architecture)
+    policy = dataclasses.replace(policy, architecture=shape, params=weights.load(path, shape))
+  _agree(config, policy.architecture)
+  # To jit, host arrays are not what training leaves: every program would be compiled again after round 1.
+  return policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
+
+
+def _agree(config: Any, shape: architecture.Architecture) -> None:
+  """Raises ValueError if the weights are of another architecture than the one that the configuration names."""
+  if config.architecture != "auto" and architecture.named(config.architecture) != shape:
+    raise ValueError(f'config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: it must be "auto" or fit')
 
 
 @dataclasses.dataclass

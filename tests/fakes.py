@@ -17,5 +17,5 @@ class Tokenizer:
   def encode(self, text):
     return text.split()
 
-  def split_response(self, ids):
+  def split_response(self, ids, thinking=True):
     return "", self.seen[ids[0]]

@@ -139,8 +139,9 @@ def test_the_edges_are_inside(edge):
 
 # The files of experiments/.
 
-CHOICES = [("frozen_lake", size) for size in experiment("frozen_lake").SIZES]
-CHOICES += [("controls", name) for name in experiment("controls").CONTROLS]
+SIZES = (*experiment("frozen_lake").POCKET, *experiment("frozen_lake").PAPER)
+CHOICES = [("frozen_lake", size) for size in SIZES]
+CHOICES += [("controls", name) for name in experiment("controls").CONTROLS] + [("sokoban", "qwen3-4b-instruct")]
 
 
 @pytest.mark.parametrize("name, choice", CHOICES)
@@ -148,14 +149,32 @@ def test_an_experiment_starts_from_the_default_and_is_right(name, choice):
   config = experiment(name).get_config(choice)
   config_lib.validate(config)
   assert config.is_locked and config.deployment.is_locked
-  assert leaves(config).keys() == leaves(config_lib.default()).keys()
-  assert config.policy.architecture == config.policy.weights == "pocket"
+  fields = lambda config: {field for field in leaves(config) if not field.startswith("deployment.game_args.")}
+  assert fields(config) == fields(config_lib.default())
+  embedded = "pocket" if name == "controls" or choice.startswith("pocket") else None
+  assert config.policy.weights == embedded and config.policy.architecture == (embedded or "auto")
+
+
+# Trajectories accumulated and used, steps, rate, rounds and longest knowledge, as method.md has them of the paper.
+@pytest.mark.parametrize("name, size, numbers, thinking, form, sees", [
+    ("sokoban", "qwen3-4b-instruct", (100, 50, 100, 1e-6, 3, 8192), False, "items", True),
+    ("frozen_lake", "qwen3-1.7b", (30, 15, 20, 5e-6, 2, 2048), True, "text", False),
+    ("frozen_lake", "qwen3-4b", (50, 25, 20, 1e-6, 2, 8192), True, "items", True),
+    ("frozen_lake", "qwen3-8b", (100, 50, 100, 1e-6, 2, 8192), True, "items", True),
+])
+def test_the_papers_settings(name, size, numbers, thinking, form, sees):
+  c = experiment(name).get_config(size)
+  e, k, d = c.extraction, c.consolidation, c.deployment
+  assert (e.trajectories, e.use, k.steps, k.learning_rate, c.rounds, e.max_knowledge_tokens) == numbers
+  assert (c.policy.thinking, e.form, e.see_previous, e.texts, e.start_from) == (thinking, form, sees, 10, "nothing")
+  assert (d.max_turns, d.max_response_tokens, d.temperature, k.temperature, k.batch_size, k.data) == (5, 1024, 0.7, 0.7, 64, "student")
+  assert (c.evaluation.episodes, c.evaluation.top_p, c.evaluation.top_k) == (128, 0.8, 20)
 
 
 @pytest.mark.parametrize("name", ["frozen_lake", "controls"])
 def test_an_unknown_size_is_refused_with_the_known_ones(name):
   module = experiment(name)
-  known = module.SIZES if name == "frozen_lake" else module.CONTROLS
+  known = SIZES if name == "frozen_lake" else module.CONTROLS
   with pytest.raises(ValueError) as error:
     module.get_config("huge")
   assert f"experiments/{name}.py" in str(error.value) and "'huge'" in str(error.value) and ", ".join(known) in str(error.value)

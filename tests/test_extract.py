@@ -30,7 +30,7 @@ class Tokenizer:
   def chat(self, messages, *, thinking=True):
     return self.encode("".join(f"[{m.role}]{m.content}" for m in messages) + ("[think]" if thinking else "[plain]"))
 
-  def split_response(self, ids):
+  def split_response(self, ids, thinking=True):
     text = self.decode(ids).removesuffix("\x01")
     thinking, closed, answer = text.partition("\x00")
     return (thinking, answer) if closed else (text, "")

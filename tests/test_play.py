@@ -22,7 +22,7 @@ class Tokenizer:
   def chat(self, chat, *, thinking=True):
     return list(json.dumps([[message.role, message.content] for message in chat] + [thinking]).encode())
 
-  def split_response(self, ids):
+  def split_response(self, ids, thinking=True):
     text = bytes(token for token in ids if token != EOS).decode()
     before, mark, after = text.partition("</think>")
     return (before, after) if mark else (text, "")

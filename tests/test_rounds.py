@@ -466,7 +466,7 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
       return Fake(params)
 
   monkeypatch.setattr(rounds, "Loop", Quiet)
-  monkeypatch.setattr(rounds, "load_policy", lambda config: Fake({}))
+  monkeypatch.setattr(rounds, "load_policy", lambda config, devices: Fake({}))
   monkeypatch.setattr(rounds.report, "write", lambda folder: {})
   monkeypatch.setattr(rounds.report, "rows", lambda results: [])
   rounds.run(make_loop(rounds=3).config, make_loop().folder / "run")
@@ -512,7 +512,7 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
       with config.unlocked():
         config.deployment.game_args = ml_collections.ConfigDict()
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    flags = {"_CONFIG": config, "_WORKDIR": str(workdir or tmp_path / "refused"), "_RESUME_ANYWAY": resume_anyway, "_DEBUG": False}
+    flags = {"_CONFIG": config, "_WORKDIR": str(workdir or tmp_path / "refused"), "_RESUME_ANYWAY": resume_anyway, "_DEBUG": False, "_STAGE": "run"}
     for name, value in flags.items():
       monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
     with pytest.raises(SystemExit) as end:
@@ -533,7 +533,7 @@ def test_an_unknown_field_is_told_in_one_line(cache, tmp_path):
 @pytest.mark.parametrize("changes, parts", [
     ({"policy.architecture": "qwen9"}, ("config.policy.architecture is 'qwen9'", "'pocket'")),
     ({"policy.architecture": "qwen3-4b"}, ("config.policy.architecture is 'qwen3-4b'", '"pocket"')),
-    ({"policy.weights": None}, ("config.policy.weights is None", '"pocket"')),
+    ({"policy.weights": None}, ("config.policy.weights is not set", '"pocket"')),
     ({"policy.weights": "/nowhere/x.safetensors"}, ("config.policy.weights", "/nowhere/x.safetensors")),
     ({"deployment.game": "FrozenLak-v0"}, ("config.deployment.game is 'FrozenLak-v0'", "FrozenLake-v0-raw")),
     ({"deployment.game": "FrozenLake-v0"}, ("config.deployment.game is 'FrozenLake-v0'", "'FrozenLake-v0-raw'")),

@@ -145,7 +145,8 @@ def test_knowledge_in_front_changes_nothing_behind_it():
     if i % 2:
       rest = [Message("user", random_text(rng)), Message("assistant", ""), Message("user", random_text(rng))]
     front = rng.choice(fronts) if i % 3 else knowledge_message(random_text(rng))
-    assert tokenizer().knowledge_prefix(front) + tokenizer().chat(rest) == tokenizer().chat([front, *rest])
+    assert tokenizer().knowledge_prefix(front) == (0, tokenizer().chat([front, *rest])[: -len(tokenizer().chat(rest))])
+    assert tokenizer().knowledge_prefix(front)[1] + tokenizer().chat(rest) == tokenizer().chat([front, *rest])
 
 
 def test_a_conversation_is_its_messages_joined_and_thinking_changes_nothing():

@@ -71,8 +71,8 @@ def test_bad_tasks_are_refused(policy):
     def chat(self, messages, thinking=True):
       return [1, 2, 3] if messages[0].role == "system" else [9, 3]
 
-    def knowledge_prefix(self, message):
-      return [1, 2]
+    def knowledge_prefix(self, message, thinking=True):
+      return 0, [1, 2]
 
   with pytest.raises(ValueError, match="chat template changes the prompt"):
     train.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)

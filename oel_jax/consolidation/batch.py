@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 def assemble(
     prompts: Sequence[Sequence[int]], knowledge: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int,
-    student_length: int, teacher_length: int, response_length: int,
+    student_length: int, teacher_length: int, response_length: int, skip: int = 0,
 ) -> Batch:  # fmt: skip
   """Lays B samples out as NumPy arrays of fixed lengths.
 
@@ -46,6 +46,7 @@ def assemble(
     responses: sampled ids, not empty.
     pad_id: fills the rest; its value changes nothing.
     student_length, teacher_length, response_length: T, U and R.
+    skip: so many ids at the beginning of a prompt stand at the beginning of the knowledge already: the teacher reads them once.
 
   Raises:
     ValueError: a sample does not fit; names the sample and the lengths. Nothing is ever cut off.
@@ -55,7 +56,7 @@ def assemble(
   response, mask = np.full((B, response_length), pad_id, np.int32), np.zeros((B, response_length), bool)
   lengths = np.zeros((4, B), np.int32)
   for b, (prompt, known, sampled) in enumerate(zip(prompts, knowledge, responses, strict=True)):
-    plain, informed = [*prompt, *sampled], [*known, *prompt, *sampled]
+    plain, informed = [*prompt, *sampled], [*known, *prompt[skip:], *sampled]
     if not prompt or not sampled:
       raise ValueError(f"sample {b} has {len(prompt)} prompt and {len(sampled)} response tokens: both need at least one")
     rooms = (("student", plain, student_length), ("teacher", informed, teacher_length), ("response", sampled, response_length))
@@ -64,7 +65,7 @@ def assemble(
         raise ValueError(f"sample {b}: the {name}'s sequence has {len(ids)} tokens, the batch has room for {room}")
     student[b, : len(plain)], teacher[b, : len(informed)] = plain, informed
     response[b, : len(sampled)], mask[b, : len(sampled)] = sampled, True
-    lengths[:, b] = len(plain), len(prompt) - 1, len(informed), len(known) + len(prompt) - 1
+    lengths[:, b] = len(plain), len(prompt) - 1, len(informed), len(informed) - len(sampled) - 1
   return Batch(student, lengths[0], lengths[1], teacher, lengths[2], lengths[3], response, mask)
 
 

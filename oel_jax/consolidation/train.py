@@ -4,6 +4,7 @@ This is the server side. It sees prompts and knowledge texts; it imports no envi
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,12 +33,14 @@ class Task:
   Attributes:
     prompts: one a prefix.
     knowledge: one a text; what the teacher reads before a prompt.
+    skip: so many ids at the beginning of a prompt stand at the beginning of every knowledge; the teacher reads prompt[skip:].
     seed: of the run; with the round it names every draw.
     round: counted from 1.
   """
 
   prompts: tuple[tuple[int, ...], ...]
   knowledge: tuple[tuple[int, ...], ...]
+  skip: int
   seed: int
   round: int
 
@@ -54,7 +57,8 @@ def make_task(
   if not prefixes or not texts:
     raise ValueError(f"consolidation got {len(prefixes)} prefixes and {len(texts)} knowledge texts: it needs at least one of each")
   prompts = tuple(tuple(tokenizer.chat(prefix.messages, thinking=thinking)) for prefix in prefixes)
-  knowledge = tuple(tuple(tokenizer.knowledge_prefix(knowledge_message(text))) for text in texts)
+  found = [tokenizer.knowledge_prefix(knowledge_message(text), thinking=thinking) for text in texts]
+  skip, knowledge = found[0][0], tuple(tuple(ids) for _, ids in found)
   longest, length = max(zip(prefixes, prompts, strict=True), key=lambda pair: len(pair[1]))
   most = max(map(len, knowledge))
   if len(length) + most > limit:
@@ -62,13 +66,14 @@ def make_task(
         f"config.policy.max_prompt_tokens is {limit}, but prefix {longest.id} has {len(length)} tokens and the longest knowledge {most}: "
         "raise it, or lower extraction.max_knowledge_tokens"
     )
-  whole = tokenizer.chat((knowledge_message(texts[0]), *prefixes[0].messages), thinking=thinking)
-  if tuple(whole) != knowledge[0] + prompts[0]:
-    raise ValueError(
-        "the chat template changes the prompt when a system message with knowledge stands before it: teacher and student would differ in "
-        "more than the knowledge"
-    )
-  return Task(prompts, knowledge, seed, round)
+  for text, (own_skip, known) in zip(texts, found, strict=True):
+    whole = tokenizer.chat((knowledge_message(text), *prefixes[0].messages), thinking=thinking)
+    if own_skip != skip or tuple(whole) != (*known, *prompts[0][skip:]) or tuple(known[:skip]) != prompts[0][:skip]:
+      raise ValueError(
+          "the chat template changes the prompt when a system message with knowledge stands before it: teacher and student would differ in "
+          "more than the knowledge"
+      )
+  return Task(prompts, knowledge, skip, seed, round)
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -100,13 +105,13 @@ def sample_batch(
   if config.data == "student":
     responses = student.sample(prompts, seeds, sampling=sampling, max_new_tokens=limit)
   else:
-    responses = teacher.sample([k + p for k, p in zip(known, prompts, strict=True)], seeds, sampling=sampling, max_new_tokens=limit)
+    responses = teacher.sample([k + p[task.skip :] for k, p in zip(known, prompts, strict=True)], seeds, sampling=sampling, max_new_tokens=limit)
   # Few shapes: the room for prompts is that of the longest in the round, and responses have one of three.
   rows = next(room for room in (-(-limit // 4), -(-limit // 2), limit) if max(map(len, responses)) <= room)
   prompt_room, knowledge_room = (_round_up(max(map(len, ids))) for ids in (task.prompts, task.knowledge))
   made = batch_lib.assemble(
       prompts, known, responses, pad_id=student.tokenizer.pad_id, response_length=rows, student_length=prompt_room + rows,
-      teacher_length=knowledge_room + prompt_room + rows,
+      teacher_length=knowledge_room + prompt_room + rows, skip=task.skip,
   )  # fmt: skip
   return made, [len(response) for response in responses]
 
@@ -139,7 +144,7 @@ def consolidate(
   """
   optimizer = make_optimizer(config)
   # Where to start, in this order: the round's last whole checkpoint, or a copy of the round's first weights.
-  begin = lambda params: step_lib.init_state(jax.tree.map(lambda p: p.astype("float32"), params), optimizer)
+  begin = functools.partial(_begin, optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   size = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
@@ -184,6 +189,19 @@ def consolidate(
       advance(1)
     checkpoints.wait()
   return state.params, cost
+
+
+def _begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
+  return step_lib.init_state(jax.tree.map(lambda p: p.astype("float32"), params), optimizer)
+
+
+def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> Any:
+  """The parameters that `consolidate` left in `directory` after config.steps steps; None if it has not come so far."""
+  if not os.path.isdir(directory):
+    return None
+  with Checkpoints(directory) as checkpoints:
+    restored = checkpoints.restore(mesh_lib.abstract_init(functools.partial(_begin, make_optimizer(config)), mesh, policy.params))
+  return restored.state.params if restored and restored.step == config.steps else None
 
 
 def _make_probe(config, task, policy, limit, mesh):

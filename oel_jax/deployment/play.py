@@ -107,7 +107,7 @@ def play(
           max_new_tokens=max_response_tokens,
       )
       for seat, response in zip(active, responses, strict=True):
-        _move(policy, spec, seat, response)
+        _move(policy, spec, seat, response, thinking)
         if seat.trajectory is not None:
           finish(seat.trajectory)
   by_id = {trajectory.id: trajectory for trajectory in finished}
@@ -192,9 +192,9 @@ def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
   return ids
 
 
-def _move(policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int]) -> None:
+def _move(policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool) -> None:
   """Puts one sampled response to the game; fills `seat.trajectory` when that ends it."""
-  thinking, answer = policy.tokenizer.split_response(response)
+  thinking, answer = policy.tokenizer.split_response(response, thinking=thinking_on)
   action = parse_action(answer, spec.action_pattern)
   step = seat.game.play(action)
   seat.turns.append(Turn(seat.waiting.content, thinking, answer, action, len(response)))

@@ -94,7 +94,7 @@ def extract(
     prompts = [_prompt(encode, trajectory, seen(text), max_prompt_tokens) for trajectory, text in zip(read, found)]
     seeds = [derive(seed, round, "extract", text, step) for text in range(texts)]
     responses = policy.sample(prompts, seeds, sampling=sampling, max_new_tokens=max_response_tokens)
-    answers = [parse_items(policy.tokenizer.split_response(response)[1], form) for response in responses]
+    answers = [parse_items(policy.tokenizer.split_response(response, thinking=thinking)[1], form) for response in responses]
     found = [
         Knowledge(text.items + tuple(Item(line, trajectory.id, step, round) for line in answer))
         for text, trajectory, answer in zip(found, read, answers, strict=True)

@@ -125,8 +125,7 @@ def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scal
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-  abstract = jax.eval_shape(lambda: model.init(architecture, jax.random.key(0)))
-  return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()}
+  return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/").items()}
 
 
 def _tensors(architecture: Architecture) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:

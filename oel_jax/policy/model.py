@@ -161,6 +161,11 @@ def init(architecture: Architecture, key: Array) -> Params:
   return Decoder(architecture).init(key, one, one, one)["params"]
 
 
+def abstract(architecture: Architecture) -> Params:
+  """The tree of `init` as ShapeDtypeStructs; nothing is computed."""
+  return jax.eval_shape(lambda: init(architecture, jax.random.key(0)))
+
+
 def head(params: Params) -> Float[Array, "V D"]:
   """The output matrix: the embedding where the two are tied."""
   return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]

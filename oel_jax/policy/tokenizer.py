@@ -1,10 +1,17 @@
-"""Text ↔ token ids and the chat template, behind one small face.
+"""Text ↔ token ids and the chat template, behind one small face: SentencePiece for the embedded policy, Hugging Face for all others.
 
 Untrusted text stays plain text: `encode` never yields a control token, whatever the text holds; only `chat` places them.
 """
 
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -56,18 +63,16 @@ class SentencePieceTokenizer:
     del thinking
     return [i for message in messages for i in self._message(message)] + [self._control[ROLES["assistant"]]]
 
-  def knowledge_prefix(self, message: Message) -> list[int]:
-    """The ids that a system message puts before a conversation: chat([message, *rest]) == knowledge_prefix(message) + chat(rest)."""
-    return self._message(message)
+  def knowledge_prefix(self, message: Message, *, thinking: bool = True) -> tuple[int, list[int]]:
+    """(skip, ids) of a system message: chat([message, *rest]) == ids + chat(rest)[skip:]; here it stands before all, and skip is 0."""
+    del thinking
+    return 0, self._message(message)
 
-  def split_response(self, ids: Sequence[int]) -> tuple[str, str]:
+  def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
     """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer."""
+    del thinking
     ids = [int(i) for i in ids if i not in self.eos_ids]
-    close, opening = self._control[END_THINK], self._control[THINK]
-    last = max((at for at, i in enumerate(ids) if i in (opening, close)), default=-1)
-    if last >= 0 and ids[last] == opening:
-      return self.decode(ids).strip(), ""
-    return self.decode(ids[: last + 1]).strip(), self.decode(ids[last + 1 :]).strip()
+    return _split(ids, self._control[THINK], self._control[END_THINK], False, self.decode)
 
   def response(self, thinking: str, answer: str) -> list[int]:
     """The ids of a response as the policy would write it, end included; what pre-training teaches."""
@@ -78,3 +83,222 @@ class SentencePieceTokenizer:
     if message.role not in ROLES:
       raise ValueError(f"message role is {message.role!r}: it must be one of {', '.join(ROLES)}")
     return [self._control[ROLES[message.role]], *self.encode(message.content), *self.eos_ids]
+
+
+def _split(ids: list[int], opening: int, close: int, opened: bool, decode: Callable[[list[int]], str]) -> tuple[str, str]:
+  """(thinking, answer) of ids in which single tokens open and close the thinking; `opened`: the prompt had opened it."""
+  last = max((at for at, i in enumerate(ids) if i in (opening, close)), default=-1)
+  if (ids[last] == opening) if last >= 0 else opened:
+    return decode(ids).strip(), ""
+  return decode(ids[: last + 1]).strip(), decode(ids[last + 1 :]).strip()
+
+
+SPACE = "\t \t"  # around a stand-in for a message: if it is gone from what the template makes, the template trims
+DATE = "01 Jan 2025"  # for templates that name the day: a prompt must not change over night
+JOINTS = ("\n\n", "\n", " ")
+GREETING = (Message("user", "How are you?"), Message("assistant", "I am well."), Message("user", "Good!"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+  """The place of a message in a template: which one, counted from the end, and whether the template trims it there."""
+
+  index: int
+  left: bool
+  right: bool
+
+  def fill(self, text: str) -> str:
+    text = text.lstrip() if self.left else text
+    return text.rstrip() if self.right else text
+
+
+class HuggingFaceTokenizer:
+  """A `transformers` tokenizer with its chat template.
+
+  The template is rendered with stand-ins for the messages, so what it writes itself may hold control tokens, but what the messages say
+  never becomes one and never steers it (traps, 40). Text between two control tokens is encoded in one piece: the ids are those of
+  `apply_chat_template` wherever no message holds the name of a control token.
+
+  If the template has words of its own for a conversation without a system message, they stay in front of one: knowledge adds to the
+  prompt and takes nothing from it (traps, 13).
+
+  Attributes:
+    vocabulary: one more than the highest id.
+    eos_ids: what ends a response: of the generation config, of the tokenizer, and what the template writes after an answer.
+    pad_id: the tokenizer's, or the first of eos_ids.
+  """
+
+  def __init__(self, tokenizer: Any, eos_ids: Sequence[int] = ()):
+    """Wraps a PreTrainedTokenizerFast; `eos_ids` are further ids that end a response.
+
+    Raises:
+      ValueError: no chat template, or one that shortens or repeats a message; or a control token that its name spells even as plain text.
+    """
+    self._name = repr(tokenizer.name_or_path)
+    if not getattr(tokenizer, "chat_template", None):
+      raise ValueError(f"tokenizer {self._name} has no chat template: give the folder of an instruction-tuned model")
+    self._tokenizer = tokenizer
+    self._control = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    self._control_ids = frozenset(self._control.values())
+    self._plain = _without_added_tokens(tokenizer)
+    spelled = [name for name in self._control if self._control_ids & set(self.encode(name))]
+    if spelled:
+      raise ValueError(f"tokenizer {self._name} makes a control token of {spelled[0]!r} in any text: a user's text could steer the model")
+    self.vocabulary = 1 + max(tokenizer.get_vocab().values())
+    self._layout = functools.lru_cache(maxsize=1024)(self._make_layout)
+    self._default_system = self._find_default_system()
+    self._joint = self._find_joint() if self._default_system else ""
+    ids, template_ids = self.chat(GREETING), self._render([dataclasses.asdict(message) for message in GREETING], True, tokenize=True)
+    if ids != template_ids:
+      raise ValueError(f"tokenizer {self._name}: a greeting has the ids {ids} message by message but {template_ids} as a whole")
+    conversation = self._layout(("user", "assistant", "user"), True)
+    answer = next(at for at, piece in enumerate(conversation) if isinstance(piece, _Slot) and piece.index == 1)
+    end = [piece for piece in conversation[answer:] if type(piece) is int][:1]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    self.eos_ids = tuple(dict.fromkeys([*eos_ids, *own, *end]))
+    self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+  @classmethod
+  def from_folder(cls, folder: str | os.PathLike) -> "HuggingFaceTokenizer":
+    """Reads tokenizer.json and its companions, and the ends of a response from generation_config.json if there is one.
+
+    Raises:
+      ImportError: `transformers` is not installed.
+      ValueError: no tokenizer there, or one of the kinds that `__init__` refuses.
+    """
+    transformers = _transformers()
+    folder = pathlib.Path(folder)
+    try:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises almost anything here
+      raise ValueError(f"{folder}: no tokenizer could be read there ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+    return cls(tokenizer, _ends(folder / "generation_config.json"))
+
+  def encode(self, text: str) -> list[int]:
+    """Plain text to ids. `decode` gives the text back, in the tokenizer's Unicode normal form; half a surrogate pair becomes "?"."""
+    return self._plain.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Ids to text; control tokens and the weights' spare rows beyond the vocabulary are left out."""
+    kept = [int(i) for i in ids if i < self.vocabulary and int(i) not in self._control_ids]
+    return self._plain.decode(kept, skip_special_tokens=False)
+
+  def chat(self, messages: Sequence[Message], *, thinking: bool = True) -> list[int]:
+    """The whole prompt, ending with the assistant's header; `thinking` is the template's `enable_thinking`.
+
+    Raises:
+      ValueError: the template refuses such a conversation.
+    """
+    contents = [message.content for message in messages]
+    if self._default_system and messages and messages[0].role == "system":
+      contents[0] = self._default_system + self._joint + contents[0]
+    ids: list[int] = []
+    run = ""  # text since the last control token
+    for piece in (*self._layout(tuple(message.role for message in messages), thinking), None):
+      if isinstance(piece, str):
+        run += piece
+      elif isinstance(piece, _Slot):
+        run += piece.fill(contents[len(messages) - 1 - piece.index])
+      else:
+        ids, run = ids + self.encode(run) + ([] if piece is None else [piece]), ""
+    return ids
+
+  def knowledge_prefix(self, message: Message, *, thinking: bool = True) -> tuple[int, list[int]]:
+    """(skip, ids) of a system message: chat([message, *rest]) == ids + chat(rest)[skip:].
+
+    Raises:
+      ValueError: the template changes more than that when a system message stands in front.
+    """
+    question = Message("user", "?")
+    plain, informed = self.chat((question,), thinking=thinking), self.chat((message, question), thinking=thinking)
+    same = next((i for i, pair in enumerate(zip(plain, informed)) if pair[0] != pair[1]), min(len(plain), len(informed)))
+    end = same + len(informed) - len(plain)
+    if end < same or plain[same:] != informed[end:]:
+      raise ValueError(f"tokenizer {self._name}: its chat template changes the prompt when a system message stands before it")
+    return same, informed[:end]
+
+  def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
+    """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer; `thinking` as given to `chat`."""
+    ids = [int(i) for i in ids if i not in self.eos_ids]
+    opening, close = self._control.get(THINK, -1), self._control.get(END_THINK, -1)
+    header = [piece for piece in self._layout(("user",), thinking) if piece in (opening, close)]
+    return _split(ids, opening, close, header[-1:] == [opening], self.decode)
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes the tokenizer's files, chat template included, as `transformers` and engines read them."""
+    self._tokenizer.save_pretrained(folder)
+
+  def _render(self, conversation: list[dict[str, str]], thinking: bool, tokenize: bool = False) -> Any:
+    try:
+      return self._tokenizer.apply_chat_template(
+          conversation, tokenize=tokenize, return_dict=False, add_generation_prompt=True, enable_thinking=thinking, date_string=DATE
+      )
+    except Exception as error:  # templates refuse by raising errors of Jinja's
+      roles = ", ".join(message["role"] for message in conversation)
+      raise ValueError(f"tokenizer {self._name}: its chat template refuses the roles {roles}: {error}") from error
+
+  def _make_layout(self, roles: tuple[str, ...], thinking: bool) -> tuple[int | str | _Slot, ...]:
+    """What the template makes of a conversation: ids of control tokens, plain text, and the slots of the messages."""
+    words = [f"MESSAGE-{len(roles) - 1 - i}-STANDS-HERE" for i in range(len(roles))]
+    rest = self._render([{"role": role, "content": SPACE + word + SPACE} for role, word in zip(roles, words)], thinking)
+    pieces: list[int | str | _Slot] = []
+    for i, word in enumerate(words):
+      before, found, rest = rest.partition(word)
+      if not found or word in rest:
+        raise ValueError(f"tokenizer {self._name}: its chat template {'repeats' if found else 'leaves out'} the {roles[i]} message")
+      left, right = not before.endswith(SPACE), not rest.startswith(SPACE)
+      pieces += [*self._cut(before if left else before.removesuffix(SPACE)), _Slot(len(roles) - 1 - i, left, right)]
+      rest = rest if right else rest.removeprefix(SPACE)
+    return tuple(pieces + self._cut(rest))
+
+  def _cut(self, text: str) -> list[int | str]:
+    """The template's own text, control tokens as ids."""
+    names = "|".join(re.escape(name) for name in sorted(self._control, key=len, reverse=True))
+    return [self._control.get(part, part) for part in re.split(f"({names})", text) if part]
+
+  def _find_default_system(self) -> str:
+    """The words that the template puts where a system message would stand; "" if it puts none."""
+    plain, informed = self._layout(("user",), True), self._layout(("system", "user"), True)
+    at = next(i for i, piece in enumerate(informed) if isinstance(piece, _Slot))
+    before, after = informed[:at], informed[at + 1 :]
+    head, words = (before[:-1], before[-1]) if before and isinstance(before[-1], str) else (before, "")
+    fits = len(plain) == len(head) + 1 + len(after) and plain[: len(head)] == head and plain[len(head) + 1 :] == after
+    middle = plain[len(head)] if fits else ""
+    return middle.removeprefix(words) if isinstance(middle, str) and middle.startswith(words) else ""
+
+  def _find_joint(self) -> str:
+    """What between those words and a system message leaves the ids of both as they are alone."""
+    for self._joint in JOINTS:
+      try:
+        self.knowledge_prefix(Message("system", "Rule 1"))  # ends unlike what stands before it, so that no chance hides a merge
+        return self._joint
+      except ValueError:
+        continue
+    raise ValueError(f"tokenizer {self._name}: no system message can follow its template's own, {self._default_system!r}, without changing it")
+
+
+def _transformers() -> Any:
+  try:
+    import transformers
+  except ImportError as error:
+    raise ImportError('Hugging Face tokenizers need `transformers`: pip install "oel_jax[hf]"') from error
+  return transformers
+
+
+def _without_added_tokens(tokenizer: Any) -> Any:
+  """The backend as it reads plain text: no name of a control token is special to it."""
+  import tokenizers
+
+  spec = json.loads(tokenizer.backend_tokenizer.to_str())
+  return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
+
+
+def _ends(path: pathlib.Path) -> list[int]:
+  """The end-of-sequence ids of a generation_config.json; [] if there is no such file."""
+  if not path.is_file():
+    return []
+  try:
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+    return [int(i) for i in (found if isinstance(found, list) else [found])]
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -53,8 +53,7 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
     found = safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, ValueError) as error:
     raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-  abstract = jax.eval_shape(lambda: model.init(architecture, jax.random.key(0)))
-  wanted = flax.traverse_util.flatten_dict(abstract, sep="/")
+  wanted = flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/")
   wrong = [f"{name}: missing" for name in wanted if name not in found] + [f"{name}: unknown" for name in found if name not in wanted]
   wrong += [f"{n}: {found[n].shape} instead of {w.shape}" for n, w in wanted.items() if n in found and found[n].shape != w.shape]
   if wrong:

@@ -1,0 +1,140 @@
+"""Hugging Face tokenizers: ids as the template makes them, knowledge that changes nothing else, and text that stays text (traps 13 to 16, 40)."""
+
+import json
+
+import families
+import pytest
+
+from oel_jax.policy.tokenizer import DATE, HuggingFaceTokenizer
+from oel_jax.trajectory import Message, knowledge_message
+
+PLAYED = (
+    Message("user", "You are playing a game.\n\nCurrent Board:\n|  P  |  H  |\n"), Message("assistant", "[up]\n[down]"),
+    Message("user", "  wall.  "), Message("assistant", ""), Message("user", "Über 12 naïve Œufs – 東京 🙂\n\n\n\tend"),
+)  # fmt: skip
+TEXTS = ("H is a hole.", "- EXPERIENCE ITEM: H is a hole.\n- EXPERIENCE ITEM: G is the goal!", "東京", "42", " ", "ends in space \n\n")
+TYPED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>")
+
+
+@pytest.fixture(params=families.FAMILIES)
+def family(request):
+  return request.param
+
+
+def wrapped(family: str) -> HuggingFaceTokenizer:
+  return HuggingFaceTokenizer(families.tokenizer(family))
+
+
+def by_template(family, messages, thinking=True):
+  conversation = [{"role": message.role, "content": message.content} for message in messages]
+  options = dict(add_generation_prompt=True, enable_thinking=thinking, date_string=DATE)
+  return families.tokenizer(family).apply_chat_template(conversation, tokenize=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_the_ids_are_the_templates(family, length, thinking):
+  assert wrapped(family).chat(PLAYED[:length], thinking=thinking) == by_template(family, PLAYED[:length], thinking)
+
+
+def test_a_system_message_follows_the_templates_own(family):
+  system = Message("system", "Know this.")
+  own = {"qwen2.5": "You are a helpful assistant. ", "smollm2": "You are a helpful assistant, said Nobody\n\n"}.get(family, "")
+  expected = by_template(family, (Message("system", own + "Know this."), *PLAYED))
+  assert wrapped(family).chat((system, *PLAYED)) == expected
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_without_the_knowledge_the_teachers_prompt_is_the_students(family, thinking):  # traps 13 and 14
+  tokenizer, skips = wrapped(family), set()
+  for text in TEXTS:
+    message = knowledge_message(text)
+    skip, ids = tokenizer.knowledge_prefix(message, thinking=thinking)
+    for length in (1, 3, 5):
+      student = tokenizer.chat(PLAYED[:length], thinking=thinking)
+      assert tokenizer.chat((message, *PLAYED[:length]), thinking=thinking) == ids + student[skip:]
+      assert ids[:skip] == student[:skip]
+    assert text.strip() in tokenizer.decode(ids)
+    skips.add(skip)
+  assert len(skips) == 1
+
+
+def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
+  tokenizer = wrapped(family)
+  control = set(families.tokenizer(family).added_tokens_decoder)
+  turns = lambda ids: [i for i in ids if i in control]
+  plain = (Message("system", "one"), Message("user", "two"), Message("assistant", "three"), Message("user", "four"))
+  for typed in TYPED:
+    for text in (typed, f"a {typed}user\nb", f"{typed}{typed}", f"{typed}\n\nx{typed}"):
+      assert tokenizer.decode(tokenizer.encode(text)) == text
+      assert not control & set(tokenizer.encode(text))
+      said = tuple(Message(message.role, message.content + text) for message in plain)
+      ids = tokenizer.chat(said)
+      assert turns(ids) == turns(tokenizer.chat(plain))
+      assert tokenizer.decode(ids).count(text) >= len(plain)
+      skip, prefix = tokenizer.knowledge_prefix(said[0])
+      assert prefix + tokenizer.chat(said[1:])[skip:] == ids
+
+
+def test_a_response_is_split_at_the_end_of_its_thinking():
+  tokenizer = wrapped("qwen3")
+  thought = families.tokenizer("qwen3").encode("<think>up or down?</think>\n\n[up]<|im_end|>")
+  assert tokenizer.split_response(thought) == ("up or down?", "[up]")
+  assert tokenizer.split_response(thought[:-1]) == ("up or down?", "[up]")
+  assert tokenizer.split_response(tokenizer.encode("[up] </think>")) == ("", "[up] </think>")  # spelled out, not the token
+  unfinished = families.tokenizer("qwen3").encode("<think>up or [down]")
+  assert tokenizer.split_response(unfinished) == ("up or [down]", "")
+  opened = wrapped("qwen3-thinking")  # its prompt ends with <think>
+  assert opened.split_response(families.tokenizer("qwen3-thinking").encode("hm [down]</think>[up]")) == ("hm [down]", "[up]")
+  assert opened.split_response(opened.encode("hm [down]")) == ("hm [down]", "")
+  assert wrapped("llama3").split_response(families.tokenizer("llama3").encode("[up]<|eot_id|>")) == ("", "[up]")
+
+
+def test_thinking_that_the_template_closed_is_not_open():
+  tokenizer = wrapped("qwen3")
+  assert tokenizer.chat(PLAYED[:1], thinking=False) != tokenizer.chat(PLAYED[:1])
+  assert tokenizer.split_response(tokenizer.encode("[up]"), thinking=False) == ("", "[up]")
+
+
+def test_a_folder_gives_every_end_of_a_response_and_takes_the_tokenizer_back(family, tmp_path):  # trap 15
+  own, told = families.tokenizer(family), wrapped(family)
+  told.save(tmp_path)
+  first = HuggingFaceTokenizer.from_folder(tmp_path)
+  assert first.chat(PLAYED) == told.chat(PLAYED) and first.eos_ids == told.eos_ids
+  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, own.eos_token_id]}))
+  again = HuggingFaceTokenizer.from_folder(tmp_path)
+  assert again.eos_ids == (7, own.eos_token_id)
+  assert again.pad_id == (7 if own.pad_token_id is None else own.pad_token_id)
+  assert again.vocabulary == len(own)
+
+
+def test_the_end_of_an_answer_is_the_templates_though_the_tokenizer_names_another(tmp_path):
+  wrapped("qwen3").save(tmp_path)
+  fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields | {"eos_token": "<|endoftext|>"}))
+  ids = families.tokenizer("qwen3").convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+  assert list(HuggingFaceTokenizer.from_folder(tmp_path).eos_ids) == ids
+
+
+@pytest.mark.parametrize("template, told", [
+  (None, "has no chat template"),
+  ("{{ messages[0].content }}", "leaves out the user message"),
+  ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "repeats the"),
+  ("{% for m in messages %}{{ raise_exception('only users speak') if m.role == 'system' }}{{ m.content }}{% endfor %}", "only users speak"),
+  ("{% for m in messages %}{{ messages|length }}{{ m.content }}<|im_end|>{% endfor %}", "changes the prompt"),
+])
+def test_templates_that_cannot_be_followed_are_refused(template, told, tmp_path):
+  wrapped("qwen3").save(tmp_path)
+  path = tmp_path / "chat_template.jinja"
+  path.unlink() if template is None else path.write_text(template)
+  with pytest.raises(ValueError, match=told):
+    HuggingFaceTokenizer.from_folder(tmp_path).knowledge_prefix(Message("system", "x"))
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path):
+  with pytest.raises(ValueError, match="no tokenizer could be read"):
+    HuggingFaceTokenizer.from_folder(tmp_path)
+  wrapped("qwen3").save(tmp_path)
+  (tmp_path / "generation_config.json").write_text("{")
+  with pytest.raises(ValueError, match="generation_config.json: damaged"):
+    HuggingFaceTokenizer.from_folder(tmp_path)

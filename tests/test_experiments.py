@@ -1,0 +1,101 @@
+"""The paper's settings on a small model in a Hugging Face folder: two rounds as they stand, with fewer steps and games; then out again."""
+
+import importlib.util
+import json
+import pathlib
+
+import families
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from oel_jax import export, rounds
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer
+from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.trajectory import Message
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+SAYS = "- EXPERIENCE ITEM: H is a hole [down]"  # knowledge to the extractor, a move to the game
+FEWER = {
+    "deployment.episodes": 4, "deployment.slots": 4, "extraction.trajectories": 2, "extraction.use": 2, "consolidation.steps": 2,
+    "consolidation.gate_episodes": 2, "consolidation.log_probe": 2, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
+    "evaluation.episodes": 2, "mesh.data": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", name="folder")
+def fixture_folder(tmp_path_factory):
+  """A small random Qwen3 whose head is bent, so that after any prompt it mostly says SAYS: a random one would never write knowledge."""
+  folder, tokenizer = tmp_path_factory.mktemp("model"), families.tokenizer("qwen3")
+  tokenizer.save_pretrained(folder)
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]}))
+  torch.manual_seed(0)
+  model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+      vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+      max_position_embeddings=32768, tie_word_embeddings=False,
+  ))  # fmt: skip
+  wrapped = HuggingFaceTokenizer(tokenizer)
+  for thinking in (True, False):
+    chain = [wrapped.chat([Message("user", "?")], thinking=thinking)[-1], *wrapped.encode(SAYS), tokenizer.eos_token_id]
+    assert len(set(chain)) == len(chain), "each token needs a successor of its own"
+    with torch.no_grad():
+      embedding = torch.nn.functional.normalize(model.model.embed_tokens.weight.normal_(), dim=-1)
+      model.model.embed_tokens.weight.copy_(embedding * 8)
+      for now, then in zip(chain, chain[1:]):
+        model.lm_head.weight[then] += 2 * embedding[now]
+  model.save_pretrained(folder)
+  return folder
+
+
+def load(name: str, size: str):
+  spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(size)
+
+
+@pytest.fixture(name="one_device", autouse=True)
+def fixture_one_device(monkeypatch):
+  make = mesh_lib.make_mesh
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("name, size", [
+    ("frozen_lake", "qwen3-1.7b"), ("sokoban", "qwen3-4b-instruct"),
+    pytest.param("frozen_lake", "qwen3-4b", marks=pytest.mark.slow), pytest.param("frozen_lake", "qwen3-8b", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(name, size, folder, tmp_path):
+  config = load(name, size)
+  config.update_from_flattened_dict(FEWER | {"rounds": 2, "policy.weights": str(folder)})
+  results = rounds.run(config, tmp_path / "run")
+  assert [entry["round"] for entry in results["rounds"]] == [1, 2]
+  knowledge = (tmp_path / "run/round_1/knowledge/00.md").read_text()
+  assert "H is a hole" in knowledge and knowledge.startswith("- EXPERIENCE ITEM:") == (config.extraction.form == "items")
+  lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  steps = [line for line in lines if line["stage"] == "consolidate" and line["step"] > 0]
+  assert [(line["round"], line["step"]) for line in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+  assert all(np.isfinite(line["loss"]) and line["loss"] > 0 for line in steps)
+
+  export.run(config, tmp_path / "run", dtype="float32")
+  again = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "run/export", dtype=torch.float32).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/export")
+  assert tokenizer.chat_template == families.tokenizer("qwen3").chat_template
+  assert again.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+  before = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  ids = torch.tensor([tokenizer.encode("How are you?")])
+  config.policy.weights = str(tmp_path / "run/export")
+  policy = rounds.load_policy(config.policy, mesh_lib.make_mesh(config.mesh))
+  with torch.no_grad():
+    trained, first = again(ids).logits.numpy(), before(ids).logits.numpy()
+  np.testing.assert_allclose(logits(policy, ids.numpy()), trained, atol=1e-4)
+  assert np.abs(trained - first).max() > 0  # the trained weights, not those the run began with
+
+
+def logits(policy, ids):
+  from oel_jax.policy import model
+
+  positions = np.arange(ids.shape[1])[None]
+  hidden, _ = model.apply(policy.params, policy.architecture, ids, positions, np.ones_like(ids))
+  return model.logits(hidden, model.head(policy.params))
