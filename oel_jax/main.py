@@ -1,7 +1,7 @@
 """Runs a configuration: `python -m oel_jax.main --config=experiments/NAME.py:SIZE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-The same command goes on with a run that was stopped. What runs is the online loop, or, where the configuration has `task = "pretrain"`,
-the pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a Hugging Face folder.
+The same command goes on with a run that was stopped. What runs is the online loop, or, where the configuration has a `task`: "distill",
+consolidation of a given text alone, or "pretrain", the pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a Hugging Face folder.
 """
 
 import os
@@ -83,15 +83,17 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_compilation_cache_dir", os.environ.get("OEL_JAX_CACHE") or os.path.expanduser("~/.cache/oel_jax/jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   try:
-    if config.get("task") == "pretrain":
-      from oel_jax.pocket import pretrain
-      pretrain.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
-    elif _STAGE.value == "export":
+    if _STAGE.value == "export":
       from oel_jax import export
       print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
+      return
+    if config.get("task") == "pretrain":
+      from oel_jax.pocket import pretrain as task
+    elif config.get("task") == "distill":
+      from oel_jax import distill as task
     else:
-      from oel_jax import rounds
-      rounds.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
+      from oel_jax import rounds as task
+    task.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
   except (ValueError, OSError, RuntimeError, ImportError) as error:
     if _DEBUG.value or not _is_told_in_one_line(error):
       raise

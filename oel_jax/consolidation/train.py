@@ -23,7 +23,7 @@ from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import Prefix, knowledge_message
+from oel_jax.trajectory import Message, Prefix, knowledge_message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Task:
 
 
 def make_task(
-    tokenizer: Any, prefixes: Sequence[Prefix], texts: Sequence[str], *, seed: int, round: int, thinking: bool, limit: int
-) -> Task:
-  """Turns prefixes and knowledge texts into ids.
+    tokenizer: Any, prefixes: Sequence[Prefix], texts: Sequence[str], *, seed: int, round: int, thinking: bool, limit: int,
+    message: Callable[[str], Message] = knowledge_message,
+) -> Task:  # fmt: skip
+  """Turns prefixes and knowledge texts into ids; `message` makes the system message of a text.
 
   Raises:
     ValueError: there is none of either; a prompt with its knowledge is over `limit` (config.policy.max_prompt_tokens); or the chat
@@ -57,7 +58,7 @@ def make_task(
   if not prefixes or not texts:
     raise ValueError(f"consolidation got {len(prefixes)} prefixes and {len(texts)} knowledge texts: it needs at least one of each")
   prompts = tuple(tuple(tokenizer.chat(prefix.messages, thinking=thinking)) for prefix in prefixes)
-  found = [tokenizer.knowledge_prefix(knowledge_message(text), thinking=thinking) for text in texts]
+  found = [tokenizer.knowledge_prefix(message(text), thinking=thinking) for text in texts]
   skip, knowledge = found[0][0], tuple(tuple(ids) for _, ids in found)
   longest, length = max(zip(prefixes, prompts, strict=True), key=lambda pair: len(pair[1]))
   most = max(map(len, knowledge))
@@ -67,7 +68,7 @@ def make_task(
         "raise it, or lower extraction.max_knowledge_tokens"
     )
   for text, (own_skip, known) in zip(texts, found, strict=True):
-    whole = tokenizer.chat((knowledge_message(text), *prefixes[0].messages), thinking=thinking)
+    whole = tokenizer.chat((message(text), *prefixes[0].messages), thinking=thinking)
     if own_skip != skip or tuple(whole) != (*known, *prompts[0][skip:]) or tuple(known[:skip]) != prompts[0][:skip]:
       raise ValueError(
           "the chat template changes the prompt when a system message with knowledge stands before it: teacher and student would differ in "

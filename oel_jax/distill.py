@@ -1,0 +1,160 @@
+"""Consolidation alone: a text that you have, on prompts that you have; no game, no extraction (OPCD, arXiv 2602.12275, is this with a system prompt).
+
+The text becomes the teacher's system message. Measured before, with the text in context, and after, on prompts held out: the share of
+answers of the wanted form, response length, and on unrelated prompts the divergence from the model as it was.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from oel_jax import config as config_lib
+from oel_jax import rounds
+from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import train
+from oel_jax.evaluation import statistics
+from oel_jax.policy.generate import LENGTHS, Policy, Sampling, bucket
+from oel_jax.runtime import files, mesh, progress
+from oel_jax.runtime.metrics import Metrics
+from oel_jax.runtime.seeds import derive
+from oel_jax.runtime.workdir import locked, open_workdir
+from oel_jax.trajectory import Message, Prefix, read_prefixes
+
+
+def default() -> ml_collections.ConfigDict:
+  """The default configuration with `task` = "distill" and its own fields."""
+  config = config_lib.default()
+  with config.unlocked():
+    config.task = "distill"
+    config.distill = ml_collections.ConfigDict(
+        dict(
+            knowledge="",  # file with the text that becomes the teacher's system message
+            prompts="",  # what the student answers in training: a .jsonl of prefixes, or a .txt with one user message a line
+            held_out="",  # the same, to measure on
+            unrelated="",  # the same, to measure what else has changed; "": not measured
+            obeys="",  # regular expression that an answer of the wanted form matches as a whole, line breaks included
+        )
+    )
+  return config
+
+
+def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
+  """Trains the text into the weights, going on with what is in `workdir`; prints and returns what results.json holds.
+
+  Returns:
+    "base", "in_context" and "after", each with "obeys" and "response_tokens"; "recovered", the share of the gain in context that the
+    weights now hold; "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to the unrelated prompts.
+
+  Raises:
+    ValueError: the configuration is wrong or differs from the run's, or a file holds no prompts.
+    OSError: a file is missing, another process runs in `workdir`, or it cannot be written.
+  """
+  config_lib.validate(config)
+  devices = mesh.make_mesh(config.mesh)
+  policy = rounds.load_policy(config.policy, devices)
+  text = _read(config.distill.knowledge, "knowledge").strip()
+  if not text:
+    raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
+  prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
+  unrelated = read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
+  task = train.make_task(
+      policy.tokenizer, prompts, [text], seed=config.seed, round=1, thinking=config.policy.thinking, limit=config.policy.max_prompt_tokens,
+      message=_system,
+  )  # fmt: skip
+  folder = open_workdir(config, workdir, resume_anyway)
+  with locked(folder), Metrics(folder) as metrics:
+    result = {"schema": 1, "base": _measure(config, policy, held_out, None, folder / "base.json")}
+    result["in_context"] = _measure(config, policy, held_out, text, folder / "in_context.json")
+    with progress.bar("consolidate", config.consolidation.steps) as advance:
+      params, _ = train.consolidate(
+          config.consolidation, task, policy, limit=config.deployment.max_response_tokens, directory=folder / "round_1/checkpoints",
+          mesh=devices, metrics=metrics, advance=advance,
+      )  # fmt: skip
+    result["after"] = _measure(config, policy.replace(params), held_out, None, folder / "after.json")
+    rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
+    result["recovered"] = statistics.recovered(*rates)
+    result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
+    files.write_json(folder / "results.json", result)
+  progress.table([_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder))
+  print(f"recovered: {result['recovered']}, KL to the base on unrelated prompts: {result['unrelated_kl']}", flush=True)
+  return result
+
+
+def read_prompts(path: str, field: str) -> list[Prefix]:
+  """The prompts of config.distill.`field`: a .jsonl of prefixes (`trajectory.read_prefixes`), or a text file, one user message a line."""
+  if str(path).endswith(".jsonl"):
+    return read_prefixes(path)
+  lines = [line.strip() for line in _read(path, field).splitlines()]
+  found = [Prefix(f"{field}-{number}", (Message("user", line),)) for number, line in enumerate(lines, start=1) if line]
+  if not found:
+    raise ValueError(f"config.distill.{field}: {path} holds no prompts")
+  return found
+
+
+def _read(path: str, field: str) -> str:
+  if not path:
+    raise ValueError(f"config.distill.{field} is not set: it must be the path of a file")
+  return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+
+
+def _system(text: str) -> Message:
+  return Message("system", text)
+
+
+def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str) -> list[list[int]]:
+  before = (_system(text),) if text else ()
+  how = config.evaluation
+  return policy.sample(
+      [policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking) for prefix in prefixes],
+      [derive(config.seed, stage, i) for i in range(len(prefixes))],
+      sampling=Sampling(how.temperature, how.top_p, how.top_k), max_new_tokens=config.deployment.max_response_tokens,
+  )  # fmt: skip
+
+
+def _measure(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, path: pathlib.Path) -> dict[str, Any]:
+  """Answers to the held-out prompts, kept in `path`, and what they are like."""
+  if path.exists():
+    return json.loads(path.read_text(encoding="utf-8"))["measured"]
+  sampled = _answers(config, policy, prefixes, text, "held out")
+  answers = [policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled]
+  obeys: Callable[[str], Any] = re.compile(config.distill.obeys, re.DOTALL).fullmatch
+  measured = {
+      "obeys": statistics.count(sum(bool(obeys(answer)) for answer in answers), len(answers)),
+      "response_tokens": statistics.mean([len(ids) for ids in sampled]),
+  }
+  kept = [{"prompt": prefix.messages[-1].content, "answer": answer} for prefix, answer in zip(prefixes, answers, strict=True)]
+  files.write_json(path, {"schema": 1, "measured": measured, "answers": kept})
+  return measured
+
+
+def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Prefix]) -> float:
+  """KL(after ‖ base) a token at temperature 1, on the base's own answers to the unrelated prompts."""
+  prompts = [base.tokenizer.chat(prefix.messages, thinking=config.policy.thinking) for prefix in prefixes]
+  responses = _answers(config, base, prefixes, None, "unrelated")
+  rows = config.deployment.max_response_tokens
+  length = bucket(max(map(len, prompts)), LENGTHS) + rows
+  probe = step_lib.make_probe(base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype)
+  total = count = 0.0
+  for start in range(0, len(prompts), 16):
+    part = slice(start, start + 16)
+    missing = 16 - len(prompts[part])  # one shape for all; rows added answer nothing
+    made = batch_lib.assemble(
+        prompts[part] + prompts[:1] * missing, [[]] * 16, responses[part] + responses[:1] * missing, pad_id=base.tokenizer.pad_id,
+        student_length=length, teacher_length=length, response_length=rows,
+    )  # fmt: skip
+    made.mask[16 - missing :] = False
+    tokens = float(made.mask.sum())
+    total += tokens * float(jax.device_get(probe(params, base.params, made))["reverse_kl"])
+    count += tokens
+  return total / count
+
+
+def _row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
+  obeys, low, high = (100 * x for x in (measured["obeys"]["rate"], *measured["obeys"]["interval"]))
+  return {"": name, "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]", "response tokens": measured["response_tokens"]["mean"]}

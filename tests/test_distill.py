@@ -1,0 +1,86 @@
+"""A given text on given prompts, no game: what is measured, what is kept, and that the text ends up in the weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from oel_jax import config as config_lib
+from oel_jax import distill
+from oel_jax.deployment.games import game_spec, open_game
+from oel_jax.deployment.prompts import first_message
+from oel_jax.pocket import load as pocket
+from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.trajectory import Prefix, knowledge_message, write_jsonl
+
+TEXT = knowledge_message("- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: H is a hole to fall into.").content
+SAFE = r"\[down\]"  # the first move where a hole lies to the right of the start; without the knowledge, right is as good
+
+
+@pytest.fixture(name="config")
+def fixture_config(tmp_path, monkeypatch):
+  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the prompts."""
+  make = mesh_lib.make_mesh
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
+  spec = game_spec(config_lib.default().deployment)
+  boards = [board for board in (open_game(spec, seed).observation for seed in range(600)) if "|  P  |  H  |" in board][:96]
+  prefixes = [Prefix(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),)) for i, board in enumerate(boards)]
+  write_jsonl(tmp_path / "prompts.jsonl", prefixes[:64])
+  write_jsonl(tmp_path / "held_out.jsonl", prefixes[64:])
+  (tmp_path / "unrelated.txt").write_text("Repeat: ABC\n\nSort: CAB\n")
+  (tmp_path / "text.txt").write_text(TEXT + "\n")
+  config = distill.default()
+  paths = {name: str(tmp_path / file) for name, file in (
+      ("knowledge", "text.txt"), ("prompts", "prompts.jsonl"), ("held_out", "held_out.jsonl"), ("unrelated", "unrelated.txt"))}
+  config.distill.update(paths | {"obeys": SAFE})
+  config.update_from_flattened_dict({
+      "policy.weights": "pocket", "deployment.max_response_tokens": 96, "consolidation.batch_size": 16, "consolidation.micro_batch": 16,
+      "consolidation.learning_rate": 1e-4, "consolidation.steps": 2, "consolidation.log_probe": 0, "mesh.data": 1,
+  })  # fmt: skip
+  return config
+
+
+def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
+  result = distill.run(config, tmp_path / "run")
+  for name in ("base", "in_context", "after"):
+    kept = json.loads((tmp_path / f"run/{name}.json").read_text())
+    obeying = sum(answer["answer"] == "[down]" for answer in kept["answers"])
+    assert (result[name]["obeys"]["hits"], result[name]["obeys"]["of"]) == (obeying, 32)
+  assert result["in_context"]["obeys"]["rate"] > result["base"]["obeys"]["rate"]
+  assert result["in_context"]["response_tokens"]["mean"] < result["base"]["response_tokens"]["mean"]
+  gain = result["in_context"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]
+  np.testing.assert_allclose(result["recovered"], (result["after"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]) / gain)
+  assert result["unrelated_kl"] > 0
+  assert json.loads((tmp_path / "run/results.json").read_text()) == result
+  assert "recovered" in capsys.readouterr().out
+  before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.json") if path.name != "results.json"}
+  assert distill.run(config, tmp_path / "run") == result  # the same command again
+  assert all((tmp_path / "run" / name).stat().st_mtime_ns == time for name, time in before.items())
+
+
+def test_a_model_that_has_not_changed_has_no_divergence(config, tmp_path):
+  policy = pocket.load()
+  prefixes = distill.read_prompts(config.distill.unrelated, "unrelated")
+  assert [prefix.messages[0].content for prefix in prefixes] == ["Repeat: ABC", "Sort: CAB"]  # the empty line is none
+  assert distill._unrelated_kl(config, policy, policy.params, prefixes) == 0
+
+
+@pytest.mark.slow
+def test_the_text_ends_up_in_the_weights(config, tmp_path):
+  config.consolidation.steps = 24
+  result = distill.run(config, tmp_path / "run")
+  assert result["recovered"] > 0.7
+  assert result["after"]["response_tokens"]["mean"] < 0.6 * result["base"]["response_tokens"]["mean"]
+
+
+@pytest.mark.parametrize("field, content, told", [
+    ("knowledge", " \n", "config.distill.knowledge: .* is empty"), ("held_out", "\n\n", "config.distill.held_out: .* holds no prompts"),
+    ("prompts", None, "config.distill.prompts is not set"),
+])
+def test_what_is_missing_is_told_before_the_directory_is_made(config, tmp_path, field, content, told):
+  (tmp_path / "given.txt").write_text(content or "")
+  config.distill[field] = "" if content is None else str(tmp_path / "given.txt")
+  with pytest.raises(ValueError, match=told):
+    distill.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
