@@ -90,7 +90,7 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
       vocabulary=need("vocab_size"), width=need("hidden_size"), layers=need("num_hidden_layers"), heads=heads,
       kv_heads=config.get("num_key_value_heads") or heads, head_size=config.get("head_dim") or need("hidden_size") // heads,
       feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps"),
-      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=bool(config.get("tie_word_embeddings", family == "qwen2")),
+      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=bool(config.get("tie_word_embeddings", False)),
   )  # fmt: skip
 
 
