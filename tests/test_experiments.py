@@ -30,7 +30,6 @@ def fixture_folder(tmp_path_factory):
   """A small random Qwen3 whose head is bent, so that after any prompt it mostly says SAYS: a random one would never write knowledge."""
   folder, tokenizer = tmp_path_factory.mktemp("model"), families.tokenizer("qwen3")
   tokenizer.save_pretrained(folder)
-  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]}))
   torch.manual_seed(0)
   model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
       vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -46,6 +45,7 @@ def fixture_folder(tmp_path_factory):
       for now, then in zip(chain, chain[1:]):
         model.lm_head.weight[then] += 2 * embedding[now]
   model.save_pretrained(folder)
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]}))
   return folder
 
 
