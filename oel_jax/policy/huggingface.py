@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -128,13 +128,13 @@ def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/").items()}
 
 
-def _tensors(architecture: Architecture) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-  """Each tensor that a folder of this architecture holds: name → (our path, layer or None, its shape there)."""
+def _tensors(architecture: Architecture, names: dict[str, str] = NAMES) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+  """Each tensor that a file of this architecture holds: name → (our path, layer or None, its shape there)."""
   found = {}
   for path, shape in _shapes(architecture).items():
     layered = path.startswith("layers/")
     for layer in range(architecture.layers) if layered else (None,):
-      found[NAMES[path].format(layer)] = (path, layer, _their_shape(path, shape[1:] if layered else shape))
+      found[names[path].format(layer)] = (path, layer, _their_shape(path, shape[1:] if layered else shape))
   return found
 
 
@@ -164,36 +164,58 @@ def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = 
     FileNotFoundError: no weights in the folder, or a shard is missing.
     ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists them all.
   """
-  folder, wanted = pathlib.Path(folder), _tensors(architecture)
-  tensors = _open(folder)
-  unknown = sorted(name for name in tensors if name not in wanted and not _is_ignored(name, architecture))
-  wrong = [f"{name}: missing" for name in wanted if name not in tensors] + [f"{name}: unknown" for name in unknown]
-  for name in wanted.keys() & tensors.keys():
-    shape = tuple(tensors[name].get_slice(name).get_shape())
-    if shape != wanted[name][2]:
-      wrong.append(f"{name}: {shape} instead of {wanted[name][2]}")
+  folder = pathlib.Path(folder)
+  tensors = {name: file for name, file in _open(folder).items() if not _is_ignored(name, architecture)}
+  shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+  read = lambda name: tensors[name].get_tensor(name)
+  return assemble(f"{folder}: the weights do not fit config.json", shapes, read, architecture, NAMES, dtype=dtype, shardings=shardings)
+
+
+def assemble(
+    complaint: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Any], architecture: Architecture, names: dict[str, str], *,
+    dtype: Any, shardings: Any,
+) -> Any:  # fmt: skip
+  """Puts the tensors of a file, one by one and each straight to its devices, where `model.init` has them.
+
+  Args:
+    complaint: how an error begins.
+    shapes: of every tensor there, by its name; matrices are [out, in].
+    read: name → tensor.
+    architecture: what the tensors should make.
+    names: our path → the name there, {} for the layer, as in `NAMES`.
+    dtype, shardings: as in `load`.
+
+  Returns:
+    The parameter tree of `model.init`, layers stacked.
+
+  Raises:
+    ValueError: tensors are missing, unknown or misshaped: one error lists them all.
+  """
+  wanted = _tensors(architecture, names)
+  wrong = [f"{name}: missing" for name in wanted.keys() - shapes.keys()] + [f"{name}: unknown" for name in shapes.keys() - wanted.keys()]
+  for name in wanted.keys() & shapes.keys():
+    if shapes[name] != wanted[name][2]:
+      wrong.append(f"{name}: {shapes[name]} instead of {wanted[name][2]}")
   if wrong:
     shown = "; ".join(sorted(wrong)[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")
-    raise ValueError(f"{folder}: the weights do not fit config.json: {shown}")
+    raise ValueError(f"{complaint}: {shown}")
   places = flax.traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
   flat = {}
   for path, shape in _shapes(architecture).items():
     layered = path.startswith("layers/")
-    one = shape[1:] if layered else shape
-    read = functools.partial(_ours, tensors, shape=one, plain=not layered, dtype=dtype)
+    ours = functools.partial(_ours, shape=shape[1:] if layered else shape, plain=not layered, dtype=dtype)
     if not layered:
-      flat[path] = jax.device_put(read(NAMES[path]), places.get(path))
+      flat[path] = jax.device_put(ours(read(names[path])), places.get(path))
       continue
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=places.get(path))()
     place = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=places.get(path))
     for layer in range(architecture.layers):
-      stack = place(stack, read(NAMES[path].format(layer)), layer, 0)
+      stack = place(stack, ours(read(names[path].format(layer))), layer, 0)
     flat[path] = stack
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _ours(tensors, name, *, shape, plain, dtype) -> np.ndarray:
-  found = tensors[name].get_tensor(name)
+def _ours(found, *, shape, plain, dtype) -> np.ndarray:
   return np.ascontiguousarray(np.asarray(found if plain or found.ndim == 1 else found.T).reshape(shape), dtype)
 
 

