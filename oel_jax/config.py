@@ -22,7 +22,7 @@ def default() -> ml_collections.ConfigDict:
   config.policy = ml_collections.ConfigDict(
       dict(
           architecture="auto",  # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree with
-          weights=config_dict.placeholder(str),  # a Hugging Face folder; a .safetensors file of ours; or "pocket", the embedded policy
+          weights=config_dict.placeholder(str),  # Hugging Face folder; .gguf file; .safetensors file of ours; or "pocket", the embedded policy
           compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
           thinking=True,  # whether the chat template opens a thinking block
           max_prompt_tokens=16384,  # a longer prompt is an error that names this field

@@ -8,6 +8,7 @@ Maps come from seeds: held-out maps have odd ones, every other stage has even on
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -82,17 +83,30 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   if config.weights is None:
-    raise ValueError('config.policy.weights is not set: it must be a Hugging Face folder, a .safetensors file of ours, or "pocket"')
+    raise ValueError('config.policy.weights is not set: it must be a Hugging Face folder, a .gguf file, a .safetensors file of ours, or "pocket"')
   path = pathlib.Path(config.weights).expanduser()
   if path.is_dir():
     shape, tokenizer = huggingface.read_architecture(path), HuggingFaceTokenizer.from_folder(path)
-    _agree(config, shape)
-    return Policy(shape, huggingface.load(path, shape, shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
-  policy = pocket.load(jnp.dtype(dtype))
+    read = functools.partial(huggingface.load, path, shape)
+  elif path.suffix == ".gguf":
+    from oel_jax.policy import gguf  # here, for it needs packages of the extra "hf"
+
+    file = gguf.read(path)
+    shape, tokenizer = gguf.read_architecture(file), HuggingFaceTokenizer(gguf.tokenizer(file))
+    read = functools.partial(gguf.load, file, shape)
+  else:
+    return _load_own(config, path, devices, jnp.dtype(dtype))
+  _agree(config, shape)
+  return Policy(shape, read(shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
+
+
+def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype: Any) -> Policy:
+  """The embedded policy, or a file of ours with its vocabulary."""
+  policy = pocket.load(dtype)
   if config.weights != "pocket":
     if not path.is_file():
       raise ValueError(f"config.policy.weights is {config.weights!r}: there is no such file or folder")
-    shape = architecture.named(weights.metadata(path)["architecture"] if config.architecture == "auto" else config.architecture)
+    shape = architecture.named(weights.metadata(path).get("architecture") if config.architecture == "auto" else config.architecture)
     policy = dataclasses.replace(policy, architecture=shape, params=weights.load(path, shape))
   _agree(config, policy.architecture)
   # To jit, host arrays are not what training leaves: every program would be compiled again after round 1.

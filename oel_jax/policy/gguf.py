@@ -8,10 +8,14 @@ import os
 import pathlib
 from typing import Any
 
-import gguf
 import numpy as np
-import tokenizers
-import transformers
+
+try:
+  import gguf
+  import tokenizers
+  import transformers
+except ImportError as error:
+  raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
 from gguf import GGMLQuantizationType as Type
 
 from oel_jax.policy import huggingface
