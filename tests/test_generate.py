@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from oel_jax.policy import generate as generate_lib
-from oel_jax.policy import model
+from oel_jax.policy import decode, model, ring
 from oel_jax.policy.architecture import named
-from oel_jax.policy.generate import Policy, Sampling, filter_logits, generate, sample_token
+from oel_jax.policy.generate import Policy, generate
+from oel_jax.policy.sampling import Sampling, filter_logits, sample_token
 
 TINY = named("pocket-tiny")
 GREEDY, FREE = Sampling(1e-6), Sampling(1.0)
@@ -118,11 +119,11 @@ def four_prompts():
   return random_prompts(4, 8, 15, 33)
 
 
-def test_long_prompts_go_in_smaller_batches_with_the_same_tokens(monkeypatch):
+def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
-  whole, run = sample(prompts), generate_lib._generate
+  whole, run = sample(prompts), decode.enter
   monkeypatch.setattr(generate_lib, "BATCH_TOKENS", 4 * 64)
-  monkeypatch.setattr(generate_lib, "_generate", lambda params, tokens, *rest, **how: shapes.append(tokens.shape) or run(params, tokens, *rest, **how))
+  monkeypatch.setattr(decode, "enter", lambda weights, slots, tokens, *rest, **how: shapes.append(tokens.shape) or run(weights, slots, tokens, *rest, **how))
   assert sample(prompts) == whole and shapes == [(4, 64), (4, 64)]
 
 
@@ -251,16 +252,20 @@ def test_first_tokens_of_whole_responses_follow_the_distribution_too():
 
 def test_few_programs_are_compiled():
   """Trap 20: 24 batches of other sizes and lengths share a handful of compiled shapes."""
-  before = generate_lib._generate._cache_size()
+  before = decode.enter._cache_size(), decode.decode._cache_size()
   for i in range(24):
-    rows, longest = (1 + i % 4, 128) if i % 6 == 0 else (1 + i % 16, 64)
-    sample(random_prompts(*np.random.default_rng(i).integers(1, longest + 1, rows), seed=i))
-  assert generate_lib._generate._cache_size() - before <= 3  # 4 rows of 64 or 128 tokens, 16 rows of 64
+    rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
+    sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
+  assert decode.enter._cache_size() - before[0] <= 2 and decode.decode._cache_size() - before[1] <= 4
 
 
-@pytest.mark.parametrize("size,expected", [(1, 64), (64, 64), (65, 128), (16384, 16384), (16385, 32768), (40000, 49152)])
+@pytest.mark.parametrize("size,expected", [(1, 32), (64, 64), (65, 96), (16384, 16384), (16385, 32768), (40000, 49152)])
 def test_buckets(size, expected):
   assert generate_lib.bucket(size, generate_lib.LENGTHS) == expected
+
+
+def test_every_ring_is_whole_blocks():
+  assert all(size % ring.BLOCK == 0 for size in generate_lib.RINGS)
 
 
 def test_bad_input_is_one_clear_error():
