@@ -64,7 +64,10 @@ def prepare(params: Any, *, architecture: Architecture, dtype: Any) -> Any:
         "feedforward_norm": layer["feedforward_norm"],
     }
     joined |= {"qkv_bias": jnp.concatenate(flat("bias"))} if architecture.qkv_bias else {}
-    return joined | ({name: attend[name] for name in ("q_norm", "k_norm")} if architecture.qk_norm else {})
+    if architecture.qk_norm:
+      heads = {"q": architecture.heads, "k": architecture.kv_heads}
+      joined["qk_norm"] = {"scale": jnp.concatenate([jnp.tile(attend[f"{x}_norm"]["scale"], (n, 1)) for x, n in heads.items()])}
+    return joined
 
   params = model.unstack(params)
   return {**params, "layers": tuple(map(join, params["layers"]))}
@@ -188,15 +191,16 @@ def _forward(weights, a: Architecture, tokens_BxT, positions_BxT, attend: Callab
   B, T = tokens_BxT.shape
   dtype = weights["norm"]["scale"].dtype
   norm = lambda x, scale: nn.RMSNorm(a.norm_eps, dtype=dtype).apply({"params": scale}, x)
+  head_norm = lambda x, scale: nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply({"params": scale}, x)
   x = weights["embed"]["embedding"][tokens_BxT]
   for layer in weights["layers"]:
     with jax.named_scope("attention"):
       qkv = norm(x, layer["attention_norm"]) @ layer["qkv"]
       qkv = qkv + layer["qkv_bias"] if a.qkv_bias else qkv
-      q, k, v = jnp.split(qkv.reshape(B, T, -1, a.head_size), [a.heads, a.heads + a.kv_heads], axis=2)
-      if a.qk_norm:
-        q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
-      q, k = (attention.rotate(heads, positions_BxT, a.rope_theta, a.rope_scaling) for heads in (q, k))
+      # Queries and keys together: a step has little to compute and much to start.
+      qk, v = jnp.split(qkv.reshape(B, T, -1, a.head_size), [a.heads + a.kv_heads], axis=2)
+      qk = head_norm(qk, layer["qk_norm"]) if a.qk_norm else qk
+      q, k = jnp.split(attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2)
       x = x + attend(q, k, v).reshape(B, T, -1) @ layer["o"]
     with jax.named_scope("feedforward"):
       gate, up = jnp.split(norm(x, layer["feedforward_norm"]) @ layer["gate_up"], 2, axis=-1)

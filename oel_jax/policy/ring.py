@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from oel_jax.policy import attention
 
 BLOCK = 64  # columns that are read at once; divides the ring
-PROGRAMS = 1024  # a GPU is busy with so many; rows are cut into parts where there are fewer
+PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where there are fewer
 ROWS = 16  # of the smallest matrix product; the queries of one key-value head are fewer
 
 
@@ -33,20 +33,23 @@ def attend(
   G, parts = N // K, max(1, min(PROGRAMS // (B * K), S // BLOCK))
   of_row = lambda *block: pl.BlockSpec((None, None, *block), lambda b, k, p: (b, k) + (0,) * len(block))
   of_part = lambda *block: pl.BlockSpec((None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block))
-  parted = lambda *shape: jax.ShapeDtypeStruct((B, K, parts, *shape), jnp.float32)
+  parted = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, K, parts, *shape), dtype)
   value, mass, top = pl.pallas_call(
       functools.partial(_kernel, queries=G, blocks=S // BLOCK, parts=parts),
       grid=(B, K, parts),
-      in_specs=[pl.BlockSpec((None,), lambda b, k, p: (b,)), pl.BlockSpec((None,), lambda b, k, p: (0,)), of_row(G, H), of_row(S, H), of_row(S, H)],
+      in_specs=[
+          pl.BlockSpec((None,), lambda b, k, p: (b,)), pl.BlockSpec((None,), lambda b, k, p: (0,)), of_row(G, H), of_row(S, H), of_row(S, H),
+      ],
       out_specs=[of_part(G, H), of_part(G), of_part(G)],
-      out_shape=[parted(G, H), parted(G), parted(G)],
+      out_shape=[parted(G, H, dtype=q_BxNxH.dtype if parts == 1 else jnp.float32), parted(G), parted(G)],
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
       interpret=interpret,
       name="ring_attention",
   )(filled_B, column[None], q_BxNxH.reshape(B, K, G, H), k_BxKxSxH, v_BxKxSxH)
-  share = jnp.exp(top - top.max(2, keepdims=True))  # [B, K, parts, G]
-  joined = jnp.sum(value * share[..., None], 2) / jnp.sum(mass * share, 2)[..., None]
-  return joined.astype(q_BxNxH.dtype).reshape(B, N, H)
+  if parts > 1:
+    mass *= jnp.exp(top - top.max(2, keepdims=True))  # [B, K, parts, G]
+    value = jnp.sum(value * (mass / mass.sum(2, keepdims=True))[..., None], 2).astype(q_BxNxH.dtype)
+  return value.reshape(B, N, H)
 
 
 def _kernel(filled_ref, column_ref, q_ref, k_ref, v_ref, value_ref, mass_ref, top_ref, *, queries, blocks, parts):
@@ -72,6 +75,7 @@ def _kernel(filled_ref, column_ref, q_ref, k_ref, v_ref, value_ref, mass_ref, to
 
   start = (jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS,), jnp.float32), jnp.full((ROWS,), attention.MASKED, jnp.float32))
   value, mass, top = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(count - part, 0), parts), body, start)
-  triton.store(value_ref.at[pl.ds(0, ROWS), :], value, mask=row[:, None])
+  value = value / jnp.maximum(mass, 1e-30)[:, None]  # a part may have no block
+  triton.store(value_ref.at[pl.ds(0, ROWS), :], value.astype(value_ref.dtype), mask=row[:, None])
   triton.store(mass_ref.at[pl.ds(0, ROWS)], mass, mask=row)
   triton.store(top_ref.at[pl.ds(0, ROWS)], top, mask=row)
