@@ -29,9 +29,9 @@ def params():
   return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: model.init(TINY, jax.random.key(0))))
 
 
-def sample(prompts, seeds=None, sampling=FREE, limit=LIMIT, eos_ids=(510, 511), pad_id=1):
+def sample(prompts, seeds=None, sampling=FREE, limit=LIMIT, eos_ids=(510, 511), pad_id=1, **how):
   seeds = range(len(prompts)) if seeds is None else seeds
-  return generate(params(), TINY, prompts, seeds, sampling=sampling, max_new_tokens=limit, eos_ids=eos_ids, pad_id=pad_id)
+  return generate(params(), TINY, prompts, seeds, sampling=sampling, max_new_tokens=limit, eos_ids=eos_ids, pad_id=pad_id, **how)
 
 
 def random_prompts(*lengths, seed=0):
@@ -59,10 +59,10 @@ def naive(prompt, choose, limit=LIMIT, eos_ids=(510, 511)):
   return response
 
 
-def naive_sampled(prompt, seed, eos_ids=(510, 511)):
+def naive_sampled(prompt, seed, eos_ids=(510, 511), limit=LIMIT):
   """Each sequence's own stream: its seed, then the position in the response."""
   key = jax.random.key(np.uint32(seed))
-  return naive(prompt, lambda logits, t: jax.random.categorical(jax.random.fold_in(key, t), logits), eos_ids=eos_ids)
+  return naive(prompt, lambda logits, t: jax.random.categorical(jax.random.fold_in(key, t), logits), limit, eos_ids)
 
 
 def test_nearly_greedy_sampling_equals_a_naive_loop_for_prompts_of_any_length():
@@ -153,11 +153,64 @@ def test_padding_may_be_the_end_id_and_may_stand_in_the_prompt():
   assert expected[0][-1] == ends[0]
 
 
+def test_each_request_has_its_own_limit_and_end_ids():
+  prompts, limits = four_prompts(), [12, 5, 1, 9]
+  ends = [(510, 511), three_ends(), (), (three_ends()[0],)]
+  expected = [naive_sampled(*given) for given in zip(prompts, range(4), ends, limits, strict=True)]
+  assert sample(prompts, limit=limits, eos_ids=ends) == expected
+
+
+# Slots
+
+
+def test_nothing_waits_for_the_slowest(monkeypatch):
+  """Trap 22: 4 long and 12 short responses in 4 slots. In batches of four, each with a long one, it would be 4 x 24 steps."""
+  prompts, limits, steps = random_prompts(*[20] * 16, seed=4), [24, 3, 3, 3] * 4, []
+  run = decode.decode
+
+  def spy(*args, **how):
+    slots, drawn = run(*args, **how)
+    steps.append(int((np.asarray(drawn[0]) >= 0).sum(1).max()))
+    return slots, drawn
+
+  whole = [ids[:limit] for ids, limit in zip(sample(prompts, limit=24, eos_ids=()), limits, strict=True)]
+  monkeypatch.setattr(decode, "decode", spy)
+  assert sample(prompts, limit=limits, eos_ids=(), slots=4) == whole
+  assert sum(map(len, whole)) == 132 and sum(steps) <= 50  # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best
+
+
+def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
+  """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long ones, where the ring has gone round."""
+  long, short = random_prompts(60, 50, seed=5), random_prompts(3, 8, 5, 9, 4, 7, seed=6)
+  expected = [naive_sampled(prompt, seed, limit=30) for seed, prompt in enumerate(long + short)]
+  assert sample(long + short, limit=30, slots=4) == expected
+  seeds = [0, 1, *range(1000, 1014)]
+  expected = [naive_sampled(prompt, seed, limit=12) for seed, prompt in zip(seeds, random_prompts(*[40] * 16, seed=7), strict=True)]
+  assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
+
+
 # Distributions
 
 
+def test_log_probabilities_are_those_of_the_model_as_it_is():
+  """Whatever was sampled with: no temperature, no filter."""
+  prompts = random_prompts(4, 18, 9)
+  sampling = Sampling(0.7, 0.9, 40, 0.01)
+  ids, scores = sample(prompts, sampling=sampling, logprobs=True)
+  assert ids == sample(prompts, sampling=sampling)
+  for prompt, response, found in zip(prompts, ids, scores, strict=True):
+    row = np.zeros(96, np.int32)
+    row[: len(prompt) + len(response)] = prompt + response
+    expected = []
+    for t, token in enumerate(response):
+      logits = np.asarray(next_logits(row, len(prompt) + t), np.float64)
+      expected.append(logits[token] - np.log(np.sum(np.exp(logits))))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def support_by_numpy(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-  """Probabilities of one row in float64, filtered as transformers' warpers in a row: temperature, top-k, top-p."""
+  """Probabilities of one row in float64, filtered as transformers' warpers in a row: temperature, top-k, top-p, min-p."""
   z = np.asarray(logits, np.float64) / sampling.temperature
   if 0 < sampling.top_k < len(z):
     z[z < np.sort(z)[-sampling.top_k]] = -np.inf
@@ -171,12 +224,14 @@ def support_by_numpy(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         break
       z[i] = -np.inf
   p = np.exp(z - z.max())
+  p[p < sampling.min_p] = 0
   return p / p.sum()
 
 
 SAMPLINGS = [
     Sampling(1.0), Sampling(0.7), Sampling(0.7, 0.8, 20), Sampling(1.3, 0.95), Sampling(1.0, 1.0, 5), Sampling(0.2, 0.5),
     Sampling(1.0, 0.01), Sampling(1.0, 1.0, 1), Sampling(2.0, 0.9, 40), Sampling(1.0, 0.8, 1000),
+    Sampling(1.0, min_p=0.05), Sampling(0.7, 0.9, 20, 0.1), Sampling(1.5, min_p=1.0),
 ]  # fmt: skip
 
 
@@ -199,6 +254,7 @@ def test_the_filtered_distribution_is_that_of_transformers(sampling):
   warpers = [transformers.TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
   warpers += [transformers.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
   warpers += [transformers.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+  warpers += [transformers.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
   for warper in warpers:
     scores = warper(None, scores)
   np.testing.assert_allclose(filter_logits(jnp.asarray(logits), sampling), scores.numpy(), rtol=1e-6)
@@ -221,8 +277,8 @@ def test_the_filter_is_the_same_for_bfloat16_logits_of_the_same_value():
   np.testing.assert_array_equal(filtered, filter_logits(logits.astype(jnp.float32), Sampling(0.7, 0.8, 20)))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 0.9, 6)], ids=str)
-def test_draws_follow_the_distribution(sampling):
+@pytest.mark.parametrize("sampling,support", [(FREE, 8), (Sampling(0.7, 0.9, 6), 4), (Sampling(1.0, min_p=0.15), 5)], ids=str)
+def test_draws_follow_the_distribution(sampling, support):
   """Chi-square of 20,000 draws over eight ids; the bound is the 99.99th percentile at most 7 degrees of freedom has."""
   row = np.array([0.3, -1.0, 2.0, 1.4, 0.0, -3.0, 1.0, 0.9], np.float32)
   n = 20_000
@@ -232,7 +288,7 @@ def test_draws_follow_the_distribution(sampling):
   counts, expected = np.bincount(drawn, minlength=8), n * support_by_numpy(row, sampling)
   assert counts[expected == 0].sum() == 0
   inside = expected > 0
-  assert inside.sum() == (8 if sampling == FREE else 4)
+  assert inside.sum() == support
   assert np.sum((counts - expected)[inside] ** 2 / expected[inside]) < 29.9
 
 
@@ -273,6 +329,8 @@ def test_bad_input_is_one_clear_error():
     sample([[1], [2]], [0])
   with pytest.raises(ValueError, match="empty prompt at index 1"):
     sample([[1], [], [2]])
+  with pytest.raises(ValueError, match="max_new_tokens 0 for the prompt at index 1"):
+    sample([[1], [2]], limit=[3, 0])
   assert sample([]) == []
 
 
@@ -284,7 +342,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(bad):
 
 
 @pytest.mark.parametrize(
-    "field,value", [("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1)]
+    "field,value", [("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", 1.1)]
 )
 def test_a_sampling_that_means_nothing_is_refused(field, value):
   with pytest.raises(ValueError, match=f"{field}.*{value}"):
