@@ -18,11 +18,12 @@ from oel_jax.policy import decode
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling
 
-BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)  # a few shapes, so that little is compiled (traps, 20)
+BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # a few shapes, so that little is compiled (traps, 20)
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding included
 LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 RINGS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-CACHE_BYTES = 16 << 30  # of the slots' keys and values
+CACHE_BYTES = 16 << 30  # of the slots' keys and values, if it is not said how many slots there are; nor are there more than
+SLOTS = 256
 CHUNK = 64  # tokens a row between two looks at who has ended
 
 
@@ -85,7 +86,7 @@ def generate(
     eos_ids: ids any of which ends a response, or one such list a prompt; the id is kept.
     pad_id: fills what is not there.
     dtype: of the activations.
-    slots: most sequences side by side; None: as many as there are prompts and as fit into CACHE_BYTES.
+    slots: most sequences side by side; None: as many as fit into CACHE_BYTES, at most SLOTS.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
 
   Returns:
@@ -143,7 +144,7 @@ class _Run:
     longest = len(prompts[self.waiting[0]])
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
-    most = min(max(1, CACHE_BYTES // (whole * token_bytes)), slots or BATCHES[-1])
+    most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS)
     self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
     self.path = "triton" if jax.default_backend() == "gpu" and len(jax.tree.leaves(self.weights)[0].devices()) == 1 else "xla"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
