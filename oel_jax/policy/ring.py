@@ -38,8 +38,9 @@ def attend(
       functools.partial(_kernel, queries=G, blocks=S // BLOCK, parts=parts),
       grid=(B, K, parts),
       in_specs=[
-          *(pl.BlockSpec((None,), index) for index in (lambda b, k, p: (b,), lambda b, k, p: (0,))), of_row(G, H), of_row(S, H), of_row(S, H),
-      ],
+          pl.BlockSpec((None,), lambda b, k, p: (b,)), pl.BlockSpec((None,), lambda b, k, p: (0,)),
+          of_row(G, H), of_row(S, H), of_row(S, H),
+      ],  # fmt: skip
       out_specs=[of_part(G, H), of_part(G), of_part(G)],
       out_shape=[parted(G, H, dtype=q_BxNxH.dtype if parts == 1 else jnp.float32), parted(G), parted(G)],
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
