@@ -189,6 +189,46 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
 
 
+# Beginnings in common
+
+
+def alike_prompts():
+  """Two texts of 40 and 50 tokens before three prompts each, one of them nothing but the text and a token; and a prompt of its own."""
+  first, second, *rest = random_prompts(40, 50, 7, 20, 3, 1, 12, 30, seed=8)
+  return [first + rest[0], second + rest[1], first + rest[2], second[:1] + rest[5], second + rest[3], first + rest[4], second + rest[2]]
+
+
+def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch):
+  prompts, runs = alike_prompts(), []
+  expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
+  read, enter = decode.read, decode.enter
+  monkeypatch.setattr(decode, "read", lambda weights, tokens, **how: runs.append(tokens.shape) or read(weights, tokens, **how))
+  monkeypatch.setattr(decode, "enter", lambda *args, **how: runs.append(args[2].shape) or enter(*args, **how))
+  assert sample(prompts) == expected and runs == [(8, 96)]
+  monkeypatch.setattr(generate_lib, "SHARED", 100)
+  runs.clear()
+  assert sample(prompts) == expected and runs == [(4, 64), (8, 32)]
+  runs.clear()
+  assert sample(prompts, slots=4) == expected and runs[:2] == [(4, 64), (4, 32)]
+  assert len({tuple(ids) for ids in expected}) == len(prompts)
+
+
+def test_the_groups_are_those_that_save_most(monkeypatch):
+  monkeypatch.setattr(generate_lib, "SHARED", 1)
+  prompts = alike_prompts()
+  beginnings, source, shared = generate_lib._beginnings(prompts)
+  assert sorted(map(len, beginnings)) == [40, 50] and shared.tolist() == [40, 50, 40, 0, 50, 40, 50]
+  for i, prompt in enumerate(prompts):
+    assert prompt[: shared[i]] == beginnings[source[i]][: shared[i]]
+  # One word before all of them and a long text before two: the pair apart saves 30, all three together 2 x 5.
+  word, text = random_prompts(5, 25, seed=9)
+  beginnings, source, shared = generate_lib._beginnings([word + text + [1], word + [2, 3], word + text + [4]])
+  assert shared.tolist() == [30, 0, 30]
+  beginnings, _, shared = generate_lib._beginnings([[7, 8, 9]] * 4)  # the last token is read by each: something must be
+  assert beginnings == [[7, 8]] and shared.tolist() == [2] * 4
+  assert generate_lib._beginnings([[1, 2], [3, 4]])[0] == [] and generate_lib._beginnings([[1]])[0] == []
+
+
 # Distributions
 
 

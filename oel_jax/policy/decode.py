@@ -89,43 +89,75 @@ def grow(slots: Slots, *, size: int) -> Slots:
   return slots._replace(keys=tuple(map(widen, slots.keys)), values=tuple(map(widen, slots.values)), column=jnp.int32(S))
 
 
+class Known(NamedTuple):
+  """Keys and values of the beginnings of M prompts, L arrays [M, K, P, H] each."""
+
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+
+
+@functools.partial(jax.jit, static_argnames="architecture")
+def read(weights: Any, tokens_MxP: Int[Array, "M P"], *, architecture: Architecture) -> Known:
+  """Prefills beginnings that several prompts share, padded on the right."""
+  keys, values = [], []
+
+  def attend(q, k, v):
+    keys.append(k.swapaxes(1, 2))
+    values.append(v.swapaxes(1, 2))
+    return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
+
+  positions = jnp.broadcast_to(jnp.arange(tokens_MxP.shape[1], dtype=jnp.int32), tokens_MxP.shape)
+  with jax.named_scope("prefill_shared"):
+    _forward(weights, architecture, tokens_MxP, positions, attend)
+  return Known(tuple(keys), tuple(values))
+
+
 @functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs"), donate_argnames="slots")
 def enter(
     weights: Any, slots: Slots, tokens_RxT: Int[Array, "R T"], lengths_R: Int[Array, "R"], rows_R: Int[Array, "R"], requests: Any,
+    known: Known | None, source_R: Int[Array, "R"], shared_R: Int[Array, "R"],
     *, architecture: Architecture, sampling: Sampling, logprobs: bool,
 ) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
   """Prefills prompts, puts them into slots and draws each one's first id.
 
   Args:
     weights: from `prepare`.
-    slots: their ring has at least T columns.
-    tokens_RxT, lengths_R: prompts, padded on the right.
+    slots: their ring has room for the longest prompt.
+    tokens_RxT, lengths_R: what of the prompts is not known, padded on the right.
     rows_R: the slot of each; B for those that fill the batch.
     requests: seeds, limits and ends of each, as in `Slots`.
+    known, source_R, shared_R: prompt r begins with the first shared_R[r] tokens of row source_R[r] of `known`; None: all are 0.
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
 
   Returns:
     The slots, and the ids drawn [R] (with their log-probabilities [R]).
   """
-  R, T = tokens_RxT.shape
-  S = slots.keys[0].shape[2]
+  T, S = tokens_RxT.shape[1], slots.keys[0].shape[2]
+  P = known.keys[0].shape[2] if known else 0
   keys, values = [], []
-  path = "cudnn" if jax.default_backend() == "gpu" and weights["norm"]["scale"].dtype == jnp.bfloat16 else "xla"
+  own = jnp.tril(jnp.ones((T, T), bool))
+  seen = jnp.concatenate([jnp.broadcast_to((jnp.arange(P) < shared_R[:, None])[:, None], (len(shared_R), T, P)),
+                          jnp.broadcast_to(own, (len(shared_R), T, T))], axis=-1)
 
   def attend(q, k, v):
-    keys.append(k.swapaxes(1, 2))
-    values.append(v.swapaxes(1, 2))
-    return attention.causal(q, keys[-1], values[-1], path)
+    layer = len(keys)
+    for kept, new, before in ((keys, k, known and known.keys[layer]), (values, v, known and known.values[layer])):
+      new = new.swapaxes(1, 2)
+      kept.append(new if before is None else jnp.concatenate([before[source_R], new], axis=2))
+    if known is None:
+      return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
+    return attention.attend(q, keys[-1], values[-1], seen, _prefill_path(weights))
 
   with jax.named_scope("prefill"):
-    hidden = _forward(weights, architecture, tokens_RxT, jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (R, T)), attend)
+    hidden = _forward(weights, architecture, tokens_RxT, shared_R[:, None] + jnp.arange(T, dtype=jnp.int32), attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
   token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), sampling, logprobs)
-  # The prompt's last token stands in the column written last.
-  source = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S)
-  source = jnp.minimum(source, T - 1)[:, None, :, None]  # beyond the prompt, whatever: these columns are not filled
+  lengths_R = lengths_R + shared_R
+  # The prompt's last token stands in the column written last. Columns that get no token of it are not filled: there, any will do.
+  place = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S)
+  source = jnp.where(place < shared_R[:, None], place, jnp.minimum(place - shared_R[:, None] + P, P + T - 1))[:, None, :, None]
   put = lambda ring, new: ring.at[rows_R].set(jnp.take_along_axis(new, source, axis=2), mode="drop")
   active = ~_ended(token, 1, limits, ends)
   entered = {"filled": jnp.where(active, lengths_R, 0), "token": token, "drawn": jnp.ones_like(limits), "active": active,
@@ -184,6 +216,10 @@ def decode(
   with jax.named_scope("decode"):
     _, slots, drawn = jax.lax.while_loop(going_on, step, (jnp.int32(0), slots, drawn))
   return slots, drawn
+
+
+def _prefill_path(weights) -> str:
+  return "cudnn" if jax.default_backend() == "gpu" and weights["norm"]["scale"].dtype == jnp.bfloat16 else "xla"
 
 
 def _forward(weights, a: Architecture, tokens_BxT, positions_BxT, attend: Callable) -> Float[Array, "B T D"]:

@@ -24,6 +24,7 @@ LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536,
 RINGS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 CACHE_BYTES = 16 << 30  # of the slots' keys and values, if it is not said how many slots there are; nor are there more than
 SLOTS = 256
+SHARED = 4096  # prompt tokens that need not be read again, so that a beginning is worth a program of its own
 CHUNK = 64  # tokens a row between two looks at who has ended
 
 
@@ -129,19 +130,19 @@ def _requests(architecture, prompts, seeds, limits, ends) -> tuple[np.ndarray, n
 class _Run:
   """One call of `generate` under way: the slots, who sits in them and who waits.
 
-  The longest prompts enter first: those that enter together are then alike, so that little of their batch is padding, and the ring need
-  not grow for later ones.
+  The prompts with most to read enter first: those that enter together are then alike, so that little of their batch is padding.
   """
 
   def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs):
     self.prompts, self.requests, self.pad_id = prompts, requests, pad_id
     self.how = dict(architecture=architecture, sampling=sampling, logprobs=logprobs)
-    self.waiting = collections.deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+    beginnings, self.source, self.shared = _beginnings(prompts)
+    self.waiting = collections.deque(sorted(range(len(prompts)), key=lambda i: self.shared[i] - len(prompts[i])))
     self.seated: dict[int, int] = {}  # the prompt in each slot that is taken
     self.ids: list[list[int]] = [[] for _ in prompts]
     self.scores: list[list[float]] = [[] for _ in prompts]
     self.weights = decode.prepare(params, architecture=architecture, dtype=dtype)
-    longest = len(prompts[self.waiting[0]])
+    longest = max(map(len, prompts))
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
     most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS)
@@ -149,6 +150,11 @@ class _Run:
     self.path = "triton" if jax.default_backend() == "gpu" and len(jax.tree.leaves(self.weights)[0].devices()) == 1 else "xla"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
     self.size = whole if self.path == "triton" else bucket(longest + 1, RINGS)
+    self.known, self.room = None, 0
+    if beginnings:
+      self.room = bucket(max(map(len, beginnings)), LENGTHS)
+      tokens, _ = pad_right(beginnings, bucket(len(beginnings), BATCHES), self.room, pad_id)
+      self.known = decode.read(self.weights, tokens, architecture=architecture)
     self.slots = decode.empty(architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype)
 
   def advance(self) -> None:
@@ -174,15 +180,18 @@ class _Run:
 
   def _enter(self):
     """Prefills the next prompts into free slots. Returns their numbers, and what was drawn for them."""
-    length = bucket(len(self.prompts[self.waiting[0]]), LENGTHS)
+    first = self.waiting[0]
+    length = bucket(len(self.prompts[first]) - self.shared[first], LENGTHS)
     free = [row for row in range(self.rows) if row not in self.seated]
-    taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting), max(1, BATCH_TOKENS // length)))]
+    taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting), max(1, BATCH_TOKENS // (self.room + length))))]
     batch = min(bucket(len(taken), BATCHES), self.rows)
-    tokens, lengths = pad_right([self.prompts[i] for i in taken], batch, length, self.pad_id)
+    tokens, lengths = pad_right([self.prompts[i][self.shared[i] :] for i in taken], batch, length, self.pad_id)
     rows = np.full((batch,), self.rows, np.int32)
     rows[: len(taken)] = free[: len(taken)]
-    requests = tuple(np.resize(array[taken], (batch, *array.shape[1:])) for array in self.requests)
-    self.slots, first = decode.enter(self.weights, self.slots, tokens, lengths, rows, requests, **self.how)
+    fill = lambda array: np.resize(array[taken], (batch, *array.shape[1:]))
+    requests = tuple(map(fill, self.requests))
+    known = (self.known, fill(self.source), fill(self.shared))
+    self.slots, first = decode.enter(self.weights, self.slots, tokens, lengths, rows, requests, *known, **self.how)
     self.seated |= dict(zip(free, taken, strict=False))
     return taken, first
 
@@ -191,6 +200,40 @@ class _Run:
     for kept, rows in zip((self.ids, self.scores), drawn, strict=False):
       for i, row, ids in zip(numbers, rows, drawn[0], strict=True):
         kept[i].extend(row[ids >= 0].tolist())
+
+
+def _beginnings(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], np.ndarray, np.ndarray]:
+  """Beginnings that several prompts share; for each prompt, which one [n] and how many tokens of it [n], 0 for none.
+
+  In alphabetical order, prompts that begin alike stand together. A stretch of them is one group, or is cut where neighbours have least in
+  common, whichever saves more.
+  """
+  order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+  alike = [_alike(prompts[a], prompts[b]) for a, b in zip(order, order[1:])]
+
+  def groups(start: int, stop: int) -> tuple[int, list[tuple[int, int, int]]]:
+    if stop - start < 2:
+      return 0, []
+    least = min(alike[start : stop - 1])
+    whole = (stop - start - 1) * least
+    cuts = [start, *(i + 1 for i in range(start, stop - 1) if alike[i] == least), stop]
+    parts = [groups(a, b) for a, b in zip(cuts, cuts[1:])]
+    saved = sum(part for part, _ in parts)
+    return (whole, [(start, stop, least)]) if whole >= saved else (saved, [group for _, found in parts for group in found])
+
+  source, shared = np.zeros((len(prompts),), np.int32), np.zeros((len(prompts),), np.int32)
+  saved, found = groups(0, len(order))
+  if saved < SHARED:
+    return [], source, shared
+  for number, (start, stop, length) in enumerate(found):
+    source[order[start:stop]], shared[order[start:stop]] = number, length
+  return [prompts[order[start]][:length] for start, _, length in found], source, shared
+
+
+def _alike(first: Sequence[int], second: Sequence[int]) -> int:
+  """How many tokens two prompts begin with in common, so that each has at least one more."""
+  most = min(len(first), len(second)) - 1
+  return next((i for i in range(most) if first[i] != second[i]), most)
 
 
 def pad_right(sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
