@@ -101,14 +101,16 @@ def read(weights: Any, tokens_MxP: Int[Array, "M P"], *, architecture: Architect
   """Prefills beginnings that several prompts share, padded on the right."""
   keys, values = [], []
 
-  def attend(q, k, v):
+  positions = jnp.broadcast_to(jnp.arange(tokens_MxP.shape[1], dtype=jnp.int32), tokens_MxP.shape)
+
+  def attend(layer, qkv):
+    q, k, v = _heads(layer, architecture, qkv, positions)
     keys.append(k.swapaxes(1, 2))
     values.append(v.swapaxes(1, 2))
     return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
 
-  positions = jnp.broadcast_to(jnp.arange(tokens_MxP.shape[1], dtype=jnp.int32), tokens_MxP.shape)
   with jax.named_scope("prefill_shared"):
-    _forward(weights, architecture, tokens_MxP, positions, attend)
+    _forward(weights, architecture, tokens_MxP, attend)
   return Known(tuple(keys), tuple(values))
 
 
@@ -140,9 +142,12 @@ def enter(
   seen = jnp.concatenate([jnp.broadcast_to((jnp.arange(P) < shared_R[:, None])[:, None], (len(shared_R), T, P)),
                           jnp.broadcast_to(own, (len(shared_R), T, T))], axis=-1)
 
-  def attend(q, k, v):
-    layer = len(keys)
-    for kept, new, before in ((keys, k, known and known.keys[layer]), (values, v, known and known.values[layer])):
+  positions = shared_R[:, None] + jnp.arange(T, dtype=jnp.int32)
+
+  def attend(layer, qkv):
+    q, k, v = _heads(layer, architecture, qkv, positions)
+    i = len(keys)
+    for kept, new, before in ((keys, k, known and known.keys[i]), (values, v, known and known.values[i])):
       new = new.swapaxes(1, 2)
       kept.append(new if before is None else jnp.concatenate([before[source_R], new], axis=2))
     if known is None:
@@ -150,7 +155,7 @@ def enter(
     return attention.attend(q, keys[-1], values[-1], seen, _prefill_path(weights))
 
   with jax.named_scope("prefill"):
-    hidden = _forward(weights, architecture, tokens_RxT, shared_R[:, None] + jnp.arange(T, dtype=jnp.int32), attend)
+    hidden = _forward(weights, architecture, tokens_RxT, attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
   token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), sampling, logprobs)
@@ -183,12 +188,12 @@ def decode(
     least: it stops when fewer rows than this are active; at least 1.
     architecture, sampling, logprobs: as in `enter`.
     chunk: room for the ids.
-    path: of the attention (`ring.attend`).
+    path: of the attention: "xla", or "triton" on NVIDIA GPUs.
 
   Returns:
     The slots, and the ids drawn [B, chunk], -1 where none was (with their log-probabilities [B, chunk]).
   """
-  B, _, S, _ = slots.keys[0].shape
+  a, (B, _, S, _) = architecture, slots.keys[0].shape
   drawn = (jnp.full((B, chunk), -1, jnp.int32), *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()))
 
   def going_on(state):
@@ -198,13 +203,24 @@ def decode(
   def step(state):
     i, slots, out = state
     keys, values = [], []
+    turns = attention.angles(slots.filled, a.head_size, a.rope_theta, a.rope_scaling)
+    turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
 
-    def attend(q, k, v):
-      for rings, written, new in ((keys, slots.keys, k), (values, slots.values, v)):
-        rings.append(jax.lax.dynamic_update_slice_in_dim(written[len(rings)], new.swapaxes(1, 2), slots.column, axis=2))
-      return ring.attend(q[:, 0], keys[-1], values[-1], slots.column, slots.filled + 1, path)
+    def attend(layer, qkv):
+      rings = slots.keys[len(keys)], slots.values[len(keys)]
+      if path == "triton":
+        scale = layer["qk_norm"]["scale"] if a.qk_norm else None
+        y, *rings = ring.step(qkv[:, 0], scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps)
+      else:
+        q, k, v = _heads(layer, a, qkv, slots.filled[:, None])
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), slots.column, axis=2)
+        rings = tuple(map(write, rings, (k, v)))
+        y = ring.attend(q[:, 0], *rings, slots.column, slots.filled + 1)
+      keys.append(rings[0])
+      values.append(rings[1])
+      return y
 
-    hidden = _forward(weights, architecture, slots.token[:, None], slots.filled[:, None], attend)[:, 0]
+    hidden = _forward(weights, a, slots.token[:, None], attend)[:, 0]
     token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, sampling, logprobs)
     out = tuple(ids.at[:, i].set(jnp.where(slots.active, new, -1)) for ids, new in zip(out, (token, *scores), strict=True))
     active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.ends)
@@ -222,26 +238,31 @@ def _prefill_path(weights) -> str:
   return "cudnn" if jax.default_backend() == "gpu" and weights["norm"]["scale"].dtype == jnp.bfloat16 else "xla"
 
 
-def _forward(weights, a: Architecture, tokens_BxT, positions_BxT, attend: Callable) -> Float[Array, "B T D"]:
-  """`model.apply` on prepared weights; `attend(q, k, v)`, each [B, T, heads, H], keeps the layer's keys and values."""
+def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Array, "B T D"]:
+  """`model.apply` on prepared weights; `attend(layer, heads)` gets the heads [B, T, N + 2 K, H] as projected, and keeps what it must."""
   B, T = tokens_BxT.shape
   dtype = weights["norm"]["scale"].dtype
   norm = lambda x, scale: nn.RMSNorm(a.norm_eps, dtype=dtype).apply({"params": scale}, x)
-  head_norm = lambda x, scale: nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply({"params": scale}, x)
   x = weights["embed"]["embedding"][tokens_BxT]
   for layer in weights["layers"]:
     with jax.named_scope("attention"):
       qkv = _product(norm(x, layer["attention_norm"]), layer["qkv"])
       qkv = qkv + layer["qkv_bias"] if a.qkv_bias else qkv
-      # Queries and keys together: a step has little to compute and much to start.
-      qk, v = jnp.split(qkv.reshape(B, T, -1, a.head_size), [a.heads + a.kv_heads], axis=2)
-      qk = head_norm(qk, layer["qk_norm"]) if a.qk_norm else qk
-      q, k = jnp.split(attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2)
-      x = x + _product(attend(q, k, v).reshape(B, T, -1), layer["o"])
+      y = attend(layer, qkv.reshape(B, T, a.heads + 2 * a.kv_heads, a.head_size))
+      x = x + _product(y.reshape(B, T, a.heads * a.head_size), layer["o"])
     with jax.named_scope("feedforward"):
       gate, up = jnp.split(_product(norm(x, layer["feedforward_norm"]), layer["gate_up"]), 2, axis=-1)
       x = x + _product(nn.silu(gate) * up, layer["down"])
   return norm(x, weights["norm"])
+
+
+def _heads(layer, a: Architecture, qkv_BxTxAxH, positions_BxT) -> tuple[Array, Array, Array]:
+  """Queries [B, T, N, H] and keys [B, T, K, H], normed and rotated, and values [B, T, K, H]."""
+  qk, v = jnp.split(qkv_BxTxAxH, [a.heads + a.kv_heads], axis=2)
+  if a.qk_norm:
+    qk = nn.RMSNorm(a.norm_eps, dtype=qk.dtype, feature_axes=(-2, -1)).apply({"params": layer["qk_norm"]}, qk)
+  q, k = jnp.split(attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2)
+  return q, k, v
 
 
 def _product(x_BxTxD: Float[Array, "B T D"], matrix_FxD: Float[Array, "F D"]) -> Float[Array, "B T F"]:

@@ -183,7 +183,8 @@ class _Run:
     first = self.waiting[0]
     length = bucket(len(self.prompts[first]) - self.shared[first], LENGTHS)
     free = [row for row in range(self.rows) if row not in self.seated]
-    taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting), max(1, BATCH_TOKENS // (self.room + length))))]
+    most = max((rows for rows in BATCHES if rows * (self.room + length) <= BATCH_TOKENS), default=1)
+    taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting), most))]
     batch = min(bucket(len(taken), BATCHES), self.rows)
     tokens, lengths = pad_right([self.prompts[i][self.shared[i] :] for i in taken], batch, length, self.pad_id)
     rows = np.full((batch,), self.rows, np.int32)
