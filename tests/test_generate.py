@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from oel_jax.policy import decode, model, ring
 from oel_jax.policy.architecture import named
 from oel_jax.policy.generate import Policy, generate
 from oel_jax.policy.sampling import Sampling, filter_logits, sample_token
+from oel_jax.runtime import mesh as mesh_lib
 
 TINY = named("pocket-tiny")
 GREEDY, FREE = Sampling(1e-6), Sampling(1.0)
@@ -187,6 +189,23 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   seeds = [0, 1, *range(1000, 1014)]
   expected = [naive_sampled(prompt, seed, limit=12) for seed, prompt in zip(seeds, random_prompts(*[40] * 16, seed=7), strict=True)]
   assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
+
+
+def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows(monkeypatch):
+  mesh = mesh_lib.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+  placed = jax.device_put(params(), mesh_lib.param_shardings(mesh, params()))
+  prompts, seen, run = random_prompts(*range(3, 15), seed=10), [], decode.decode
+
+  def spy(weights, slots, *args, **how):
+    seen.append((weights["layers"][0]["qkv"].sharding.is_fully_replicated, slots.keys[0].addressable_shards[0].data.shape[0]))
+    return run(weights, slots, *args, **how)
+
+  monkeypatch.setattr(decode, "decode", spy)
+  before = run._cache_size()
+  for _ in range(2):
+    found = generate(placed, TINY, prompts, range(12), sampling=FREE, max_new_tokens=24, eos_ids=(510, 511), pad_id=1, slots=8)
+    assert found == sample(prompts, limit=24)
+  assert set(seen[:2]) == {(True, 1)} and run._cache_size() - before <= 3
 
 
 # Beginnings in common

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from oel_jax.policy import attention, model, ring
@@ -47,9 +48,12 @@ class Slots(NamedTuple):
   ends: Int[Array, "B E"]
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "dtype"))
-def prepare(params: Any, *, architecture: Architecture, dtype: Any) -> Any:
-  """Parameters as sampling wants them: in `dtype`, layers apart, the matrices that read the same input joined, one row an output."""
+@functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
+def prepare(params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None) -> Any:
+  """Parameters as sampling wants them: in `dtype`, layers apart, the matrices that read the same input joined, one row an output.
+
+  On a mesh each device gets them whole, however training has placed them.
+  """
   params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
   def join(layer: Any) -> Any:
@@ -70,15 +74,22 @@ def prepare(params: Any, *, architecture: Architecture, dtype: Any) -> Any:
     return joined
 
   params = model.unstack(params)
-  return {**params, "layers": tuple(map(join, params["layers"]))}
+  params = {**params, "layers": tuple(map(join, params["layers"]))}
+  return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec())) if mesh else params
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype"))
-def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype: Any) -> Slots:
-  """`rows` slots that wait for a prompt, over `size` columns, with room for `ends` end ids each."""
+@functools.partial(jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype", "mesh"))
+def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype: Any, mesh: Mesh | None = None) -> Slots:
+  """`rows` slots that wait for a prompt, over `size` columns, with room for `ends` end ids each; on a mesh the rows are spread over it."""
   ring = lambda: tuple(jnp.zeros((rows, architecture.kv_heads, size, architecture.head_size), dtype) for _ in range(architecture.layers))
   zero, none = jnp.zeros((rows,), jnp.int32), jnp.full((rows, ends), -1, jnp.int32)
-  return Slots(ring(), ring(), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
+  slots = Slots(ring(), ring(), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
+  if mesh is None:
+    return slots
+  # The host reads what was drawn: of other processes' rows it could not.
+  spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names if rows % mesh.size == 0 and not mesh.is_multi_process else None))
+  place = lambda leaf: jax.lax.with_sharding_constraint(leaf, spread if leaf.ndim else NamedSharding(mesh, PartitionSpec()))
+  return jax.tree.map(place, slots)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -141,13 +141,15 @@ class _Run:
     self.seated: dict[int, int] = {}  # the prompt in each slot that is taken
     self.ids: list[list[int]] = [[] for _ in prompts]
     self.scores: list[list[float]] = [[] for _ in prompts]
-    self.weights = decode.prepare(params, architecture=architecture, dtype=dtype)
+    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
+    self.weights = decode.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
     longest = max(map(len, prompts))
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
     most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS)
     self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
-    self.path = "triton" if jax.default_backend() == "gpu" and len(jax.tree.leaves(self.weights)[0].devices()) == 1 else "xla"
+    self.path = "triton" if jax.default_backend() == "gpu" and mesh is None else "xla"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
     self.size = whole if self.path == "triton" else bucket(longest + 1, RINGS)
     self.known, self.room = None, 0
@@ -155,7 +157,7 @@ class _Run:
       self.room = bucket(max(map(len, beginnings)), LENGTHS)
       tokens, _ = pad_right(beginnings, bucket(len(beginnings), BATCHES), self.room, pad_id)
       self.known = decode.read(self.weights, tokens, architecture=architecture)
-    self.slots = decode.empty(architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype)
+    self.slots = decode.empty(architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype, mesh=mesh)
 
   def advance(self) -> None:
     """Seats those who wait, draws up to CHUNK tokens a row, and lets go who has ended."""
