@@ -4,13 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from oel_jax.policy import generate as generate_lib
-from oel_jax.policy import model
+from oel_jax.policy import decode, model, ring
 from oel_jax.policy.architecture import named
-from oel_jax.policy.generate import Policy, Sampling, filter_logits, generate, sample_token
+from oel_jax.policy.generate import Policy, generate
+from oel_jax.policy.sampling import Sampling, filter_logits, sample_token
+from oel_jax.runtime import mesh as mesh_lib
 
 TINY = named("pocket-tiny")
 GREEDY, FREE = Sampling(1e-6), Sampling(1.0)
@@ -28,9 +31,9 @@ def params():
   return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: model.init(TINY, jax.random.key(0))))
 
 
-def sample(prompts, seeds=None, sampling=FREE, limit=LIMIT, eos_ids=(510, 511), pad_id=1):
+def sample(prompts, seeds=None, sampling=FREE, limit=LIMIT, eos_ids=(510, 511), pad_id=1, **how):
   seeds = range(len(prompts)) if seeds is None else seeds
-  return generate(params(), TINY, prompts, seeds, sampling=sampling, max_new_tokens=limit, eos_ids=eos_ids, pad_id=pad_id)
+  return generate(params(), TINY, prompts, seeds, sampling=sampling, max_new_tokens=limit, eos_ids=eos_ids, pad_id=pad_id, **how)
 
 
 def random_prompts(*lengths, seed=0):
@@ -58,10 +61,10 @@ def naive(prompt, choose, limit=LIMIT, eos_ids=(510, 511)):
   return response
 
 
-def naive_sampled(prompt, seed, eos_ids=(510, 511)):
+def naive_sampled(prompt, seed, eos_ids=(510, 511), limit=LIMIT):
   """Each sequence's own stream: its seed, then the position in the response."""
   key = jax.random.key(np.uint32(seed))
-  return naive(prompt, lambda logits, t: jax.random.categorical(jax.random.fold_in(key, t), logits), eos_ids=eos_ids)
+  return naive(prompt, lambda logits, t: jax.random.categorical(jax.random.fold_in(key, t), logits), limit, eos_ids)
 
 
 def test_nearly_greedy_sampling_equals_a_naive_loop_for_prompts_of_any_length():
@@ -118,11 +121,11 @@ def four_prompts():
   return random_prompts(4, 8, 15, 33)
 
 
-def test_long_prompts_go_in_smaller_batches_with_the_same_tokens(monkeypatch):
+def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
-  whole, run = sample(prompts), generate_lib._generate
+  whole, run = sample(prompts), decode.enter
   monkeypatch.setattr(generate_lib, "BATCH_TOKENS", 4 * 64)
-  monkeypatch.setattr(generate_lib, "_generate", lambda params, tokens, *rest, **how: shapes.append(tokens.shape) or run(params, tokens, *rest, **how))
+  monkeypatch.setattr(decode, "enter", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how))
   assert sample(prompts) == whole and shapes == [(4, 64), (4, 64)]
 
 
@@ -152,11 +155,121 @@ def test_padding_may_be_the_end_id_and_may_stand_in_the_prompt():
   assert expected[0][-1] == ends[0]
 
 
+def test_each_request_has_its_own_limit_and_end_ids():
+  prompts, limits = four_prompts(), [12, 5, 1, 9]
+  ends = [(510, 511), three_ends(), (), (three_ends()[0],)]
+  expected = [naive_sampled(*given) for given in zip(prompts, range(4), ends, limits, strict=True)]
+  assert sample(prompts, limit=limits, eos_ids=ends) == expected
+
+
+# Slots
+
+
+def test_nothing_waits_for_the_slowest(monkeypatch):
+  """Trap 22: 4 long and 12 short responses in 4 slots. In batches of four, each with a long one, it would be 4 x 24 steps."""
+  prompts, limits, steps = random_prompts(*[20] * 16, seed=4), [24, 3, 3, 3] * 4, []
+  run = decode.decode
+
+  def spy(*args, **how):
+    slots, drawn = run(*args, **how)
+    steps.append(int((np.asarray(drawn[0]) >= 0).sum(1).max()))
+    return slots, drawn
+
+  whole = [ids[:limit] for ids, limit in zip(sample(prompts, limit=24, eos_ids=()), limits, strict=True)]
+  monkeypatch.setattr(decode, "decode", spy)
+  assert sample(prompts, limit=limits, eos_ids=(), slots=4) == whole
+  assert sum(map(len, whole)) == 132 and sum(steps) <= 50  # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best
+
+
+def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
+  """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long ones, where the ring has gone round."""
+  long, short = random_prompts(60, 50, seed=5), random_prompts(3, 8, 5, 9, 4, 7, seed=6)
+  expected = [naive_sampled(prompt, seed, limit=30) for seed, prompt in enumerate(long + short)]
+  assert sample(long + short, limit=30, slots=4) == expected
+  seeds = [0, 1, *range(1000, 1014)]
+  expected = [naive_sampled(prompt, seed, limit=12) for seed, prompt in zip(seeds, random_prompts(*[40] * 16, seed=7), strict=True)]
+  assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
+
+
+def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows(monkeypatch):
+  mesh = mesh_lib.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+  placed = jax.device_put(params(), mesh_lib.param_shardings(mesh, params()))
+  prompts, seen, run = random_prompts(*range(3, 15), seed=10), [], decode.decode
+
+  def spy(weights, slots, *args, **how):
+    seen.append((weights["layers"][0]["qkv"].sharding.is_fully_replicated, slots.keys[0].addressable_shards[0].data.shape[0]))
+    return run(weights, slots, *args, **how)
+
+  monkeypatch.setattr(decode, "decode", spy)
+  before = run._cache_size()
+  for _ in range(2):
+    found = generate(placed, TINY, prompts, range(12), sampling=FREE, max_new_tokens=24, eos_ids=(510, 511), pad_id=1, slots=8)
+    assert found == sample(prompts, limit=24)
+  assert set(seen[:2]) == {(True, 1)} and run._cache_size() - before <= 3
+
+
+# Beginnings in common
+
+
+def alike_prompts():
+  """Two texts of 40 and 50 tokens before three prompts each, one of them nothing but the text and a token; and a prompt of its own."""
+  first, second, *rest = random_prompts(40, 50, 7, 20, 3, 1, 12, 30, seed=8)
+  return [first + rest[0], second + rest[1], first + rest[2], second[:1] + rest[5], second + rest[3], first + rest[4], second + rest[2]]
+
+
+def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch):
+  prompts, runs = alike_prompts(), []
+  expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
+  read, enter = decode.read, decode.enter
+  monkeypatch.setattr(decode, "read", lambda weights, tokens, **how: runs.append(tokens.shape) or read(weights, tokens, **how))
+  monkeypatch.setattr(decode, "enter", lambda *args, **how: runs.append(args[2].shape) or enter(*args, **how))
+  assert sample(prompts) == expected and runs == [(8, 96)]
+  monkeypatch.setattr(generate_lib, "SHARED", 100)
+  runs.clear()
+  assert sample(prompts) == expected and runs == [(4, 64), (8, 32)]
+  runs.clear()
+  assert sample(prompts, slots=4) == expected and runs[:2] == [(4, 64), (4, 32)]
+  assert len({tuple(ids) for ids in expected}) == len(prompts)
+
+
+def test_the_groups_are_those_that_save_most(monkeypatch):
+  monkeypatch.setattr(generate_lib, "SHARED", 1)
+  prompts = alike_prompts()
+  beginnings, source, shared = generate_lib._beginnings(prompts)
+  assert sorted(map(len, beginnings)) == [40, 50] and shared.tolist() == [40, 50, 40, 0, 50, 40, 50]
+  for i, prompt in enumerate(prompts):
+    assert prompt[: shared[i]] == beginnings[source[i]][: shared[i]]
+  # One word before all of them and a long text before two: the pair apart saves 30, all three together 2 x 5.
+  word, text = random_prompts(5, 25, seed=9)
+  beginnings, source, shared = generate_lib._beginnings([word + text + [1], word + [2, 3], word + text + [4]])
+  assert shared.tolist() == [30, 0, 30]
+  beginnings, _, shared = generate_lib._beginnings([[7, 8, 9]] * 4)  # the last token is read by each: something must be
+  assert beginnings == [[7, 8]] and shared.tolist() == [2] * 4
+  assert generate_lib._beginnings([[1, 2], [3, 4]])[0] == [] and generate_lib._beginnings([[1]])[0] == []
+
+
 # Distributions
 
 
+def test_log_probabilities_are_those_of_the_model_as_it_is():
+  """Whatever was sampled with: no temperature, no filter."""
+  prompts = random_prompts(4, 18, 9)
+  sampling = Sampling(0.7, 0.9, 40, 0.01)
+  ids, scores = sample(prompts, sampling=sampling, logprobs=True)
+  assert ids == sample(prompts, sampling=sampling)
+  for prompt, response, found in zip(prompts, ids, scores, strict=True):
+    row = np.zeros(96, np.int32)
+    row[: len(prompt) + len(response)] = prompt + response
+    expected = []
+    for t, token in enumerate(response):
+      logits = np.asarray(next_logits(row, len(prompt) + t), np.float64)
+      expected.append(logits[token] - np.log(np.sum(np.exp(logits))))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def support_by_numpy(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-  """Probabilities of one row in float64, filtered as transformers' warpers in a row: temperature, top-k, top-p."""
+  """Probabilities of one row in float64, filtered as transformers' warpers in a row: temperature, top-k, top-p, min-p."""
   z = np.asarray(logits, np.float64) / sampling.temperature
   if 0 < sampling.top_k < len(z):
     z[z < np.sort(z)[-sampling.top_k]] = -np.inf
@@ -170,12 +283,14 @@ def support_by_numpy(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         break
       z[i] = -np.inf
   p = np.exp(z - z.max())
+  p[p < sampling.min_p] = 0
   return p / p.sum()
 
 
 SAMPLINGS = [
     Sampling(1.0), Sampling(0.7), Sampling(0.7, 0.8, 20), Sampling(1.3, 0.95), Sampling(1.0, 1.0, 5), Sampling(0.2, 0.5),
     Sampling(1.0, 0.01), Sampling(1.0, 1.0, 1), Sampling(2.0, 0.9, 40), Sampling(1.0, 0.8, 1000),
+    Sampling(1.0, min_p=0.05), Sampling(0.7, 0.9, 20, 0.1), Sampling(1.5, min_p=1.0),
 ]  # fmt: skip
 
 
@@ -198,6 +313,7 @@ def test_the_filtered_distribution_is_that_of_transformers(sampling):
   warpers = [transformers.TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
   warpers += [transformers.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
   warpers += [transformers.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+  warpers += [transformers.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
   for warper in warpers:
     scores = warper(None, scores)
   np.testing.assert_allclose(filter_logits(jnp.asarray(logits), sampling), scores.numpy(), rtol=1e-6)
@@ -220,8 +336,8 @@ def test_the_filter_is_the_same_for_bfloat16_logits_of_the_same_value():
   np.testing.assert_array_equal(filtered, filter_logits(logits.astype(jnp.float32), Sampling(0.7, 0.8, 20)))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 0.9, 6)], ids=str)
-def test_draws_follow_the_distribution(sampling):
+@pytest.mark.parametrize("sampling,support", [(FREE, 8), (Sampling(0.7, 0.9, 6), 4), (Sampling(1.0, min_p=0.15), 5)], ids=str)
+def test_draws_follow_the_distribution(sampling, support):
   """Chi-square of 20,000 draws over eight ids; the bound is the 99.99th percentile at most 7 degrees of freedom has."""
   row = np.array([0.3, -1.0, 2.0, 1.4, 0.0, -3.0, 1.0, 0.9], np.float32)
   n = 20_000
@@ -231,7 +347,7 @@ def test_draws_follow_the_distribution(sampling):
   counts, expected = np.bincount(drawn, minlength=8), n * support_by_numpy(row, sampling)
   assert counts[expected == 0].sum() == 0
   inside = expected > 0
-  assert inside.sum() == (8 if sampling == FREE else 4)
+  assert inside.sum() == support
   assert np.sum((counts - expected)[inside] ** 2 / expected[inside]) < 29.9
 
 
@@ -251,16 +367,20 @@ def test_first_tokens_of_whole_responses_follow_the_distribution_too():
 
 def test_few_programs_are_compiled():
   """Trap 20: 24 batches of other sizes and lengths share a handful of compiled shapes."""
-  before = generate_lib._generate._cache_size()
+  before = decode.enter._cache_size(), decode.decode._cache_size()
   for i in range(24):
-    rows, longest = (1 + i % 4, 128) if i % 6 == 0 else (1 + i % 16, 64)
-    sample(random_prompts(*np.random.default_rng(i).integers(1, longest + 1, rows), seed=i))
-  assert generate_lib._generate._cache_size() - before <= 3  # 4 rows of 64 or 128 tokens, 16 rows of 64
+    rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
+    sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
+  assert decode.enter._cache_size() - before[0] <= 2 and decode.decode._cache_size() - before[1] <= 4
 
 
-@pytest.mark.parametrize("size,expected", [(1, 64), (64, 64), (65, 128), (16384, 16384), (16385, 32768), (40000, 49152)])
+@pytest.mark.parametrize("size,expected", [(1, 32), (64, 64), (65, 96), (16384, 16384), (16385, 32768), (40000, 49152)])
 def test_buckets(size, expected):
   assert generate_lib.bucket(size, generate_lib.LENGTHS) == expected
+
+
+def test_every_ring_is_whole_blocks():
+  assert all(size % ring.BLOCK == 0 for size in generate_lib.RINGS)
 
 
 def test_bad_input_is_one_clear_error():
@@ -268,6 +388,8 @@ def test_bad_input_is_one_clear_error():
     sample([[1], [2]], [0])
   with pytest.raises(ValueError, match="empty prompt at index 1"):
     sample([[1], [], [2]])
+  with pytest.raises(ValueError, match="max_new_tokens 0 for the prompt at index 1"):
+    sample([[1], [2]], limit=[3, 0])
   assert sample([]) == []
 
 
@@ -279,7 +401,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(bad):
 
 
 @pytest.mark.parametrize(
-    "field,value", [("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1)]
+    "field,value", [("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", 1.1)]
 )
 def test_a_sampling_that_means_nothing_is_refused(field, value):
   with pytest.raises(ValueError, match=f"{field}.*{value}"):

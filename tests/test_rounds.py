@@ -227,8 +227,10 @@ def test_held_out_maps_are_nobody_elses(run):
 
 
 def test_trained_weights_run_in_the_programs_of_the_first(run, cache):  # trap 20
-  """A program for each of the ten shapes or so that the prompts have; twice as many, if those of the base model were not used again."""
-  assert 4 <= len(list(cache.glob("jit__generate-*-cache"))) <= 13
+  """A program for each of the shapes that prompts and ring have: 17 and 13; twice as many, if the base model's were not used again."""
+  assert 4 <= len(list(cache.glob("jit_enter-*-cache"))) <= 22
+  assert 4 <= len(list(cache.glob("jit_decode-*-cache"))) <= 17
+  assert len(list(cache.glob("jit_prepare-*-cache"))) == 1
 
 
 def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch):  # trap 32

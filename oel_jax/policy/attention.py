@@ -35,6 +35,17 @@ def attend(
   return jnp.einsum("bkgts,bksh->btkgh", weights, v_BxKxSxH).reshape(B, T, N, H)
 
 
+def causal(
+    q_BxTxNxH: Float[Array, "B T N H"], k_BxKxTxH: Float[Array, "B K T H"], v_BxKxTxH: Float[Array, "B K T H"], path: str = "xla"
+) -> Float[Array, "B T N H"]:
+  """`attend` where every query sees the keys up to its own. Padding must stand on the right: cuDNN is given no mask (traps, 24)."""
+  T = q_BxTxNxH.shape[1]
+  if path == "xla":
+    return attend(q_BxTxNxH, k_BxKxTxH, v_BxKxTxH, jnp.tril(jnp.ones((1, T, T), bool)))
+  k, v = k_BxKxTxH.swapaxes(1, 2), v_BxKxTxH.swapaxes(1, 2)
+  return jax.nn.dot_product_attention(q_BxTxNxH, k, v, is_causal=True, implementation=path)
+
+
 def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
   """Causal within a segment; segment 0 is padding and is seen by nobody but itself."""
   T = segments_BxT.shape[1]
@@ -52,11 +63,18 @@ def frequencies(size: int, theta: float, scaling: Llama3Scaling | None = None) -
   return plain * (fast + (1 - fast) / scaling.factor)
 
 
+def angles(
+    positions: Int[Array, "*shape"], size: int, theta: float, scaling: Llama3Scaling | None = None
+) -> Float[Array, "*shape half"]:
+  """Radians that each pair of a head's `size` numbers is turned by, float32."""
+  return positions[..., None].astype(jnp.float32) * frequencies(size, theta, scaling)
+
+
 def rotate(
     x_BxTxNxH: Float[Array, "B T N H"], positions_BxT: Int[Array, "B T"], theta: float, scaling: Llama3Scaling | None = None
 ) -> Float[Array, "B T N H"]:
   """Rotary position embedding, the two halves of a head rotated against each other; angles in float32."""
-  angles = positions_BxT[..., None, None].astype(jnp.float32) * frequencies(x_BxTxNxH.shape[-1], theta, scaling)  # [B, T, 1, H/2]
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  turns = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]  # [B, T, 1, H/2]
+  cos, sin = jnp.cos(turns), jnp.sin(turns)
   first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)

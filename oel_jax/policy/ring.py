@@ -1,0 +1,140 @@
+"""Attention of one query a row over a ring of columns, of which only those that the row fills are read.
+
+A row's tokens are the `filled` columns written last, the last of them at `column`. In plain XLA the whole ring is read and masked, and a
+step has more small kernels than large ones. On NVIDIA GPUs a Triton kernel, by way of Pallas, does everything between two matrix products:
+it norms and turns queries and keys, writes the column, and attends to what is filled.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+from oel_jax.policy import attention
+
+BLOCK = 64  # columns that are read at once; divides the ring
+PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where there are fewer
+ROWS = 16  # of the smallest matrix product; the queries of one key-value head are fewer
+
+
+def attend(
+    q_BxNxH: Float[Array, "B N H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"], column: Int[Array, ""],
+    filled_B: Int[Array, "B"],
+) -> Float[Array, "B N H"]:  # fmt: skip
+  """Softmax attention of each row's query over its `filled_B` columns, at least 1, in plain XLA."""
+  S = k_BxKxSxH.shape[2]
+  seen = jnp.mod(column - jnp.arange(S), S) < filled_B[:, None]
+  return attention.attend(q_BxNxH[:, None], k_BxKxSxH, v_BxKxSxH, seen[:, None])[:, 0]
+
+
+def step(
+    qkv_BxAxH: Float[Array, "B A H"], scale: Float[Array, "NK H"] | None, turns_BxH: Float[Array, "B H"],
+    k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"], column: Int[Array, ""], filled_B: Int[Array, "B"],
+    *, eps: float, interpret: bool = False,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:  # fmt: skip
+  """`attend` with what stands before it, as one kernel.
+
+  Args:
+    qkv_BxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values.
+    scale: of the queries' and keys' RMS norm; None for no norm.
+    turns_BxH: cosines, then sines of the rotary angles, float32.
+    k_BxKxSxH, v_BxKxSxH: the ring; it is written in place.
+    column: the one to write.
+    filled_B: columns that each row sees, the new one with them.
+    eps: of the norm.
+    interpret: run it without a GPU.
+
+  Returns:
+    The attention's output, and the ring.
+  """
+  B, K, S, H = k_BxKxSxH.shape
+  N = qkv_BxAxH.shape[1] - 2 * K
+  G, parts = N // K, max(1, min(PROGRAMS // (B * K), S // BLOCK))
+  normed = scale is not None
+  scale = scale if normed else jnp.zeros((N + K, H), qkv_BxAxH.dtype)
+  heads = lambda count, first: pl.BlockSpec((None, count, H), lambda b, k, p: (b, first + k, 0))
+  scales = lambda count, first: pl.BlockSpec((count, H), lambda b, k, p: (first + k, 0))
+  ring = pl.BlockSpec((None, None, S, H), lambda b, k, p: (b, k, 0, 0))
+  part = lambda *block: pl.BlockSpec((None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block))
+  parted = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, K, parts, *shape), dtype)
+  value, mass, top, keys, values = pl.pallas_call(
+      functools.partial(_kernel, queries=G, blocks=S // BLOCK, parts=parts, eps=eps if normed else None),
+      grid=(B, K, parts),
+      in_specs=[
+          pl.BlockSpec((None,), lambda b, k, p: (b,)), pl.BlockSpec((None,), lambda b, k, p: (0,)),
+          heads(G, 0), heads(1, N), heads(1, N + K), scales(G, 0), scales(1, N), pl.BlockSpec((None, H), lambda b, k, p: (b, 0)),
+          ring, ring,
+      ],
+      out_specs=[part(G, H), part(G), part(G), ring, ring],
+      out_shape=[
+          parted(G, H, dtype=qkv_BxAxH.dtype if parts == 1 else jnp.float32), parted(G), parted(G),
+          *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (k_BxKxSxH, v_BxKxSxH)),
+      ],
+      input_output_aliases={8: 3, 9: 4},
+      compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+      interpret=interpret,
+      name="ring_attention",
+  )(filled_B, column[None], qkv_BxAxH, qkv_BxAxH, qkv_BxAxH, scale, scale, turns_BxH, k_BxKxSxH, v_BxKxSxH)  # fmt: skip
+  if parts > 1:
+    mass *= jnp.exp(top - top.max(2, keepdims=True))  # [B, K, parts, G]
+    value = jnp.sum(value * (mass / mass.sum(2, keepdims=True))[..., None], 2).astype(qkv_BxAxH.dtype)
+  return value.reshape(B, N, H), keys, values
+
+
+def _kernel(
+    filled_ref, column_ref, q_ref, k_ref, v_ref, q_scale_ref, k_scale_ref, turns_ref, _, __, value_ref, mass_ref, top_ref, keys_ref,
+    values_ref, *, queries, blocks, parts, eps,
+):  # fmt: skip
+  """One part of one row and key-value head: every `parts`-th block back from the newest, by a running softmax."""
+  part, filled, column = pl.program_id(2), filled_ref[()], column_ref[()]
+  S, H = keys_ref.shape
+  dtype, low, high = keys_ref.dtype, pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
+  row = jnp.arange(ROWS) < queries
+
+  def turned(ref, scale_ref, count):
+    """The two halves of normed and rotated heads [ROWS, H / 2], rounded where the model rounds."""
+    mask = (jnp.arange(ROWS) < count)[:, None]
+    get = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0).astype(jnp.float32)
+    x, y = get(ref, low), get(ref, high)
+    if eps is not None:
+      size = jax.lax.rsqrt((jnp.sum(x * x, -1) + jnp.sum(y * y, -1)) / H + eps)[:, None]
+      x, y = ((z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32) for z, half in ((x, low), (y, high)))
+    cos, sin = turns_ref[low][None], turns_ref[high][None]
+    return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
+
+  q_low, q_high = (half * jnp.asarray(H**-0.5, dtype) for half in turned(q_ref, q_scale_ref, queries))
+  # Rows beyond the first are zeros: the sum is the row.
+  new_low, new_high = (jnp.sum(half.astype(jnp.float32), 0).astype(dtype) for half in turned(k_ref, k_scale_ref, 1))
+  new_value = v_ref[0, :]
+
+  @pl.when(part == 0)  # no other part reads the newest block
+  def _():
+    keys_ref[column, low], keys_ref[column, high], values_ref[column, :] = new_low, new_high, new_value
+
+  # The newest block holds column % BLOCK + 1 of the columns or fewer; the others lie behind it, in the last resort around the ring.
+  newest = column // BLOCK
+  count = jnp.minimum(1 + pl.cdiv(jnp.maximum(filled - column % BLOCK - 1, 0), BLOCK), blocks)
+
+  def body(i, carry):
+    value, mass, top = carry
+    start = (newest - part - i * parts + blocks) % blocks * BLOCK
+    here, columns = pl.ds(start, BLOCK), start + jnp.arange(BLOCK)
+    # What was just written may not be seen yet by all threads.
+    fresh = (columns == column)[:, None]
+    keys_low, keys_high = jnp.where(fresh, new_low[None], keys_ref[here, low]), jnp.where(fresh, new_high[None], keys_ref[here, high])
+    values = jnp.where(fresh, new_value[None], values_ref[here, :])
+    scores = triton.dot(q_low, keys_low.T) + triton.dot(q_high, keys_high.T)
+    scores = jnp.where(((column - columns + S) % S < filled)[None], scores, attention.MASKED)
+    above = jnp.maximum(top, scores.max(-1))
+    weights, kept = jnp.exp(scores - above[:, None]), jnp.exp(top - above)
+    return value * kept[:, None] + triton.dot(weights.astype(dtype), values), mass * kept + weights.sum(-1), above
+
+  start = (jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS,), jnp.float32), jnp.full((ROWS,), attention.MASKED, jnp.float32))
+  value, mass, top = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(count - part, 0), parts), body, start)
+  value = value / jnp.maximum(mass, 1e-30)[:, None]  # a part may have no block
+  triton.store(value_ref.at[pl.ds(0, ROWS), :], value.astype(value_ref.dtype), mask=row[:, None])
+  triton.store(mass_ref.at[pl.ds(0, ROWS)], mass, mask=row)
+  triton.store(top_ref.at[pl.ds(0, ROWS)], top, mask=row)

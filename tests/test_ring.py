@@ -1,0 +1,64 @@
+"""Attention over a ring, against NumPy in float64; the Triton kernel in interpret mode."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oel_jax.policy import ring
+
+S = 192
+FILLED = np.int32([1, S, 64, 65, 100])
+
+
+def by_hand(q, k, v, column, filled):
+  """Row by row: the columns are counted back from the one written last."""
+  B, N, H = q.shape
+  K = k.shape[1]
+  result = np.zeros((B, N, H))
+  for b in range(B):
+    columns = [(column - i) % S for i in range(filled[b])]
+    for n in range(N):
+      scores = k[b, n // (N // K), columns].astype(np.float64) @ q[b, n] / H**0.5
+      weights = np.exp(scores - scores.max())
+      result[b, n] = weights @ v[b, n // (N // K), columns] / weights.sum()
+  return result
+
+
+def rings(rng, column):
+  k, v = (rng.standard_normal((5, 2, S, 32)).astype(np.float32) for _ in range(2))
+  k[0, :, (column + 1) % S] = v[0, :, (column + 1) % S] = 1e4  # what an earlier sequence left there
+  return k, v
+
+
+@pytest.mark.parametrize("column", [0, 63, 64, 191])
+def test_each_row_sees_what_it_fills(column):
+  rng = np.random.default_rng(column)
+  k, v = rings(rng, column)
+  q = rng.standard_normal((5, 4, 32)).astype(np.float32)
+  ours = ring.attend(*map(jnp.asarray, (q, k, v)), jnp.int32(column), jnp.asarray(FILLED))
+  np.testing.assert_allclose(ours, by_hand(q, k, v, column, FILLED), atol=1e-5)
+
+
+# Rows are attended to whole, or in parts.
+@pytest.mark.parametrize("column,normed,programs", [(0, True, 1), (5, False, 512), (63, True, 512), (64, False, 1), (191, True, 512)])
+def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, programs):
+  monkeypatch.setattr(ring, "PROGRAMS", programs)
+  rng = np.random.default_rng(column)
+  k, v = rings(rng, column)
+  qkv, scale = rng.standard_normal((5, 8, 32)).astype(np.float32), rng.standard_normal((6, 32)).astype(np.float32)
+  angles = rng.uniform(0, 6, (5, 16))
+  turns = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+  heads = qkv[:, :6].astype(np.float64)
+  if normed:
+    heads = heads / np.sqrt(np.mean(heads**2, -1, keepdims=True) + 1e-5) * scale
+  pairs = (heads[..., :16] + 1j * heads[..., 16:]) * np.exp(1j * angles)[:, None]
+  heads = np.concatenate([pairs.real, pairs.imag], -1)
+  written = k.copy(), v.copy()
+  written[0][:, :, column], written[1][:, :, column] = heads[:, 4:], qkv[:, 6:]
+  ours, keys, values = ring.step(
+      jnp.asarray(qkv), jnp.asarray(scale) if normed else None, jnp.asarray(turns), jnp.asarray(k), jnp.asarray(v), jnp.int32(column),
+      jnp.asarray(FILLED), eps=1e-5, interpret=True,
+  )  # fmt: skip
+  np.testing.assert_allclose(keys, written[0], atol=1e-5)
+  np.testing.assert_array_equal(values, written[1])
+  np.testing.assert_allclose(ours, by_hand(heads[:, :4], *written, column, FILLED), atol=1e-5)
