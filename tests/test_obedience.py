@@ -13,22 +13,29 @@ obedience = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(obedience)
 
 
+WORDS = " ".join(["word"] * 40)
+
+
 @pytest.mark.parametrize(
     "answer",
-    ["Cats purr when they are content.", "  It takes 1.5 to 2 hours!\n", 'She said "no."', "Why not?", "The U.N.'s seat is in New York.",
-     " ".join(["word"] * 25) + "."],
+    ["Cats purr when they are content.", "  It takes 1.5 to 2 hours!\n", 'She said "no."', "Really? Yes.", "The U.N.'s seat is in New York.",
+     "Well... It depends!", f"{WORDS}."],
 )  # fmt: skip
-def test_one_short_sentence(answer):
-  assert obedience.one_short_sentence(answer)
+def test_very_short(answer):
+  assert obedience.is_very_short(answer)
 
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "   ", "Cats purr when they are", "Cats purr. They are content.", "Really? Yes.", "1. Boil water.", "Cats purr\nwhen content.",
-     "Ask Dr. Smith.", " ".join(["word"] * 26) + ".", "Cats purr. They"],
+    ["", "   ", "Cats purr when they are", "Cats purr. They", "Yes. No. Maybe.", "Cats purr\nwhen content.", "- Milk.\n- Eggs.",
+     "Ask Dr. Smith. He knows.", f"{WORDS} more."],
 )  # fmt: skip
 def test_anything_else(answer):
-  assert not obedience.one_short_sentence(answer)
+  assert not obedience.is_very_short(answer)
+
+
+def test_the_limits_can_be_others():
+  assert not obedience.is_very_short("Really? Yes.", sentences=1) and not obedience.is_very_short("Cats often purr.", words=2)
 
 
 def test_no_user_prompt_is_used_twice():
