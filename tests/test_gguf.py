@@ -1,4 +1,4 @@
-"""GGUF files against the Hugging Face folder of the same model and against `transformers` reading the file; and what a file may not hold."""
+"""GGUF files against the Hugging Face folder of the same model and against `transformers` reading them; and what a file may not hold."""
 
 import importlib.util
 import json
@@ -194,8 +194,8 @@ def test_missing_unknown_and_misshaped_tensors_are_listed_together(tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("architecture", "gemma"), ("expert_count", 8), ("rope.scaling.type", "yarn"), ("attention.value_length", 8), ("rope.dimension_count", 8),
-     ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
+    [("architecture", "gemma"), ("expert_count", 8), ("rope.scaling.type", "yarn"), ("attention.value_length", 8),
+     ("rope.dimension_count", 8), ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
 )  # fmt: skip
 def test_metadata_that_are_not_built_are_named_with_their_value(key, value, tmp_path):
   def change(tensors, metadata):
