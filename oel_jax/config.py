@@ -76,7 +76,7 @@ def default() -> ml_collections.ConfigDict:
           weight_decay=0.01,  # decoupled, times the rate
           clip_norm=1.0,  # global gradient norm
           micro_batch=64,  # samples a forward-backward pass; gradients are summed, the result does not depend on it
-          chunk=1024,  # tokens whose logits are live at a time
+          chunk=512,  # tokens whose logits are live at a time
           on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
           gate_episodes=64,  # games of each kind for that comparison
           checkpoint_every=10,  # steps

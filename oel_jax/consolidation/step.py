@@ -50,7 +50,7 @@ def loss_sum(
 
 def make_step(
     architecture: Architecture, optimizer: Any, *, kind: str = "reverse_kl", support: str = "full", k: int = 256, temperature: float = 0.7,
-    chunk: int = 1024, micro_batch: int | None = None, dtype: Any = jnp.float32, remat: str = "none", shardings: Any = None,
+    chunk: int = 512, micro_batch: int | None = None, dtype: Any = jnp.float32, remat: str = "none", shardings: Any = None,
 ) -> Callable[[State, Any, batch_lib.Batch], tuple[State, dict[str, Array]]]:  # fmt: skip
   """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the teacher's parameters are not.
 
