@@ -25,7 +25,7 @@ def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
         texts=8, trajectories=16, use=16, start_from="previous_round", max_knowledge_tokens=192, max_response_tokens=32
     )
     config.consolidation.update(
-        steps=24, batch_size=16, micro_batch=16, learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
+        steps=24, batch_size=16, remat="none", learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
     )
     config.evaluation.update(episodes=64, retention=32, accumulation=(4,))
     if size == "pocket":  # ten minutes on two cores

@@ -43,8 +43,8 @@ def attend_with_prefix(
 ) -> Float[Array, "B T N H"]:  # fmt: skip
   """`attend` over the keys and values of a prefix, [B, K, P, H], and those of the tokens themselves, [B, K, T, H].
 
-  "xla" and "cudnn" go by the mask, [B, T, P + T]. "flash" goes by length_B, how much of the prefix there is: it attends to the two apart and
-  joins them by their log-sum-exps. Not differentiable there.
+  "xla" and "cudnn" go by the mask, [B, T, P + T]. "flash" goes by length_B, how much of the prefix there is: it attends to the two apart
+  and joins them by their log-sum-exps. Not differentiable there.
   """
   if path != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
@@ -63,7 +63,7 @@ def attend_with_prefix(
 
 
 def join(first: Array, first_logsumexp: Array, second: Array, second_logsumexp: Array, there: Array) -> Array:
-  """One attention from two over disjoint keys, [..., H] with log-sum-exps [..., 1], in float32; `second` counts only where it is `there`."""
+  """One attention from two over disjoint keys, [..., H] with log-sum-exps [..., 1], in float32; `second` counts where it is `there`."""
   second_logsumexp = jnp.where(there, second_logsumexp.astype(jnp.float32), MASKED)
   weight = jax.nn.sigmoid(second_logsumexp - first_logsumexp.astype(jnp.float32))
   return ((1 - weight) * first.astype(jnp.float32) + weight * second.astype(jnp.float32)).astype(first.dtype)
