@@ -34,7 +34,7 @@ def _paper(size: str) -> ml_collections.ConfigDict:
   config, values = config_lib.default(), dict(PAPER[size])
   with config.unlocked():
     config.rounds = 2
-    config.consolidation.update(learning_rate=values.pop("learning_rate"), steps=values.pop("steps"), micro_batch=8)
+    config.consolidation.update(learning_rate=values.pop("learning_rate"), steps=values.pop("steps"))
     config.extraction.update(values)
   return config
 
@@ -49,7 +49,7 @@ def _pocket(size: str) -> ml_collections.ConfigDict:
         texts=8, trajectories=16, use=16, start_from="previous_round", max_knowledge_tokens=192, max_response_tokens=32
     )
     config.consolidation.update(
-        steps=24, batch_size=16, micro_batch=16, learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
+        steps=24, batch_size=16, remat="none", learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
     )
     config.evaluation.update(episodes=64, retention=32, accumulation=(4,))
     if size == "pocket":  # ten minutes on two cores

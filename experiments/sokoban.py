@@ -19,5 +19,5 @@ def get_config(size: str = "qwen3-4b-instruct") -> ml_collections.ConfigDict:
     config.deployment.game = "Sokoban-v0-raw"
     config.deployment.game_args = ml_collections.ConfigDict(dict(dim_room=(6, 6), num_boxes=1))
     config.extraction.update(form="items", trajectories=100, use=50, see_previous=True, max_knowledge_tokens=8192)
-    config.consolidation.update(learning_rate=1e-6, steps=100, micro_batch=8)
+    config.consolidation.update(learning_rate=1e-6, steps=100)
   return config

@@ -11,6 +11,8 @@ from oel_jax.policy.architecture import ARCHITECTURES
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "imitation")
 SUPPORTS = ("full", "topk", "topk_tail")
+REMAT = ("none", "dots", "full")
+ATTENTION = ("auto", "xla", "cudnn", "flash")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -75,8 +77,11 @@ def default() -> ml_collections.ConfigDict:
           eps=1e-8,  # added to its root
           weight_decay=0.01,  # decoupled, times the rate
           clip_norm=1.0,  # global gradient norm
-          micro_batch=64,  # samples a forward-backward pass; gradients are summed, the result does not depend on it
-          chunk=1024,  # tokens whose logits are live at a time
+          pack=True,  # several samples a row; False: one each, which cuDNN's causal attention needs and long responses lose little by
+          micro_tokens=16384,  # tokens a forward-backward pass and device, a row at least; the result does not depend on it
+          remat="dots",  # what the backward pass computes again: "none", "dots" (all but matrix products) or "full" (each whole layer)
+          attention="auto",  # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest of them here
+          chunk=512,  # tokens whose logits are live at a time
           on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
           gate_episodes=64,  # games of each kind for that comparison
           checkpoint_every=10,  # steps
@@ -127,12 +132,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
   one_of("consolidation.data", ("student", "teacher"))
   one_of("consolidation.kind", KINDS)
   one_of("consolidation.support", SUPPORTS)
+  one_of("consolidation.remat", REMAT)
+  one_of("consolidation.attention", ATTENTION)
   one_of("consolidation.on_no_gain", ("warn", "skip", "stop"))
   for field in ("rounds", "policy.max_prompt_tokens", "deployment.episodes", "deployment.max_turns", "deployment.max_response_tokens",
                 "deployment.temperature", "deployment.slots", "extraction.texts", "extraction.trajectories", "extraction.use",
                 "extraction.max_knowledge_tokens", "extraction.max_response_tokens", "extraction.temperature", "consolidation.steps",
                 "consolidation.batch_size", "consolidation.k", "consolidation.temperature", "consolidation.learning_rate",
-                "consolidation.eps", "consolidation.clip_norm", "consolidation.micro_batch", "consolidation.chunk",
+                "consolidation.eps", "consolidation.clip_norm", "consolidation.micro_tokens", "consolidation.chunk",
                 "consolidation.checkpoint_every", "evaluation.episodes", "evaluation.temperature"):
     positive(field)
   for field in ("deployment.top_k", "extraction.top_k", "evaluation.top_k", "consolidation.gate_episodes", "consolidation.log_probe",
@@ -147,8 +154,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
          f"whole numbers from 1 to extraction.trajectories ({config.extraction.trajectories})")
   need(config.extraction.use <= config.extraction.trajectories, "extraction.use", config.extraction.use,
        f"at most extraction.trajectories ({config.extraction.trajectories})")
-  micro_batch = config.consolidation.micro_batch
-  need(config.consolidation.batch_size % micro_batch == 0, "consolidation.micro_batch", micro_batch,
-       f"a divisor of consolidation.batch_size ({config.consolidation.batch_size})")
+  need(config.consolidation.attention != "flash" or not config.consolidation.pack, "consolidation.pack", config.consolidation.pack,
+       'False, as consolidation.attention = "flash" does not keep a row\'s samples apart')
   need(config.extraction.max_knowledge_tokens < config.policy.max_prompt_tokens, "extraction.max_knowledge_tokens",
        config.extraction.max_knowledge_tokens, f"below policy.max_prompt_tokens ({config.policy.max_prompt_tokens})")

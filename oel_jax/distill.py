@@ -4,9 +4,9 @@ The text becomes the teacher's system message. Measured before, with the text in
 answers of the wanted form, response length, and on unrelated prompts the divergence from the model as it was.
 """
 
+import importlib.util
 import json
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from oel_jax import config as config_lib
 from oel_jax import rounds
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation import train
 from oel_jax.evaluation import statistics
 from oel_jax.policy.generate import LENGTHS, Policy, Sampling, bucket
@@ -38,7 +39,7 @@ def default() -> ml_collections.ConfigDict:
             prompts="",  # what the student answers in training: a .jsonl of prefixes, or a .txt with one user message a line
             held_out="",  # the same, to measure on
             unrelated="",  # the same, to measure what else has changed; "": not measured
-            obeys="",  # regular expression that an answer of the wanted form matches as a whole, line breaks included
+            obeys="",  # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
         )
     )
   return config
@@ -58,7 +59,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   config_lib.validate(config)
   devices = mesh.make_mesh(config.mesh)
   policy = rounds.load_policy(config.policy, devices)
-  text = _read(config.distill.knowledge, "knowledge").strip()
+  obeys, text = read_check(config.distill.obeys), _read(config.distill.knowledge, "knowledge").strip()
   if not text:
     raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
   prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
@@ -69,14 +70,14 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   )  # fmt: skip
   folder = open_workdir(config, workdir, resume_anyway)
   with locked(folder), Metrics(folder) as metrics:
-    result = {"schema": 1, "base": _measure(config, policy, held_out, None, folder / "base.json")}
-    result["in_context"] = _measure(config, policy, held_out, text, folder / "in_context.json")
+    result = {"schema": 1, "base": _measure(config, policy, obeys, held_out, None, folder / "base.json")}
+    result["in_context"] = _measure(config, policy, obeys, held_out, text, folder / "in_context.json")
     with progress.bar("consolidate", config.consolidation.steps) as advance:
       params, _ = train.consolidate(
           config.consolidation, task, policy, limit=config.deployment.max_response_tokens, directory=folder / "round_1/checkpoints",
           mesh=devices, metrics=metrics, advance=advance,
       )  # fmt: skip
-    result["after"] = _measure(config, policy.replace(params), held_out, None, folder / "after.json")
+    result["after"] = _measure(config, policy.replace(params), obeys, held_out, None, folder / "after.json")
     rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
     result["recovered"] = statistics.recovered(*rates)
     result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
@@ -95,6 +96,24 @@ def read_prompts(path: str, field: str) -> list[Prefix]:
   if not found:
     raise ValueError(f"config.distill.{field}: {path} holds no prompts")
   return found
+
+
+def read_check(name: str) -> Callable[[str], bool]:
+  """The function that config.distill.obeys names.
+
+  Raises:
+    ValueError: it is not written FILE.py:FUNCTION, or the file has no such function.
+    OSError: there is no such file.
+  """
+  path, _, function = name.rpartition(":")
+  if not path.endswith(".py") or not function:
+    raise ValueError(f"config.distill.obeys is {name!r}: it must be FILE.py:FUNCTION")
+  spec = importlib.util.spec_from_file_location("obeys", pathlib.Path(path).expanduser())
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not callable(getattr(module, function, None)):
+    raise ValueError(f"config.distill.obeys is {name!r}: the file has no function {function}")
+  return getattr(module, function)
 
 
 def _read(path: str, field: str) -> str:
@@ -117,13 +136,14 @@ def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str 
   )  # fmt: skip
 
 
-def _measure(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, path: pathlib.Path) -> dict[str, Any]:
+def _measure(
+    config: Any, policy: Policy, obeys: Callable[[str], bool], prefixes: Sequence[Prefix], text: str | None, path: pathlib.Path
+) -> dict[str, Any]:
   """Answers to the held-out prompts, kept in `path`, and what they are like."""
   if path.exists():
     return json.loads(path.read_text(encoding="utf-8"))["measured"]
   sampled = _answers(config, policy, prefixes, text, "held out")
   answers = [policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled]
-  obeys: Callable[[str], Any] = re.compile(config.distill.obeys, re.DOTALL).fullmatch
   measured = {
       "obeys": statistics.count(sum(bool(obeys(answer)) for answer in answers), len(answers)),
       "response_tokens": statistics.mean([len(ids) for ids in sampled]),
@@ -139,18 +159,19 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Pre
   responses = _answers(config, base, prefixes, None, "unrelated")
   rows = config.deployment.max_response_tokens
   length = bucket(max(map(len, prompts)), LENGTHS) + rows
+  teacher = teacher_lib.prepare(base.params, base.architecture, [()], dtype=base.dtype)
   probe = step_lib.make_probe(base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype)
   total = count = 0.0
   for start in range(0, len(prompts), 16):
     part = slice(start, start + 16)
     missing = 16 - len(prompts[part])  # one shape for all; rows added answer nothing
     made = batch_lib.assemble(
-        prompts[part] + prompts[:1] * missing, [[]] * 16, responses[part] + responses[:1] * missing, pad_id=base.tokenizer.pad_id,
-        student_length=length, teacher_length=length, response_length=rows,
+        prompts[part] + prompts[:1] * missing, [0] * 16, responses[part] + responses[:1] * missing, pad_id=base.tokenizer.pad_id,
+        length=length, response_length=rows, pack=False,
     )  # fmt: skip
     made.mask[16 - missing :] = False
     tokens = float(made.mask.sum())
-    total += tokens * float(jax.device_get(probe(params, base.params, made))["reverse_kl"])
+    total += tokens * float(jax.device_get(probe(params, teacher, made))["reverse_kl"])
     count += tokens
   return total / count
 

@@ -100,7 +100,9 @@ def test_every_field_is_explained_where_it_stands():
     ("consolidation.b1", 1.0, "at least 0 and below 1"),
     ("consolidation.b2", -0.1, "at least 0 and below 1"),
     ("extraction.use", 31, "at most extraction.trajectories (30)"),
-    ("consolidation.micro_batch", 48, "a divisor of consolidation.batch_size (64)"),
+    ("consolidation.micro_tokens", 0, "more than 0"),
+    ("consolidation.remat", "all", "one of 'none', 'dots', 'full'"),
+    ("consolidation.attention", "splash", "one of 'auto', 'xla', 'cudnn', 'flash'"),
     ("extraction.max_knowledge_tokens", 16384, "below policy.max_prompt_tokens (16384)"),
     ("evaluation.accumulation", (1, 31), "whole numbers from 1 to extraction.trajectories (30)"),
     ("evaluation.accumulation", (0,), "whole numbers from 1 to extraction.trajectories (30)"),
@@ -126,8 +128,16 @@ def test_the_embedded_weights_have_one_architecture():
   config_lib.validate(config)
 
 
+def test_flash_attention_and_packing_exclude_each_other():  # trap 24
+  config = config_lib.default()
+  config.consolidation.attention = "flash"
+  with pytest.raises(ValueError, match='config.consolidation.pack is True: it must be False, as consolidation.attention = "flash"'):
+    config_lib.validate(config)
+
+
 @pytest.mark.parametrize("edge", [
-    {"extraction.use": 30}, {"evaluation.accumulation": (1, 30)}, {"evaluation.top_p": 1.0}, {"consolidation.micro_batch": 1},
+    {"extraction.use": 30}, {"evaluation.accumulation": (1, 30)}, {"evaluation.top_p": 1.0}, {"consolidation.micro_tokens": 1},
+    {"consolidation.attention": "flash", "consolidation.pack": False},
     {"consolidation.gate_episodes": 0, "consolidation.log_probe": 0}, {"consolidation.weight_decay": 0.0, "consolidation.b1": 0.0},
     {"extraction.max_knowledge_tokens": 16383},
 ])

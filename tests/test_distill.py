@@ -15,7 +15,8 @@ from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.trajectory import Prefix, knowledge_message, write_jsonl
 
 TEXT = knowledge_message("- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: H is a hole to fall into.").content
-SAFE = r"\[down\]"  # the first move where a hole lies to the right of the start; without the knowledge, right is as good
+# The first move where a hole lies to the right of the start; without the knowledge, right is as good.
+SAFE = "def safe(answer):\n  return answer == '[down]'\n"
 
 
 @pytest.fixture(name="config")
@@ -30,12 +31,13 @@ def fixture_config(tmp_path, monkeypatch):
   write_jsonl(tmp_path / "held_out.jsonl", prefixes[64:])
   (tmp_path / "unrelated.txt").write_text("Repeat: ABC\n\nSort: CAB\n")
   (tmp_path / "text.txt").write_text(TEXT + "\n")
+  (tmp_path / "check.py").write_text(SAFE)
   config = distill.default()
   paths = {name: str(tmp_path / file) for name, file in (
       ("knowledge", "text.txt"), ("prompts", "prompts.jsonl"), ("held_out", "held_out.jsonl"), ("unrelated", "unrelated.txt"))}
-  config.distill.update(paths | {"obeys": SAFE})
+  config.distill.update(paths | {"obeys": f"{tmp_path}/check.py:safe"})
   config.update_from_flattened_dict({
-      "policy.weights": "pocket", "deployment.max_response_tokens": 96, "consolidation.batch_size": 16, "consolidation.micro_batch": 16,
+      "policy.weights": "pocket", "deployment.max_response_tokens": 96, "consolidation.batch_size": 16,
       "consolidation.learning_rate": 1e-4, "consolidation.steps": 2, "consolidation.log_probe": 0, "mesh.data": 1,
   })  # fmt: skip
   return config
@@ -76,7 +78,7 @@ def test_the_text_ends_up_in_the_weights(config, tmp_path):
 
 @pytest.mark.parametrize("field, content, told", [
     ("knowledge", " \n", "config.distill.knowledge: .* is empty"), ("held_out", "\n\n", "config.distill.held_out: .* holds no prompts"),
-    ("prompts", None, "config.distill.prompts is not set"),
+    ("prompts", None, "config.distill.prompts is not set"), ("obeys", "1", "config.distill.obeys is .*/given.txt'?: it must be FILE.py:FUNCTION"),
 ])
 def test_what_is_missing_is_told_before_the_directory_is_made(config, tmp_path, field, content, told):
   (tmp_path / "given.txt").write_text(content or "")

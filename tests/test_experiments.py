@@ -20,7 +20,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 SAYS = "- EXPERIENCE ITEM: H is a hole [down]"  # knowledge to the extractor, a move to the game
 FEWER = {
     "deployment.episodes": 4, "deployment.slots": 4, "extraction.trajectories": 2, "extraction.use": 2, "consolidation.steps": 2,
-    "consolidation.gate_episodes": 2, "consolidation.log_probe": 2, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
+    "consolidation.gate_episodes": 2, "consolidation.log_probe": 2, "consolidation.batch_size": 4,
     "evaluation.episodes": 2, "deployment.max_turns": 2, "mesh.data": 1,
 }  # fmt: skip
 

@@ -153,7 +153,7 @@ def test_trap_18_no_temporary_of_tokens_by_vocabulary():
     step = jax.value_and_grad(lambda *a: mean(loss, *a, **options), (0, 1))
     return jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
-  assert temporaries(fused.linear_divergence, chunk=128) < tokens * vocabulary * 4 / 2
+  assert temporaries(fused.linear_divergence, chunk=32) < tokens * vocabulary * 4 / 2  # 8 chunks are 256 tokens
   assert temporaries(dense) > tokens * vocabulary * 4  # so the shape can tell
 
 
@@ -166,6 +166,22 @@ def test_gradients_are_formed_only_when_asked_and_once():
   loss = lambda h, w: fused.linear_divergence(h, w, *case[2:])[0]
   assert matrix_products(loss, *case[:2]) == 2
   assert matrix_products(jax.value_and_grad(loss, (0, 1)), *case[:2]) == 4
+
+
+@pytest.mark.parametrize('function', [fused._one_pass, fused._two_passes])
+def test_row_statistics_match_float64(function):
+  """Whichever this machine's platform would not take, too; logits that rise, fall, and are huge on one side alone."""
+  rng = np.random.default_rng(11)
+  s, t = (np.float32(rng.normal(size=(6, 40)) * scale) for scale in (1, 30))
+  s[1], s[2], t[3], s[4, 3], t[5, 7] = np.sort(s[1]), np.sort(s[2])[::-1], np.sort(t[3]), 300, losses.FLOOR
+  log_p, log_q = (np.float64(x) / 0.7 for x in (s, t))
+  totals = [x.max(-1) + np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) for x in (log_p, log_q)]
+  log_p, log_q = log_p - totals[0][:, None], log_q - totals[1][:, None]
+  found = jax.jit(functools.partial(function, temperature=0.7))(s, t)
+  for a, b in zip(found, (*totals, (np.exp(log_p) * (log_p - log_q)).sum(-1))):
+    np.testing.assert_allclose(a, b, rtol=2e-6)
+  for a in jax.jit(functools.partial(function, temperature=0.7))(s, s)[2]:
+    assert a == 0
 
 
 def test_sharded_tokens_give_the_same_gradients():

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import json
 import pathlib
 
 import pytest
@@ -39,7 +38,8 @@ def test_the_limits_can_be_others():
 
 
 def test_no_user_prompt_is_used_twice():
-  lists = json.loads((EXPERIMENTS / "data" / "user_prompts.json").read_text(encoding="utf-8"))
+  names = ("search", "train", "held_out", "unrelated")
+  lists = {name: (EXPERIMENTS / f"data/{name}.txt").read_text(encoding="utf-8").splitlines() for name in names}
   assert {name: len(prompts) for name, prompts in lists.items()} == {"search": 60, "train": 300, "held_out": 100, "unrelated": 60}
   prompts = [prompt.strip().lower() for prompt in itertools.chain(*lists.values())]
   assert all(prompts) and len(set(prompts)) == len(prompts)

@@ -38,7 +38,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
 SHORT = {  # the quickstart with few games, alike in sampling, batch and length where they can be, so that little is compiled
     "rounds": 2, "deployment.episodes": 4, "deployment.slots": 4, "extraction.texts": 2, "extraction.trajectories": 4, "extraction.use": 4,
-    "extraction.max_knowledge_tokens": 60, "consolidation.steps": 4, "consolidation.batch_size": 4, "consolidation.micro_batch": 4,
+    "extraction.max_knowledge_tokens": 60, "consolidation.steps": 4, "consolidation.batch_size": 4,
     "consolidation.checkpoint_every": 2, "consolidation.gate_episodes": 4, "consolidation.log_probe": 4, "consolidation.on_no_gain": "warn",
     "evaluation.episodes": 4, "evaluation.top_p": 1.0, "evaluation.top_k": 0, "evaluation.retention": 1, "evaluation.accumulation": (),
 }  # fmt: skip

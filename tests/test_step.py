@@ -12,6 +12,7 @@ import pytest
 
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import model
 from oel_jax.runtime import mesh as mesh_lib
@@ -30,11 +31,17 @@ def _samples(lengths=LENGTHS, seed=0):
   return [[rng.integers(3, 31, n).tolist() for n in sample] for sample in lengths]
 
 
-def _batch(samples, rows=10, prompt=9, knowledge=8, pad_id=0):
-  prompts, known, responses = zip(*[(p, k, r) for p, k, r in samples])
+def _batch(samples, rows=10, prompt=9, pad_id=0, pack=True, texts=4):
+  """Each sample has a knowledge text of its own."""
+  prompts, _, responses = zip(*samples)
+  known = range(len(samples))
   return batch_lib.assemble(
-      prompts, known, responses, pad_id=pad_id, student_length=prompt + rows, teacher_length=knowledge + prompt + rows, response_length=rows
+      prompts, known, responses, pad_id=pad_id, length=prompt + rows, response_length=rows, pack=pack, texts=texts if pack else 1
   )
+
+
+def _teacher(params, samples, shardings=None):
+  return teacher_lib.prepare(params, ARCHITECTURE, [knowledge for _, knowledge, _ in samples], dtype=jnp.float32, shardings=shardings)
 
 
 _hidden = jax.jit(lambda params, tokens: model.apply(params, ARCHITECTURE, tokens, jnp.arange(32)[None], jnp.ones_like(tokens))[0])
@@ -66,38 +73,87 @@ def _reference(student, teacher, samples, temperature=0.7, shift=0):
 @functools.partial(jax.jit, static_argnames="kind")
 def _loss_sum(student, teacher, batch, kind="reverse_kl"):
   return step_lib.loss_sum(
-      student, teacher, batch, architecture=ARCHITECTURE, kind=kind, support="full", k=4, temperature=0.7, chunk=7, dtype=jnp.float32, remat="none"
-  )
+      student, teacher, batch, architecture=ARCHITECTURE, kind=kind, support="full", k=4, temperature=0.7, chunk=7, dtype=jnp.float32,
+      remat="none", path="xla",
+  )  # fmt: skip
 
 
-def test_loss_equals_float64_reference_sample_by_sample():  # traps 10, 11
-  samples, student, teacher = _samples(), _params(0), _params(1)
-  total, count = _loss_sum(student, teacher, _batch(samples))
-  expected, tokens = _reference(student, teacher, samples)
+@pytest.mark.parametrize("how", [dict(), dict(pack=False), dict(texts=1), dict(texts=2, prompt=20, rows=20)])
+def test_loss_equals_float64_reference_sample_by_sample(how):  # traps 10, 11, 17
+  samples, student, params = _samples(), _params(0), _params(1)
+  teacher, batch = _teacher(params, samples), _batch(samples, **how)
+  total, count = _loss_sum(student, teacher, batch)
+  expected, tokens = _reference(student, params, samples)
   assert count == tokens
   np.testing.assert_allclose(total, expected, rtol=2e-5)
-  shifted, _ = _reference(student, teacher, samples, shift=1)
+  shifted, _ = _reference(student, params, samples, shift=1)
   assert abs(shifted - expected) > 0.01 * expected  # the reference itself would notice an off-by-one
 
 
 def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_not():  # trap 10
   samples = [[p, [], r] for p, _, r in _samples()]
-  batch, params = _batch(samples, knowledge=0), _params(0)
-  assert float(_loss_sum(params, params, batch)[0]) == 0.0
-  off = batch._replace(teacher_start=batch.teacher_start + 1)
-  assert float(_loss_sum(params, params, off)[0]) > 1e-3
+  batch, params = _batch(samples), _params(0)
+  teacher = _teacher(params, samples)
+  assert float(_loss_sum(params, teacher, batch)[0]) == 0.0
+  later = _teacher(params, [[p, [5], r] for p, _, r in samples])  # a text of one token, as though it were none
+  assert float(_loss_sum(params, later._replace(length=later.length * 0), batch)[0]) < 1e-5
+  assert float(_loss_sum(params, later, batch)[0]) > 1e-3
 
 
 def test_padding_id_and_extra_room_change_nothing():  # traps 8, 11
-  samples, student, teacher = _samples(), _params(0), _params(1)
+  samples, student = _samples(), _params(0)
+  teacher = _teacher(_params(1), samples)
   tight = _loss_sum(student, teacher, _batch(samples))[0]
-  roomy = _loss_sum(student, teacher, _batch(samples, rows=16, prompt=20, knowledge=11, pad_id=5))[0]
+  roomy = _loss_sum(student, teacher, _batch(samples, rows=16, prompt=20, pad_id=5))[0]
   np.testing.assert_allclose(tight, roomy, rtol=1e-5)
+
+
+def test_a_prefix_read_once_equals_the_plain_forward():  # trap 17
+  """Every hidden state at the response positions, to 1e-5; in bfloat16 to what its eight bits allow."""
+  samples, params = _samples(seed=1), _params(1)
+  batch = _batch(samples, texts=2, prompt=16, rows=16)
+  for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.06)):
+    teacher = teacher_lib.prepare(params, ARCHITECTURE, [known for _, known, _ in samples], dtype=dtype)
+    found = jax.jit(lambda teacher: teacher_lib.teacher_hidden(teacher, ARCHITECTURE, batch, dtype=dtype, path="xla"))(teacher)
+    for s in range(len(batch.tokens)):
+      at = 0
+      for i in _texts(batch, s):
+        prompt, known, response = samples[i]
+        tokens = np.zeros((1, 32), np.int32)
+        tokens[0, : len(known + prompt + response)] = known + prompt + response
+        expected = _hidden(params, tokens)[0, len(known + prompt) - 1 :][: len(response)]
+        np.testing.assert_allclose(np.asarray(found[s], np.float32)[at : at + len(response)], expected, atol=tolerance)
+        at += len(response)
+      assert at == batch.mask[s].sum()
+
+
+def _texts(batch, s):
+  """The texts of row s's samples, in their order."""
+  segments, slots = batch.segments[s], batch.slots[s]
+  return [int(batch.texts[s, slots[segments == segment][0]]) for segment in range(1, segments.max() + 1)]
+
+
+def test_packing_keeps_every_token_and_the_order_of_the_samples_changes_no_row():
+  samples = _samples([(3, 4, 1), (5, 0, 9), (2, 7, 3), (8, 2, 6), (1, 1, 2)])
+  batch = _batch(samples, prompt=6, texts=2)
+  # Of 4, 14, 5, 14 and 3 tokens the 14s fill rows of 16, and the others would share one, but for its two texts at most.
+  assert len(batch.tokens) == 4 and len(_batch(samples, prompt=6, texts=3).tokens) == 3
+  found = []
+  for s in range(len(batch.tokens)):
+    for segment in range(1, batch.segments[s].max() + 1):
+      here = batch.segments[s] == segment
+      assert batch.positions[s][here].tolist() == list(range(here.sum())) and len(set(batch.slots[s][here])) == 1
+      found.append(batch.tokens[s][here].tolist())
+    np.testing.assert_array_equal(batch.tokens[s][batch.at[s] + 1][batch.mask[s]], batch.response[s][batch.mask[s]])
+  assert sorted(found) == sorted(prompt + response for prompt, _, response in samples)
+  assert batch.mask.sum() == sum(len(response) for _, _, response in samples)
+  again = _batch(samples, prompt=6, texts=2)
+  jax.tree.map(np.testing.assert_array_equal, again, batch)
 
 
 def test_imitation_is_negative_log_likelihood_at_temperature_one():
   samples, student = _samples(), _params(0)
-  total, _ = _loss_sum(student, _params(1), _batch(samples), "imitation")
+  total, _ = _loss_sum(student, _teacher(_params(1), samples), _batch(samples), "imitation")
   expected = 0.0
   for prompt, _, response in samples:
     logp = _log_probabilities(student, prompt + response, 1.0)[len(prompt) - 1 : -1]
@@ -105,27 +161,30 @@ def test_imitation_is_negative_log_likelihood_at_temperature_one():
   np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-def _gradient_after_one_step(micro_batch, mesh=None, lengths=None):
+def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none", pack=False):
   """One step of plain gradient descent at rate 1: the change of the parameters is the gradient."""
   samples = _samples(lengths or [(3, 4, 1), (5, 0, 10), (2, 7, 1), (8, 2, 10)])
-  optimizer, student, teacher = optax.sgd(1.0), _params(0), _params(1)
-  batch, shardings = _batch(samples), None
+  optimizer, student, params = optax.sgd(1.0), _params(0), _params(1)
+  batch, shardings, read = _batch(samples, pack=pack), None, None
   if mesh is not None:
+    shapes = {name: jax.ShapeDtypeStruct((2, len(samples), 1, 32, 8), jnp.float32) for name in ("keys", "values")}
+    read = tuple(mesh_lib.param_shardings(mesh, {"teacher": shapes})["teacher"].values())
+    params = jax.device_put(params, mesh_lib.param_shardings(mesh, params))
     begin = lambda params: step_lib.init_state(params, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, student))
     state = mesh_lib.sharded_init(begin, mesh, student)
     batch = jax.device_put(mesh_lib.pad_batch(batch, mesh), mesh_lib.batch_sharding(mesh))
   else:
     state = step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer)
-  step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_batch=micro_batch, shardings=shardings)
-  state, metrics = step(state, teacher, batch)
+  step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat)
+  state, metrics = step(state, _teacher(params, samples, read), batch)
   return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student), {k: float(v) for k, v in metrics.items()}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_gradient_does_not_depend_on_the_micro_batch(micro_batch):  # trap 6: responses of 1 and of 10 tokens
+@pytest.mark.parametrize("micro_tokens, remat, pack", [(1, "dots", False), (40, "full", False), (19, "none", True)])
+def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack):  # trap 6: responses of 1 and of 10 tokens
   whole, measured = _gradient_after_one_step(None)
-  cut, measured_cut = _gradient_after_one_step(micro_batch)
+  cut, measured_cut = _gradient_after_one_step(micro_tokens, remat=remat, pack=pack)
   assert measured["tokens"] == measured_cut["tokens"] == 22
   np.testing.assert_allclose(measured["loss"], measured_cut["loss"], rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, cut)
@@ -133,8 +192,15 @@ def test_gradient_does_not_depend_on_the_micro_batch(micro_batch):  # trap 6: re
   np.testing.assert_allclose(measured["gradient_norm"], norm, rtol=1e-3)
 
 
+@pytest.mark.parametrize("rows, length, shards, micro_tokens, pieces", [
+    (64, 1624, 1, 16384, 8), (64, 1624, 4, 16384, 2), (64, 1624, 1, None, 1), (64, 1624, 1, 10, 64), (7, 10, 1, 69, 7), (3, 10, 8, 10, 1),
+])
+def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_tokens, pieces):
+  assert step_lib._pieces(rows, length, shards, micro_tokens) == pieces
+
+
 @pytest.mark.parametrize("shape", [dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)])
-def test_gradient_does_not_depend_on_the_devices(shape):  # trap 6; 3 items on 8 devices: trap 26
+def test_gradient_does_not_depend_on_the_devices(shape):  # trap 6; 3 items on 8 devices: trap 26; keys and values read on the mesh
   import ml_collections
 
   lengths = [(3, 4, 1), (5, 0, 10), (8, 2, 10)]
@@ -151,7 +217,7 @@ def test_teacher_survives_a_donating_step():  # trap 27: student and teacher beg
   optimizer = optax.adamw(1e-2)
   state = mesh_lib.sharded_init(lambda p: step_lib.init_state(p, optimizer), mesh_lib.make_mesh(_one_device(), jax.devices()[:1]), params)
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4)
-  state, _ = step(state, params, _batch(_samples()))
+  state, _ = step(state, _teacher(params, _samples()), _batch(_samples()))
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, params), before)
   assert not np.array_equal(np.array(state.params["norm"]["scale"]), before["norm"]["scale"])
 
@@ -164,7 +230,7 @@ def _one_device():
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):  # trap 41
-  optimizer, batch, teacher = optax.adamw(3e-3), _batch(_samples()), _params(1)
+  optimizer, batch, teacher = optax.adamw(3e-3), _batch(_samples()), _teacher(_params(1), _samples())
   state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)  # it is donated
   step = step_lib.make_step(ARCHITECTURE, optimizer, kind=kind, k=4)
   probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=0.7, chunk=64)
@@ -176,16 +242,16 @@ def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):  # trap 41
 
 
 def test_a_sample_that_does_not_fit_is_an_error_not_cut():
-  with pytest.raises(ValueError, match="sample 1: the student's sequence has 14 tokens, the batch has room for 13"):
+  with pytest.raises(ValueError, match="sample 1: the sequence has 14 tokens, the batch has room for 13"):
     _batch(_samples(), rows=10, prompt=3)
   with pytest.raises(ValueError, match="both need at least one"):
     _batch([[[1], [2], []]])
 
 
-def test_micro_batch_must_divide_the_batch():
-  step = step_lib.make_step(ARCHITECTURE, optax.sgd(1.0), micro_batch=3)
-  with pytest.raises(ValueError, match="micro_batch is 3"):
-    step(step_lib.init_state(_params(0), optax.sgd(1.0)), _params(1), _batch(_samples()))
+def test_flash_attention_refuses_rows_of_several_texts():  # trap 24: it would see none of the mask
+  samples = _samples()
+  with pytest.raises(ValueError, match='attention path "flash" got rows of 4 knowledge texts'):
+    teacher_lib.teacher_hidden(_teacher(_params(1), samples), ARCHITECTURE, _batch(samples), dtype=jnp.float32, path="flash")
 
 
 def _imported(code):
@@ -200,3 +266,24 @@ def test_the_server_side_has_no_environment():
 def test_importing_the_step_pulls_in_jax_and_flax_only():
   modules = _imported("import oel_jax.consolidation.step")
   assert not [name for name in modules if name.split(".")[0] in ("optax", "orbax", "grain", "sentencepiece", "ml_collections", "textarena")]
+
+
+def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
+  """A chat template that opens both with words of its own: the teacher reads knowledge + prompt[skip:] (traps, 11)."""
+  samples, student, params, head, skip = _samples(), _params(0), _params(1), [7, 8, 9], 3
+  begun = [[head + prompt, head + knowledge, response] for prompt, knowledge, response in samples]
+  expected = 0.0
+  for (prompt, knowledge, response), (rest, _, _) in zip(begun, samples, strict=True):
+    p = _log_probabilities(student, prompt + response, 0.7)[len(prompt) - 1 : -1]
+    q = _log_probabilities(params, knowledge + rest + response, 0.7)[len(knowledge) + len(rest) - 1 : -1]
+    expected += (np.exp(p) * (p - q)).sum()
+  teacher = teacher_lib.prepare(params, ARCHITECTURE, [knowledge for _, knowledge, _ in begun], dtype=jnp.float32, skip=skip)
+  for how in (dict(prompt=12), dict(prompt=12, pack=False), dict(texts=2, prompt=23, rows=20)):
+    np.testing.assert_allclose(_loss_sum(student, teacher, _batch(begun, **how))[0], expected, rtol=2e-5)
+  # What the path without segments does: the skipped tokens stand behind the others.
+  rows = _batch(begun, prompt=12, pack=False)
+  hidden = teacher_lib.teacher_hidden(teacher, ARCHITECTURE, rows, dtype=jnp.float32, path="xla")
+  moved = teacher_lib.to_the_end(rows._replace(segments=np.where(rows.positions < skip, 0, rows.segments)), skip)
+  shifted = moved._replace(positions=np.maximum(np.asarray(moved.positions) - skip, 0))
+  found = teacher_lib.teacher_hidden(teacher._replace(skip=jnp.int32(0)), ARCHITECTURE, shifted, dtype=jnp.float32, path="xla")
+  np.testing.assert_allclose(np.asarray(found)[rows.mask], np.asarray(hidden)[rows.mask], atol=1e-5)

@@ -32,7 +32,7 @@ def policy():
 def _config(**changes):
   config = config_lib.default().consolidation
   with config.unlocked():
-    config.update(dict(steps=6, batch_size=4, micro_batch=4, learning_rate=1e-3, k=8, checkpoint_every=2, log_probe=3) | changes)
+    config.update(dict(steps=6, batch_size=4, learning_rate=1e-3, k=8, checkpoint_every=2, log_probe=3) | changes)
   return config
 
 
@@ -97,15 +97,24 @@ def test_a_batch_is_scored_as_it_was_sampled(policy, data):
   batch, lengths = train.sample_batch(task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate")
   [(name, prompts, sampled)] = seen
   assert name == data and lengths == [len(ids) for ids in sampled]
-  for b, i in enumerate([0, 3, 4]):
-    prompt, response = list(task.prompts[i]), sampled[b]
-    assert batch.student_tokens[b, : batch.student_length[b]].tolist() == prompt + response
-    teacher = batch.teacher_tokens[b, : batch.teacher_length[b]].tolist()
-    assert teacher in [[*known, *prompt, *response] for known in task.knowledge]
-    assert batch.response[b][batch.mask[b]].tolist() == response
-    assert list(prompts[b]) == (prompt if data == "student" else teacher[: len(teacher) - len(response)])
-    # The row that predicts the response's first token is the prompt's last, on both sides.
-    assert batch.student_tokens[b, batch.student_start[b] + 1] == batch.teacher_tokens[b, batch.teacher_start[b] + 1] == response[0]
+  found = []
+  for row, segments, texts, slots in zip(batch.tokens, batch.segments, batch.texts, batch.slots, strict=True):
+    for segment in range(1, segments.max() + 1):
+      [slot] = set(slots[segments == segment])
+      found.append((row[segments == segment].tolist(), int(texts[slot])))
+  for i, prompt, response in zip([0, 3, 4], prompts, sampled, strict=True):
+    own = list(task.prompts[i]) + response
+    [text] = [text for ids, text in found if ids == own]
+    assert list(prompt) == ([] if data == "student" else list(task.knowledge[text])) + list(task.prompts[i])
+  # The row that predicts the response's first token is the prompt's last.
+  for row, at, response, mask in zip(batch.tokens, batch.at, batch.response, batch.mask, strict=True):
+    np.testing.assert_array_equal(row[at + 1][mask], response[mask])
+  assert batch.mask.sum() == sum(map(len, sampled))
+
+
+def test_unpacked_rows_hold_a_sample_each(policy):
+  batch, _ = train.sample_batch(_task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate")
+  assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
 
 
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
@@ -117,8 +126,8 @@ def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
   used = set()
   for drawn in passes[:2]:
     batch, _ = train.sample_batch(task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate")
-    used |= set((batch.teacher_length - batch.student_length).tolist())
-  assert used == {len(known) for known in task.knowledge}
+    used |= {int(texts[slot]) for texts, slots, segments in zip(batch.texts, batch.slots, batch.segments) for slot in slots[segments > 0]}
+  assert used == {0, 1}
 
 
 def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_path):  # trap 31
@@ -154,7 +163,7 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
 @pytest.mark.slow  # test_step.py compares the gradients themselves
 def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 6
   whole, _ = _run(policy, tmp_path / "a", _config(steps=2))
-  cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_batch=1))
+  cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_tokens=1))
   # Adam divides by the gradient's own size, so where that is rounding noise the two may differ by up to a step of the rate, 1e-3.
   differ = np.concatenate([np.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True)])
   assert np.quantile(differ, 0.99) < 1e-5

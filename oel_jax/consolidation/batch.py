@@ -1,7 +1,7 @@
 """From prompts, knowledge and sampled ids to the arrays of a step.
 
-Tokens are placed as they were sampled, never decoded and encoded again. The student reads prompt and response; the teacher reads the
-knowledge in front of the same ids. Both are padded on the right.
+Tokens are placed as they were sampled, never decoded and encoded again. Student and teacher read the same rows: a teacher's token has
+the knowledge before it as keys and values that were computed once (`teacher.prepare`), so it stands in no row.
 """
 
 from collections.abc import Sequence
@@ -13,66 +13,90 @@ from jaxtyping import Array, Float, Int
 
 
 class Batch(NamedTuple):
-  """B samples, R the longest response, T and U the longest student and teacher sequences.
+  """S rows of T tokens and R response tokens. A row holds one sample or more, one behind the other, then padding; M texts at most.
 
   Attributes:
-    student_tokens: [B, T] int32.
-    student_length: [B] int32, prompt and response.
-    student_start: [B] int32, the row whose next token is the response's first: prompt length - 1.
-    teacher_tokens, teacher_length, teacher_start: the same with the knowledge in front, [B, U], [B], [B].
-    response: [B, R] int32, the sampled ids.
-    mask: [B, R] bool, which of them count: all, the end-of-sequence id too.
+    tokens: [S, T] int32.
+    positions: [S, T] int32, of each token in its own sample.
+    segments: [S, T] int32, 1, 2… for the row's samples, 0 for padding.
+    texts: [S, M] int32, the knowledge that the row's samples are given.
+    slots: [S, T] int32, which of those M a token's sample is given.
+    at: [S, R] int32, the position in the row whose next token is the response token.
+    response: [S, R] int32, the sampled ids.
+    mask: [S, R] bool, which of the R count: every response token, the end-of-sequence id too.
   """
 
-  student_tokens: Array
-  student_length: Array
-  student_start: Array
-  teacher_tokens: Array
-  teacher_length: Array
-  teacher_start: Array
+  tokens: Array
+  positions: Array
+  segments: Array
+  texts: Array
+  slots: Array
+  at: Array
   response: Array
   mask: Array
 
 
 def assemble(
-    prompts: Sequence[Sequence[int]], knowledge: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int,
-    student_length: int, teacher_length: int, response_length: int, skip: int = 0,
+    prompts: Sequence[Sequence[int]], knowledge: Sequence[int], responses: Sequence[Sequence[int]], *, pad_id: int, length: int,
+    response_length: int, texts: int = 1, pack: bool = True,
 ) -> Batch:  # fmt: skip
-  """Lays B samples out as NumPy arrays of fixed lengths.
+  """Lays samples out as NumPy arrays, in as few rows as the longest-first, first-fit rule finds; the same samples give the same rows.
 
   Args:
-    prompts: ids of the prompt without knowledge, not empty.
-    knowledge: ids that the teacher reads before it.
+    prompts: ids of the prompts without knowledge, not empty.
+    knowledge: which knowledge text each is given.
     responses: sampled ids, not empty.
     pad_id: fills the rest; its value changes nothing.
-    student_length, teacher_length, response_length: T, U and R.
-    skip: so many ids at the beginning of a prompt stand at the beginning of the knowledge already: the teacher reads them once.
+    length, response_length: T and R.
+    texts: M, most texts a row.
+    pack: whether a row may hold several samples.
 
   Raises:
     ValueError: a sample does not fit; names the sample and the lengths. Nothing is ever cut off.
   """
-  B = len(prompts)
-  student, teacher = np.full((B, student_length), pad_id, np.int32), np.full((B, teacher_length), pad_id, np.int32)
-  response, mask = np.full((B, response_length), pad_id, np.int32), np.zeros((B, response_length), bool)
-  lengths = np.zeros((4, B), np.int32)
-  for b, (prompt, known, sampled) in enumerate(zip(prompts, knowledge, responses, strict=True)):
-    plain, informed = [*prompt, *sampled], [*known, *prompt[skip:], *sampled]
-    if not prompt or not sampled:
-      raise ValueError(f"sample {b} has {len(prompt)} prompt and {len(sampled)} response tokens: both need at least one")
-    rooms = (("student", plain, student_length), ("teacher", informed, teacher_length), ("response", sampled, response_length))
-    for name, ids, room in rooms:
-      if len(ids) > room:
-        raise ValueError(f"sample {b}: the {name}'s sequence has {len(ids)} tokens, the batch has room for {room}")
-    student[b, : len(plain)], teacher[b, : len(informed)] = plain, informed
-    response[b, : len(sampled)], mask[b, : len(sampled)] = sampled, True
-    lengths[:, b] = len(plain), len(prompt) - 1, len(informed), len(informed) - len(sampled) - 1
-  return Batch(student, lengths[0], lengths[1], teacher, lengths[2], lengths[3], response, mask)
+  for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    if not prompt or not response:
+      raise ValueError(f"sample {i} has {len(prompt)} prompt and {len(response)} response tokens: both need at least one")
+    for name, size, room in (("sequence", len(prompt) + len(response), length), ("response", len(response), response_length)):
+      if size > room:
+        raise ValueError(f"sample {i}: the {name} has {size} tokens, the batch has room for {room}")
+  sizes = [(len(prompt) + len(response), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+  rows = _fit(sizes, knowledge, length, response_length, texts) if pack else [[i] for i in range(len(sizes))]
+  tokens, answers = (np.full((len(rows), n), pad_id, np.int32) for n in (length, response_length))
+  positions, segments, slots = (np.zeros_like(tokens) for _ in range(3))
+  at, mask, given = np.zeros_like(answers), np.zeros(answers.shape, bool), np.zeros((len(rows), texts), np.int32)
+  for s, row in enumerate(rows):
+    used = list(dict.fromkeys(knowledge[i] for i in row))
+    given[s, : len(used)] = used
+    begin = counted = 0
+    for segment, i in enumerate(row, start=1):
+      size, answer = sizes[i]
+      here, there = slice(begin, begin + size), slice(counted, counted + answer)
+      tokens[s, here], positions[s, here], segments[s, here] = [*prompts[i], *responses[i]], range(size), segment
+      slots[s, here] = used.index(knowledge[i])
+      answers[s, there], mask[s, there], at[s, there] = responses[i], True, np.arange(answer) + begin + size - answer - 1
+      begin, counted = begin + size, counted + answer
+  return Batch(tokens, positions, segments, given, slots, at, answers, mask)
 
 
-def response_rows(hidden_BxTxD: Float[Array, "B T D"], start_B: Int[Array, "B"], rows: int) -> Float[Array, "B R D"]:
-  """The hidden states that predict the response: row r of sample b stands at position start_B[b] + r.
+def _fit(sizes, knowledge, length, response_length, texts) -> list[list[int]]:
+  """Rows of samples: each goes, the longest first, to the first row with room for its tokens, its response and its text."""
+  rows, used = [], []
+  for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+    for row, (tokens, answers, known) in zip(rows, used, strict=True):
+      room = tokens[0] + sizes[i][0] <= length and answers[0] + sizes[i][1] <= response_length
+      if room and len(known | {knowledge[i]}) <= texts:
+        break
+    else:
+      row, (tokens, answers, known) = [], ([0], [0], set())
+      rows.append(row)
+      used.append((tokens, answers, known))
+    row.append(i)
+    tokens[0], answers[0] = tokens[0] + sizes[i][0], answers[0] + sizes[i][1]
+    known.add(knowledge[i])
+  return rows
 
-  Rows past the end repeat the last position; the mask leaves them out.
-  """
-  at = start_B[:, None] + jnp.arange(rows)
-  return jnp.take_along_axis(hidden_BxTxD, jnp.minimum(at, hidden_BxTxD.shape[1] - 1)[..., None], axis=1)
+
+def response_rows(hidden_SxTxD: Float[Array, "S T D"], at_SxR: Int[Array, "S R"]) -> Float[Array, "S R D"]:
+  """The hidden states that predict the response tokens. Places that the mask does not count repeat the row's first."""
+  return jnp.take_along_axis(hidden_SxTxD, at_SxR[..., None], axis=1)

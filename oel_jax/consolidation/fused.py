@@ -3,9 +3,10 @@
 16,384 tokens over a vocabulary of 151,936 are 10 GB of float32 logits a side, several times over once differentiated.
 Here the tokens go by in chunks under `lax.scan`: each chunk's logits are made, compared and turned into the chunk's
 gradients at once, in the forward pass (the loss is a sum, so its gradients are known up to one factor, its cotangent);
-the backward pass only multiplies by that factor. Four matrix products a chunk, none of them done twice.
+the backward pass only multiplies by that factor. Four matrix products, none of them done twice; beside them, float32
+logits are written once and read twice: for the statistics of a row, all in one pass, and for its gradient.
 
-Shape letters: N tokens, D width (student's and teacher's may differ), V vocabulary, S scan steps, C tokens in a chunk.
+Shape letters: N tokens, D width (student's and teacher's may differ), V vocabulary, S scan steps, G chunks in a step, C tokens in a chunk.
 """
 import functools
 from typing import NamedTuple
@@ -17,12 +18,13 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from oel_jax.consolidation import losses
 
 Scalar = Float32[Array, '']
+GROUP = 8  # chunks whose gradients, in the products' dtype, are kept for one product into the head's
 
 
 def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
                       teacher_hidden: Float[Array, '*tokens E'], teacher_head: Float[Array, 'V E'],
                       mask: Shaped[Array, '*tokens'], *, kind: str = 'reverse_kl', support: str = 'full', k: int = 256,
-                      temperature: float = 0.7, chunk: int = 1024) -> tuple[Scalar, Scalar]:
+                      temperature: float = 0.7, chunk: int = 512) -> tuple[Scalar, Scalar]:
   """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, mask, ...)`.
 
   That is (sum over masked tokens in nats, count), float32 scalars; `kind`, `support`, `k` and `temperature` are defined
@@ -31,7 +33,8 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
 
   Matrix products run in the dtype of the hidden states and accumulate in float32; logits, statistics and the head's
   running gradient are float32. So bfloat16 hidden states with a float32 head give bfloat16 products and a head
-  gradient that is not rounded to bfloat16. Largest temporaries: a few [chunk, V] arrays, and the head's gradient.
+  gradient that is not rounded to bfloat16. Largest temporaries: two float32 [chunk, V] arrays, one of [8 chunk, V] in the
+  products' dtype, and the head's gradient.
 
   On several devices: shard tokens with `jax.shard_map`, heads replicated, and `psum` the two scalars. The head's
   gradient is then summed over the devices once (differentiation does it); left to automatic sharding, XLA may sum it
@@ -62,7 +65,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
 def linear_statistics(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
                       teacher_hidden: Float[Array, '*tokens E'], teacher_head: Float[Array, 'V E'],
                       mask: Shaped[Array, '*tokens'], *, k: int = 256, temperature: float = 0.7,
-                      chunk: int = 1024) -> dict[str, Scalar]:
+                      chunk: int = 512) -> dict[str, Scalar]:
   """Returns sums over the masked tokens, as float32 scalars, for the metrics of a probe batch.
 
     'student_entropy'   −Σ p log p at temperature 1, in nats, whatever `temperature` is
@@ -100,7 +103,7 @@ def linear_statistics(student_hidden: Float[Array, '*tokens D'], student_head: F
 
 def linear_imitation(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
                      tokens: Int[Array, '*tokens'], mask: Shaped[Array, '*tokens'], *,
-                     chunk: int = 1024) -> tuple[Scalar, Scalar]:
+                     chunk: int = 512) -> tuple[Scalar, Scalar]:
   """Returns `losses.imitation(student_hidden @ student_head.T, tokens, mask)`: (sum in nats, count), float32 scalars.
 
   A chunk's logits are made again in the backward pass, so that no [tokens, V] array is alive at any time.
@@ -135,7 +138,7 @@ def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, 
     value, _ = _compare(options, *xs, *heads)
     return total + value, None
 
-  xs = student_hidden, teacher_hidden, mask
+  xs = _hide(student_hidden, mask), _hide(teacher_hidden, mask), mask
   return jax.lax.scan(step, _like_varying(jnp.zeros((), jnp.float32), xs, heads), xs)[0]
 
 
@@ -143,21 +146,27 @@ def _total_forward(options, student_hidden, student_head, teacher_hidden, teache
   """`_total`, and its gradients in the student's hidden states and head for a cotangent of 1."""
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
 
+  def chunk(total, xs):
+    value, compared = _compare(options, *xs, *heads)
+    d_logits = jnp.where(xs[-1][:, None], _logit_gradient(options, *compared), 0)  # [C, V]
+    # Rounded as the logits' factors were: a float32 operand would put both products on the slow units.
+    return total + value, d_logits.astype(student_hidden.dtype)
+
   def step(carry, xs):
     total, d_head = carry
-    hidden, _, counted = xs
-    value, compared = _compare(options, *xs, *heads)
-    d_logits = jnp.where(counted[:, None], _logit_gradient(options, *compared), 0)  # [C, V]
-    # Rounded as the logits' factors were: a float32 operand would put both products on the slow units.
-    d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jnp.einsum('cv,vd->cd', d_logits, heads[0], preferred_element_type=jnp.float32)
-    d_head += jnp.einsum('cv,cd->vd', d_logits, _hide(hidden, counted), preferred_element_type=jnp.float32)
-    return (total + value, d_head), d_hidden.astype(hidden.dtype)
+    total, d_logits = jax.lax.scan(chunk, total, xs)  # [G, C, V]
+    d_hidden = jnp.einsum('gcv,vd->gcd', d_logits, heads[0], preferred_element_type=jnp.float32)
+    # The head's gradient is read and written at each product: for fewer of them, chunks are taken together.
+    d_head += jnp.einsum('gcv,gcd->vd', d_logits, xs[0], preferred_element_type=jnp.float32)
+    return (total, d_head), d_hidden.astype(student_hidden.dtype)
 
-  xs = student_hidden, teacher_hidden, mask
+  steps, size = mask.shape
+  groups = -(-steps // GROUP)
+  pad = lambda x: jnp.pad(x, [(0, -steps % groups)] + [(0, 0)] * (x.ndim - 1)).reshape(groups, -1, *x.shape[1:])
+  xs = tuple(map(pad, (_hide(student_hidden, mask), _hide(teacher_hidden, mask), mask)))
   zeros = jnp.zeros((), jnp.float32), jnp.zeros(student_head.shape, jnp.float32)
   (total, d_head), d_hidden = jax.lax.scan(step, _like_varying(zeros, xs, heads), xs)
-  return total, (d_hidden, d_head.astype(student_head.dtype))
+  return total, (d_hidden.reshape(-1, size, student_hidden.shape[-1])[:steps], d_head.astype(student_head.dtype))
 
 
 def _total_backward(options, gradients, cotangent):
@@ -170,21 +179,66 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 def _compare(options, student_hidden, teacher_hidden, mask, student_head, teacher_head):
-  """One chunk: the sum of its divergence, and (log p, log q, inside) to form its gradient from."""
-  log_p = losses.log_probabilities(_logits(student_hidden, student_head, mask), options.temperature)
-  log_q = losses.log_probabilities(_logits(teacher_hidden, teacher_head, mask), options.temperature)
+  """One chunk: the sum of its divergence, and (log p, log q, inside, value of each token) to form its gradient from."""
+  sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
+  s, t = (jnp.maximum(_product(*side), losses.FLOOR) for side in sides)
+  swapped = options.kind == 'forward_kl'
+  *totals, value = _row_statistics(*((t, s) if swapped else (s, t)), options.temperature)
+  log_p, log_q = (x / options.temperature - total[:, None] for x, total in zip((s, t), totals[::-1] if swapped else totals))
   inside = losses.support_set(log_p, options.support, options.k)
-  value = losses.token_divergence(log_p, log_q, inside, options.kind, options.support)
-  return jnp.where(mask, value, 0).sum(), (log_p, log_q, inside)
+  if options.support != 'full' or options.kind == 'jsd':
+    value = losses.token_divergence(log_p, log_q, inside, options.kind, options.support)
+  return jnp.where(mask, value, 0).sum(), (log_p, log_q, inside, value)
 
 
-def _logit_gradient(options, log_p, log_q, inside):
+def _row_statistics(s, t, temperature):
+  """(log Σ exp s/T, log Σ exp t/T, KL(softmax s/T ‖ softmax t/T)) of each row of two [C, V] arrays.
+
+  A GPU waits for memory here, so it reads each logit once; a CPU waits for exponentials, of which `_one_pass` has more.
+  """
+  how = {name: functools.partial(f, temperature=temperature) for name, f in (('one', _one_pass), ('two', _two_passes))}
+  return jax.lax.platform_dependent(s, t, cuda=how['one'], rocm=how['one'], default=how['two'])
+
+
+def _two_passes(s, t, temperature):
+  top_s, top_t = s.max(-1, keepdims=True), t.max(-1, keepdims=True)
+  p, q = jnp.exp((s - top_s) / temperature), jnp.exp((t - top_t) / temperature)
+  return _finish(top_s[:, 0], p.sum(-1), (p * (s - t)).sum(-1), top_t[:, 0], q.sum(-1), temperature)
+
+
+def _one_pass(s, t, temperature):
+  """Sums that are scaled again whenever a larger logit turns up, as in an online softmax."""
+
+  def merge(one, other):
+    (m, z, w, n, y), (m_, z_, w_, n_, y_) = one, other
+    top_s, top_t = jnp.maximum(m, m_), jnp.maximum(n, n_)
+    scales = [jnp.exp((old - top) / temperature) for old, top in ((m, top_s), (m_, top_s), (n, top_t), (n_, top_t))]
+    return top_s, z * scales[0] + z_ * scales[1], w * scales[0] + w_ * scales[1], top_t, y * scales[2] + y_ * scales[3]
+
+  none, zero, ones = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.ones_like(s)
+  sums = jax.lax.reduce((s, ones, s - t, t, ones), (none, zero, zero, none, zero), merge, (1,))
+  return _finish(*sums, temperature)
+
+
+def _finish(top_s, sum_s, weighted, top_t, sum_t, temperature):
+  # Differences of logits are taken before the division: a multiplication fused into one of them alone would leave a
+  # rounding error where student and teacher are the same.
+  log_sums = jnp.log(sum_s), jnp.log(sum_t)
+  value = (weighted / sum_s - (top_s - top_t)) / temperature - (log_sums[0] - log_sums[1])
+  return top_s / temperature + log_sums[0], top_t / temperature + log_sums[1], value
+
+
+def _logit_gradient(options, log_p, log_q, inside, value):
   """The divergence's gradient in the student's logits, [C, V] float32.
 
   With g = ∂D / ∂ log p, the softmax gives ∂D / ∂ logits = (g − p Σ g) / T. The tail bucket adds its own slope, spread
   over the tokens outside by their share of it, since ∂ log p_tail / ∂ log p_v = p_v / p_tail.
   """
   slope = _slope(log_p, log_q, options)
+  if options.support == 'full' and options.kind != 'jsd':
+    # Σ g is known: KL(p ‖ q) itself, or Σ p − Σ q. Nothing to read the logits for once more.
+    total = value[:, None] if options.kind == 'reverse_kl' else 0
+    return (slope - jnp.exp(log_p) * total) / options.temperature
   if options.support != 'full':
     slope = jnp.where(inside, slope, 0)
   total = slope.sum(-1, keepdims=True)
@@ -213,12 +267,16 @@ def _slope(log_p, log_q, options):
 
 
 def _logits(hidden, head, mask):
-  return jnp.einsum('cd,vd->cv', _hide(hidden, mask), head, preferred_element_type=jnp.float32)
+  return _product(_hide(hidden, mask), head)
+
+
+def _product(hidden, head):
+  return jnp.einsum('cd,vd->cv', hidden, head, preferred_element_type=jnp.float32)
 
 
 def _hide(hidden, mask):
   # Before the products: a NaN row times a zero gradient would still make the head's whole gradient NaN.
-  return jnp.where(mask[:, None], hidden, 0)
+  return jnp.where(mask[..., None], hidden, 0)
 
 
 def _entropy(logits):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import fused, teacher
+from oel_jax.consolidation import fused
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 
@@ -27,67 +28,71 @@ def init_state(params: Any, optimizer: Any) -> State:
 
 
 def loss_sum(
-    params: Any, teacher_params: Any, batch: batch_lib.Batch, *, architecture: Architecture, kind: str, support: str, k: int,
-    temperature: float, chunk: int, dtype: Any, remat: str,
+    params: Any, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, *, architecture: Architecture, kind: str, support: str, k: int,
+    temperature: float, chunk: int, dtype: Any, remat: str, path: str,
 ) -> tuple[Array, Array]:  # fmt: skip
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another divergence, and their count; float32.
 
   Sums, not means: a mean is taken once, over the whole batch, so that how the batch is cut changes nothing (traps, 6).
   `kind` "imitation" is the negative log-likelihood of the response under the student, and needs no teacher.
   """
-  rows = batch.response.shape[1]
-  hidden = teacher.sequence_hidden(
-      params, architecture, batch.student_tokens, batch.student_length, batch.student_start, rows, dtype=dtype, remat=remat
-  )
+  target = None
+  if kind != "imitation":  # the teacher first: of its pass, only these rows stay
+    with jax.named_scope("teacher"):
+      target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
+  with jax.named_scope("student"):
+    hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
   if kind == "imitation":
     return fused.linear_imitation(hidden, model.head(params), batch.response, batch.mask, chunk=chunk)
-  target = teacher.teacher_hidden(teacher_params, architecture, batch, dtype=dtype)
   return fused.linear_divergence(
-      hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher_params)), batch.mask,
+      hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
       kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
   )  # fmt: skip
 
 
 def make_step(
     architecture: Architecture, optimizer: Any, *, kind: str = "reverse_kl", support: str = "full", k: int = 256, temperature: float = 0.7,
-    chunk: int = 1024, micro_batch: int | None = None, dtype: Any = jnp.float32, remat: str = "none", shardings: Any = None,
-) -> Callable[[State, Any, batch_lib.Batch], tuple[State, dict[str, Array]]]:  # fmt: skip
-  """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the teacher's parameters are not.
+    chunk: int = 512, micro_tokens: int | None = None, dtype: Any = jnp.float32, remat: str = "none", path: str = "xla",
+    shardings: Any = None,
+) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:  # fmt: skip
+  """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the teacher is not.
 
   Args:
     architecture: of student and teacher.
     optimizer: optax GradientTransformation; sees the gradient of the mean over all response tokens.
     kind, support, k, temperature, chunk: as in `fused.linear_divergence`; kind may also be "imitation".
-    micro_batch: samples a forward and backward pass; divides the batch. None: all at once. Gradients are summed in float32.
+    micro_tokens: most tokens, padding included, of a forward and backward pass on one device, but at least a row. None: all rows at once.
+      Gradients are summed in float32.
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`model.REMAT`).
+    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`).
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device.
 
   Returns:
     step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens.
   """
+  mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
+  shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def value_and_gradient(params, teacher_params, batch):
+  def value_and_gradient(params, teacher, batch):
     def total(params):
       return loss_sum(
-          params, teacher_params, batch, architecture=architecture, kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
-          dtype=dtype, remat=remat,
+          params, teacher, batch, architecture=architecture, kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
+          dtype=dtype, remat=remat, path=path,
       )  # fmt: skip
 
     (value, count), gradient = jax.value_and_grad(total, has_aux=True)(params)
     return value, count, gradient
 
-  def step(state: State, teacher_params: Any, batch: batch_lib.Batch):
-    size = batch.mask.shape[0]
-    pieces = size // (micro_batch or size)
-    if pieces * (micro_batch or size) != size:
-      raise ValueError(f"micro_batch is {micro_batch}: it must divide the batch of {size}")
+  def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
+    pieces = _pieces(*batch.tokens.shape, shards, micro_tokens)
     if pieces == 1:
-      value, count, gradient = value_and_gradient(state.params, teacher_params, batch)
+      value, count, gradient = value_and_gradient(state.params, teacher, batch)
     else:
-      cut = jax.tree.map(lambda x: x.reshape(pieces, size // pieces, *x.shape[1:]), batch)
+      # Every device has its part of every piece: piece p is rows p, p + pieces…
+      cut = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
       zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-      add = lambda so_far, piece: (jax.tree.map(jnp.add, so_far, value_and_gradient(state.params, teacher_params, piece)), None)
+      add = lambda so_far, piece: (jax.tree.map(jnp.add, so_far, value_and_gradient(state.params, teacher, piece)), None)
       (value, count, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
     gradient = jax.tree.map(lambda g: g / count, gradient)
@@ -99,18 +104,22 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def make_probe(architecture: Architecture, *, k: int, temperature: float, chunk: int, dtype: Any = jnp.float32):
+def _pieces(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
+  """Into how many equal parts, each with as many rows for every shard, the rows go for a part to have micro_tokens a shard at most."""
+  each = max(1, rows // shards)
+  fits = lambda pieces: each % pieces == 0 and each // pieces * length <= micro_tokens
+  return 1 if micro_tokens is None else next((pieces for pieces in range(1, each) if fits(pieces)), each)
+
+
+def make_probe(architecture: Architecture, *, k: int, temperature: float, chunk: int, dtype: Any = jnp.float32, path: str = "xla"):
   """Makes the jitted probe(params, teacher, batch) -> means over the response tokens, as `fused.linear_statistics` names them."""
 
   @jax.jit
-  def probe(params, teacher_params, batch):
-    rows = batch.response.shape[1]
-    hidden = teacher.sequence_hidden(
-        params, architecture, batch.student_tokens, batch.student_length, batch.student_start, rows, dtype=dtype, remat="none"
-    )
-    target = teacher.teacher_hidden(teacher_params, architecture, batch, dtype=dtype)
+  def probe(params, teacher, batch):
+    hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat="none", path=path)
+    target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
     sums = fused.linear_statistics(
-        hidden, model.head(params), target, model.head(teacher_params), batch.mask, k=k, temperature=temperature, chunk=chunk
+        hidden, model.head(params), target, model.head(teacher.params), batch.mask, k=k, temperature=temperature, chunk=chunk
     )
     return {name: value / jnp.maximum(sums["count"], 1) for name, value in sums.items() if name != "count"}
 

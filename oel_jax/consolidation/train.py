@@ -18,6 +18,7 @@ from absl import logging
 
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy.generate import Policy, Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
@@ -95,25 +96,27 @@ def draws(task: Task, batch_size: int) -> grain.IterDataset:
 def sample_batch(
     task: Task, student: Policy, teacher: Policy, prefixes: Sequence[int], numbers: Sequence[int], config: Any, limit: int, stage: str
 ) -> tuple[batch_lib.Batch, list[int]]:
-  """Draws a knowledge text and a response for each prefix; returns the batch and the responses' lengths.
+  """Draws a knowledge text and a response for each prefix; returns the batch, packed, and the responses' lengths.
 
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the teacher from knowledge and prompt.
   """
   prompts = [task.prompts[i] for i in prefixes]
-  known = [task.knowledge[derive(task.seed, task.round, stage, "knowledge", int(n)) % len(task.knowledge)] for n in numbers]
+  texts = [derive(task.seed, task.round, stage, "knowledge", int(n)) % len(task.knowledge) for n in numbers]
   seeds = [derive(task.seed, task.round, stage, int(n)) for n in numbers]
   sampling = Sampling(temperature=config.temperature)
   if config.data == "student":
     responses = student.sample(prompts, seeds, sampling=sampling, max_new_tokens=limit)
   else:
-    responses = teacher.sample([k + p[task.skip :] for k, p in zip(known, prompts, strict=True)], seeds, sampling=sampling, max_new_tokens=limit)
+    informed = [task.knowledge[text] + prompt[task.skip :] for text, prompt in zip(texts, prompts, strict=True)]
+    responses = teacher.sample(informed, seeds, sampling=sampling, max_new_tokens=limit)
   # Few shapes: the room for prompts is that of the longest in the round, and responses have one of three.
   rows = next(room for room in (-(-limit // 4), -(-limit // 2), limit) if max(map(len, responses)) <= room)
-  prompt_room, knowledge_room = (_round_up(max(map(len, ids))) for ids in (task.prompts, task.knowledge))
+  length, known = _round_up(max(map(len, task.prompts))) + rows, max(map(len, task.knowledge))
+  # Several texts a row where they are short: together no longer than the row, since each of its tokens is compared with all of them.
+  together = min(len(task.knowledge), max(1, length // max(1, known))) if config.pack else 1
   made = batch_lib.assemble(
-      prompts, known, responses, pad_id=student.tokenizer.pad_id, response_length=rows, student_length=prompt_room + rows,
-      teacher_length=knowledge_room + prompt_room + rows, skip=task.skip,
-  )  # fmt: skip
+      prompts, texts, responses, pad_id=student.tokenizer.pad_id, length=length, response_length=rows, texts=together, pack=config.pack
+  )
   return made, [len(response) for response in responses]
 
 
@@ -166,20 +169,24 @@ def consolidate(
     if first == config.steps:
       return state.params, cost
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
+    path = attention_path(config, policy)
+    teacher = prepare_teacher(task, policy, mesh, path)
     step = step_lib.make_step(
         policy.architecture, optimizer, kind=config.kind, support=config.support, k=config.k, temperature=config.temperature,
-        chunk=config.chunk, micro_batch=config.micro_batch, dtype=policy.dtype, shardings=shardings,
+        chunk=config.chunk, micro_tokens=config.micro_tokens, dtype=policy.dtype, remat=config.remat, path=path, shardings=shardings,
     )  # fmt: skip
-    probe = _make_probe(config, task, policy, limit, mesh)
+    probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
     if first == 0:
       metrics.write("consolidate", 0, round=task.round, **probe(policy.params))
     for i in range(first + 1, config.steps + 1):
       started, drawn = time.time(), next(batches)
       student = policy.replace(state.params)
       batch, lengths = sample_batch(task, student, policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate")
-      state, measured = step(state, policy.params, _place(batch, mesh, config.micro_batch))
-      cost["tokens"] += float(batch.student_length.sum())
-      cost["flops"] += 2.0 * size * float(4 * batch.student_length.sum() + batch.teacher_length.sum())
+      state, measured = step(state, teacher, _place(batch, mesh, config.batch_size))
+      tokens = float((batch.segments > 0).sum())
+      cost["tokens"] += tokens
+      # A pass of the sampler, one of the teacher, and three of the student: forward, and both gradients.
+      cost["flops"] += 2.0 * size * 5 * tokens
       scalars = {name: float(value) for name, value in measured.items()} | {"response_tokens": float(np.mean(lengths))}
       saving = i % config.checkpoint_every == 0 or i == config.steps
       scalars |= probe(state.params) if saving else {}
@@ -205,23 +212,49 @@ def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, me
   return restored.state.params if restored and restored.step == config.steps else None
 
 
-def _make_probe(config, task, policy, limit, mesh):
+def attention_path(config: Any, policy: Policy) -> str:
+  """The attention that config.consolidation.attention asks for: "auto" is the fastest that is correct here (`attention.attend`)."""
+  if config.attention != "auto":
+    return config.attention
+  if jax.default_backend() != "gpu" or policy.dtype != "bfloat16":
+    return "xla"
+  return "cudnn" if config.pack else "flash"
+
+
+def prepare_teacher(task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str) -> teacher_lib.Teacher:
+  """The round's teacher, its texts read once; heads of keys and values are spread as those of the parameters are."""
+  a, G, P = policy.architecture, len(task.knowledge), max(map(len, task.knowledge))
+  shape = jax.ShapeDtypeStruct((a.layers, G, a.kv_heads, P, a.head_size), policy.dtype)
+  shardings = mesh_lib.param_shardings(mesh, {"teacher": {"keys": shape, "values": shape}})["teacher"]
+  return teacher_lib.prepare(
+      policy.params, a, task.knowledge, skip=task.skip, dtype=policy.dtype, path="flash" if path == "cudnn" else path,
+      shardings=(shardings["keys"], shardings["values"]),
+  )  # fmt: skip
+
+
+def _make_probe(config, task, policy, teacher, limit, mesh, path):
   """Statistics on one fixed batch, the same at every step of the round: entropies, top-k mass, exact KL."""
   count = min(config.log_probe, len(task.prompts))
   if count == 0:
     return lambda params: {}
   numbers = list(range(count))
   batch, _ = sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
-  batch = _place(batch, mesh, 1)
-  probe = step_lib.make_probe(policy.architecture, k=config.k, temperature=config.temperature, chunk=config.chunk, dtype=policy.dtype)
+  batch = _place(batch, mesh, count)
+  probe = step_lib.make_probe(
+      policy.architecture, k=config.k, temperature=config.temperature, chunk=config.chunk, dtype=policy.dtype, path=path
+  )
   rename = {"reverse_kl": "probe_kl"}
 
   def measure(params):
-    return {rename.get(name, name): float(value) for name, value in probe(params, policy.params, batch).items()}
+    return {rename.get(name, name): float(value) for name, value in probe(params, teacher, batch).items()}
 
   return measure
 
 
-def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, micro_batch: int) -> batch_lib.Batch:
-  """Puts the batch on the devices, rows spread over them; rows are added, masked out, so that devices and micro-batches come out even."""
-  return jax.device_put(mesh_lib.pad_batch(batch, mesh, multiple=micro_batch), mesh_lib.batch_sharding(mesh))
+def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> batch_lib.Batch:
+  """Puts the batch on the devices, rows spread over them.
+
+  Rows are added, masked out: devices come out even, and how many rows the samples needed has one of eight values (traps, 20).
+  """
+  padded = mesh_lib.pad_batch(batch, mesh, multiple=max(1, samples // 8))
+  return jax.device_put(padded, mesh_lib.batch_sharding(mesh))

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy.architecture import Llama3Scaling
 
+PATHS = ("xla", "cudnn", "flash")
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
 
 
@@ -16,16 +17,17 @@ def attend(
   """Softmax attention of T queries over S keys, each key-value head serving N / K query heads; scores and softmax in float32.
 
   Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time, heads, size].
-  `path` is "xla" or "cudnn". The mask is given to cuDNN whole, so segments and padding count there too (traps, 24).
+  `path` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and padding count there too (traps, 24); "flash" does not
+  see it and is causal: right for rows that hold one sequence, padded on the right, and S = T.
 
   Raises:
     ValueError: another path.
   """
-  if path not in ("xla", "cudnn"):
-    raise ValueError(f'attention path is {path!r}: it must be "xla" or "cudnn"')
-  if path == "cudnn":
-    k, v = k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2)
-    return jax.nn.dot_product_attention(q_BxTxNxH, k, v, mask=mask_BxTxS[:, None], implementation="cudnn")
+  if path not in PATHS:
+    raise ValueError(f"attention path is {path!r}: it must be one of {', '.join(map(repr, PATHS))}")
+  if path != "xla":
+    how = dict(mask=mask_BxTxS[:, None]) if path == "cudnn" else dict(is_causal=True)
+    return jax.nn.dot_product_attention(q_BxTxNxH, k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2), implementation="cudnn", **how)
   B, T, N, H = q_BxTxNxH.shape
   K = k_BxKxSxH.shape[1]
   q = q_BxTxNxH.reshape(B, T, K, N // K, H) * (H**-0.5)
@@ -44,6 +46,38 @@ def causal(
     return attend(q_BxTxNxH, k_BxKxTxH, v_BxKxTxH, jnp.tril(jnp.ones((1, T, T), bool)))
   k, v = k_BxKxTxH.swapaxes(1, 2), v_BxKxTxH.swapaxes(1, 2)
   return jax.nn.dot_product_attention(q_BxTxNxH, k, v, is_causal=True, implementation=path)
+
+
+def attend_with_prefix(
+    q_BxTxNxH: Float[Array, "B T N H"], own: tuple[Array, Array], prefix: tuple[Array, Array], mask_BxTxS: Bool[Array, "B T PT"],
+    length_B: Int[Array, "B"], path: str = "xla",
+) -> Float[Array, "B T N H"]:  # fmt: skip
+  """`attend` over the keys and values of a prefix, [B, K, P, H], and those of the tokens themselves, [B, K, T, H].
+
+  "xla" and "cudnn" go by the mask, [B, T, P + T]. "flash" goes by length_B, how much of the prefix there is: it attends to the two apart
+  and joins them by their log-sum-exps. Not differentiable there.
+  """
+  if path != "flash":
+    k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
+    return attend(q_BxTxNxH, k, v, mask_BxTxS, path)
+  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below (traps, 24b).
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  def flash(k, v, **how):
+    how |= dict(scale=q_BxTxNxH.shape[-1] ** -0.5, return_residual=True)
+    y, logsumexp_BxNxT = cudnn.dot_product_attention(q_BxTxNxH, k.swapaxes(1, 2), v.swapaxes(1, 2), **how)
+    return y, logsumexp_BxNxT.swapaxes(1, 2)[..., None]
+
+  B, T = q_BxTxNxH.shape[:2]
+  filled = dict(q_seqlen=jnp.full(B, T, jnp.int32), kv_seqlen=jnp.maximum(length_B, 1), mask_type=cudnn.MaskType.PADDING)
+  return join(*flash(*own, mask_type=cudnn.MaskType.CAUSAL), *flash(*prefix, **filled), (length_B > 0)[:, None, None, None])
+
+
+def join(first: Array, first_logsumexp: Array, second: Array, second_logsumexp: Array, there: Array) -> Array:
+  """One attention from two over disjoint keys, [..., H] with log-sum-exps [..., 1], in float32; `second` counts where it is `there`."""
+  second_logsumexp = jnp.where(there, second_logsumexp.astype(jnp.float32), MASKED)
+  weight = jax.nn.sigmoid(second_logsumexp - first_logsumexp.astype(jnp.float32))
+  return ((1 - weight) * first.astype(jnp.float32) + weight * second.astype(jnp.float32)).astype(first.dtype)
 
 
 def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

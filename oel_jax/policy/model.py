@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
@@ -42,6 +42,30 @@ class Cache(NamedTuple):
   values: tuple[Array, ...]
   filled: Array
   index: Array
+
+
+class Prefix(NamedTuple):
+  """Keys and values of G texts, computed once, that tokens attend to besides their own row.
+
+  Attributes:
+    keys, values: [L, G, K, P, H].
+    length: [G] int32, how much of P each text fills.
+    texts: [B, M] int32, the texts that a row may attend to.
+    slots: [B, T] int32, which of those M a token does.
+  """
+
+  keys: Array
+  values: Array
+  length: Array
+  texts: Array
+  slots: Array
+
+  def mask(self) -> Bool[Array, "B T MP"]:
+    """Which of a row's M texts, one behind the other, each token attends to."""
+    M, P = self.texts.shape[1], self.keys.shape[3]
+    chosen_BxTxM = self.slots[..., None] == jnp.arange(M)
+    filled_BxMxP = jnp.arange(P) < self.length[self.texts][..., None]
+    return (chosen_BxTxM[..., None] & filled_BxMxP[:, None]).reshape(*self.slots.shape, M * P)
 
 
 @jax.custom_vjp
@@ -79,7 +103,7 @@ class Attention(nn.Module):
   path: str = "xla"
 
   @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None):
+  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None, prefix=None):
     a = self.architecture
     dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
     q = dense((a.heads, a.head_size), use_bias=a.qkv_bias, name="q")(x_BxTxD)
@@ -95,8 +119,21 @@ class Attention(nn.Module):
       keys, values, index = cache
       k = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=2)
       v = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=2)
-    y = attention.attend(q, k, v, mask_BxTxS, self.path)
+    if prefix is None:
+      y = attention.attend(q, k, v, mask_BxTxS, self.path)
+    else:
+      y = attention.attend_with_prefix(q, (k, v), *self._prefix(*prefix, mask_BxTxS), self.path)
     return dense(a.width, axis=(-2, -1), name="o")(y), (k, v)
+
+
+  def _prefix(self, keys_GxKxPxH, values_GxKxPxH, length_G, texts_BxM, mask_BxTxS):
+    """What `attend_with_prefix` wants of the rows' texts, put one behind the other."""
+    G, K, P, H = keys_GxKxPxH.shape
+    B, M = texts_BxM.shape
+    if self.path == "flash" and M > 1:
+      raise ValueError(f'attention path "flash" got rows of {M} knowledge texts: it takes one a row; "cudnn" and "xla" take several')
+    rows = lambda x: x[texts_BxM].swapaxes(1, 2).reshape(B, K, M * P, H)
+    return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), mask_BxTxS, length_G[texts_BxM[:, 0]]
 
 
 class Feedforward(nn.Module):
@@ -121,11 +158,12 @@ class Block(nn.Module):
   path: str = "xla"
 
   @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None):
+  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None, prefix=None):
     a = self.architecture
     norm = functools.partial(nn.RMSNorm, a.norm_eps, dtype=self.dtype)
     with jax.named_scope("attention"):
-      y, kv = Attention(a, self.dtype, self.path, name="attention")(norm(name="attention_norm")(x_BxTxD), positions_BxT, mask_BxTxS, cache)
+      x = norm(name="attention_norm")(x_BxTxD)
+      y, kv = Attention(a, self.dtype, self.path, name="attention")(x, positions_BxT, mask_BxTxS, cache, prefix)
     x_BxTxD = x_BxTxD + y
     with jax.named_scope("feedforward"):
       y = Feedforward(a, self.dtype, name="feedforward")(norm(name="feedforward_norm")(x_BxTxD))
@@ -141,17 +179,23 @@ class Decoder(nn.Module):
   path: str = "xla"
 
   @nn.compact
-  def __call__(self, tokens_BxT, positions_BxT, segments_BxT, keep_cache=False):
+  def __call__(self, tokens_BxT, positions_BxT, segments_BxT, keep_cache=False, prefix=None):
     a = self.architecture
-    x = embed(nn.Embed(a.vocabulary, a.width, name="embed").embedding.astype(self.dtype), tokens_BxT)
+    # Cast after the rows are taken: the table's gradient is then summed in float32, and most of the table never cast.
+    x = embed(nn.Embed(a.vocabulary, a.width, name="embed").embedding, tokens_BxT).astype(self.dtype)
     x = jnp.where(segments_BxT[..., None] > 0, x, 0)  # a masked NaN is still a NaN: 0 x NaN (traps, 8)
     if not a.tied_head:
       self.param("head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, (a.vocabulary, a.width))})
     block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    mask, read, once = attention.segment_mask(segments_BxT), None, nn.broadcast
+    if prefix is not None:
+      mask = jnp.concatenate([prefix.mask(), mask], axis=-1)
+      read = prefix.keys, prefix.values, prefix.length, prefix.texts
     layers = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=a.layers, in_axes=(nn.broadcast, nn.broadcast)
-    )(a, self.dtype, self.path, name="layers")
-    x, kv = layers(x, positions_BxT, attention.segment_mask(segments_BxT))
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=a.layers,
+        in_axes=(once, once, once, once if prefix is None else (0, 0, once, once)),
+    )(a, self.dtype, self.path, name="layers")  # fmt: skip
+    x, kv = layers(x, positions_BxT, mask, None, read)
     return nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="norm")(x), (kv if keep_cache else None)
 
 
@@ -183,6 +227,7 @@ def apply(
     remat: str = "none",
     keep_cache: bool = False,
     path: str = "xla",
+    prefix: Prefix | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Runs the decoder up to its last norm.
 
@@ -194,7 +239,8 @@ def apply(
     cache: if given, the tokens are appended to it: T must be 1.
     dtype: of the activations; parameters are cast to it where they are used.
     remat: what the backward pass recomputes: "none" keeps all, "dots" keeps matrix products, "full" keeps layer inputs only.
-    path: of the attention, "xla" or "cudnn" (`attention.attend`); not used with a cache.
+    path: of the attention, "xla", "cudnn" or "flash" (`attention.attend`); not used with a cache.
+    prefix: texts to attend to as well; positions then count from the text's beginning. Not used with a cache.
     keep_cache: without a cache, also return the keys and values, each [L, B, K, T, H].
 
   Returns:
@@ -204,7 +250,7 @@ def apply(
     ValueError: more than one token a row with a cache.
   """
   if cache is None:
-    return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache)
+    return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache, prefix)
   if tokens_BxT.shape[1] != 1:
     raise ValueError(f"tokens have shape {tokens_BxT.shape}: with a cache they go in one a row, [B, 1]")
   x = params["embed"]["embedding"].astype(dtype)[tokens_BxT]

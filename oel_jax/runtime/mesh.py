@@ -28,6 +28,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(attention|feedforward)_norm/scale", (None, None)),  # [L, D]
     (r"norm/scale", (None,)),  # [D]
     (r"head/kernel", ("tensor", "fsdp")),  # [V, D]
+    (r"teacher/(keys|values)", (None, None, "tensor", None, None)),  # [L, G, K, P, H], of the knowledge texts
 )
 
 
