@@ -105,6 +105,9 @@ def read_architecture(file: File) -> Architecture:
   if family not in FAMILIES:
     raise ValueError(f'{file.path}: "general.architecture" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}')
   given = {key.removeprefix(f"{family}."): value for key, value in file.metadata.items() if key.startswith(f"{family}.")}
+  for name in READ & given.keys():
+    if isinstance(given[name], list):
+      raise ValueError(f'{file.path}: "{family}.{name}" is {given[name]!r:.100}: layers that differ are not supported')
 
   def need(name: str) -> Any:
     if name not in given:
@@ -114,15 +117,13 @@ def read_architecture(file: File) -> Architecture:
   if NAMES["embed/embedding"] not in file.tensors:
     raise ValueError(f"{file.path}: {NAMES['embed/embedding']} is missing")
   width, heads = need("embedding_length"), need("attention.head_count")
-  size = given.get("attention.key_length", width // heads if isinstance(heads, int) else 0)
+  size = given.get("attention.key_length", width // heads)
   fixed = FIXED | {"attention.value_length": size, "rope.dimension_count": size}
   for name, value in given.items():
     if name in fixed and value != fixed[name]:
       raise ValueError(f'{file.path}: "{family}.{name}" is {value!r}: only {fixed[name]!r} is supported')
     if name not in READ | HARMLESS and name not in fixed and value not in (0, ""):
       raise ValueError(f'{file.path}: "{family}.{name}" is {value!r:.100}: this decoder does not know it')
-    if name in READ and isinstance(value, list):
-      raise ValueError(f'{file.path}: "{family}.{name}" is {value!r:.100}: layers that differ are not supported')
   theta = _plain(given.get("rope.freq_base", 10000.0))
   return Architecture(
       vocabulary=int(file.tensors[NAMES["embed/embedding"]].shape[-1]), width=width, layers=need("block_count"), heads=heads,
