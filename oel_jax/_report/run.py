@@ -146,7 +146,9 @@ def read(workdir: pathlib.Path) -> Run:
       games[number] = read_trajectories(folder / "user" / "evaluation.jsonl")
     if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
       knowledge[number] = [(path.stem, path.read_text(encoding="utf-8", errors="replace")) for path in texts]
-  return Run("/".join(workdir.absolute().parts[-2:]), _flat(config["config"]), config["versions"], config["changes"], evaluations,
+  folder = workdir.absolute()
+  name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name  # a seed alone says little
+  return Run(name, _flat(config["config"]), config["versions"], config["changes"], evaluations,
              _steps(workdir / "metrics.jsonl"), costs, games, knowledge)
 
 
