@@ -35,6 +35,13 @@ def attend(
   return jnp.einsum("bkgts,bksh->btkgh", weights, v_BxKxSxH).reshape(B, T, N, H)
 
 
+def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+  """Causal within a segment; segment 0 is padding and is seen by nobody but itself."""
+  T = segments_BxT.shape[1]
+  same = segments_BxT[:, :, None] == segments_BxT[:, None, :]
+  return same & jnp.tril(jnp.ones((T, T), bool))
+
+
 def causal(
     q_BxTxNxH: Float[Array, "B T N H"], k_BxKxTxH: Float[Array, "B K T H"], v_BxKxTxH: Float[Array, "B K T H"], path: str = "xla"
 ) -> Float[Array, "B T N H"]:
@@ -44,13 +51,6 @@ def causal(
     return attend(q_BxTxNxH, k_BxKxTxH, v_BxKxTxH, jnp.tril(jnp.ones((1, T, T), bool)))
   k, v = k_BxKxTxH.swapaxes(1, 2), v_BxKxTxH.swapaxes(1, 2)
   return jax.nn.dot_product_attention(q_BxTxNxH, k, v, is_causal=True, implementation=path)
-
-
-def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-  """Causal within a segment; segment 0 is padding and is seen by nobody but itself."""
-  T = segments_BxT.shape[1]
-  same = segments_BxT[:, :, None] == segments_BxT[:, None, :]
-  return same & jnp.tril(jnp.ones((T, T), bool))
 
 
 def frequencies(size: int, theta: float, scaling: Llama3Scaling | None = None) -> Float[Array, "half"]:
