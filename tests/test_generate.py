@@ -365,6 +365,28 @@ def test_first_tokens_of_whole_responses_follow_the_distribution_too():
 # Shapes and bad input
 
 
+def primitives(jaxpr, inside="while") -> set[str]:
+  """Names of the operations within loops, whatever they are nested in; `inside` = "" counts all."""
+  names = set()
+  for eqn in jaxpr.eqns:
+    names |= {eqn.primitive.name} if not inside else set()
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      names |= primitives(inner, "" if eqn.primitive.name == inside else inside)
+  return names
+
+
+def test_the_loop_takes_no_stacked_weights_apart():
+  """Trap 19: no layer is sliced out of a stack; of the cache, one column is written."""
+  weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
+  slots = decode.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32)
+  run = functools.partial(decode.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
+  names = primitives(jax.make_jaxpr(run)(weights, slots, 3, 1).jaxpr)
+  assert "dot_general" in names and "dynamic_update_slice" in names and not names & {"scan", "dynamic_slice"}
+  kernel = jnp.asarray(params()["layers"]["feedforward"]["gate"]["kernel"])
+  stacked = lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y @ kernel[i][:, :32], x)
+  assert "dynamic_slice" in primitives(jax.make_jaxpr(stacked)(jnp.ones((1, 32))).jaxpr, "scan")
+
+
 def test_few_programs_are_compiled():
   """Trap 20: 24 batches of other sizes and lengths share a handful of compiled shapes."""
   before = decode.enter._cache_size(), decode.decode._cache_size()

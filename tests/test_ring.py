@@ -1,10 +1,12 @@
 """Attention over a ring, against NumPy in float64; the Triton kernel in interpret mode."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from oel_jax.policy import ring
+from oel_jax.policy.architecture import ARCHITECTURES
 
 S = 192
 FILLED = np.int32([1, S, 64, 65, 100])
@@ -62,3 +64,11 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
   np.testing.assert_allclose(keys, written[0], atol=1e-5)
   np.testing.assert_array_equal(values, written[1])
   np.testing.assert_allclose(ours, by_hand(heads[:, :4], *written, column, FILLED), atol=1e-5)
+
+
+def test_the_kernel_is_for_gpus_in_bfloat16_and_heads_that_it_can_halve(monkeypatch):
+  assert {ring.path(shape, jnp.bfloat16) for shape in ARCHITECTURES.values()} == {"xla"}
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  paths = {name: ring.path(shape, jnp.bfloat16) for name, shape in ARCHITECTURES.items()}
+  assert {name for name, path in paths.items() if path == "xla"} == {"pocket-tiny"}
+  assert {ring.path(shape, jnp.float32) for shape in ARCHITECTURES.values()} == {"xla"}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oel_jax.policy import decode
+from oel_jax.policy import decode, ring
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling
 
@@ -108,8 +108,9 @@ def generate(
 def _requests(architecture, prompts, seeds, limits, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Seeds [n], limits [n] and end ids [n, E], -1 where a list is shorter; checks what `generate` was given."""
   n = len(prompts)
-  limits = [limits] * n if isinstance(limits, int) else limits
-  ends = [ends] * n if all(isinstance(end, int) for end in ends) else ends
+  one = lambda value: isinstance(value, (int, np.integer))
+  limits = [limits] * n if one(limits) else limits
+  ends = [ends] * n if all(map(one, ends)) else ends
   for name, given in (("seeds", seeds), ("limits", limits), ("lists of end ids", ends)):
     if len(given) != n:
       raise ValueError(f"generate got {n} prompts but {len(given)} {name}: one a prompt")
@@ -149,7 +150,7 @@ class _Run:
     whole = bucket(longest + int(requests[1].max()), RINGS)
     most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS)
     self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
-    self.path = "triton" if jax.default_backend() == "gpu" and mesh is None else "xla"
+    self.path = ring.path(architecture, dtype) if mesh is None else "xla"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
     self.size = whole if self.path == "triton" else bucket(longest + 1, RINGS)
     self.known, self.room = None, 0

@@ -6,6 +6,7 @@ it norms and turns queries and keys, writes the column, and attends to what is f
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,18 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from oel_jax.policy import attention
+from oel_jax.policy.architecture import Architecture
 
 BLOCK = 64  # columns that are read at once; divides the ring
 PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where there are fewer
 ROWS = 16  # of the smallest matrix product; the queries of one key-value head are fewer
+
+
+def path(architecture: Architecture, dtype: Any) -> str:
+  """Which of the two a device is given: "triton" is `step`, "xla" `attend`. In float32 the kernel's products would be rounded to TF32."""
+  size, queries = architecture.head_size, architecture.heads // architecture.kv_heads
+  fits = jnp.dtype(dtype) == jnp.bfloat16 and size >= 2 * ROWS and size & (size - 1) == 0 and queries <= ROWS
+  return "triton" if fits and jax.default_backend() == "gpu" else "xla"
 
 
 def attend(
