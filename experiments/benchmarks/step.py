@@ -45,7 +45,7 @@ WORK = {
 }
 GROWTH = {
     "1.7b": [*(dict(samples=samples) for samples in (4, 16, 40)), *(dict(samples=16, knowledge=n) for n in (0, 8192, 16384))],
-    "tiny": [dict(samples=2), dict(knowledge=0)],
+    "tiny": [dict(knowledge=0)],
 }
 
 
