@@ -33,3 +33,24 @@ def test_an_unknown_path_is_refused():
   zeros = jnp.zeros((1, 1, 1, 2))
   with pytest.raises(ValueError, match="attention path is 'splash': it must be one of 'xla', 'cudnn', 'flash'"):
     attention.attend(zeros, zeros, zeros, jnp.ones((1, 1, 1), bool), "splash")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
+@pytest.mark.parametrize("path, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
+@pytest.mark.parametrize("peak", [1.0, 4.0])
+def test_cudnn_is_the_plain_path(path, segments, peak):  # traps 24, 24b
+  B, T, P, N, K, H = 4, 384, 256, 8, 4, 128
+  rng = np.random.default_rng(1)
+  q, *rest = (rng.normal(size=shape) for shape in [(B, T, N, H), *[(B, K, T, H)] * 2, *[(B, K, P, H)] * 2])
+  length = jnp.array([P, 200, 1, 0], jnp.int32)
+  own = attention.segment_mask(jnp.broadcast_to(jnp.arange(T) * segments // T + 1, (B, T)))
+  mask = jnp.concatenate([jnp.broadcast_to((jnp.arange(P) < length[:, None])[:, None], (B, T, P)), own], axis=-1)
+
+  @jax.default_matmul_precision("highest")
+  def both(path, dtype):
+    q_, k, v, prefix_k, prefix_v = (jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q * peak, *rest))
+    alone = attention.attend(q_, k, v, own, path)
+    return alone, attention.attend_with_prefix(q_, (k, v), (prefix_k, prefix_v), mask, length, path)
+
+  for found, expected in zip(both(path, jnp.bfloat16), both("xla", jnp.float32), strict=True):
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.03)

@@ -153,7 +153,7 @@ def test_trap_18_no_temporary_of_tokens_by_vocabulary():
     step = jax.value_and_grad(lambda *a: mean(loss, *a, **options), (0, 1))
     return jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
-  assert temporaries(fused.linear_divergence, chunk=32) < tokens * vocabulary * 4 / 2  # 8 chunks are 256 tokens
+  assert temporaries(fused.linear_divergence, chunk=32) < tokens * vocabulary * 4 / 2  # 4 chunks are 128 tokens
   assert temporaries(dense) > tokens * vocabulary * 4  # so the shape can tell
 
 
@@ -182,6 +182,16 @@ def test_row_statistics_match_float64(function):
     np.testing.assert_allclose(a, b, rtol=2e-6)
   for a in jax.jit(functools.partial(function, temperature=0.7))(s, s)[2]:
     assert a == 0
+
+
+@pytest.mark.parametrize('levels', [1, 50])  # few different numbers: nearly everything is tied
+def test_largest_numbers_of_a_long_row(levels):
+  x = np.float32(np.random.default_rng(12).integers(0, levels, (5, 3001)))
+  x[1], x[2] = np.sort(x[1]), np.sort(x[2])[::-1]
+  found = jax.jit(functools.partial(fused._top_k, k=7))(x)
+  ids = np.argsort(-x, axis=-1, kind='stable')[:, :7]
+  np.testing.assert_array_equal(found[1], ids)
+  np.testing.assert_array_equal(found[0], np.take_along_axis(x, ids, axis=-1))
 
 
 def test_sharded_tokens_give_the_same_gradients():

@@ -196,7 +196,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack):
     (64, 1624, 1, 16384, 8), (64, 1624, 4, 16384, 2), (64, 1624, 1, None, 1), (64, 1624, 1, 10, 64), (7, 10, 1, 69, 7), (3, 10, 8, 10, 1),
 ])
 def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_tokens, pieces):
-  assert step_lib._pieces(rows, length, shards, micro_tokens) == pieces
+  assert step_lib.pieces_of(rows, length, shards, micro_tokens) == pieces
 
 
 @pytest.mark.parametrize("shape", [dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)])
@@ -220,6 +220,20 @@ def test_teacher_survives_a_donating_step():  # trap 27: student and teacher beg
   state, _ = step(state, _teacher(params, _samples()), _batch(_samples()))
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, params), before)
   assert not np.array_equal(np.array(state.params["norm"]["scale"]), before["norm"]["scale"])
+
+
+def test_bfloat16_weights_move_at_a_rate_of_1e_6():  # trap 21: the masters are float32, so small steps add up until a rounding turns
+  params, samples, optimizer = _params(0), _samples(), optax.adamw(1e-6, weight_decay=0.01)
+  state, teacher, batch = step_lib.init_state(jax.tree.map(jnp.copy, params), optimizer), _teacher(_params(1), samples), _batch(samples)
+  step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, dtype=jnp.bfloat16)
+  for _ in range(100):
+    state, _ = step(state, teacher, batch)
+  halves = lambda tree: np.concatenate([np.asarray(leaf.astype(jnp.bfloat16)).ravel() for leaf in jax.tree.leaves(tree)])
+  before, after = halves(params), halves(state.params)
+  # Weights of about 0.2 are 2^-10 apart in bfloat16 and have moved by 1e-4: a tenth of them turn over, none would by 1e-6 at a time.
+  assert (before != after).mean() > 0.05
+  moved = np.concatenate([np.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)])
+  assert np.median(moved) > 2e-5
 
 
 def _one_device():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oel_jax import config as config_lib
+from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import train
 from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
@@ -115,6 +116,14 @@ def test_a_batch_is_scored_as_it_was_sampled(policy, data):
 def test_unpacked_rows_hold_a_sample_each(policy):
   batch, _ = train.sample_batch(_task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate")
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
+
+
+@pytest.mark.parametrize("rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)])
+def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(rows, devices, placed):  # trap 20; and 26
+  mesh = mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices])
+  batch = batch_lib.assemble([[5]] * rows, [0] * rows, [[6]] * rows, pad_id=0, length=2, response_length=1)
+  found = train._place(batch, mesh, 16)
+  assert found.mask.shape == (placed, 1) and found.mask.sum() == rows
 
 
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):

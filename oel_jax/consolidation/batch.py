@@ -61,7 +61,7 @@ def assemble(
       if size > room:
         raise ValueError(f"sample {i}: the {name} has {size} tokens, the batch has room for {room}")
   sizes = [(len(prompt) + len(response), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
-  rows = _fit(sizes, knowledge, length, response_length, texts) if pack else [[i] for i in range(len(sizes))]
+  rows = _fit(sizes, knowledge, (length, response_length), texts) if pack else [[i] for i in range(len(sizes))]
   tokens, answers = (np.full((len(rows), n), pad_id, np.int32) for n in (length, response_length))
   positions, segments, slots = (np.zeros_like(tokens) for _ in range(3))
   at, mask, given = np.zeros_like(answers), np.zeros(answers.shape, bool), np.zeros((len(rows), texts), np.int32)
@@ -79,21 +79,20 @@ def assemble(
   return Batch(tokens, positions, segments, given, slots, at, answers, mask)
 
 
-def _fit(sizes, knowledge, length, response_length, texts) -> list[list[int]]:
+def _fit(sizes, knowledge, room, texts) -> list[list[int]]:
   """Rows of samples: each goes, the longest first, to the first row with room for its tokens, its response and its text."""
-  rows, used = [], []
+  rows = []
+
+  def fits(row):
+    total = np.sum([sizes[i] for i in row], axis=0)
+    return (total <= room).all() and len({knowledge[i] for i in row}) <= texts
+
   for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
-    for row, (tokens, answers, known) in zip(rows, used, strict=True):
-      room = tokens[0] + sizes[i][0] <= length and answers[0] + sizes[i][1] <= response_length
-      if room and len(known | {knowledge[i]}) <= texts:
-        break
-    else:
-      row, (tokens, answers, known) = [], ([0], [0], set())
+    row = next((row for row in rows if fits([*row, i])), None)
+    if row is None:
+      row = []
       rows.append(row)
-      used.append((tokens, answers, known))
     row.append(i)
-    tokens[0], answers[0] = tokens[0] + sizes[i][0], answers[0] + sizes[i][1]
-    known.add(knowledge[i])
   return rows
 
 

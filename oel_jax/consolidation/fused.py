@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from oel_jax.consolidation import losses
 
 Scalar = Float32[Array, '']
-GROUP = 8  # chunks whose gradients, in the products' dtype, are kept for one product into the head's
+GROUP = 4  # chunks whose gradients, in the type of the products, are kept for one product into that of the head
 
 
 def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
@@ -33,7 +33,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
 
   Matrix products run in the dtype of the hidden states and accumulate in float32; logits, statistics and the head's
   running gradient are float32. So bfloat16 hidden states with a float32 head give bfloat16 products and a head
-  gradient that is not rounded to bfloat16. Largest temporaries: two float32 [chunk, V] arrays, one of [8 chunk, V] in the
+  gradient that is not rounded to bfloat16. Largest temporaries: two float32 [chunk, V] arrays, one of [4 chunk, V] in the
   products' dtype, and the head's gradient.
 
   On several devices: shard tokens with `jax.shard_map`, heads replicated, and `psum` the two scalars. The head's
@@ -147,8 +147,8 @@ def _total_forward(options, student_hidden, student_head, teacher_hidden, teache
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
 
   def chunk(total, xs):
-    value, compared = _compare(options, *xs, *heads)
-    d_logits = jnp.where(xs[-1][:, None], _logit_gradient(options, *compared), 0)  # [C, V]
+    value, found = _compare(options, *xs, *heads)
+    d_logits = jnp.where(xs[-1][:, None], _logit_gradient(options, found), 0)  # [C, V]
     # Rounded as the logits' factors were: a float32 operand would put both products on the slow units.
     return total + value, d_logits.astype(student_hidden.dtype)
 
@@ -160,13 +160,12 @@ def _total_forward(options, student_hidden, student_head, teacher_hidden, teache
     d_head += jnp.einsum('gcv,gcd->vd', d_logits, xs[0], preferred_element_type=jnp.float32)
     return (total, d_head), d_hidden.astype(student_hidden.dtype)
 
-  steps, size = mask.shape
-  groups = -(-steps // GROUP)
-  pad = lambda x: jnp.pad(x, [(0, -steps % groups)] + [(0, 0)] * (x.ndim - 1)).reshape(groups, -1, *x.shape[1:])
-  xs = tuple(map(pad, (_hide(student_hidden, mask), _hide(teacher_hidden, mask), mask)))
+  groups = -(-mask.shape[0] // GROUP)
+  xs = _hide(student_hidden, mask), _hide(teacher_hidden, mask), mask
+  xs = tuple(x.reshape(groups, -1, *x.shape[1:]) for x in xs)
   zeros = jnp.zeros((), jnp.float32), jnp.zeros(student_head.shape, jnp.float32)
   (total, d_head), d_hidden = jax.lax.scan(step, _like_varying(zeros, xs, heads), xs)
-  return total, (d_hidden.reshape(-1, size, student_hidden.shape[-1])[:steps], d_head.astype(student_head.dtype))
+  return total, (d_hidden.reshape(student_hidden.shape), d_head.astype(student_head.dtype))
 
 
 def _total_backward(options, gradients, cotangent):
@@ -178,17 +177,64 @@ def _total_backward(options, gradients, cotangent):
 _total.defvjp(_total_forward, _total_backward)
 
 
+class _Compared(NamedTuple):
+  """What a chunk's gradient is formed from.
+
+  Attributes:
+    log_p, log_q: [C, V].
+    value: [C], the divergence of each token.
+    inside: [C, V], which tokens `support` keeps; None for all.
+    kept: (log p, log q) of those, [C, k] each.
+    outside: (log p, log q) of all the others together, [C] each; None without a tail.
+  """
+  log_p: Array
+  log_q: Array
+  value: Array
+  inside: Array | None = None
+  kept: tuple[Array, Array] | None = None
+  outside: tuple[Array, Array] | None = None
+
+
 def _compare(options, student_hidden, teacher_hidden, mask, student_head, teacher_head):
-  """One chunk: the sum of its divergence, and (log p, log q, inside, value of each token) to form its gradient from."""
+  """One chunk: the sum of its divergence, and what its gradient is formed from."""
   sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
-  s, t = (jnp.maximum(_product(*side), losses.FLOOR) for side in sides)
+  # Without the barrier XLA hangs the maximum on the product and, for that, writes and reads the logits once more.
+  s, t = (jnp.maximum(logits, losses.FLOOR) for logits in jax.lax.optimization_barrier([_product(*side) for side in sides]))
   swapped = options.kind == 'forward_kl'
   *totals, value = _row_statistics(*((t, s) if swapped else (s, t)), options.temperature)
-  log_p, log_q = (x / options.temperature - total[:, None] for x, total in zip((s, t), totals[::-1] if swapped else totals))
-  inside = losses.support_set(log_p, options.support, options.k)
-  if options.support != 'full' or options.kind == 'jsd':
-    value = losses.token_divergence(log_p, log_q, inside, options.kind, options.support)
-  return jnp.where(mask, value, 0).sum(), (log_p, log_q, inside, value)
+  totals = totals[::-1] if swapped else totals
+  log_p, log_q = (x / options.temperature - total[:, None] for x, total in zip((s, t), totals))
+  if options.support == 'full':
+    if options.kind == 'jsd':
+      value = losses.token_divergence(log_p, log_q, None, options.kind, options.support)
+    found = _Compared(log_p, log_q, value)
+  else:
+    top, ids = _top_k(s, min(options.k, s.shape[-1]))
+    last, last_id = top[:, -1:], ids[:, -1:]
+    inside = (s > last) | ((s == last) & (jnp.arange(s.shape[-1]) <= last_id))
+    kept = tuple(jnp.take_along_axis(x, ids, axis=-1) / options.temperature - total[:, None] for x, total in zip((s, t), totals))
+    value, outside = losses.divergence_terms(*kept, options.kind).sum(-1), None
+    if options.support == 'topk_tail':
+      outside = losses.log_outside(log_p, inside), losses.log_outside(log_q, inside)
+      value += losses.divergence_terms(*outside, options.kind)
+    found = _Compared(log_p, log_q, value, inside, kept, outside)
+  return jnp.where(mask, found.value, 0).sum(), found
+
+
+def _top_k(x, k):
+  """`jax.lax.top_k` of [C, V], with ties to the lower id, without sorting whole rows: that takes longer than the loss itself.
+
+  The k groups of neighbours with the largest maxima hold the k largest numbers: for a number in another group, each of
+  these k has one that is larger, or as large and of a lower id.
+  """
+  C, V = x.shape
+  width = min(64, V // (8 * k))
+  if width < 2:
+    return jax.lax.top_k(x, k)
+  groups = jnp.pad(x, ((0, 0), (0, -V % width)), constant_values=-jnp.inf).reshape(C, -1, width)
+  best = jnp.sort(jax.lax.top_k(groups.max(-1), k)[1], axis=-1)  # in order, so that ids still rise
+  top, at = _top_k(jnp.take_along_axis(groups, best[..., None], axis=1).reshape(C, k * width), k)
+  return top, jnp.take_along_axis(best, at // width, axis=-1) * width + at % width
 
 
 def _row_statistics(s, t, temperature):
@@ -228,27 +274,27 @@ def _finish(top_s, sum_s, weighted, top_t, sum_t, temperature):
   return top_s / temperature + log_sums[0], top_t / temperature + log_sums[1], value
 
 
-def _logit_gradient(options, log_p, log_q, inside, value):
+def _logit_gradient(options, found):
   """The divergence's gradient in the student's logits, [C, V] float32.
 
   With g = ∂D / ∂ log p, the softmax gives ∂D / ∂ logits = (g − p Σ g) / T. The tail bucket adds its own slope, spread
   over the tokens outside by their share of it, since ∂ log p_tail / ∂ log p_v = p_v / p_tail.
   """
-  slope = _slope(log_p, log_q, options)
-  if options.support == 'full' and options.kind != 'jsd':
-    # Σ g is known: KL(p ‖ q) itself, or Σ p − Σ q. Nothing to read the logits for once more.
-    total = value[:, None] if options.kind == 'reverse_kl' else 0
-    return (slope - jnp.exp(log_p) * total) / options.temperature
+  slope = _slope(found.log_p, found.log_q, options)
   if options.support != 'full':
-    slope = jnp.where(inside, slope, 0)
-  total = slope.sum(-1, keepdims=True)
-  if options.support == 'topk_tail':
-    log_p_tail = losses.log_outside(log_p, inside)[:, None]
-    tail = _slope(log_p_tail, losses.log_outside(log_q, inside)[:, None], options)
+    slope, total = jnp.where(found.inside, slope, 0), _slope(*found.kept, options).sum(-1, keepdims=True)
+  elif options.kind == 'jsd':
+    total = slope.sum(-1, keepdims=True)
+  else:
+    # Known: KL(p ‖ q) itself, or Σ p − Σ q. Nothing to read the logits for once more.
+    total = found.value[:, None] if options.kind == 'reverse_kl' else 0
+  if found.outside is not None:
+    log_p_tail, log_q_tail = (x[:, None] for x in found.outside)
+    tail = _slope(log_p_tail, log_q_tail, options)
     total += tail
     # A share of the tail is at most 1; tokens inside would overflow the exponential before they are left out.
-    slope = jnp.where(inside, slope, tail * jnp.exp(jnp.minimum(log_p - log_p_tail, 0)))
-  return (slope - jnp.exp(log_p) * total) / options.temperature
+    slope = jnp.where(found.inside, slope, tail * jnp.exp(jnp.minimum(found.log_p - log_p_tail, 0)))
+  return (slope - jnp.exp(found.log_p) * total) / options.temperature
 
 
 def _slope(log_p, log_q, options):
@@ -297,6 +343,8 @@ def _chunks(x, mask, chunk):
   """
   x = x.reshape(mask.size, *x.shape[mask.ndim:])
   steps = max(1, -(-mask.size // chunk))
+  groups = -(-steps // GROUP)
+  steps = -(-steps // groups) * groups  # the same number of chunks in each group: none is all padding
   size = -(-mask.size // steps)
   x = jnp.pad(x, [(0, steps * size - mask.size)] + [(0, 0)] * (x.ndim - 1))
   return x.reshape(size, steps, *x.shape[1:]).swapaxes(0, 1)

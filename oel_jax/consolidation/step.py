@@ -85,7 +85,7 @@ def make_step(
     return value, count, gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
-    pieces = _pieces(*batch.tokens.shape, shards, micro_tokens)
+    pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
     if pieces == 1:
       value, count, gradient = value_and_gradient(state.params, teacher, batch)
     else:
@@ -104,7 +104,7 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def _pieces(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
+def pieces_of(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
   """Into how many equal parts, each with as many rows for every shard, the rows go for a part to have micro_tokens a shard at most."""
   each = max(1, rows // shards)
   fits = lambda pieces: each % pieces == 0 and each // pieces * length <= micro_tokens

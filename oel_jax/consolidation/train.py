@@ -115,8 +115,9 @@ def sample_batch(
   # Several texts a row where they are short: together no longer than the row, since each of its tokens is compared with all of them.
   together = min(len(task.knowledge), max(1, length // max(1, known))) if config.pack else 1
   made = batch_lib.assemble(
-      prompts, texts, responses, pad_id=student.tokenizer.pad_id, length=length, response_length=rows, texts=together, pack=config.pack
-  )
+      prompts, texts, responses, pad_id=student.tokenizer.pad_id, length=length, texts=together, pack=config.pack,
+      response_length=min(length, 2 * rows) if config.pack else rows,
+  )  # fmt: skip
   return made, [len(response) for response in responses]
 
 
@@ -254,7 +255,10 @@ def _make_probe(config, task, policy, teacher, limit, mesh, path):
 def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> batch_lib.Batch:
   """Puts the batch on the devices, rows spread over them.
 
-  Rows are added, masked out: devices come out even, and how many rows the samples needed has one of eight values (traps, 20).
+  Rows are added, masked out: devices come out even, and few shapes are compiled, each for half a minute on a CPU. Packed samples need a
+  little more than half as many rows in most batches (traps, 20).
   """
-  padded = mesh_lib.pad_batch(batch, mesh, multiple=max(1, samples // 8))
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  rooms = [-(-samples * eighths // (8 * shards)) * shards for eighths in (2, 5, 8)]
+  padded = mesh_lib.pad_batch(batch, mesh, multiple=next(room for room in rooms if len(batch.mask) <= room))
   return jax.device_put(padded, mesh_lib.batch_sharding(mesh))

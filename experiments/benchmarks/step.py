@@ -1,0 +1,147 @@
+"""One consolidation step beside the PyTorch peer's and the time of its matrix work alone; random weights of Qwen3 shapes.
+
+    python experiments/benchmarks/step.py --peer=peer_torch.py --json=step.json 1.7b
+    JAX_PLATFORMS=cpu python experiments/benchmarks/step.py --json=step.json tiny
+"""
+
+import argparse
+import dataclasses
+import gc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+import optax
+
+from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import teacher as teacher_lib
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import model
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """A step's work: an architecture, and tokens of its samples, prompts, knowledge texts and responses."""
+
+  architecture: str
+  samples: int
+  prompt: int
+  knowledge: int
+  response: int
+  texts: int = 10
+
+  @property
+  def tokens(self) -> int:
+    return self.samples * (self.prompt + self.response)
+
+
+WORK = {
+    "1.7b": Work("qwen3-1.7b", 64, 600, 2048, 1024),
+    "4b": Work("qwen3-4b", 16, 600, 8192, 1024),
+    "tiny": Work("pocket-tiny", 4, 6, 10, 8, texts=2),
+}
+GROWTH = {
+    "1.7b": [*(dict(samples=samples) for samples in (4, 16, 40)), *(dict(samples=16, knowledge=n) for n in (0, 8192, 16384))],
+    "tiny": [dict(knowledge=0)],
+}
+
+
+def random_batch(work: Work, vocabulary: int, pack: bool) -> batch_lib.Batch:
+  """Samples of the full length, each given a text by turns."""
+  rng = np.random.default_rng(0)
+  prompts, responses = (rng.integers(3, vocabulary, (work.samples, n)).tolist() for n in (work.prompt, work.response))
+  return batch_lib.assemble(
+      prompts, [i % work.texts for i in range(work.samples)], responses, pad_id=0, length=work.prompt + work.response,
+      response_length=work.response, pack=pack,
+  )  # fmt: skip
+
+
+def flops(work: Work, a: architecture_lib.Architecture) -> tuple[float, float]:
+  """Of the teacher's pass and of the update: matrix products and attention, forward once, backward twice, nothing computed again."""
+  layer = a.width * a.head_size * (2 * a.heads + 2 * a.kv_heads) + 3 * a.width * a.feedforward
+  length = work.prompt + work.response
+  scores = lambda keys: 4 * a.heads * a.head_size * work.tokens * keys
+  forward = a.layers * (2 * layer * work.tokens + scores(length / 2))
+  head = 2 * a.width * a.vocabulary * work.samples * work.response
+  return forward + a.layers * scores(work.knowledge) + head, 3 * (forward + head)
+
+
+def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
+  """One measurement, in steady state; the knowledge is read before, once a round."""
+  a = architecture_lib.named(work.architecture)
+  params = jax.jit(lambda key: model.init(a, key))(jax.random.key(0))
+  knowledge = np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
+  read = lambda: teacher_lib.prepare(params, a, knowledge, dtype=dtype, path="xla" if options["path"] == "xla" else "flash")
+  reading = measure.seconds(lambda: read().keys, repeats=1)
+  teacher = jax.block_until_ready(read())
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.01))
+  state = jax.jit(lambda params: step_lib.init_state(params, optimizer))(params)
+  del params, read  # of float32, one copy
+  batch = jax.device_put(random_batch(work, a.vocabulary, options["path"] != "flash"))
+  step = step_lib.make_step(a, optimizer, dtype=dtype, **options)
+  held = [state]
+
+  def call():
+    held[0], metrics = step(held[0], teacher, batch)
+    return metrics
+
+  took, kinds = measure.seconds(call), measure.kernels(call)
+  pieces = step_lib.pieces_of(*batch.tokens.shape, 1, options["micro_tokens"])
+  cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+  score = jax.jit(lambda teacher, cut: jax.lax.map(
+      lambda piece: teacher_lib.teacher_hidden(teacher, a, piece, dtype=dtype, path=options["path"]), cut))
+  teacher_took = measure.seconds(score, teacher, cut, repeats=3)
+  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+  teacher_flops, update_flops = flops(work, a)
+  limit, head = (teacher_flops + update_flops) / rate, 2 * a.width * a.vocabulary * work.samples * work.response
+  return {
+      "policy": work.architecture, "samples": work.samples, "knowledge": work.knowledge, **options, "step s": took, "limit s": limit,
+      "of limit": limit / took, "teacher s": teacher_took, "update MFU": (update_flops + head) / rate / (took - teacher_took),
+      "texts read s": reading, "GiB": peak, "kernels ms": kinds,
+  }  # fmt: skip
+
+
+def run(name: str, options: list[dict[str, Any]], growth: bool, peer: str | None) -> list[dict[str, Any]]:
+  """The work with each of the options, beside the peer; then smaller and larger work with the first."""
+  work = WORK[name]
+  theirs = measure.peer(peer, f"step_bench('{name}', {work.samples}, {work.prompt}, {work.knowledge}, {work.response}, 20480)")
+  dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+  rate, rows = measure.matrix_rate(dtype), []
+  works = [(work, how) for how in options]
+  works += [(dataclasses.replace(work, **change), options[0]) for change in (GROWTH.get(name, []) if growth else [])]
+  for changed, how in works:
+    try:
+      rows.append(row(changed, rate, dtype, **how))
+    except jax.errors.JaxRuntimeError as error:  # out of memory: the other rows are still worth having
+      what = {"policy": changed.architecture, "samples": changed.samples, "knowledge": changed.knowledge, **how}
+      rows.append({**what, "error": str(error)[:80]})
+    print(rows[-1], flush=True)
+    gc.collect()
+  for line in theirs:
+    faster = line["step_s"] / rows[0].get("step s", np.nan)
+    rows.append({"policy": "PyTorch peer", "samples": line["B"], "knowledge": line["knowledge"], "step s": line["step_s"],
+                 "teacher s": line["teacher_s"], "GiB": line["peak_gib"], "ours is faster by": faster})
+  return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("work", choices=list(WORK))
+  parser.add_argument("--peer", help="path of peer_torch.py")
+  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--how", default="", help="PATH:REMAT:MICRO_TOKENS:CHUNK[,…], each a row; default: flash:dots:16384:512 on a GPU")
+  parser.add_argument("--growth", action="store_true", help="also fewer samples, and no to much knowledge")
+  args = parser.parse_args(argv)
+  default = "flash:dots:16384:512" if jax.default_backend() == "gpu" else "xla:none:30:8"
+  options = []
+  for how in (args.how or default).split(","):
+    path, remat, micro_tokens, chunk = how.split(":")
+    options.append(dict(path=path, remat=remat, micro_tokens=int(micro_tokens), chunk=int(chunk)))
+  measure.report(run(args.work, options, args.growth, args.peer), "consolidation step", args.json)
+
+
+if __name__ == "__main__":
+  main()

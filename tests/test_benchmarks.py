@@ -1,0 +1,35 @@
+"""The benchmarks run, tiny, on a CPU, and count what they divide by; their figures come from a GPU."""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
+
+
+@pytest.fixture(name="script")
+def fixture_script(monkeypatch):
+  monkeypatch.syspath_prepend(str(FOLDER))
+  yield importlib.import_module
+  for name in ("loss", "step", "measure"):
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name, arguments, rows", [("loss", ["--tiny"], 5), ("step", ["tiny", "--growth"], 2)])
+def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, arguments, rows):
+  script(name).main([*arguments, f"--json={tmp_path / 'found.json'}"])
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert len(found["rows"]) == rows and found["device"] == "cpu"
+  assert all(row["of limit"] > 0 and "error" not in row for row in found["rows"])
+  assert "of limit" in capsys.readouterr().out
+
+
+def test_flops_of_a_step_are_the_published_ones(script):
+  """Qwen3-1.7B, 64 x (600 + 1024), knowledge 2048: about 1.9 s of matrix work at 790 TFLOP/s, of which a fifth is the teacher's."""
+  step = script("step")
+  work = step.WORK["1.7b"]
+  teacher, update = step.flops(work, step.architecture_lib.named(work.architecture))
+  assert 1.7 < (teacher + update) / 790e12 < 2.1 and 0.2 < teacher / (teacher + update) < 0.35
