@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import architecture, huggingface, model
+from oel_jax.policy import architecture, generate, huggingface, model
 from oel_jax.policy.attention import frequencies
 from oel_jax.runtime import mesh
 
@@ -97,18 +97,19 @@ def test_packed_segments_give_what_each_gives_alone(made):
   np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_decoding_with_a_cache_gives_their_logits(made):
+def test_what_is_sampled_has_their_log_probabilities(made):
+  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side."""
   folder, theirs = made
-  shape, (row,) = huggingface.read_architecture(folder), rows_of(40)
-  params, room = huggingface.load(folder, shape), 64
-  tokens = np.array([row], np.int32)
-  _, (keys, values) = model.apply(params, shape, tokens[:, :30], np.arange(30)[None], np.ones((1, 30), np.int32), keep_cache=True)
-  pad = lambda kv: tuple(jnp.pad(x, ((0, 0), (0, 0), (0, room - 30), (0, 0))) for x in kv)
-  cache, layers, found = model.Cache(pad(keys), pad(values), (np.arange(room) < 30)[None], jnp.int32(30)), model.unstack(params), []
-  for t in range(30, 40):
-    hidden, cache = model.apply(layers, shape, tokens[:, t : t + 1], np.array([[t]]), None, cache)
-    found.append(model.logits(hidden, model.head(params))[0, 0])
-  np.testing.assert_allclose(np.stack(found), expected(theirs, [row])[0].logits[0, 30:].numpy(), atol=1e-4, rtol=1e-4)
+  shape, rows = huggingface.read_architecture(folder), rows_of(30, 7, 19)
+  found = generate.generate(
+      huggingface.load(folder, shape), shape, rows, [1, 2, 3], sampling=generate.Sampling(1.0), max_new_tokens=12, eos_ids=(), pad_id=0,
+      logprobs=True,
+  )  # fmt: skip
+  whole = [row + ids for row, ids in zip(rows, found[0], strict=True)]
+  for row, ids, scores, right in zip(rows, *found, expected(theirs, whole), strict=True):
+    logits = right.logits[0, len(row) - 1 : -1].log_softmax(-1).numpy()
+    assert len(ids) == 12
+    np.testing.assert_allclose(scores, logits[np.arange(12), ids], atol=1e-4)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])

@@ -1,4 +1,4 @@
-"""The decoder against a NumPy float64 one written here, and against itself: packed, padded, cached, rematerialised."""
+"""The decoder against a NumPy float64 one written here, and against itself: packed, padded, rematerialised."""
 
 import dataclasses
 import functools
@@ -151,54 +151,6 @@ def test_padding_changes_nothing_at_real_positions(poison):
     (_, again), gradient_again = _value_and_gradient(params, np.where(real, tokens, filler), positions, real)
     np.testing.assert_array_equal(np.asarray(again)[real], np.asarray(values)[real])
     jax.tree.map(lambda g, h: np.testing.assert_allclose(g, h, rtol=1e-5, atol=1e-4), gradient_again, gradient)
-
-
-@functools.partial(jax.jit, static_argnames="a")
-def append(layers, tokens, positions, cache, *, a):
-  return model.apply(layers, a, tokens, positions, None, cache)
-
-
-def _empty_cache(a, rows, room):
-  kv = tuple(jnp.zeros((rows, a.kv_heads, room, a.head_size)) for _ in range(a.layers))
-  return model.Cache(kv, kv, jnp.zeros((rows, room), bool), jnp.int32(0))
-
-
-@BOTH
-def test_decoding_token_by_token_equals_the_whole_forward(a):
-  params, tokens = random_params(a), draw(a, 2, 10)
-  layers, whole = model.unstack(params), [numpy_decoder(a, params, row) for row in tokens]
-  cache = _empty_cache(a, 2, 11)
-  for t in range(10):
-    hidden, cache = append(layers, tokens[:, t : t + 1], np.full((2, 1), t, np.int32), cache, a=a)
-    assert hidden.shape == (2, 1, a.width) and int(cache.index) == t + 1
-    np.testing.assert_allclose(hidden[:, 0], [rows[t] for rows in whole], atol=1e-4)
-
-
-@BOTH
-def test_decoding_after_a_padded_prefill_equals_the_whole_forward(a):
-  """As `generate` does it: rows of different length share a write position behind their padding."""
-  params, tokens, lengths, room = random_params(a), draw(a, 2, 11), np.array([6, 3]), 5
-  positions = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6))
-  real = positions < lengths[:, None]
-  prompt = np.where(real, tokens[:, :6], 0)
-  _, (keys, values) = forward(params, prompt, positions, real.astype(np.int32), a=a, keep_cache=True)
-  assert keys.shape == (a.layers, 2, a.kv_heads, 6, a.head_size)
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0)))
-  cache = model.Cache(tuple(map(pad, keys)), tuple(map(pad, values)), jnp.asarray(np.pad(real, ((0, 0), (0, room)))), jnp.int32(6))
-  layers = model.unstack(params)
-  rows = [list(prompt[i, : lengths[i]]) for i in range(2)]
-  for t in range(room):
-    token = draw(a, 2, 1, seed=50 + t)
-    hidden, cache = append(layers, token, (lengths + t)[:, None].astype(np.int32), cache, a=a)
-    for i, row in enumerate(rows):
-      row.append(token[i, 0])
-      np.testing.assert_allclose(hidden[i, 0], numpy_decoder(a, params, np.array(row))[-1], atol=1e-4)
-
-
-def test_several_tokens_onto_a_cache_are_refused():
-  """The cached path has one mask row for all its tokens: two at once would see each other, silently."""
-  with pytest.raises(ValueError, match="2"):
-    model.apply(model.unstack(random_params(TINY)), TINY, draw(TINY, 1, 2), np.int32([[0, 1]]), None, _empty_cache(TINY, 1, 4))
 
 
 def test_remat_changes_neither_values_nor_gradients():

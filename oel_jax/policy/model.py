@@ -29,21 +29,6 @@ REMAT = {
 }
 
 
-class Cache(NamedTuple):
-  """Keys and values of a batch whose rows share one write position.
-
-  Attributes:
-    keys, values: L arrays [B, K, S, H] each.
-    filled: [B, S] bool, slots a later token may attend to.
-    index: [] int32, slot that the next token's keys go to.
-  """
-
-  keys: tuple[Array, ...]
-  values: tuple[Array, ...]
-  filled: Array
-  index: Array
-
-
 class Prefix(NamedTuple):
   """Keys and values of G texts, computed once, that tokens attend to besides their own row.
 
@@ -103,7 +88,7 @@ class Attention(nn.Module):
   path: str = "xla"
 
   @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None, prefix=None):
+  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, prefix=None):
     a = self.architecture
     dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
     q = dense((a.heads, a.head_size), use_bias=a.qkv_bias, name="q")(x_BxTxD)
@@ -115,16 +100,11 @@ class Attention(nn.Module):
     q = attention.rotate(q, positions_BxT, a.rope_theta, a.rope_scaling)
     k = attention.rotate(k, positions_BxT, a.rope_theta, a.rope_scaling).swapaxes(1, 2)  # [B, K, T, H]
     v = v.swapaxes(1, 2)
-    if cache is not None:
-      keys, values, index = cache
-      k = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=2)
-      v = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=2)
     if prefix is None:
       y = attention.attend(q, k, v, mask_BxTxS, self.path)
     else:
       y = attention.attend_with_prefix(q, (k, v), *self._prefix(*prefix, mask_BxTxS), self.path)
     return dense(a.width, axis=(-2, -1), name="o")(y), (k, v)
-
 
   def _prefix(self, keys_GxKxPxH, values_GxKxPxH, length_G, texts_BxM, mask_BxTxS):
     """What `attend_with_prefix` wants of the rows' texts, put one behind the other."""
@@ -158,12 +138,12 @@ class Block(nn.Module):
   path: str = "xla"
 
   @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, cache=None, prefix=None):
+  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, prefix=None):
     a = self.architecture
     norm = functools.partial(nn.RMSNorm, a.norm_eps, dtype=self.dtype)
     with jax.named_scope("attention"):
       x = norm(name="attention_norm")(x_BxTxD)
-      y, kv = Attention(a, self.dtype, self.path, name="attention")(x, positions_BxT, mask_BxTxS, cache, prefix)
+      y, kv = Attention(a, self.dtype, self.path, name="attention")(x, positions_BxT, mask_BxTxS, prefix)
     x_BxTxD = x_BxTxD + y
     with jax.named_scope("feedforward"):
       y = Feedforward(a, self.dtype, name="feedforward")(norm(name="feedforward_norm")(x_BxTxD))
@@ -193,9 +173,9 @@ class Decoder(nn.Module):
       read = prefix.keys, prefix.values, prefix.length, prefix.texts
     layers = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, length=a.layers,
-        in_axes=(once, once, once, once if prefix is None else (0, 0, once, once)),
+        in_axes=(once, once, once if prefix is None else (0, 0, once, once)),
     )(a, self.dtype, self.path, name="layers")  # fmt: skip
-    x, kv = layers(x, positions_BxT, mask, None, read)
+    x, kv = layers(x, positions_BxT, mask, read)
     return nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="norm")(x), (kv if keep_cache else None)
 
 
@@ -221,7 +201,6 @@ def apply(
     tokens_BxT: Int[Array, "B T"],
     positions_BxT: Int[Array, "B T"],
     segments_BxT: Int[Array, "B T"],
-    cache: Cache | None = None,
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
@@ -232,36 +211,20 @@ def apply(
   """Runs the decoder up to its last norm.
 
   Args:
-    params: nested dict; with a cache, "layers" must be unstacked (`unstack`).
+    params: as `init` makes them.
     tokens_BxT: int32.
     positions_BxT: int32, position of each token in its own sequence.
-    segments_BxT: int32, tokens attend within their segment; 0 is padding. Not used with a cache.
-    cache: if given, the tokens are appended to it: T must be 1.
+    segments_BxT: int32, tokens attend within their segment; 0 is padding.
     dtype: of the activations; parameters are cast to it where they are used.
     remat: what the backward pass recomputes: "none" keeps all, "dots" keeps matrix products, "full" keeps layer inputs only.
-    path: of the attention, "xla", "cudnn" or "flash" (`attention.attend`); not used with a cache.
-    prefix: texts to attend to as well; positions then count from the text's beginning. Not used with a cache.
-    keep_cache: without a cache, also return the keys and values, each [L, B, K, T, H].
+    path: of the attention, "xla", "cudnn" or "flash" (`attention.attend`).
+    prefix: texts to attend to as well; positions then count from the text's beginning.
+    keep_cache: also return the keys and values, each [L, B, K, T, H].
 
   Returns:
-    Hidden states [B, T, D] in `dtype`, and the new cache (or None).
-
-  Raises:
-    ValueError: more than one token a row with a cache.
+    Hidden states [B, T, D] in `dtype`, and keys and values (or None).
   """
-  if cache is None:
-    return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache, prefix)
-  if tokens_BxT.shape[1] != 1:
-    raise ValueError(f"tokens have shape {tokens_BxT.shape}: with a cache they go in one a row, [B, 1]")
-  x = params["embed"]["embedding"].astype(dtype)[tokens_BxT]
-  filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, jnp.ones_like(tokens_BxT, bool), cache.index, axis=1)
-  keys, values = [], []
-  for layer, k, v in zip(params["layers"], cache.keys, cache.values, strict=True):
-    x, (k, v) = Block(architecture, dtype).apply({"params": layer}, x, positions_BxT, filled[:, None], (k, v, cache.index))
-    keys.append(k)
-    values.append(v)
-  x = nn.RMSNorm(architecture.norm_eps, dtype=dtype).apply({"params": params["norm"]}, x)
-  return x, Cache(tuple(keys), tuple(values), filled, cache.index + 1)
+  return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache, prefix)
 
 
 def unstack(params: Params) -> Params:
