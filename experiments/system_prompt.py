@@ -28,7 +28,7 @@ def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
       config.policy.weights = str(pathlib.Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     config.distill.update(
         knowledge=str(HERE / "data/system_prompt.txt"), prompts=str(HERE / "data/train.txt"), held_out=str(HERE / "data/held_out.txt"),
-        unrelated=str(HERE / "data/unrelated.txt"), obeys=str(HERE / "obedience.py") + ":is_very_short",
+        unrelated=str(HERE / "data/unrelated.txt"), obeys=str(HERE / "data/obedience.py") + ":is_very_short",
     )
     config.deployment.max_response_tokens = 96
     config.evaluation.update(top_p=1.0, top_k=0)

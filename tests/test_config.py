@@ -78,7 +78,7 @@ def test_every_field_is_explained_where_it_stands():
 
 
 @pytest.mark.parametrize("field, value, right", [
-    ("policy.architecture", "qwen9-1b", "one of 'pocket', 'pocket-tiny', 'qwen3-0.6b'"),
+    ("policy.architecture", "qwen9-1b", "one of 'auto', 'pocket', 'pocket-tiny', 'qwen3-0.6b'"),
     ("policy.compute_dtype", "int8", "one of 'auto', 'bfloat16', 'float32'"),
     ("extraction.form", "poem", "one of 'items', 'text'"),
     ("extraction.start_from", "", "one of 'nothing', 'previous_round'"),
@@ -122,6 +122,8 @@ def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
 def test_the_embedded_weights_have_one_architecture():
   config = config_lib.default()
   config.policy.weights = "pocket"
+  config_lib.validate(config)
+  config.policy.architecture = "qwen3-1.7b"
   with pytest.raises(ValueError, match="config.policy.architecture is 'qwen3-1.7b': it must be \"pocket\""):
     config_lib.validate(config)
   config.policy.architecture = "pocket"

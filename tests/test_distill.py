@@ -1,6 +1,8 @@
 """A given text on given prompts, no game: what is measured, what is kept, and that the text ends up in the weights."""
 
+import importlib.util
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -86,3 +88,20 @@ def test_what_is_missing_is_told_before_the_directory_is_made(config, tmp_path, 
   with pytest.raises(ValueError, match=told):
     distill.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_the_system_prompt_experiment_has_what_it_names():
+  path = pathlib.Path(__file__).parents[1] / "experiments/system_prompt.py"
+  spec = importlib.util.spec_from_file_location("system_prompt", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  for size in module.SIZES:
+    config = module.get_config(size)
+    config_lib.validate(config)
+    lengths = {name: len(distill.read_prompts(config.distill[name], name)) for name in ("prompts", "held_out", "unrelated")}
+    assert lengths == {"prompts": 300, "held_out": 100, "unrelated": 60}
+    obeys = distill.read_check(config.distill.obeys)
+    assert obeys("Cats purr.") and not obeys("Cats purr.\n\nThey")
+    assert pathlib.Path(config.distill.knowledge).read_text().strip()
+  with pytest.raises(ValueError, match="no size 'huge'"):
+    module.get_config("huge")

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
-_spec = importlib.util.spec_from_file_location("obedience", EXPERIMENTS / "obedience.py")
+_spec = importlib.util.spec_from_file_location("obedience", EXPERIMENTS / "data/obedience.py")
 obedience = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(obedience)
 

@@ -326,6 +326,7 @@ def survives(run, cache, workdir, stages, rng, last: int) -> set[str]:
   return {name for name in hit if name}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(run, cache, tmp_path):
   """Killed in extraction, consolidation and evaluation; and a run of one round is the first round of a run of two."""
   assert len(survives(run, cache, tmp_path / "run", (2, 5, 6), random.Random(31), last=1)) >= 2

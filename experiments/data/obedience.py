@@ -1,4 +1,4 @@
-"""Whether an answer has the form that the system prompt of `data/system_prompt.txt` asks for: something a program can see."""
+"""Whether an answer has the form that the system prompt of `system_prompt.txt` asks for: something a program can see."""
 
 import re
 
