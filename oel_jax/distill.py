@@ -110,7 +110,12 @@ def read_check(name: str) -> Callable[[str], bool]:
     raise ValueError(f"config.distill.obeys is {name!r}: it must be FILE.py:FUNCTION")
   spec = importlib.util.spec_from_file_location("obeys", pathlib.Path(path).expanduser())
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except OSError:
+    raise
+  except Exception as error:  # whatever is wrong in the user's file
+    raise ValueError(f"config.distill.obeys is {name!r}: the file cannot be run ({type(error).__name__}: {error})") from error
   if not callable(getattr(module, function, None)):
     raise ValueError(f"config.distill.obeys is {name!r}: the file has no function {function}")
   return getattr(module, function)
@@ -119,7 +124,10 @@ def read_check(name: str) -> Callable[[str], bool]:
 def _read(path: str, field: str) -> str:
   if not path:
     raise ValueError(f"config.distill.{field} is not set: it must be the path of a file")
-  return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+  try:
+    return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"config.distill.{field}: {path} is not a text in UTF-8 ({error})") from error
 
 
 def _system(text: str) -> Message:

@@ -106,7 +106,10 @@ def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype
   if config.weights != "pocket":
     if not path.is_file():
       raise ValueError(f"config.policy.weights is {config.weights!r}: there is no such file or folder")
-    shape = architecture.named(weights.metadata(path).get("architecture") if config.architecture == "auto" else config.architecture)
+    name = weights.metadata(path).get("architecture") if config.architecture == "auto" else config.architecture
+    if name is None:
+      raise ValueError(f'config.policy.architecture is "auto", but {path} does not say its own: give a name of policy/architecture.py')
+    shape = architecture.named(name)
     policy = dataclasses.replace(policy, architecture=shape, params=weights.load(path, shape))
   _agree(config, policy.architecture)
   # To jit, host arrays are not what training leaves: every program would be compiled again after round 1.

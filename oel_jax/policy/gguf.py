@@ -4,6 +4,7 @@ A file is opened once (`read`); its tensors stay on disk until `load` takes them
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
@@ -27,19 +28,13 @@ TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4
 SLICE = 2**22  # numbers dequantised at once: the float32 copy of a large embedding would be as large as a small model
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Our path, layers' leading L aside ↔ the tensor's name. {} is the layer.
-NAMES = {
-    "embed/embedding": "token_embd.weight",
-    "norm/scale": "output_norm.weight",
-    "head/kernel": "output.weight",
-    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/feedforward_norm/scale": "blk.{}.ffn_norm.weight",
-    "layers/attention/o/kernel": "blk.{}.attn_output.weight",
-    **{f"layers/attention/{x}/{ours}": f"blk.{{}}.attn_{x}.{theirs}"
-       for x in "qkv" for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
-    **{f"layers/attention/{x}_norm/scale": f"blk.{{}}.attn_{x}_norm.weight" for x in "qk"},
-    **{f"layers/feedforward/{x}/kernel": f"blk.{{}}.ffn_{x}.weight" for x in ("gate", "up", "down")},
-}  # fmt: skip
+# From Hugging Face's name of a tensor to llama.cpp's, one after the other.
+RENAMED = (
+    ("model.layers.", "blk."), ("self_attn.o_proj", "attn_output"), ("self_attn.", "attn_"), ("mlp.", "ffn_"), ("_proj", ""),
+    ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"), ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"), ("lm_head", "output"),
+)  # fmt: skip
+NAMES = {path: functools.reduce(lambda name, pair: name.replace(*pair), RENAMED, name) for path, name in huggingface.NAMES.items()}
 
 # Metadata below the family's name that is read here, or changes nothing of the forward pass. Any other is refused.
 READ = {

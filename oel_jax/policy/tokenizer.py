@@ -137,6 +137,8 @@ class HuggingFaceTokenizer:
     self._name = repr(tokenizer.name_or_path)
     if not getattr(tokenizer, "chat_template", None):
       raise ValueError(f"tokenizer {self._name} has no chat template: give the folder of an instruction-tuned model")
+    if not getattr(tokenizer, "is_fast", False):
+      raise ValueError(f"tokenizer {self._name} is not one of the `tokenizers` library: the folder needs a tokenizer.json")
     self._tokenizer = tokenizer
     self._control = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     self._control_ids = frozenset(self._control.values())

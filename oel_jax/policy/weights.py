@@ -62,9 +62,12 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
-  """The strings in the file's header."""
-  with safetensors.safe_open(path, framework="np") as file:
-    return file.metadata() or {}
+  """The strings in the file's header; ValueError if it is damaged."""
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      return file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def digest(path: str | os.PathLike) -> str:
