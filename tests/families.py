@@ -1,8 +1,9 @@
-"""Small tokenizers in the manner of each family: byte-level BPE trained here, its control tokens, and a chat template of its shape."""
+"""Small random models of each family; and tokenizers in its manner: byte-level BPE trained here, control tokens, a chat template."""
 
 import functools
 
 import tokenizers
+import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -62,4 +63,15 @@ def tokenizer(family: str) -> transformers.PreTrainedTokenizerFast:
   made.add_special_tokens({"additional_special_tokens": list(special)})
   made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in added])
   made.chat_template = template
+  return made
+
+
+def model(name: str, **fields) -> transformers.PreTrainedModel:
+  """A random model of the class that begins with `name`, with norms and biases that can be told from ones and zeros."""
+  torch.manual_seed(0)
+  made = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields)).eval()
+  with torch.no_grad():
+    for parameter in made.parameters():
+      if parameter.ndim == 1:
+        parameter.add_(0.3 * torch.randn_like(parameter))
   return made

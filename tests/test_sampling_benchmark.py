@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("sampling", pathlib.Path(__file__).parents[1] / "experiments/benchmarks/sampling.py")
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
+_spec = importlib.util.spec_from_file_location("sampling", FOLDER / "sampling.py")
 sampling = importlib.util.module_from_spec(_spec)
+sys.path.insert(0, str(FOLDER))  # as for a script: it shares a module with its neighbours
 _spec.loader.exec_module(sampling)
+sys.path.remove(str(FOLDER))
 
 
 def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):

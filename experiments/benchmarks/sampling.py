@@ -10,16 +10,15 @@ measured first. "decode" is without the prefill: the whole call's time less that
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import seconds
 
 from oel_jax import config as config_lib
 from oel_jax.deployment import Episode, game_spec, play
@@ -38,21 +37,10 @@ ROWS = {  # (batch, prompt, new tokens)
 }
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> float:
-  """Median of `repeats` calls, after one that compiles."""
-  work()
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    work()
-    times.append(time.perf_counter() - start)
-  return statistics.median(times)
-
-
 def bandwidth(size: int, repeats: int) -> float:
   """Bytes a second of a copy of `size` bytes, those read and those written."""
   array, copy = jnp.ones((size // 4,), jnp.float32), jax.jit(lambda x: x + 1)
-  return 2 * size / seconds(lambda: copy(array).block_until_ready(), repeats)
+  return 2 * size / seconds(lambda: copy(array).block_until_ready(), repeats=repeats)
 
 
 def random_params(shape: Architecture, dtype: Any) -> Any:
@@ -69,7 +57,7 @@ def sampled(params: Any, shape: Architecture, lengths: list[int], new: int, dtyp
 
 def measure(params: Any, shape: Architecture, batch: int, prompt: int, new: int, speed: float, dtype: Any, repeats: int) -> dict[str, Any]:
   """One row of the table."""
-  run = lambda tokens: seconds(sampled(params, shape, [prompt] * batch, tokens, dtype, batch), repeats)
+  run = lambda tokens: seconds(sampled(params, shape, [prompt] * batch, tokens, dtype, batch), repeats=repeats)
   whole, prefill = run(new), run(1)
   size = jnp.dtype(dtype).itemsize
   read = size * sum(leaf.size for leaf in jax.tree.leaves(params)) - (0 if shape.tied_head else size * shape.vocabulary * shape.width)
@@ -88,7 +76,7 @@ def mixed(params: Any, shape: Architecture, dtype: Any, repeats: int, new: int =
   lengths = np.random.default_rng(1).permutation(np.geomspace(50, 1000, count).astype(int)).tolist()
   equal = [round(sum(lengths) / count)] * count
   given = {"mixed": lengths, "equal": equal}
-  times = {name: seconds(sampled(params, shape, lengths, new, dtype, slots=64), repeats) for name, lengths in given.items()}
+  times = {name: seconds(sampled(params, shape, lengths, new, dtype, slots=64), repeats=repeats) for name, lengths in given.items()}
   rates = {f"{name}_tokens_per_s": count * new / spent for name, spent in times.items()}
   return rates | {"share": times["equal"] / times["mixed"]}
 
@@ -100,7 +88,7 @@ def episodes(count: int, repeats: int) -> dict[str, float]:
   run = lambda: play(
       policy, spec, episodes=games, sampling=Sampling(0.7), max_response_tokens=96, max_prompt_tokens=1024, slots=64, thinking=True
   )  # fmt: skip
-  return {"episodes": count, "seconds": seconds(run, repeats), "tokens": sum(turn.response_tokens for game in run() for turn in game.turns)}
+  return {"episodes": count, "seconds": seconds(run, repeats=repeats), "tokens": sum(turn.response_tokens for game in run() for turn in game.turns)}
 
 
 def peer(shape: Architecture, batch: int, prompt: int, new: int) -> float:
@@ -121,7 +109,7 @@ def peer(shape: Architecture, batch: int, prompt: int, new: int) -> float:
   def run() -> None:
     net.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=0.7, top_k=0, pad_token_id=0)[0, 0].item()
 
-  return batch * new / seconds(run, 1)
+  return batch * new / seconds(run, repeats=1)
 
 
 def table(result: dict[str, Any]) -> str:
