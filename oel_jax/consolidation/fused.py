@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from oel_jax.consolidation import losses
+from oel_jax.policy.sampling import top_k
 
 Scalar = Float32[Array, '']
 GROUP = 4  # chunks whose gradients, in the type of the products, are kept for one product into that of the head
@@ -209,7 +210,7 @@ def _compare(options, student_hidden, teacher_hidden, mask, student_head, teache
       value = losses.token_divergence(log_p, log_q, None, options.kind, options.support)
     found = _Compared(log_p, log_q, value)
   else:
-    top, ids = _top_k(s, min(options.k, s.shape[-1]))
+    top, ids = top_k(s, min(options.k, s.shape[-1]))
     last, last_id = top[:, -1:], ids[:, -1:]
     inside = (s > last) | ((s == last) & (jnp.arange(s.shape[-1]) <= last_id))
     kept = tuple(jnp.take_along_axis(x, ids, axis=-1) / options.temperature - total[:, None] for x, total in zip((s, t), totals))
@@ -219,22 +220,6 @@ def _compare(options, student_hidden, teacher_hidden, mask, student_head, teache
       value += losses.divergence_terms(*outside, options.kind)
     found = _Compared(log_p, log_q, value, inside, kept, outside)
   return jnp.where(mask, found.value, 0).sum(), found
-
-
-def _top_k(x, k):
-  """`jax.lax.top_k` of [C, V], with ties to the lower id, without sorting whole rows: that takes longer than the loss itself.
-
-  The k groups of neighbours with the largest maxima hold the k largest numbers: for a number in another group, each of
-  these k has one that is larger, or as large and of a lower id.
-  """
-  C, V = x.shape
-  width = min(64, V // (8 * k))
-  if width < 2:
-    return jax.lax.top_k(x, k)
-  groups = jnp.pad(x, ((0, 0), (0, -V % width)), constant_values=-jnp.inf).reshape(C, -1, width)
-  best = jnp.sort(jax.lax.top_k(groups.max(-1), k)[1], axis=-1)  # in order, so that ids still rise
-  top, at = _top_k(jnp.take_along_axis(groups, best[..., None], axis=1).reshape(C, k * width), k)
-  return top, jnp.take_along_axis(best, at // width, axis=-1) * width + at % width
 
 
 def _row_statistics(s, t, temperature):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+NUCLEUS = 64  # so many of the likeliest usually hold top_p of the mass
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -42,19 +44,55 @@ def sample_token(logits_BxV: Float[Array, "B V"], keys_B: Array, sampling: Sampl
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
   """The float32 logits of the distribution that is sampled from: -inf outside the support."""
   logits = logits.astype(jnp.float32) / sampling.temperature
-  V = logits.shape[-1]
-  if 0 < sampling.top_k < V:
-    kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
   if sampling.top_p < 1:
-    # Ascending, as transformers does: a token goes if it and all less likely ones together hold at most 1 - top_p.
-    order = jnp.argsort(logits, axis=-1)
-    ascending = jnp.take_along_axis(logits, order, axis=-1)
-    gone = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - sampling.top_p
-    gone = gone.at[..., -1].set(False)
-    gone = jnp.put_along_axis(jnp.zeros_like(gone), order, gone, axis=-1, inplace=False)
-    logits = jnp.where(gone, -jnp.inf, logits)
+    logits = _filter_by_mass(logits, sampling)
+  elif 0 < sampling.top_k < logits.shape[-1]:
+    logits = jnp.where(logits < top_k(logits, sampling.top_k)[0][..., -1:], -jnp.inf, logits)
   if sampling.min_p > 0:
     p = jax.nn.softmax(logits, axis=-1)
     logits = jnp.where(p < sampling.min_p * p.max(-1, keepdims=True), -jnp.inf, logits)
   return logits
+
+
+def _filter_by_mass(logits, sampling):
+  """Top-k and top-p. The likeliest few decide, unless ids tie at the border or many are needed: only then whole rows are sorted."""
+  V = logits.shape[-1]
+  cut = 0 < sampling.top_k < V
+  k = sampling.top_k if cut else min(NUCLEUS, V)
+  top = top_k(logits, k)[0]
+  p = jnp.exp(top - jax.nn.logsumexp(top if cut else logits, axis=-1, keepdims=True))
+  # A token goes if it and all less likely ones together hold at most 1 - top_p.
+  kept = (jnp.cumsum(p, axis=-1) - p < sampling.top_p).sum(-1, keepdims=True)
+  last = jnp.take_along_axis(top, kept - 1, axis=-1)
+  alone = (logits >= last).sum(-1, keepdims=True) == kept
+  enough = (logits >= top[..., -1:]).sum(-1, keepdims=True) == k if cut else (kept < k) | (k == V)
+  return jax.lax.cond(
+      (alone & enough).all(), lambda: jnp.where(logits < last, -jnp.inf, logits), lambda: _sort_and_filter(logits, top, sampling, cut)
+  )
+
+
+def _sort_and_filter(logits, top, sampling, cut):
+  logits = jnp.where(logits < top[..., -1:], -jnp.inf, logits) if cut else logits
+  # Ascending, as transformers does, which decides who goes of those that tie.
+  order = jnp.argsort(logits, axis=-1)
+  ascending = jnp.take_along_axis(logits, order, axis=-1)
+  gone = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - sampling.top_p
+  gone = gone.at[..., -1].set(False)
+  gone = jnp.put_along_axis(jnp.zeros_like(gone), order, gone, axis=-1, inplace=False)
+  return jnp.where(gone, -jnp.inf, logits)
+
+
+def top_k(x_CxV: Float[Array, "C V"], k: int) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
+  """`jax.lax.top_k`, with ties to the lower id, without sorting whole rows on a GPU: that takes longer than the loss or a token itself.
+
+  The k groups of neighbours with the largest maxima hold the k largest numbers: for a number in another group, each of
+  these k has one that is larger, or as large and of a lower id.
+  """
+  C, V = x_CxV.shape
+  width = min(64, V // (8 * k))
+  if width < 2:
+    return jax.lax.top_k(x_CxV, k)
+  groups = jnp.pad(x_CxV, ((0, 0), (0, -V % width)), constant_values=-jnp.inf).reshape(C, -1, width)
+  best = jnp.sort(jax.lax.top_k(groups.max(-1), k)[1], axis=-1)  # in order, so that ids still rise
+  top, at = top_k(jnp.take_along_axis(groups, best[..., None], axis=1).reshape(C, k * width), k)
+  return top, jnp.take_along_axis(best, at // width, axis=-1) * width + at % width
