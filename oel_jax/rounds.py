@@ -30,7 +30,7 @@ from oel_jax.extraction.extract import extract, raw_knowledge
 from oel_jax.pocket import claims
 from oel_jax.pocket import load as pocket
 from oel_jax.policy import architecture, huggingface, model, weights
-from oel_jax.policy.generate import Policy, Sampling
+from oel_jax.policy.generate import Policy, Reply, Sampling
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import files, mesh, progress
 from oel_jax.runtime.metrics import Metrics
@@ -134,12 +134,28 @@ class Meter:
   def tokenizer(self) -> Any:
     return self.policy.tokenizer
 
-  def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **how: Any) -> list[list[int]]:
-    sampled = self.policy.sample(prompts, seeds, **how)
-    self.tokens += sum(map(len, sampled))
-    size = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
-    self.flops += 2.0 * size * sum(map(len, [*prompts, *sampled]))
-    return sampled
+  def sample(
+      self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reply: Reply | None = None, **how: Any
+  ) -> list[list[int]]:
+    asked = list(prompts)
+
+    def counted(i: int, sampled: list[int]) -> tuple[Sequence[int], int] | None:
+      self._count(asked[i], sampled)
+      following = reply(i, sampled)
+      if following:
+        asked[i] = following[0]
+      return following
+
+    if reply:
+      return self.policy.sample(prompts, seeds, reply=counted, **how)
+    responses = self.policy.sample(prompts, seeds, **how)
+    for prompt, sampled in zip(prompts, responses, strict=True):
+      self._count(prompt, sampled)
+    return responses
+
+  def _count(self, prompt: Sequence[int], sampled: Sequence[int]) -> None:
+    self.tokens += len(sampled)
+    self.flops += 2.0 * sum(leaf.size for leaf in jax.tree.leaves(self.policy.params)) * (len(prompt) + len(sampled))
 
 
 @dataclasses.dataclass(frozen=True)

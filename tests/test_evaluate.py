@@ -6,7 +6,7 @@ import statistics as python_statistics
 
 import numpy as np
 import pytest
-from fakes import Tokenizer
+from fakes import Tokenizer, in_turns
 
 from oel_jax.evaluation import evaluate, statistics
 from oel_jax.pocket import claims, corpus, worlds
@@ -118,6 +118,7 @@ class Oracle:
   def __init__(self, *able: str):
     self.able, self.tokenizer = able, Tokenizer()
 
+  @in_turns
   def sample(self, prompts, seeds, *, sampling, max_new_tokens):
     chats = [[(message.role, message.content) for message in self.tokenizer.seen[prompt[0]]] for prompt in prompts]
     return [self.tokenizer.put(self.answer(chat)) for chat in chats]

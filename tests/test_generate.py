@@ -124,9 +124,9 @@ def four_prompts():
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
   whole, run = sample(prompts), decode.enter
-  monkeypatch.setattr(generate_lib, "BATCH_TOKENS", 4 * 64)
+  monkeypatch.setattr(generate_lib, "BATCH_TOKENS", 4 * (256 + 96))
   monkeypatch.setattr(decode, "enter", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how))
-  assert sample(prompts) == whole and shapes == [(4, 64), (4, 64)]
+  assert sample(prompts) == whole and shapes == [(4, 96), (4, 96)]
 
 
 def test_each_of_several_end_ids_ends_a_response_and_is_kept():
@@ -183,6 +183,7 @@ def test_nothing_waits_for_the_slowest(monkeypatch):
 
 def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long ones, where the ring has gone round."""
+  monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   long, short = random_prompts(60, 50, seed=5), random_prompts(3, 8, 5, 9, 4, 7, seed=6)
   expected = [naive_sampled(prompt, seed, limit=30) for seed, prompt in enumerate(long + short)]
   assert sample(long + short, limit=30, slots=4) == expected
@@ -208,7 +209,7 @@ def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows
   assert set(seen[:2]) == {(True, 1)} and run._cache_size() - before <= 3
 
 
-# Beginnings in common
+# What a slot holds is not read again
 
 
 def alike_prompts():
@@ -217,35 +218,88 @@ def alike_prompts():
   return [first + rest[0], second + rest[1], first + rest[2], second[:1] + rest[5], second + rest[3], first + rest[4], second + rest[2]]
 
 
-def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch):
-  prompts, runs = alike_prompts(), []
-  expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
-  read, enter = decode.read, decode.enter
-  monkeypatch.setattr(decode, "read", lambda weights, tokens, **how: runs.append(tokens.shape) or read(weights, tokens, **how))
-  monkeypatch.setattr(decode, "enter", lambda *args, **how: runs.append(args[2].shape) or enter(*args, **how))
-  assert sample(prompts) == expected and runs == [(8, 96)]
-  monkeypatch.setattr(generate_lib, "SHARED", 100)
-  runs.clear()
-  assert sample(prompts) == expected and runs == [(4, 64), (8, 32)]
-  runs.clear()
-  assert sample(prompts, slots=4) == expected and runs[:2] == [(4, 64), (4, 32)]
-  assert len({tuple(ids) for ids in expected}) == len(prompts)
+@pytest.fixture(name="entered")
+def fixture_entered(monkeypatch):
+  """What each batch that enters looks like: its shape, and how much of each prompt in it is taken from a slot."""
+  batches, enter = [], decode.enter
+
+  def spy(weights, slots, tokens, lengths, rows, requests, shared, **how):
+    batches.append((tokens.shape, shared and shared.count[rows < len(slots.filled)].tolist()))
+    return enter(weights, slots, tokens, lengths, rows, requests, shared, **how)
+
+  monkeypatch.setattr(decode, "enter", spy)
+  return batches
 
 
-def test_the_groups_are_those_that_save_most(monkeypatch):
-  monkeypatch.setattr(generate_lib, "SHARED", 1)
+def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch, entered):
   prompts = alike_prompts()
-  beginnings, source, shared = generate_lib._beginnings(prompts)
-  assert sorted(map(len, beginnings)) == [40, 50] and shared.tolist() == [40, 50, 40, 0, 50, 40, 50]
-  for i, prompt in enumerate(prompts):
-    assert prompt[: shared[i]] == beginnings[source[i]][: shared[i]]
-  # One word before all of them and a long text before two: the pair apart saves 30, all three together 2 x 5.
-  word, text = random_prompts(5, 25, seed=9)
-  beginnings, source, shared = generate_lib._beginnings([word + text + [1], word + [2, 3], word + text + [4]])
-  assert shared.tolist() == [30, 0, 30]
-  beginnings, _, shared = generate_lib._beginnings([[7, 8, 9]] * 4)  # the last token is read by each: something must be
-  assert beginnings == [[7, 8]] and shared.tolist() == [2] * 4
-  assert generate_lib._beginnings([[1, 2], [3, 4]])[0] == [] and generate_lib._beginnings([[1]])[0] == []
+  expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
+  assert len({tuple(ids) for ids in expected}) == len(prompts)
+  for least, right in ((1000, [((8, 96), [0] * 7)]), (30, [((8, 96), [0] * 3), ((8, 96), [50, 50, 40, 40])])):
+    monkeypatch.setattr(generate_lib, "SHARED", least)
+    monkeypatch.setattr(generate_lib, "WORTH_WAITING", least)
+    entered.clear()
+    assert sample(prompts) == expected and entered == right
+  entered.clear()
+  assert sample(prompts, slots=4) == expected
+  assert entered[:2] == [((4, 96), [0] * 3), ((4, 96), [50])] and len(entered) > 2 and all(any(shared) for _, shared in entered[1:])
+
+
+def converse(prompts, turns, **how):
+  """Each prompt goes on `turns` times: with what was answered and five ids more. Returns all answers of each, and all prompts."""
+  answers, asked, more = [[] for _ in prompts], [[prompt] for prompt in prompts], random_prompts(*[5] * turns, seed=11)
+
+  def reply(i, ids):
+    answers[i].append(ids)
+    if len(answers[i]) > turns:
+      return None
+    asked[i].append(asked[i][-1] + ids + more[len(answers[i]) - 1])
+    return asked[i][-1], 100 * i + len(answers[i])
+
+  last = sample(prompts, [100 * i for i in range(len(prompts))], reply=reply, **how)
+  assert last == [each[-1] for each in answers]
+  return answers, asked
+
+
+@pytest.mark.parametrize("slots", [16, 4, 1])
+def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
+  """Ten conversations of three turns, through fewer slots, in a ring that goes round and grows."""
+  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
+  answers, asked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
+  for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
+    assert len(each) == len(prompts) == 3
+    assert each == [naive_sampled(prompt, 100 * i + turn) for turn, prompt in enumerate(prompts)]
+  held = sorted(count for _, shared in entered for count in shared or [] if count)
+  # All that was in the ring: the prompt before and the answer, but the id drawn last.
+  right = sorted(len(prompt) - 6 for prompts in asked for prompt in prompts[1:])
+  assert held == right
+
+
+def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
+  """One conversation waits, while a long answer goes round the ring in the other slot."""
+  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
+  first, second = random_prompts(50, 3, seed=13)
+  calls = []
+
+  def reply(i, ids):
+    calls.append(i)
+    return (first + ids, 7) if calls == [0] else None
+
+  late = sample([first, second], [1, 2], limit=[2, 60], eos_ids=(), reply=reply)
+  assert [shared for _, shared in entered] == [[0, 0], [51]]
+  assert late == [naive_sampled(first + naive_sampled(first, 1, (), 2), 7, (), 2), naive_sampled(second, 2, (), 60)]
+  monkeypatch.setattr(generate_lib, "CHUNK_REPLIES", 40)  # 40 columns are written before the reply: 50 + 1 + 40 are more than 64
+  entered.clear()
+  calls.clear()
+  assert sample([first, second], [1, 2], limit=[2, 60], eos_ids=(), reply=reply) == late
+  assert [shared for _, shared in entered] == [[0, 0], [0]]
+
+
+def test_a_reply_is_checked():
+  with pytest.raises(ValueError, match="empty prompt at index 1"):
+    sample([[1], [2]], reply=lambda i, ids: ([], 1) if i else None)
 
 
 # Distributions
@@ -378,7 +432,7 @@ def primitives(jaxpr, inside="while") -> set[str]:
 def test_the_loop_takes_no_stacked_weights_apart():
   """Trap 19: no layer is sliced out of a stack; of the cache, one column is written."""
   weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
-  slots = decode.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32)
+  slots = decode.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32, path="xla")
   run = functools.partial(decode.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
   names = primitives(jax.make_jaxpr(run)(weights, slots, 3, 1).jaxpr)
   assert "dot_general" in names and "dynamic_update_slice" in names and not names & {"scan", "dynamic_slice"}
@@ -396,7 +450,7 @@ def test_few_programs_are_compiled():
   assert decode.enter._cache_size() - before[0] <= 2 and decode.decode._cache_size() - before[1] <= 4
 
 
-@pytest.mark.parametrize("size,expected", [(1, 32), (64, 64), (65, 96), (16384, 16384), (16385, 32768), (40000, 49152)])
+@pytest.mark.parametrize("size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)])
 def test_buckets(size, expected):
   assert generate_lib.bucket(size, generate_lib.LENGTHS) == expected
 

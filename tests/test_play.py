@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from fakes import in_turns
 
 from oel_jax import config
 from oel_jax.deployment import Episode, game_spec, open_game, play, play_to_file
@@ -37,6 +38,7 @@ class Policy:
     self.answers = answers
     self.calls = []
 
+  @in_turns
   def sample(self, prompts, seeds, *, sampling, max_new_tokens):
     assert len(prompts) == len(seeds) and sampling == "sampling" and max_new_tokens == 100
     batch = hashlib.sha256(repr((prompts, seeds)).encode()).hexdigest()

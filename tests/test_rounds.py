@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 import pytest
 import textarena
-from fakes import Tokenizer
+from fakes import Tokenizer, in_turns
 
 from oel_jax import main, rounds
 from oel_jax.consolidation import step as step_lib
@@ -352,6 +352,7 @@ class Scripted:
   def __init__(self, lesson: str = "- EXPERIENCE ITEM: The goal is G.\n- EXPERIENCE ITEM: H is a hazard."):
     self.lesson, self.tokenizer = lesson, Tokenizer()
 
+  @in_turns
   def sample(self, prompts, seeds, **how):
     asked = [self.tokenizer.seen[prompt[0]][-1].content for prompt in prompts]
     return [self.tokenizer.put(self.lesson if "record of a finished game" in text else "[down]") for text in asked]

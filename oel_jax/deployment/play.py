@@ -1,10 +1,11 @@
-"""The user side's loop: many games side by side, one batch of prompts a turn, resumable episode by episode (OEL section 3, deployment).
+"""The user side's loop: many games side by side, each at its own pace, resumable episode by episode (OEL section 3, deployment).
 
 Episodes are played in fixed groups: which prompts share a batch depends on the list of episodes alone, never on what was done before, so a
 run that was cut off and goes on samples the same batches, and with them the same bits.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -66,9 +67,9 @@ def play(
   """Plays every episode to its end.
 
   Args:
-    policy: has `tokenizer.chat`, `tokenizer.split_response` and `sample` (oel_jax/policy).
+    policy: has `tokenizer.chat`, `tokenizer.split_response` and `sample` with its `reply` (oel_jax/policy).
     spec: the game.
-    episodes: cut into groups of `slots`, in order; the unfinished games of a group are sampled in one call a turn.
+    episodes: cut into groups of `slots`, in order; one call samples for a group, and a game moves while the policy answers to others.
     sampling: temperature, top_p, top_k.
     max_response_tokens: a turn, thinking included.
     max_prompt_tokens: limit of a prompt, in tokens.
@@ -94,22 +95,25 @@ def play(
     if advance:
       advance(len(finished))
 
+  def ask(seat: _Seat) -> tuple[list[int], int]:
+    """The prompt of the seat's next turn, and the seed of its answer."""
+    return _prompt(policy, seat, thinking, max_prompt_tokens), derive(seat.episode.sample_seed, len(seat.turns))
+
+  def reply(seats: list[_Seat], number: int, response: list[int]) -> tuple[list[int], int] | None:
+    seat = seats[number]
+    _move(policy, spec, seat, response, thinking)
+    if seat.trajectory is None:
+      return ask(seat)
+    finish(seat.trajectory)
+    return None
+
   for group in _groups(episodes, slots):
     seats = []
     for episode in group:
       game = open_with(spec, episode.map_seed)
       seats.append(_Seat(episode, game, prompts.first_message(game.observation, player=spec.player, actions=spec.actions)))
-    while active := [seat for seat in seats if seat.trajectory is None]:
-      responses = policy.sample(
-          [_prompt(policy, seat, thinking, max_prompt_tokens) for seat in active],
-          [derive(seat.episode.sample_seed, len(seat.turns)) for seat in active],
-          sampling=sampling,
-          max_new_tokens=max_response_tokens,
-      )
-      for seat, response in zip(active, responses, strict=True):
-        _move(policy, spec, seat, response, thinking)
-        if seat.trajectory is not None:
-          finish(seat.trajectory)
+    first_prompts, seeds = zip(*map(ask, seats), strict=True)
+    policy.sample(first_prompts, seeds, sampling=sampling, max_new_tokens=max_response_tokens, reply=functools.partial(reply, seats))
   by_id = {trajectory.id: trajectory for trajectory in finished}
   return [by_id[episode.id] for episode in episodes]
 

@@ -25,7 +25,8 @@ class Slots(NamedTuple):
   """The state of B rows that decode side by side over a ring of S columns.
 
   Attributes:
-    keys, values: L arrays [B, K, S, H] each.
+    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies these several times faster with a query.
+    values: L arrays [B, K, S, H].
     column: [] int32, the one that the next step writes.
     filled: [B] int32, tokens of the row in the ring: the columns last written. 0 for a row that is not active.
     token: [B] int32, the last id drawn, not in the ring yet.
@@ -78,12 +79,19 @@ def prepare(params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh |
   return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec())) if mesh else params
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype", "mesh"))
-def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype: Any, mesh: Mesh | None = None) -> Slots:
+def columns(path: str) -> int:
+  """The axis of `Slots.keys` along which the columns lie."""
+  return 3 if path == "xla" else 2
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype", "path", "mesh"))
+def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype: Any, path: str, mesh: Mesh | None = None) -> Slots:
   """`rows` slots that wait for a prompt, over `size` columns, with room for `ends` end ids each; on a mesh the rows are spread over it."""
-  ring = lambda: tuple(jnp.zeros((rows, architecture.kv_heads, size, architecture.head_size), dtype) for _ in range(architecture.layers))
+  H = architecture.head_size
+  ring = lambda *shape: tuple(jnp.zeros((rows, architecture.kv_heads, *shape), dtype) for _ in range(architecture.layers))
   zero, none = jnp.zeros((rows,), jnp.int32), jnp.full((rows, ends), -1, jnp.int32)
-  slots = Slots(ring(), ring(), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
+  keys = ring(H, size) if columns(path) == 3 else ring(size, H)
+  slots = Slots(keys, ring(size, H), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
   if mesh is None:
     return slots
   # The host reads what was drawn: of other processes' rows it could not.
@@ -92,77 +100,70 @@ def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype:
   return jax.tree.map(place, slots)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def grow(slots: Slots, *, size: int) -> Slots:
-  """The same slots over a larger ring of `size` columns."""
-  S = slots.keys[0].shape[2]
-  widen = lambda ring: jnp.pad(jnp.roll(ring, -slots.column, axis=2), ((0, 0), (0, 0), (0, size - S), (0, 0)))
-  return slots._replace(keys=tuple(map(widen, slots.keys)), values=tuple(map(widen, slots.values)), column=jnp.int32(S))
+@functools.partial(jax.jit, static_argnames=("size", "path"))
+def grow(slots: Slots, *, size: int, path: str) -> Slots:
+  """The same slots over a larger ring of `size` columns; the column written last becomes the last of the old ones."""
+  S = slots.values[0].shape[2]
+
+  def widen(ring, axis):
+    room = [(0, size - S if a == axis else 0) for a in range(ring.ndim)]
+    return jnp.pad(jnp.roll(ring, -slots.column, axis=axis), room)
+
+  keys = tuple(widen(ring, columns(path)) for ring in slots.keys)
+  return slots._replace(keys=keys, values=tuple(widen(ring, 2) for ring in slots.values), column=jnp.int32(S))
 
 
-class Known(NamedTuple):
-  """Keys and values of the beginnings of M prompts, L arrays [M, K, P, H] each."""
+class Shared(NamedTuple):
+  """What prompts begin with and the ring holds: of prompt r the first count[r] tokens are those of row source[r], which begins back[r]
+  columns before the one to be written next. All [R] int32."""
 
-  keys: tuple[Array, ...]
-  values: tuple[Array, ...]
-
-
-@functools.partial(jax.jit, static_argnames="architecture")
-def read(weights: Any, tokens_MxP: Int[Array, "M P"], *, architecture: Architecture) -> Known:
-  """Prefills beginnings that several prompts share, padded on the right."""
-  keys, values = [], []
-
-  positions = jnp.broadcast_to(jnp.arange(tokens_MxP.shape[1], dtype=jnp.int32), tokens_MxP.shape)
-
-  def attend(layer, qkv):
-    q, k, v = _heads(layer, architecture, qkv, positions)
-    keys.append(k.swapaxes(1, 2))
-    values.append(v.swapaxes(1, 2))
-    return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
-
-  with jax.named_scope("prefill_shared"):
-    _forward(weights, architecture, tokens_MxP, attend)
-  return Known(tuple(keys), tuple(values))
+  source: Array
+  back: Array
+  count: Array
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs", "path"), donate_argnames="slots")
 def enter(
     weights: Any, slots: Slots, tokens_RxT: Int[Array, "R T"], lengths_R: Int[Array, "R"], rows_R: Int[Array, "R"], requests: Any,
-    known: Known | None, source_R: Int[Array, "R"], shared_R: Int[Array, "R"],
-    *, architecture: Architecture, sampling: Sampling, logprobs: bool,
+    shared: Shared | None, *, architecture: Architecture, sampling: Sampling, logprobs: bool, path: str,
 ) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
   """Prefills prompts, puts them into slots and draws each one's first id.
 
   Args:
     weights: from `prepare`.
     slots: their ring has room for the longest prompt.
-    tokens_RxT, lengths_R: what of the prompts is not known, padded on the right.
+    tokens_RxT, lengths_R: what of the prompts is to be read, padded on the right.
     rows_R: the slot of each; B for those that fill the batch.
     requests: seeds, limits and ends of each, as in `Slots`.
-    known, source_R, shared_R: prompt r begins with the first shared_R[r] tokens of row source_R[r] of `known`; None: all are 0.
+    shared: what stands before tokens_RxT; None: nothing.
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
+    path: of the attention of `decode`.
 
   Returns:
     The slots, and the ids drawn [R] (with their log-probabilities [R]).
   """
-  T, S = tokens_RxT.shape[1], slots.keys[0].shape[2]
-  P = known.keys[0].shape[2] if known else 0
+  (R, T), S = tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
-  own = jnp.tril(jnp.ones((T, T), bool))
-  seen = jnp.concatenate([jnp.broadcast_to((jnp.arange(P) < shared_R[:, None])[:, None], (len(shared_R), T, P)),
-                          jnp.broadcast_to(own, (len(shared_R), T, T))], axis=-1)
+  count = shared.count if shared else jnp.zeros_like(lengths_R)
+  positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
+  axes = {"keys": columns(path), "values": 2}
 
-  positions = shared_R[:, None] + jnp.arange(T, dtype=jnp.int32)
+  def before(name: str, layer: int) -> Array:
+    """What the ring holds of each prompt, in order, [R, K, S, H]."""
+    ring = getattr(slots, name)[layer][shared.source]
+    ring = ring if axes[name] == 2 else ring.swapaxes(2, 3)
+    return jnp.take_along_axis(ring, jnp.mod(slots.column - shared.back[:, None] + jnp.arange(S), S)[:, None, :, None], axis=2)
 
   def attend(layer, qkv):
-    q, k, v = _heads(layer, architecture, qkv, positions)
-    i = len(keys)
-    for kept, new, before in ((keys, k, known and known.keys[i]), (values, v, known and known.values[i])):
-      new = new.swapaxes(1, 2)
-      kept.append(new if before is None else jnp.concatenate([before[source_R], new], axis=2))
-    if known is None:
+    q, *new = _heads(layer, architecture, qkv, positions)
+    for name, kept, ours in zip(axes, (keys, values), new, strict=True):
+      ours = ours.swapaxes(1, 2)
+      kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
+    if shared is None:
       return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
+    own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
+    seen = jnp.concatenate([jnp.broadcast_to((jnp.arange(S) < count[:, None])[:, None], (R, T, S)), own], axis=-1)
     return attention.attend(q, keys[-1], values[-1], seen, _prefill_path(weights))
 
   with jax.named_scope("prefill"):
@@ -170,19 +171,24 @@ def enter(
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
   token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), sampling, logprobs)
-  lengths_R = lengths_R + shared_R
+  lengths_R = lengths_R + count
   # The prompt's last token stands in the column written last. Columns that get no token of it are not filled: there, any will do.
-  place = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S)
-  source = jnp.where(place < shared_R[:, None], place, jnp.minimum(place - shared_R[:, None] + P, P + T - 1))[:, None, :, None]
-  put = lambda ring, new: ring.at[rows_R].set(jnp.take_along_axis(new, source, axis=2), mode="drop")
+  place, P = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S), S if shared else 0
+  source = jnp.where(place < count[:, None], place, jnp.minimum(place - count[:, None] + P, P + T - 1))[:, None, :, None]
+
+  def put(ring, new, axis):
+    new = jnp.take_along_axis(new, source, axis=2)
+    return ring.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
+
   active = ~_ended(token, 1, limits, ends)
   entered = {"filled": jnp.where(active, lengths_R, 0), "token": token, "drawn": jnp.ones_like(limits), "active": active,
              "seeds": seeds, "limits": limits, "ends": ends}
-  slots = slots._replace(
-      keys=tuple(map(put, slots.keys, keys)), values=tuple(map(put, slots.values, values)),
-      **{name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()},
-  )  # fmt: skip
-  return slots, (token, *scores)
+  entered = {name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()}
+  entered |= {
+      name: tuple(put(ring, ours, axes[name]) for ring, ours in zip(getattr(slots, name), new, strict=True))
+      for name, new in (("keys", keys), ("values", values))
+  }
+  return slots._replace(**entered), (token, *scores)
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path"), donate_argnames="slots")
@@ -204,7 +210,7 @@ def decode(
   Returns:
     The slots, and the ids drawn [B, chunk], -1 where none was (with their log-probabilities [B, chunk]).
   """
-  a, (B, _, S, _) = architecture, slots.keys[0].shape
+  a, (B, _, S, _) = architecture, slots.values[0].shape
   drawn = (jnp.full((B, chunk), -1, jnp.int32), *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()))
 
   def going_on(state):
@@ -224,9 +230,11 @@ def decode(
         y, *rings = ring.step(qkv[:, 0], scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps)
       else:
         q, k, v = _heads(layer, a, qkv, slots.filled[:, None])
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), slots.column, axis=2)
-        rings = tuple(map(write, rings, (k, v)))
-        y = ring.attend(q[:, 0], *rings, slots.column, slots.filled + 1)
+        y = ring.attend(q[:, 0], k[:, 0], v[:, 0], *rings, slots.column, slots.filled)
+        # The column waits for y (which is never above infinity): unless it is sure that the ring has been read, XLA writes to a copy.
+        column = slots.column + (y[0, 0, 0] > jnp.inf)
+        write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, axis), column, axis=axis)
+        rings = write(rings[0], k, 3), write(rings[1], v, 2)
       keys.append(rings[0])
       values.append(rings[1])
       return y

@@ -3,11 +3,12 @@
 Each sequence draws from its own random stream, keyed by its seed and by the position in the response, so its tokens do not depend on
 what shares the slots (up to the rounding of a matrix product's shape). Who shares them follows from the prompts and the tokens drawn,
 never from a clock: the same call gives the same bits on one machine.
+
+What a prompt begins with is not read again while a slot still holds it: the turns of a game before, or a text that others begin with, too.
 """
 
-import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +20,21 @@ from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling
 
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # a few shapes, so that little is compiled (traps, 20)
-BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding included
-LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
-RINGS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+ENTRIES = (1, 4, 32, 256)  # prompts that enter together; a batch is at least half full, unless it has
+FEW = 1024  # tokens or fewer
+BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
+LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 CACHE_BYTES = 16 << 30  # of the slots' keys and values, if it is not said how many slots there are; nor are there more than
 SLOTS = 256
-SHARED = 4096  # prompt tokens that need not be read again, so that a beginning is worth a program of its own
-CHUNK = 64  # tokens a row between two looks at who has ended
+SLOTS_CPU = 32  # there, a token takes twice as long with twice as many
+SHARED = 48  # tokens in common that are worth taking from a slot, and
+WORTH_WAITING = 128  # worth waiting until they stand in one
+CHUNK = 64  # tokens a row between two looks at who has ended; while replies are made up,
+CHUNK_REPLIES = 4
+
+# Given the number of a prompt and the ids drawn for it: a further prompt and its seed, or None.
+Reply = Callable[[int, list[int]], tuple[Sequence[int], int] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +61,12 @@ class Policy:
       )
 
   def sample(
-      self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, sampling: Sampling, max_new_tokens: int
+      self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, sampling: Sampling, max_new_tokens: int, reply: Reply | None = None
   ) -> list[list[int]]:
     """`generate` with this policy's own parts."""
     return generate(
         self.params, self.architecture, prompts, seeds, sampling=sampling, max_new_tokens=max_new_tokens,
-        eos_ids=self.tokenizer.eos_ids, pad_id=self.tokenizer.pad_id, dtype=self.dtype,
+        eos_ids=self.tokenizer.eos_ids, pad_id=self.tokenizer.pad_id, dtype=self.dtype, reply=reply,
     )  # fmt: skip
 
   def replace(self, params: Any) -> "Policy":
@@ -73,7 +82,7 @@ def bucket(size: int, sizes: Sequence[int]) -> int:
 def generate(
     params: Any, architecture: Architecture, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, sampling: Sampling,
     max_new_tokens: int | Sequence[int], eos_ids: Sequence[int] | Sequence[Sequence[int]], pad_id: int, dtype: Any = jnp.float32,
-    slots: int | None = None, logprobs: bool = False,
+    slots: int | None = None, logprobs: bool = False, reply: Reply | None = None,
 ) -> Any:  # fmt: skip
   """Samples one response a prompt.
 
@@ -87,11 +96,13 @@ def generate(
     eos_ids: ids any of which ends a response, or one such list a prompt; the id is kept.
     pad_id: fills what is not there.
     dtype: of the activations.
-    slots: most sequences side by side; None: as many as fit into CACHE_BYTES, at most SLOTS.
+    slots: most sequences side by side; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU on a CPU.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
+    reply: called as each response ends, with the prompt's index and the ids; may return a prompt to go on with and its seed, which takes
+      that index's place. It runs while the device draws for others. A prompt that repeats the one before and goes on is cheap.
 
   Returns:
-    The sampled ids, in the order of the prompts; with `logprobs` a pair, the second one float32 array a prompt.
+    The ids sampled (last), in the order of the prompts; with `logprobs` a pair, the second one float32 array a prompt.
 
   Raises:
     ValueError: an empty prompt, an id that the weights have no row for, a limit below 1, or not one seed, limit or list a prompt.
@@ -99,8 +110,8 @@ def generate(
   requests = _requests(architecture, prompts, seeds, max_new_tokens, eos_ids)
   if not prompts:
     return ([], []) if logprobs else []
-  run = _Run(params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs)
-  while run.waiting or run.seated:
+  run = _Run(params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply)
+  while run.waiting or run.seated or run.ended:
     run.advance()
   return (run.ids, [np.float32(scores) for scores in run.scores]) if logprobs else run.ids
 
@@ -115,31 +126,36 @@ def _requests(architecture, prompts, seeds, limits, ends) -> tuple[np.ndarray, n
     if len(given) != n:
       raise ValueError(f"generate got {n} prompts but {len(given)} {name}: one a prompt")
   for i, prompt in enumerate(prompts):
-    if not prompt:
-      raise ValueError(f"generate got an empty prompt at index {i}: a prompt has at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < architecture.vocabulary:
-      wrong = next(token for token in prompt if not 0 <= token < architecture.vocabulary)
-      raise ValueError(f"generate got the id {wrong} in the prompt at index {i}: ids are at least 0 and below {architecture.vocabulary}")
+    _check(prompt, i, architecture.vocabulary)
     if limits[i] < 1:
       raise ValueError(f"generate got max_new_tokens {limits[i]} for the prompt at index {i}: it must be at least 1")
   padded = np.full((n, max(map(len, ends), default=0)), -1, np.int32)
   for row, ids in zip(padded, ends, strict=True):
     row[: len(ids)] = ids
-  return np.asarray(seeds, np.uint32), np.asarray(limits, np.int32), padded
+  return np.array(seeds, np.uint32), np.asarray(limits, np.int32), padded
+
+
+def _check(prompt: Sequence[int], index: int, vocabulary: int) -> None:
+  if not prompt:
+    raise ValueError(f"generate got an empty prompt at index {index}: a prompt has at least one token")
+  if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+    wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+    raise ValueError(f"generate got the id {wrong} in the prompt at index {index}: ids are at least 0 and below {vocabulary}")
 
 
 class _Run:
-  """One call of `generate` under way: the slots, who sits in them and who waits.
+  """One call of `generate` under way: the slots, who sits in them, who waits, and who has ended.
 
-  The prompts with most to read enter first: those that enter together are then alike, so that little of their batch is padding.
+  The longest prompts enter first: those that enter together are then alike, so that little of their batch is padding. Prompts that go on
+  with an earlier one enter before all others, while its slot still holds what they begin with.
   """
 
-  def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs):
-    self.prompts, self.requests, self.pad_id = prompts, requests, pad_id
+  def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply):
+    self.prompts, self.requests, self.pad_id, self.reply = [list(prompt) for prompt in prompts], requests, pad_id, reply
     self.how = dict(architecture=architecture, sampling=sampling, logprobs=logprobs)
-    beginnings, self.source, self.shared = _beginnings(prompts)
-    self.waiting = collections.deque(sorted(range(len(prompts)), key=lambda i: self.shared[i] - len(prompts[i])))
+    self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     self.seated: dict[int, int] = {}  # the prompt in each slot that is taken
+    self.ended: dict[int, int] = {}  # the prompt in each slot that is kept until its response is replied to
     self.ids: list[list[int]] = [[] for _ in prompts]
     self.scores: list[list[float]] = [[] for _ in prompts]
     placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -148,56 +164,142 @@ class _Run:
     longest = max(map(len, prompts))
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
-    most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS)
+    most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS_CPU if jax.default_backend() == "cpu" else SLOTS)
     self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
-    self.path = ring.path(architecture, dtype) if mesh is None else "xla"
+    self.entries = [*(size for size in ENTRIES if size < self.rows), self.rows]
+    self.how["path"] = ring.path(architecture, dtype) if mesh is None else "xla"
+    # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and on a CPU it costs little.
+    self.always = reply is not None or self.how["path"] == "xla"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
-    self.size = whole if self.path == "triton" else bucket(longest + 1, RINGS)
-    self.known, self.room = None, 0
-    if beginnings:
-      self.room = bucket(max(map(len, beginnings)), LENGTHS)
-      tokens, _ = pad_right(beginnings, bucket(len(beginnings), BATCHES), self.room, pad_id)
-      self.known = decode.read(self.weights, tokens, architecture=architecture)
-    self.slots = decode.empty(architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype, mesh=mesh)
+    self.size = whole if self.how["path"] == "triton" else bucket(longest + 1, RINGS)
+    self.slots = decode.empty(
+        architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype, path=self.how["path"], mesh=mesh
+    )
+    # What each slot holds, its length, and the columns that were written since.
+    self.held = np.full((self.rows, self.size), -1, np.int32)
+    self.count, self.age = np.zeros((2, self.rows), np.int32)
 
   def advance(self) -> None:
-    """Seats those who wait, draws up to CHUNK tokens a row, and lets go who has ended."""
+    """Seats those who wait, draws up to CHUNK tokens a row, asks for replies meanwhile, and lets go who has ended."""
     firsts = []
     # An eighth of the slots is free before others enter: a prefill of few costs as much as one of more.
-    least = self.rows - self.rows // 8
-    if len(self.seated) < least:
-      while self.waiting and len(self.seated) < self.rows:
+    if len(self._free()) >= max(1, self.rows // 8):
+      while self.waiting and self._free():
         firsts.append(self._enter())
-    filled = max(len(self.prompts[i]) + max(len(self.ids[i]) - 1, 0) for i in self.seated.values())
-    if filled == self.size:
-      self.size = bucket(filled + 1, RINGS)
-      self.slots = decode.grow(self.slots, size=self.size)
-    steps = min(CHUNK, self.size - filled)
-    least = least if self.waiting else 1
-    self.slots, drawn = decode.decode(self.weights, self.slots, steps, least, chunk=CHUNK, path=self.path, **self.how)
+    drawn = self._draw() if self.seated else None
+    for i in self.ended.values():
+      self._go_on(i)
+    self.ended = {}
+    if drawn is None:
+      return
     firsts, drawn, active = jax.device_get((firsts, drawn, self.slots.active))
     for taken, first in firsts:
       self._keep(taken, [array[: len(taken), None] for array in first])
-    self._keep(self.seated.values(), [array[list(self.seated)] for array in drawn])
-    self.seated = {row: i for row, i in self.seated.items() if active[row]}
+    rows, numbers = list(self.seated), list(self.seated.values())
+    self._keep(numbers, [array[rows] for array in drawn])
+    lengths = (drawn[0] >= 0).sum(1)
+    self.age += lengths.max() - lengths
+    for row, i in zip(rows, numbers, strict=True):
+      # The id drawn last is not in the ring yet.
+      fill = [*self.prompts[i], *self.ids[i]][:-1]
+      self.held[row, self.count[row] : len(fill)] = fill[self.count[row] :]
+      self.count[row] = len(fill)
+      if not active[row]:
+        del self.seated[row]
+        if self.reply:
+          self.ended[row] = i
+
+  def _draw(self):
+    """Starts the device on the next tokens. Returns the ids to come, as `decode.decode` does."""
+    filled = max(len(self.prompts[i]) + max(len(self.ids[i]) - 1, 0) for i in self.seated.values())
+    if filled == self.size:
+      self._grow(filled + 1)
+    least = len(self.seated) - len(self.seated) // 8 if self.waiting or self.reply else 1
+    steps = min(CHUNK_REPLIES if self.ended else CHUNK, self.size - filled)
+    self.slots, drawn = decode.decode(self.weights, self.slots, steps, least, chunk=CHUNK, **self.how)
+    return drawn
+
+  def _grow(self, length: int) -> None:
+    size = bucket(length, RINGS)
+    self.slots = decode.grow(self.slots, size=size, path=self.how["path"])
+    self.count[self.count + self.age > self.size] = 0
+    self.held = np.pad(self.held, ((0, 0), (0, size - self.size)), constant_values=-1)
+    self.size = size
+
+  def _go_on(self, i: int) -> None:
+    """Asks what follows a response; if something does, it waits before all others."""
+    following = self.reply(i, self.ids[i])
+    if following is None:
+      return
+    prompt, seed = following
+    _check(prompt, i, self.how["architecture"].vocabulary)
+    self.prompts[i], self.ids[i], self.scores[i] = list(prompt), [], []
+    self.requests[0][i] = seed
+    self.waiting.insert(0, i)
+
+  def _free(self) -> list[int]:
+    return [row for row in range(self.rows) if row not in self.seated and row not in self.ended]
 
   def _enter(self):
     """Prefills the next prompts into free slots. Returns their numbers, and what was drawn for them."""
-    first = self.waiting[0]
-    length = bucket(len(self.prompts[first]) - self.shared[first], LENGTHS)
-    free = [row for row in range(self.rows) if row not in self.seated]
-    most = max((rows for rows in BATCHES if rows * (self.room + length) <= BATCH_TOKENS), default=1)
-    taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting), most))]
-    batch = min(bucket(len(taken), BATCHES), self.rows)
-    tokens, lengths = pad_right([self.prompts[i][self.shared[i] :] for i in taken], batch, length, self.pad_id)
-    rows = np.full((batch,), self.rows, np.int32)
-    rows[: len(taken)] = free[: len(taken)]
-    fill = lambda array: np.resize(array[taken], (batch, *array.shape[1:]))
-    requests = tuple(map(fill, self.requests))
-    known = (self.known, fill(self.source), fill(self.shared))
-    self.slots, first = decode.enter(self.weights, self.slots, tokens, lengths, rows, requests, *known, **self.how)
-    self.seated |= dict(zip(free, taken, strict=False))
+    free = self._free()
+    taken, source, shared, (batch, length) = self._next(len(free))
+    longest = max(len(self.prompts[i]) for i in taken)
+    if longest >= self.size:
+      self._grow(longest + 1)
+    # A prompt goes where its beginning stands, if that slot is free.
+    rows = [row if row in free else None for row in source.tolist()]
+    rows = [row if row not in rows[:r] else None for r, row in enumerate(rows)]
+    others = iter([row for row in free if row not in rows])
+    rows = [next(others) if row is None else row for row in rows]
+    tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], batch, length, self.pad_id)
+    places = np.full((batch,), self.rows, np.int32)
+    places[: len(rows)] = rows
+    fill = lambda array: np.resize(array, (batch, *array.shape[1:]))
+    requests = tuple(fill(array[taken]) for array in self.requests)
+    begin = decode.Shared(*map(fill, (source, (self.age + self.count)[source], shared)))
+    begin = begin if self.always or shared.any() else None
+    self.slots, first = decode.enter(self.weights, self.slots, tokens, lengths, places, requests, begin, **self.how)
+    for row, i in zip(rows, taken, strict=True):
+      self.held[row] = -1
+      self.held[row, : len(self.prompts[i])] = self.prompts[i]
+      self.count[row], self.age[row] = len(self.prompts[i]), 0
+    self.seated |= dict(zip(rows, taken, strict=True))
+    self.waiting = [i for i in self.waiting if i not in taken]
     return taken, first
+
+  def _next(self, most: int) -> tuple[list[int], np.ndarray, np.ndarray, tuple[int, int]]:
+    """Who enters next, at most `most`, all with about as much to read: their numbers, for each the slot that holds what the prompt begins
+    with and how many tokens of it, and the shape of the batch in which the rest is read.
+
+    A prompt that begins like one of these waits until that one's slot can be read.
+    """
+    taken, source, shared, beside = [], [], [], np.full((most, max(map(len, self.prompts))), -1, np.int32)
+    there = np.where((self.count + self.age <= self.size), self.count, 0)
+    length = 0
+    for i in self.waiting[: 2 * most]:
+      prompt = np.asarray(self.prompts[i], np.int32)
+      alike = np.minimum(_alike(self.held, prompt), there)
+      row = int(alike.argmax())
+      count = int(alike[row]) if alike[row] >= SHARED else 0
+      if taken and _alike(beside[: len(taken)], prompt).max() >= count + WORTH_WAITING:
+        continue
+      reads = bucket(len(prompt) - count, LENGTHS)
+      if taken and not reads <= length <= 2 * reads:
+        continue
+      length = length or reads
+      beside[len(taken), : len(prompt)] = prompt
+      taken.append(i)
+      source.append(row)
+      shared.append(count)
+      if len(taken) == most:
+        break
+    before = self.size if self.always or any(shared) else 0
+    fits = [size for size in self.entries if size * (before + length) <= BATCH_TOKENS] or self.entries[:1]
+    n = len(taken)
+    whole = [size for size in fits if n <= size and (size < 2 * n or size * length <= FEW)]
+    batch = max(whole or [size for size in fits if size <= n])
+    return taken[:batch], np.int32(source[:batch]), np.int32(shared[:batch]), (batch, length)
 
   def _keep(self, numbers, drawn) -> None:
     """Adds what was drawn for each of these prompts; -1 is nothing."""
@@ -206,38 +308,11 @@ class _Run:
         kept[i].extend(row[ids >= 0].tolist())
 
 
-def _beginnings(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], np.ndarray, np.ndarray]:
-  """Beginnings that several prompts share; for each prompt, which one [n] and how many tokens of it [n], 0 for none.
-
-  In alphabetical order, prompts that begin alike stand together. A stretch of them is one group, or is cut where neighbours have least in
-  common, whichever saves more.
-  """
-  order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
-  alike = [_alike(prompts[a], prompts[b]) for a, b in zip(order, order[1:])]
-
-  def groups(start: int, stop: int) -> tuple[int, list[tuple[int, int, int]]]:
-    if stop - start < 2:
-      return 0, []
-    least = min(alike[start : stop - 1])
-    whole = (stop - start - 1) * least
-    cuts = [start, *(i + 1 for i in range(start, stop - 1) if alike[i] == least), stop]
-    parts = [groups(a, b) for a, b in zip(cuts, cuts[1:])]
-    saved = sum(part for part, _ in parts)
-    return (whole, [(start, stop, least)]) if whole >= saved else (saved, [group for _, found in parts for group in found])
-
-  source, shared = np.zeros((len(prompts),), np.int32), np.zeros((len(prompts),), np.int32)
-  saved, found = groups(0, len(order))
-  if saved < SHARED:
-    return [], source, shared
-  for number, (start, stop, length) in enumerate(found):
-    source[order[start:stop]], shared[order[start:stop]] = number, length
-  return [prompts[order[start]][:length] for start, _, length in found], source, shared
-
-
-def _alike(first: Sequence[int], second: Sequence[int]) -> int:
-  """How many tokens two prompts begin with in common, so that each has at least one more."""
-  most = min(len(first), len(second)) - 1
-  return next((i for i in range(most) if first[i] != second[i]), most)
+def _alike(rows: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+  """How many tokens each row [n, length] begins with in common with a prompt, of which one more is left to read."""
+  most = min(rows.shape[1], len(prompt) - 1)
+  same = rows[:, :most] == prompt[:most]
+  return np.where(same.all(1), most, same.argmin(1) if most else 0)
 
 
 def pad_right(sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
