@@ -18,7 +18,7 @@ SIZES = ("smollm2-135m", "smollm2-135m-short")
 
 
 def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
-  """`size`: "smollm2-135m", or "smollm2-135m-short" with fewer and smaller steps, for a CPU. Neither has been measured yet."""
+  """`size`: "smollm2-135m", or "smollm2-135m-short" with fewer and smaller steps, for a CPU (not measured yet)."""
   if size not in SIZES:
     raise ValueError(f"experiments/system_prompt.py has no size {size!r}: it must be one of {', '.join(SIZES)}")
   config = distill.default()
@@ -32,7 +32,7 @@ def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
     )
     config.deployment.max_response_tokens = 96
     config.evaluation.update(top_p=1.0, top_k=0)
-    config.consolidation.update(steps=60, batch_size=32, learning_rate=2e-5, checkpoint_every=20)
+    config.consolidation.update(steps=60, batch_size=32, learning_rate=1e-4, checkpoint_every=20)
     if size == "smollm2-135m-short":
       config.consolidation.update(steps=16, batch_size=16, learning_rate=5e-5, checkpoint_every=8)
   return config
