@@ -124,7 +124,7 @@ def _agree(config: Any, shape: architecture.Architecture) -> None:
 
 @dataclasses.dataclass
 class Meter:
-  """A policy that counts what it reads and writes; the stages cannot tell it from the policy."""
+  """A policy that counts what it writes, and the work, as if every prompt were read whole; the stages cannot tell it from the policy."""
 
   policy: Policy
   tokens: int = 0

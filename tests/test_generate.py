@@ -297,6 +297,45 @@ def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
   assert [shared for _, shared in entered] == [[0, 0], [0]]
 
 
+def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, entered):
+  """As above, and a long prompt makes the ring grow before the overwritten slot is looked at: 91 columns would fit into it now."""
+  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
+  monkeypatch.setattr(generate_lib, "CHUNK_REPLIES", 40)
+  first, second, long = random_prompts(50, 3, 70, seed=13)
+  further = {0: [(long, 7), (first + [5, 6], 8)], 1: []}
+  late = sample([first, second], [1, 2], limit=[2, 60], eos_ids=(), reply=lambda i, ids: further[i].pop(0) if further[i] else None)
+  assert late == [naive_sampled(first + [5, 6], 8, (), 2), naive_sampled(second, 2, (), 60)]
+  assert [shared for _, shared in entered] == [[0, 0], [0], [0]] and {shape for shape, _ in entered} == {(4, 96)}
+
+
+def test_replies_where_every_response_is_one_id(monkeypatch):
+  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  answers, asked = converse(random_prompts(*range(20, 26), seed=14), 3, limit=1, slots=4)
+  for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
+    assert each == [naive_sampled(prompt, 100 * i + turn, limit=1) for turn, prompt in enumerate(prompts)]
+
+
+def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
+  """On a CPU every prompt looks at the slots; on a GPU only those that share."""
+  weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
+  tokens, lengths = generate_lib.pad_right(random_prompts(5, 20, 32, seed=15), 4, 32, 1)
+  zero, how = np.zeros((4,), np.int32), dict(architecture=TINY, sampling=FREE, logprobs=True, path="xla")
+  found = []
+  for shared in (None, decode.Shared(zero, zero, zero)):
+    slots = decode.empty(architecture=TINY, rows=4, size=64, ends=1, dtype=jnp.float32, path="xla")._replace(column=jnp.int32(50))
+    requests = np.arange(4, dtype=np.uint32), np.full((4,), 9, np.int32), np.full((4, 1), -1, np.int32)
+    found.append(decode.enter(weights, slots, tokens, lengths, np.int32([2, 0, 1, 4]), requests, shared, **how))
+  (slots, first), (same, again) = found
+  np.testing.assert_array_equal(first[0], again[0])
+  np.testing.assert_allclose(first[1], again[1], atol=1e-5)
+  for prompt, row in ((0, 2), (1, 0), (2, 1)):
+    columns = np.arange(50 - lengths[prompt], 50)
+    for ours, theirs in zip(slots.keys + slots.values, same.keys + same.values, strict=True):
+      axis = 2 if ours.shape[2] == 64 else 3
+      np.testing.assert_allclose(*(np.take(np.asarray(ring), columns, axis)[row] for ring in (ours, theirs)), atol=1e-5)
+
+
 def test_a_reply_is_checked():
   with pytest.raises(ValueError, match="empty prompt at index 1"):
     sample([[1], [2]], reply=lambda i, ids: ([], 1) if i else None)
@@ -348,9 +387,16 @@ SAMPLINGS = [
 ]  # fmt: skip
 
 
+def rows_of_logits(seed, vocabulary):
+  """Peaked rows, where a few ids hold most of the mass, and flat ones, where many are needed."""
+  rng = np.random.default_rng(seed)
+  return (rng.standard_normal((20, vocabulary)) * rng.choice([0.3, 2.5, 6.0], (20, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3000])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_the_filtered_distribution_is_that_of_float64(sampling):
-  logits = np.random.default_rng(1).normal(0, 3, (40, 50)).astype(np.float32)
+def test_the_filtered_distribution_is_that_of_float64(sampling, vocabulary):
+  logits = rows_of_logits(1, vocabulary)
   filtered = np.asarray(filter_logits(jnp.asarray(logits), sampling), np.float64)
   for row, ours in zip(logits, filtered, strict=True):
     expected = support_by_numpy(row, sampling)
@@ -359,10 +405,11 @@ def test_the_filtered_distribution_is_that_of_float64(sampling):
     np.testing.assert_allclose(got / got.sum(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [50, 3000])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_the_filtered_distribution_is_that_of_transformers(sampling):
+def test_the_filtered_distribution_is_that_of_transformers(sampling, vocabulary):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-  logits = np.random.default_rng(2).normal(0, 2, (40, 50)).astype(np.float32)
+  logits = rows_of_logits(2, vocabulary)
   scores = torch.tensor(logits)
   warpers = [transformers.TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
   warpers += [transformers.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []

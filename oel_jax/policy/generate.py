@@ -4,7 +4,7 @@ Each sequence draws from its own random stream, keyed by its seed and by the pos
 what shares the slots (up to the rounding of a matrix product's shape). Who shares them follows from the prompts and the tokens drawn,
 never from a clock: the same call gives the same bits on one machine.
 
-What a prompt begins with is not read again while a slot still holds it: the turns of a game before, or a text that others begin with, too.
+A long beginning is not read again while a slot still holds it: the turns of a game before, or a text that others begin with, too.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling
 
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # a few shapes, so that little is compiled (traps, 20)
-ENTRIES = (1, 4, 32, 256)  # prompts that enter together; a batch is at least half full, unless it has
-FEW = 1024  # tokens or fewer
+ENTRIES = (1, 4, 32, 256)  # prompts that enter together; more than half of a batch is filled, unless it is small:
+FEW = 1024  # tokens, padding included
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
 LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-CACHE_BYTES = 16 << 30  # of the slots' keys and values, if it is not said how many slots there are; nor are there more than
-SLOTS = 256
-SLOTS_CPU = 32  # there, a token takes twice as long with twice as many
+CACHE_BYTES = 16 << 30  # of the keys and values of the first prompts and their responses; longer replies make it more
+SLOTS = 256  # at most, if it is not said how many there are
+SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
 SHARED = 48  # tokens in common that are worth taking from a slot, and
 WORTH_WAITING = 128  # worth waiting until they stand in one
-CHUNK = 64  # tokens a row between two looks at who has ended; while replies are made up,
-CHUNK_REPLIES = 4
+CHUNK = 64  # tokens a row between two looks at who has ended
+CHUNK_REPLIES = 4  # the same while replies are made up
 
 # Given the number of a prompt and the ids drawn for it: a further prompt and its seed, or None.
 Reply = Callable[[int, list[int]], tuple[Sequence[int], int] | None]
@@ -96,7 +96,8 @@ def generate(
     eos_ids: ids any of which ends a response, or one such list a prompt; the id is kept.
     pad_id: fills what is not there.
     dtype: of the activations.
-    slots: most sequences side by side; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU on a CPU.
+    slots: most sequences side by side; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU on a CPU. Where replies become
+      much longer than the first prompts, fewer must be asked for: the slots stay as many.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to go on with and its seed, which takes
       that index's place. It runs while the device draws for others. A prompt that repeats the one before and goes on is cheap.
@@ -147,7 +148,10 @@ class _Run:
   """One call of `generate` under way: the slots, who sits in them, who waits, and who has ended.
 
   The longest prompts enter first: those that enter together are then alike, so that little of their batch is padding. Prompts that go on
-  with an earlier one enter before all others, while its slot still holds what they begin with.
+  with an earlier one enter before all others, so that its slot still holds what they begin with.
+
+  Slot r holds the `count[r]` tokens `held[r, :count[r]]`, in the columns of the ring that end `age[r]` before the one to be written next;
+  `age` is 0 for the slots that draw. Overwritten is what does not fit any more: count + age > size.
   """
 
   def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply):
@@ -168,14 +172,13 @@ class _Run:
     self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
     self.entries = [*(size for size in ENTRIES if size < self.rows), self.rows]
     self.how["path"] = ring.path(architecture, dtype) if mesh is None else "xla"
-    # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and on a CPU it costs little.
-    self.always = reply is not None or self.how["path"] == "xla"
+    # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and for a small model no loss.
+    self.always = reply is not None or jax.default_backend() == "cpu"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
     self.size = whole if self.how["path"] == "triton" else bucket(longest + 1, RINGS)
     self.slots = decode.empty(
         architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype, path=self.how["path"], mesh=mesh
     )
-    # What each slot holds, its length, and the columns that were written since.
     self.held = np.full((self.rows, self.size), -1, np.int32)
     self.count, self.age = np.zeros((2, self.rows), np.int32)
 
@@ -200,10 +203,9 @@ class _Run:
     lengths = (drawn[0] >= 0).sum(1)
     self.age += lengths.max() - lengths
     for row, i in zip(rows, numbers, strict=True):
-      # The id drawn last is not in the ring yet.
-      fill = [*self.prompts[i], *self.ids[i]][:-1]
-      self.held[row, self.count[row] : len(fill)] = fill[self.count[row] :]
-      self.count[row] = len(fill)
+      tokens = [*self.prompts[i], *self.ids[i]][:-1]  # the id drawn last is not in the ring yet
+      self.held[row, self.count[row] : len(tokens)] = tokens[self.count[row] :]
+      self.count[row] = len(tokens)
       if not active[row]:
         del self.seated[row]
         if self.reply:
@@ -214,6 +216,7 @@ class _Run:
     filled = max(len(self.prompts[i]) + max(len(self.ids[i]) - 1, 0) for i in self.seated.values())
     if filled == self.size:
       self._grow(filled + 1)
+    # Those whose first id was their last count as seated here; if that leaves fewer than `least`, nothing is drawn, and they leave.
     least = len(self.seated) - len(self.seated) // 8 if self.waiting or self.reply else 1
     steps = min(CHUNK_REPLIES if self.ended else CHUNK, self.size - filled)
     self.slots, drawn = decode.decode(self.weights, self.slots, steps, least, chunk=CHUNK, **self.how)
@@ -247,11 +250,7 @@ class _Run:
     longest = max(len(self.prompts[i]) for i in taken)
     if longest >= self.size:
       self._grow(longest + 1)
-    # A prompt goes where its beginning stands, if that slot is free.
-    rows = [row if row in free else None for row in source.tolist()]
-    rows = [row if row not in rows[:r] else None for r, row in enumerate(rows)]
-    others = iter([row for row in free if row not in rows])
-    rows = [next(others) if row is None else row for row in rows]
+    rows = self._places(free, source, shared)
     tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], batch, length, self.pad_id)
     places = np.full((batch,), self.rows, np.int32)
     places[: len(rows)] = rows
@@ -268,37 +267,49 @@ class _Run:
     self.waiting = [i for i in self.waiting if i not in taken]
     return taken, first
 
+  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray) -> list[int]:
+    """A free slot for each: the one that holds its beginning, or else one that holds nothing, or else any."""
+    rows = []
+    for row, count in zip(source.tolist(), shared.tolist(), strict=True):
+      rows.append(row if count and row in free and row not in rows else None)
+    held = self._held()
+    others = sorted((row for row in free if row not in rows), key=lambda row: held[row] > 0)
+    return [others.pop(0) if row is None else row for row in rows]
+
+  def _held(self) -> np.ndarray:
+    """How many tokens of each slot can be read."""
+    return np.where(self.count + self.age <= self.size, self.count, 0)
+
   def _next(self, most: int) -> tuple[list[int], np.ndarray, np.ndarray, tuple[int, int]]:
     """Who enters next, at most `most`, all with about as much to read: their numbers, for each the slot that holds what the prompt begins
     with and how many tokens of it, and the shape of the batch in which the rest is read.
 
     A prompt that begins like one of these waits until that one's slot can be read.
     """
-    taken, source, shared, beside = [], [], [], np.full((most, max(map(len, self.prompts))), -1, np.int32)
-    there = np.where((self.count + self.age <= self.size), self.count, 0)
-    length = 0
+    taken, source, shared, sizes, length = [], [], [], self.entries, 0
+    others, held = np.full((most, max(map(len, self.prompts))), -1, np.int32), self._held()
     for i in self.waiting[: 2 * most]:
       prompt = np.asarray(self.prompts[i], np.int32)
-      alike = np.minimum(_alike(self.held, prompt), there)
+      alike = np.minimum(_alike(self.held, prompt), held)
       row = int(alike.argmax())
       count = int(alike[row]) if alike[row] >= SHARED else 0
-      if taken and _alike(beside[: len(taken)], prompt).max() >= count + WORTH_WAITING:
+      if taken and _alike(others[: len(taken)], prompt).max() >= count + WORTH_WAITING:
         continue
       reads = bucket(len(prompt) - count, LENGTHS)
       if taken and not reads <= length <= 2 * reads:
         continue
-      length = length or reads
-      beside[len(taken), : len(prompt)] = prompt
+      if not taken:
+        length, size = reads, max(self.size, bucket(len(prompt) + 1, RINGS))
+        beside = size if self.always or held.any() else 0
+        sizes = [n for n in self.entries if n * (beside + length) <= BATCH_TOKENS] or self.entries[:1]
+      others[len(taken), : len(prompt)] = prompt
       taken.append(i)
       source.append(row)
       shared.append(count)
-      if len(taken) == most:
+      if len(taken) == min(most, sizes[-1]):
         break
-    before = self.size if self.always or any(shared) else 0
-    fits = [size for size in self.entries if size * (before + length) <= BATCH_TOKENS] or self.entries[:1]
     n = len(taken)
-    whole = [size for size in fits if n <= size and (size < 2 * n or size * length <= FEW)]
-    batch = max(whole or [size for size in fits if size <= n])
+    batch = max([size for size in sizes if n <= size and (size < 2 * n or size * length <= FEW)] or [size for size in sizes if size <= n])
     return taken[:batch], np.int32(source[:batch]), np.int32(shared[:batch]), (batch, length)
 
   def _keep(self, numbers, drawn) -> None:

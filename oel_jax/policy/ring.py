@@ -1,6 +1,6 @@
 """Attention of one query a row over a ring of columns, of which only those that the row fills are read.
 
-A row's tokens are the `filled` columns written last, the last of them at `column`. In plain XLA the whole ring is read and masked, and a
+A row's tokens are the `filled` columns written last. In plain XLA the whole ring is read and masked, and a
 step has more small kernels than large ones. On NVIDIA GPUs a Triton kernel, by way of Pallas, does everything between two matrix products:
 it norms and turns queries and keys, writes the column, and attends to what is filled.
 """

@@ -66,9 +66,8 @@ def _filter_by_mass(logits, sampling):
   last = jnp.take_along_axis(top, kept - 1, axis=-1)
   alone = (logits >= last).sum(-1, keepdims=True) == kept
   enough = (logits >= top[..., -1:]).sum(-1, keepdims=True) == k if cut else (kept < k) | (k == V)
-  return jax.lax.cond(
-      (alone & enough).all(), lambda: jnp.where(logits < last, -jnp.inf, logits), lambda: _sort_and_filter(logits, top, sampling, cut)
-  )
+  sure, quick = alone & enough, jnp.where(logits < last, -jnp.inf, logits)
+  return jax.lax.cond(sure.all(), lambda: quick, lambda: jnp.where(sure, quick, _sort_and_filter(logits, top, sampling, cut)))
 
 
 def _sort_and_filter(logits, top, sampling, cut):
