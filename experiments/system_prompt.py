@@ -34,5 +34,5 @@ def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
     config.evaluation.update(top_p=1.0, top_k=0)
     config.consolidation.update(steps=60, batch_size=32, learning_rate=1e-4, checkpoint_every=20)
     if size == "smollm2-135m-short":
-      config.consolidation.update(steps=16, batch_size=16, learning_rate=5e-5, checkpoint_every=8)
+      config.consolidation.update(steps=8, batch_size=8, learning_rate=2e-4, checkpoint_every=8)
   return config

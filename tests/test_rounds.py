@@ -32,7 +32,7 @@ from oel_jax.policy import model, weights
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.trajectory import Trajectory, read_prefixes, read_trajectories
+from oel_jax.trajectory import EMPTY, Trajectory, read_prefixes, read_trajectories
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
@@ -378,8 +378,8 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
   assert swapped == ["\n".join(["- EXPERIENCE ITEM: The hazard is G.", "- EXPERIENCE ITEM: H is the goal."] * 4)] * 2
   assert (tmp_path / "round_1/knowledge/00.md").read_text() == swapped[0] + "\n"
   shutil.rmtree(tmp_path / "round_1/knowledge")
-  assert make_loop(extraction__source="empty").extract(1, Scripted()) == [rounds.EMPTY]
-  assert not rounds.EMPTY.strip()
+  assert make_loop(extraction__source="empty").extract(1, Scripted()) == [EMPTY]
+  assert not EMPTY.strip()
   shutil.rmtree(tmp_path / "round_1/knowledge")
   raw = make_loop(extraction__source="trajectories", extraction__max_knowledge_tokens=900).extract(1, Scripted())
   assert len(raw) == 2 and raw[0] != raw[1]  # the same transcripts, each text in its own order
