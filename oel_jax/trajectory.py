@@ -84,7 +84,7 @@ class Prefix:
 Record = Trajectory | Prefix | Mapping[str, Any]
 
 
-EMPTY = " "  # a knowledge text with nothing in it: what the wrapper alone does
+EMPTY = " "  # a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control of that name)
 
 
 def knowledge_message(knowledge: str) -> Message:

@@ -146,15 +146,14 @@ def test_without_knowledge_g_and_h_are_letters_like_any_other(policy):
 
 @pytest.fixture(scope="module")
 def gates(policy):
-  # The policy lies so close to this gate's lower bound that 256 games do not decide.
-  return probes.measure_gates(policy, 256, seed=0) | {"lake_none": probes.play_lake(policy, 1024, seed=0)}
+  return probes.measure_gates(policy, 256, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", probes.GATES)
 def test_a_gate_of_pre_training_is_passed(gates, name):
   low, high = probes.GATES[name]
-  assert gates[name].of >= 256 and low <= gates[name].rate <= high, gates[name]
+  assert gates[name].of == (1024 if name == "lake_none" else 256) and low <= gates[name].rate <= high, gates[name]
 
 
 def test_a_gate_has_two_sides():

@@ -25,7 +25,7 @@ class Slots(NamedTuple):
   """The state of B rows that decode side by side over a ring of S columns.
 
   Attributes:
-    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies these several times faster with a query.
+    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies these faster with a query.
     values: L arrays [B, K, S, H].
     column: [] int32, the one that the next step writes.
     filled: [B] int32, tokens of the row in the ring: the columns last written. 0 for a row that is not active.
@@ -102,7 +102,7 @@ def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype:
 
 @functools.partial(jax.jit, static_argnames=("size", "path"))
 def grow(slots: Slots, *, size: int, path: str) -> Slots:
-  """The same slots over a larger ring of `size` columns; the column written last becomes the last of the old ones."""
+  """The same slots over a larger ring of `size` columns; the column written last becomes the last of the old ones. Both rings are alive."""
   S = slots.values[0].shape[2]
 
   def widen(ring, axis):
@@ -174,10 +174,10 @@ def enter(
   lengths_R = lengths_R + count
   # The prompt's last token stands in the column written last. Columns that get no token of it are not filled: there, any will do.
   place, P = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S), S if shared else 0
-  source = jnp.where(place < count[:, None], place, jnp.minimum(place - count[:, None] + P, P + T - 1))[:, None, :, None]
+  index = jnp.where(place < count[:, None], place, jnp.minimum(place - count[:, None] + P, P + T - 1))[:, None, :, None]
 
   def put(ring, new, axis):
-    new = jnp.take_along_axis(new, source, axis=2)
+    new = jnp.take_along_axis(new, index, axis=2)
     return ring.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
 
   active = ~_ended(token, 1, limits, ends)

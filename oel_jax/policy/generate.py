@@ -106,7 +106,8 @@ def generate(
     The ids sampled (last), in the order of the prompts; with `logprobs` a pair, the second one float32 array a prompt.
 
   Raises:
-    ValueError: an empty prompt, an id that the weights have no row for, a limit below 1, or not one seed, limit or list a prompt.
+    ValueError: an empty prompt, an id that the weights have no row for, a limit below 1, or not one seed, limit or list a prompt; a reply's
+      prompt is checked when it comes.
   """
   requests = _requests(architecture, prompts, seeds, max_new_tokens, eos_ids)
   if not prompts:

@@ -1,7 +1,7 @@
 """Attention of one query a row over a ring of columns, of which only those that the row fills are read.
 
-A row's tokens are the `filled` columns written last. In plain XLA the whole ring is read and masked, and a
-step has more small kernels than large ones. On NVIDIA GPUs a Triton kernel, by way of Pallas, does everything between two matrix products:
+A row's tokens are the `filled` columns written last. In plain XLA the whole ring is read and masked, and a step has more small kernels
+than large ones. On NVIDIA GPUs a Triton kernel, by way of Pallas, does everything between two matrix products:
 it norms and turns queries and keys, writes the column, and attends to what is filled.
 """
 
@@ -40,7 +40,7 @@ def attend(
   B, K, H, S = k_BxKxHxS.shape
   seen = jnp.mod(column - 1 - jnp.arange(S), S) < filled_B[:, None]
   q = (q_BxNxH * H**-0.5).reshape(B, K, -1, H)
-  # With one batch dimension and the division last, twice as fast on a CPU as `attention.attend`.
+  # With one batch dimension and the division last, faster on a CPU than `attention.attend`.
   product = lambda x, y: jax.lax.dot_general(
       x.reshape(B * K, *x.shape[2:]), y.reshape(B * K, *y.shape[2:]), (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
   ).reshape(B, K, -1, y.shape[-1])
