@@ -297,13 +297,17 @@ class Loop:
     return Sampling(config.temperature, config.top_p, config.top_k)
 
   def _play(self, path, policy, number, ids, sampling, advance, texts=(), held_out=False) -> list[Trajectory]:
-    """Plays the episodes of (id, stage, index), each with one of the texts by lot if there are any."""
-    seed, config = self.config.seed, self.config.deployment
+    """Plays the episodes of (id, stage, index), each with one of the texts by lot if there are any.
+
+    Held-out game i has the same map and the same random stream in every round, with knowledge and without: two rows of the table differ by
+    what the policies do, not by luck.
+    """
+    config = self.config.deployment
     episodes = []
     for name, stage, i in ids:
-      maps = derive(seed, "held out", i) | 1 if held_out else derive(seed, number, stage, "map", i) & ~1
-      given = texts[derive(seed, number, stage, "text", i) % len(texts)] if texts else ""
-      episodes.append(Episode(name, maps, derive(seed, number, stage, "sample", i), given))
+      draw = functools.partial(derive, self.config.seed, *(("held out",) if held_out else (number, stage)))
+      given = texts[draw("text", i) % len(texts)] if texts else ""
+      episodes.append(Episode(name, draw("map", i) & ~1 | held_out, draw("sample", i), given))
     done = 0
 
     def tell(finished: int) -> None:

@@ -398,6 +398,32 @@ def test_items_are_carried_over_or_begun_anew(make_loop, tmp_path):
   ] * 2
 
 
+class Dice(Scripted):
+  """Walks wherever the seed says, whatever is known."""
+
+  @in_turns
+  def sample(self, prompts, seeds, **how):
+    return [self.tokenizer.put(random.Random(seed).choice(("[up]", "[down]", "[left]", "[right]"))) for seed in seeds]
+
+
+def test_held_out_games_have_the_same_luck_in_every_round(make_loop, tmp_path):
+  loop, dice = make_loop(evaluation__retention=0, evaluation__episodes=6), Dice()
+  loop.evaluate(0, dice, dice, [])
+  for number in (1, 2):
+    loop.extract(number, Scripted())
+    loop.collect_prefixes(number, dice)
+    loop.evaluate(number, dice, dice, ["- EXPERIENCE ITEM: The goal is G."])
+
+  def moves(pattern: str) -> dict[str, list]:
+    return {str(path): [[turn.action for turn in game.turns] for game in read_trajectories(path)] for path in tmp_path.glob(pattern)}
+
+  held_out = moves("round_*/user/evaluation*.jsonl")
+  assert len(held_out) == 1 + 2 + 2 + 3
+  assert all(games == held_out[f"{tmp_path}/round_0/user/evaluation.jsonl"] for games in held_out.values())
+  first, second = moves("round_*/user/prefix_trajectories.jsonl").values()
+  assert first != second  # training draws anew
+
+
 def test_knowledge_that_is_all_empty_stops_with_its_folder(make_loop, tmp_path):
   with pytest.raises(ValueError, match="all 2 knowledge texts are empty") as error:
     make_loop().extract(1, Scripted("I have nothing to say."))
