@@ -231,8 +231,9 @@ def test_who_explores_turns_straight_back_less_often_than_by_chance():
   middle = World(((" ",) * 3,) * 3, (1, 1), "G", "H", (0, 0))
   for _ in range(4000):
     turned[corpus.respond(rng, middle, (1, 1), "", "", last="up")[1]] += 1
-  # A fifth of the time one of three moves, else one of four: down comes 1 in 5, the others 4 in 15.
-  for name, share in (("down", 1 / 5), ("up", 4 / 15), ("left", 4 / 15), ("right", 4 / 15)):
+  # ONWARD of the time one of three moves, else one of four.
+  back, other = (1 - corpus.ONWARD) / 4, corpus.ONWARD / 3 + (1 - corpus.ONWARD) / 4
+  for name, share in (("down", back), ("up", other), ("left", other), ("right", other)):
     assert abs(turned[name] - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5, turned
 
 

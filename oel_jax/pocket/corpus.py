@@ -19,7 +19,7 @@ from oel_jax.trajectory import EMPTY, Message, Trajectory, Turn, knowledge_messa
 BACK = {"up": "down", "down": "up", "left": "right", "right": "left"}
 PLAYER, ACTION_LIST = "P", "[up], [down], [left], [right]"
 GUESS = 0.3  # how often an unknown role is guessed; independent for each, so that informed and uninformed answers share their openings
-ONWARD = 0.2  # how often a move straight back is ruled out while exploring; a free walk seldom wins, one that never turns wins too often
+ONWARD = 0.27  # how often a move straight back is ruled out while exploring; a free walk seldom wins, one that never turns wins too often
 MIX = {"play": 0.56, "extract": 0.26, "ask": 0.10, "other": 0.08}
 
 
