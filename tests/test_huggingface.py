@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import families
 import flax
@@ -133,6 +134,21 @@ def test_in_out_and_in_again_is_the_same_bits(folder, tmp_path, dtype):
   huggingface.save(tmp_path / "b", first, shape, dtype=dtype)
   for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(huggingface.load(tmp_path / "b", shape, dtype=dtype)), strict=True):
     assert x.dtype == dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path):
+  shape = architecture.Architecture(vocabulary=2000, width=256, layers=8, heads=4, kv_heads=2, head_size=64, feedforward=1024)
+  huggingface.save(tmp_path, model.init(shape, jax.random.key(0)), shape, shard_bytes=10**7)
+  sizes = [2 * leaf.size // (shape.layers if path.startswith("layers") else 1)
+           for path, leaf in flax.traverse_util.flatten_dict(model.abstract(shape), sep="/").items()]
+  tracemalloc.start()  # sees what Python and NumPy hold, not what lies on the devices
+  try:
+    huggingface.load(tmp_path, shape)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  model_size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+  assert max(sizes) < peak < 2 * max(sizes) < model_size / 5
 
 
 def test_parameters_go_where_the_shardings_say(folder):

@@ -5,7 +5,6 @@ query, key and value. Tensors are read one by one and go to their devices as the
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
 
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
@@ -202,21 +202,20 @@ def assemble(
   places = flax.traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
   flat = {}
   for path, shape in _shapes(architecture).items():
-    layered = path.startswith("layers/")
-    ours = functools.partial(_ours, shape=shape[1:] if layered else shape, plain=not layered, dtype=dtype)
-    if not layered:
-      flat[path] = jax.device_put(ours(read(names[path])), places.get(path))
+    whole = places.get(path)
+    # Cast on the devices: on the host a float32 copy of a bfloat16 tensor would be twice its size.
+    if not path.startswith("layers/"):
+      flat[path] = jax.block_until_ready(jax.device_put(read(names[path]), whole)).astype(dtype)
       continue
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=places.get(path))()
-    place = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=places.get(path))
+    layer_sharding = whole and NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
+    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=whole)()
+    place = jax.jit(lambda stack, x, i: stack.at[i].set(x.astype(dtype)), donate_argnums=0, out_shardings=whole)
     for layer in range(architecture.layers):
-      stack = place(stack, ours(read(names[path].format(layer))), layer, 0)
+      found = read(names[path].format(layer))
+      found = found.T.reshape(shape[1:])  # theirs is [out, in]
+      stack = place(stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer)  # waits: one tensor at a time on the host
     flat[path] = stack
   return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _ours(found, *, shape, plain, dtype) -> np.ndarray:
-  return np.ascontiguousarray(np.asarray(found if plain or found.ndim == 1 else found.T).reshape(shape), dtype)
 
 
 def _is_ignored(name: str, architecture: Architecture) -> bool:
@@ -238,7 +237,7 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / name).is_file():
       raise FileNotFoundError(f"{folder / name}: no such file; the folder must hold {SINGLE}, or {INDEX} and every shard it names")
     try:
-      file = safetensors.safe_open(folder / name, framework="flax")
+      file = safetensors.safe_open(folder / name, framework="np")  # straight from the file: the flax face would visit the default device
     except safetensors.SafetensorError as error:
       raise ValueError(f"{folder / name}: not a whole safetensors file ({error})") from error
     found |= dict.fromkeys(file.keys(), file)
