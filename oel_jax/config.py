@@ -82,6 +82,7 @@ def default() -> ml_collections.ConfigDict:
           remat="dots",  # what the backward pass computes again: "none", "dots" (all but matrix products) or "full" (each whole layer)
           attention="auto",  # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest of them here
           chunk=512,  # tokens whose logits are live at a time
+          knowledge_gib=16.0,  # of a device, for the keys and values of all knowledge texts; more than that stays in the host's memory
           on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
           gate_episodes=64,  # games of each kind for that comparison
           checkpoint_every=10,  # steps
@@ -143,7 +144,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 "consolidation.checkpoint_every", "evaluation.episodes", "evaluation.temperature"):
     positive(field)
   for field in ("deployment.top_k", "extraction.top_k", "evaluation.top_k", "consolidation.gate_episodes", "consolidation.log_probe",
-                "consolidation.weight_decay", "evaluation.retention"):
+                "consolidation.knowledge_gib", "consolidation.weight_decay", "evaluation.retention"):
     positive(field, zero_ok=True)
   for stage in ("deployment", "extraction", "evaluation"):
     need(0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1")

@@ -40,8 +40,9 @@ def _batch(samples, rows=10, prompt=9, pad_id=0, pack=True, texts=4):
   )
 
 
-def _teacher(params, samples, shardings=None):
-  return teacher_lib.prepare(params, ARCHITECTURE, [knowledge for _, knowledge, _ in samples], dtype=jnp.float32, shardings=shardings)
+def _teacher(params, samples, shardings=None, on_host=False):
+  texts = [knowledge for _, knowledge, _ in samples]
+  return teacher_lib.prepare(params, ARCHITECTURE, texts, dtype=jnp.float32, shardings=shardings, on_host=on_host)
 
 
 _hidden = jax.jit(lambda params, tokens: model.apply(params, ARCHITECTURE, tokens, jnp.arange(32)[None], jnp.ones_like(tokens))[0])
@@ -161,7 +162,7 @@ def test_imitation_is_negative_log_likelihood_at_temperature_one():
   np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none", pack=False):
+def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none", pack=False, on_host=False):
   """One step of plain gradient descent at rate 1: the change of the parameters is the gradient."""
   samples = _samples(lengths or [(3, 4, 1), (5, 0, 10), (2, 7, 1), (8, 2, 10)])
   optimizer, student, params = optax.sgd(1.0), _params(0), _params(1)
@@ -177,7 +178,9 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
   else:
     state = step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer)
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat)
-  state, metrics = step(state, _teacher(params, samples, read), batch)
+  teacher = _teacher(params, samples, read, on_host)
+  assert teacher.keys.sharding.memory_kind == teacher.values.sharding.memory_kind == ("pinned_host" if on_host else "device")
+  state, metrics = step(state, teacher, batch)
   return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student), {k: float(v) for k, v in metrics.items()}
 
 
@@ -209,6 +212,16 @@ def test_gradient_does_not_depend_on_the_devices(shape):  # trap 6; 3 items on 8
   assert measured["tokens"] == measured_many["tokens"] == 21
   np.testing.assert_allclose(measured["loss"], measured_many["loss"], rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, many)
+
+
+@pytest.mark.parametrize("shape, micro_tokens, pack", [(None, 19, True), (dict(data=2, fsdp=2, tensor=2), None, False)])
+def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pack):
+  import ml_collections
+
+  mesh = shape and mesh_lib.make_mesh(ml_collections.ConfigDict(shape))
+  (here, measured), (there, measured_there) = (_gradient_after_one_step(micro_tokens, mesh, pack=pack, on_host=on_host) for on_host in (False, True))
+  assert measured == measured_there
+  jax.tree.map(np.testing.assert_array_equal, here, there)
 
 
 def test_teacher_survives_a_donating_step():  # trap 27: student and teacher begin as the same arrays

@@ -178,6 +178,17 @@ def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 
   assert np.quantile(differ, 0.99) < 1e-5
 
 
+def test_knowledge_that_is_too_large_stays_with_the_host(policy):
+  task = _task(policy)
+  size = lambda teacher: (teacher.keys.nbytes + teacher.values.nbytes) / 2**30
+  prepare = lambda **changes: train.prepare_teacher(_config(**changes), task, policy, _one_device(), "xla")
+  here = prepare()
+  assert here.keys.sharding.memory_kind == prepare(knowledge_gib=size(here)).keys.sharding.memory_kind == "device"
+  there = prepare(knowledge_gib=0.99 * size(here))
+  assert there.keys.sharding.memory_kind == there.values.sharding.memory_kind == "pinned_host"
+  np.testing.assert_allclose(here.keys, there.keys, rtol=1e-5, atol=1e-5)
+
+
 def test_the_vocabularies_must_belong_together(policy):  # trap 16
   small = dataclasses.replace(policy.architecture, vocabulary=policy.tokenizer.vocabulary - 1)
   with pytest.raises(ValueError, match="do not belong together"):

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 
-MULTIPLE = 32  # a text's room is rounded up to it, so that one a little longer has the same shapes
+MULTIPLE = 32  # so that a text a little longer has the same shapes
 
 
 class Teacher(NamedTuple):
@@ -39,7 +40,7 @@ class Teacher(NamedTuple):
 
 def prepare(
     params: Any, architecture: Architecture, knowledge: Sequence[Sequence[int]], *, dtype: Any, skip: int = 0, path: str = "xla",
-    shardings: Any = None,
+    shardings: Any = None, on_host: bool = False,
 ) -> Teacher:  # fmt: skip
   """Reads each knowledge text once.
 
@@ -51,17 +52,31 @@ def prepare(
     skip: see `Teacher`.
     path: of the attention (`attention.attend`).
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …, "values": …}}; None on one device.
+    on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer. For a single process.
 
   Returns:
     The teacher. Keys and values take 2 L G K P H numbers: with Qwen3-4B and ten texts of 8,192 tokens 11.3 GiB in bfloat16.
   """
   params = _cast(params, dtype)
   length = np.array([len(ids) for ids in knowledge], np.int32)
-  tokens = np.zeros((len(knowledge), -(-int(length.max()) // MULTIPLE) * MULTIPLE), np.int32)
+  tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
     row[: len(ids)] = ids
-  keys, values = _read(architecture, dtype, path, shardings)(params, tokens, length)
+  read = functools.partial(_read(architecture, dtype, path, shardings), params)
+  if on_host:  # text by text, for the devices have no room for all
+    texts = [jax.device_get(read(tokens[i : i + 1], length[i : i + 1])) for i in range(len(tokens))]
+    places = shardings or (SingleDeviceSharding(jax.devices()[0]),) * 2
+    keys, values = (
+        jax.device_put(np.concatenate(parts, axis=1), place.with_memory_kind("pinned_host")) for parts, place in zip(zip(*texts), places)
+    )
+  else:
+    keys, values = read(tokens, length)
   return Teacher(params, keys, values, jnp.asarray(length), jnp.int32(skip))
+
+
+def room(knowledge: Sequence[Sequence[int]]) -> int:
+  """P, the tokens that each text has room for: those of the longest, rounded up to MULTIPLE."""
+  return -(-max(map(len, knowledge)) // MULTIPLE) * MULTIPLE
 
 
 def _cast(params, dtype):

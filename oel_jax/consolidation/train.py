@@ -5,6 +5,7 @@ This is the server side. It sees prompts and knowledge texts; it imports no envi
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -171,7 +172,7 @@ def consolidate(
       return state.params, cost
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     path = attention_path(config, policy)
-    teacher = prepare_teacher(task, policy, mesh, path)
+    teacher = prepare_teacher(config, task, policy, mesh, path)
     step = step_lib.make_step(
         policy.architecture, optimizer, kind=config.kind, support=config.support, k=config.k, temperature=config.temperature,
         chunk=config.chunk, micro_tokens=config.micro_tokens, dtype=policy.dtype, remat=config.remat, path=path, shardings=shardings,
@@ -222,14 +223,18 @@ def attention_path(config: Any, policy: Policy) -> str:
   return "cudnn" if config.pack else "flash"
 
 
-def prepare_teacher(task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str) -> teacher_lib.Teacher:
-  """The round's teacher, its texts read once; heads of keys and values are spread as those of the parameters are."""
-  a, G, P = policy.architecture, len(task.knowledge), max(map(len, task.knowledge))
+def prepare_teacher(config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str) -> teacher_lib.Teacher:
+  """The round's teacher, its texts read once; heads of keys and values are spread as those of the parameters are.
+
+  Where they would take more than config.knowledge_gib of a device, they stay in the host's memory (of a run of one process).
+  """
+  a, G, P = policy.architecture, len(task.knowledge), teacher_lib.room(task.knowledge)
   shape = jax.ShapeDtypeStruct((a.layers, G, a.kv_heads, P, a.head_size), policy.dtype)
   shardings = mesh_lib.param_shardings(mesh, {"teacher": {"keys": shape, "values": shape}})["teacher"]
+  size = 2 * math.prod(shardings["keys"].shard_shape(shape.shape)) * shape.dtype.itemsize
   return teacher_lib.prepare(
       policy.params, a, task.knowledge, skip=task.skip, dtype=policy.dtype, path="flash" if path == "cudnn" else path,
-      shardings=(shardings["keys"], shardings["values"]),
+      shardings=(shardings["keys"], shardings["values"]), on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,
   )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class Prefix(NamedTuple):
   """Keys and values of G texts, computed once, that tokens attend to besides their own row.
 
   Attributes:
-    keys, values: [L, G, K, P, H].
+    keys, values: [L, G, K, P, H], on the devices or in their host's memory.
     length: [G] int32, how much of P each text fills.
     texts: [B, M] int32, the texts that a row may attend to.
     slots: [B, T] int32, which of those M a token does.
@@ -108,6 +108,8 @@ class Attention(nn.Module):
 
   def _prefix(self, keys_GxKxPxH, values_GxKxPxH, length_G, texts_BxM, mask_BxTxS):
     """What `attend_with_prefix` wants of the rows' texts, put one behind the other."""
+    if jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host:  # this layer's alone is fetched
+      keys_GxKxPxH, values_GxKxPxH = jax.device_put((keys_GxKxPxH, values_GxKxPxH), jax.memory.Space.Device)
     G, K, P, H = keys_GxKxPxH.shape
     B, M = texts_BxM.shape
     if self.path == "flash" and M > 1:
