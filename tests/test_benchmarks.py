@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 def fixture_script(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
   yield importlib.import_module
-  for name in ("loss", "step", "measure"):
+  for name in ("loading", "loss", "step", "measure"):
     sys.modules.pop(name, None)
 
 
@@ -25,6 +25,12 @@ def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, ar
   assert len(found["rows"]) == rows and found["device"] == "cpu"
   assert all(row["of limit"] > 0 and "error" not in row for row in found["rows"])
   assert "of limit" in capsys.readouterr().out
+
+
+def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path):
+  script("loading").main(["--architecture=pocket-tiny", f"--json={tmp_path / 'found.json'}"])
+  (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+  assert row["s"] > 0 and row["host GiB"] > 0 and row["model GiB"] > 2 * row["largest tensor GiB"] > 0
 
 
 def test_flops_of_a_step_are_the_published_ones(script):
