@@ -209,7 +209,8 @@ def assemble(
       continue
     layer_sharding = whole and NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=whole)()
-    place = jax.jit(lambda stack, x, i: stack.at[i].set(x.astype(dtype)), donate_argnums=0, out_shardings=whole)
+    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x.astype(dtype), i, 0)  # in place, unlike a scatter
+    place = jax.jit(update, donate_argnums=0, out_shardings=whole)
     for layer in range(architecture.layers):
       found = read(names[path].format(layer))
       found = found.T.reshape(shape[1:])  # theirs is [out, in]
