@@ -1,7 +1,8 @@
 """Runs a configuration: `python -m oel_jax.main --config=experiments/NAME.py:SIZE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
 The same command goes on with a run that was stopped. What runs is the online loop, or, where the configuration has a `task`: "distill",
-consolidation of a given text alone, or "pretrain", the pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a Hugging Face folder.
+consolidation of a given text alone, or "pretrain", the pre-training of the embedded policy. `--stage=export` writes a run's newest weights
+to DIR/export, a Hugging Face folder.
 """
 
 import os

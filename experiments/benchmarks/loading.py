@@ -45,11 +45,13 @@ def read(folder: str) -> dict[str, float]:
 
   watcher = threading.Thread(target=watch)
   watcher.start()
-  started = time.perf_counter()
-  jax.block_until_ready(huggingface.load(folder, shape, dtype=jnp.bfloat16))
-  took = time.perf_counter() - started
-  done.set()
-  watcher.join()
+  try:
+    started = time.perf_counter()
+    jax.block_until_ready(huggingface.load(folder, shape, dtype=jnp.bfloat16))
+    took = time.perf_counter() - started
+  finally:
+    done.set()
+    watcher.join()
   return {"s": took, "host GiB": max(0, highest - before) / 2**30}
 
 
@@ -72,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(file.stat().st_size for file in pathlib.Path(folder).glob("*.safetensors"))
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process has its share of the device already
     done = subprocess.run([sys.executable, __file__, f"--folder={folder}"], check=True, capture_output=True, text=True, env=env)
-  row = {"policy": args.architecture, "model GiB": size / 2**30, "largest tensor GiB": max(sizes) / 2**30, **json.loads(done.stdout.splitlines()[-1])}
+  row = {"policy": args.architecture, "model GiB": size / 2**30, "largest tensor GiB": max(sizes) / 2**30}
+  row |= json.loads(done.stdout.splitlines()[-1])
   measure.report([row], "reading a folder", args.json)
 
 

@@ -64,11 +64,13 @@ def prepare(
     row[: len(ids)] = ids
   read = functools.partial(_read(architecture, dtype, path, shardings), params)
   if on_host:  # text by text, for the devices have no room for all
-    texts = [jax.device_get(read(tokens[i : i + 1], length[i : i + 1])) for i in range(len(tokens))]
+    shape = (architecture.layers, len(tokens), architecture.kv_heads, tokens.shape[1], architecture.head_size)
+    kept = [np.empty(shape, jnp.dtype(dtype)) for _ in range(2)]
+    for i in range(len(tokens)):
+      for whole, part in zip(kept, read(tokens[i : i + 1], length[i : i + 1]), strict=True):
+        whole[:, i : i + 1] = part
     places = shardings or (SingleDeviceSharding(jax.devices()[0]),) * 2
-    keys, values = (
-        jax.device_put(np.concatenate(parts, axis=1), place.with_memory_kind("pinned_host")) for parts, place in zip(zip(*texts), places)
-    )
+    keys, values = (jax.device_put(whole, place.with_memory_kind("pinned_host")) for whole, place in zip(kept, places, strict=True))
   else:
     keys, values = read(tokens, length)
   return Teacher(params, keys, values, jnp.asarray(length), jnp.int32(skip))

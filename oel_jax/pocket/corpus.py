@@ -61,7 +61,7 @@ def play_example(rng: random.Random, world: worlds.World | None = None) -> Examp
   harmless = {claim.letter for claim in said if claim.role == SAFE}
   last = turns[-2].action.strip("[]") if len(turns) > 1 else ""
   thinking, action = respond(rng, world, player, goal, trap, harmless, last)
-  # A wrapper with nothing in it must say as little as no wrapper: weights that never saw one won 5.1% instead of 8.4%.
+  # A wrapper with nothing in it must say as little as no wrapper, which weights that never saw one did not know.
   empty = form == "none" and rng.random() < 0.5
   front = (knowledge_message(EMPTY if empty else knowledge),) if knowledge or empty else ()
   return Example("play", front + messages(turns[:-1]) + (Message("user", turns[-1].observation),), thinking, f"[{action}]")
