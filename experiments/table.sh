@@ -36,4 +36,4 @@ for name in loop 4x4; do
   "$PYTHON" experiments/table.py "$DIRECTORY/$name"/[0-9]*/
 done
 printf '\ncontrols, after round 1\n\n'
-(cd "$DIRECTORY" && printf '%s\n' $CONTROLS) | sed "s|^|$DIRECTORY/|" | xargs "$PYTHON" experiments/table.py --controls
+printf '%s\n' $CONTROLS | sed "s|^|$DIRECTORY/|" | xargs "$PYTHON" experiments/table.py --controls
