@@ -74,7 +74,8 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
   """The policy that config.policy names, its parameters in float32 and placed as training leaves them.
 
   Raises:
-    ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture.
+    ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture; or too small for the
+      tokenizer, which shows before they are read.
     OSError: a file is missing in the folder.
   """
   dtype = config.compute_dtype
@@ -94,7 +95,7 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
     read = functools.partial(gguf.load, file, shape)
   else:
     return _load_own(config, path, devices, jnp.dtype(dtype))
-  _agree(config, shape)
+  _agree(config, shape, tokenizer)
   return Policy(shape, read(shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
 
 
@@ -109,15 +110,20 @@ def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype
       raise ValueError(f'config.policy.architecture is "auto", but {path} does not say its own: give a name of policy/architecture.py')
     shape = architecture.named(name)
     policy = dataclasses.replace(policy, architecture=shape, params=weights.load(path, shape))
-  _agree(config, policy.architecture)
+  _agree(config, policy.architecture, policy.tokenizer)
   # To jit, host arrays are not what training leaves: every program would be compiled again after round 1.
   return policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
 
 
-def _agree(config: Any, shape: architecture.Architecture) -> None:
-  """Raises ValueError if the weights are of another architecture than the one that the configuration names."""
+def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> None:
+  """Raises ValueError if the weights are of another architecture than the configuration names, or lack ids of the tokenizer."""
   if config.architecture != "auto" and architecture.named(config.architecture) != shape:
     raise ValueError(f'config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: it must be "auto" or fit')
+  if tokenizer.vocabulary > shape.vocabulary:  # before the weights are read, which takes minutes (traps, 16)
+    raise ValueError(
+        f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids but its weights only "
+        f"{shape.vocabulary} rows: tokenizer and weights must be of one model, with a row for each id"
+    )
 
 
 @dataclasses.dataclass
