@@ -67,7 +67,7 @@ def make_task(
   if len(length) + most > limit:
     raise ValueError(
         f"config.policy.max_prompt_tokens is {limit}, but prefix {longest.id} has {len(length)} tokens and the longest knowledge {most}: "
-        "raise it, or lower extraction.max_knowledge_tokens"
+        "raise it, or shorten prompts or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
     )
   seen = set()
   for prefix, prompt in zip(prefixes, prompts, strict=True):
