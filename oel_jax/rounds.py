@@ -1,9 +1,11 @@
 """The online loop: deploy → extract → consolidate → evaluate, round after round (OEL section 3).
 
-Each stage leaves whole files or none, a stage found whole is not done again, and every draw is named by (seed, round, stage, index): a run
-that is killed at any moment goes on when the same command is given, and ends with the same bits on one machine.
+Each stage leaves whole files or none, a stage found whole is not done again, and every draw is named by (seed, round, stage, index), or by
+all but the round for held-out games: a run that is killed at any moment goes on when the same command is given, and ends with the same bits
+on one machine.
 
-Maps come from seeds: held-out maps have odd ones, every other stage has even ones.
+Maps come from seeds: held-out maps have odd ones, every other stage has even ones. This keeps the seeds apart, not the boards: of the
+default game's, 3 × 3 with two holes, there are only 19, and a held-out one comes up in the other stages, too, under another seed.
 """
 
 import contextlib
@@ -265,6 +267,7 @@ class Loop:
       meter.policy = policy
       result["retention"] = evaluate.retention(meter, config.retention, seed=derive(self.config.seed, "retention"), advance=advance)
     if number and "in_context" in result:
+      # The base is the round before, whose policy wrote this round's knowledge; not the policy that the run began with.
       base = _read_json(self._round(number - 1) / "evaluation.json")["without"]["passed"]["rate"]
       result["recovered"] = statistics.recovered(result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"])
     result["gate"] = self._gate(number)
@@ -305,13 +308,13 @@ class Loop:
   def _play(self, path, policy, number, ids, sampling, advance, texts=(), held_out=False) -> list[Trajectory]:
     """Plays the episodes of (id, stage, index), each with one of the texts by lot if there are any.
 
-    Held-out game i has the same map and the same random stream in every round, with knowledge and without: two rows of the table differ by
-    what the policies do, not by luck.
+    The round has no part in the draws of held-out games: game i has the same map and the same random stream in every round, with knowledge
+    and without. Streams in common lower the noise of a comparison; they do not remove it.
     """
     config = self.config.deployment
     episodes = []
     for name, stage, i in ids:
-      draw = functools.partial(derive, self.config.seed, *(("held out",) if held_out else (number, stage)))
+      draw = functools.partial(derive, self.config.seed, *((stage,) if held_out else (number, stage)))
       given = texts[draw("text", i) % len(texts)] if texts else ""
       episodes.append(Episode(name, draw("map", i) & ~1 | held_out, draw("sample", i), given))
     done = 0
@@ -329,7 +332,7 @@ class Loop:
 
   def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
     path = self._round(number) / "user" / ("evaluation.jsonl" if name == "without" else f"evaluation_{name}.jsonl")
-    ids = [(f"r{number}-{name}-{i:05d}", f"evaluate {name}", i) for i in range(self.config.evaluation.episodes)]
+    ids = [(f"r{number}-{name}-{i:05d}", "held out", i) for i in range(self.config.evaluation.episodes)]
     return self._play(path, policy, number, ids, self._sampling("evaluation"), advance, texts, held_out=True)
 
   def _knowledge(self, number: int) -> list[knowledge_lib.Knowledge]:
