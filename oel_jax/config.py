@@ -82,11 +82,11 @@ def default() -> ml_collections.ConfigDict:
           remat="dots",  # what the backward pass computes again: "none", "dots" (all but matrix products) or "full" (each whole layer)
           attention="auto",  # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest of them here
           chunk=512,  # tokens whose logits are live at a time
-          knowledge_gib=16.0,  # of a device, for the keys and values of all knowledge texts; more than that stays in the host's memory
+          knowledge_gib=16.0,  # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run is one process
           on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
           gate_episodes=64,  # games of each kind for that comparison
           checkpoint_every=10,  # steps
-          log_probe=32,  # samples of the fixed probe batch for entropy, top-k mass and the silent no-op check
+          log_probe=32,  # samples of a fixed batch; its entropies, top-k mass and KL are logged with each checkpoint; 0: none
       )
   )
   config.evaluation = ml_collections.ConfigDict(

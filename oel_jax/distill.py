@@ -53,7 +53,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     weights now hold; "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to the unrelated prompts.
 
   Raises:
-    ValueError: the configuration is wrong or differs from the run's, or a file holds no prompts.
+    ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a prompt is too long.
     OSError: a file is missing, another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config)
@@ -68,6 +68,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
       policy.tokenizer, prompts, [text], seed=config.seed, round=1, thinking=config.policy.thinking, limit=config.policy.max_prompt_tokens,
       message=_system,
   )  # fmt: skip
+  _check_lengths(config, policy, held_out, text, "held_out")
+  _check_lengths(config, policy, unrelated, None, "unrelated")
   folder = open_workdir(config, workdir, resume_anyway)
   with locked(folder), Metrics(folder) as metrics:
     result = {"schema": 1, "base": _measure(config, policy, obeys, held_out, None, folder / "base.json")}
@@ -88,11 +90,17 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
 
 def read_prompts(path: str, field: str) -> list[Prefix]:
-  """The prompts of config.distill.`field`: a .jsonl of prefixes (`trajectory.read_prefixes`), or a text file, one user message a line."""
+  """The prompts of config.distill.`field`: a .jsonl of prefixes (`trajectory.read_prefixes`), or a text file, one user message a line.
+
+  Raises:
+    ValueError: the file is not set, damaged, or holds no prompts.
+    OSError: there is no such file.
+  """
   if str(path).endswith(".jsonl"):
-    return read_prefixes(path)
-  lines = [line.strip() for line in _read(path, field).splitlines()]
-  found = [Prefix(f"{field}-{number}", (Message("user", line),)) for number, line in enumerate(lines, start=1) if line]
+    found = read_prefixes(path)
+  else:
+    lines = [line.strip() for line in _read(path, field).splitlines()]
+    found = [Prefix(f"{field}-{number}", (Message("user", line),)) for number, line in enumerate(lines, start=1) if line]
   if not found:
     raise ValueError(f"config.distill.{field}: {path} holds no prompts")
   return found
@@ -134,11 +142,26 @@ def _system(text: str) -> Message:
   return Message("system", text)
 
 
-def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str) -> list[list[int]]:
+def _prompts(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None) -> list[list[int]]:
   before = (_system(text),) if text else ()
+  return [policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking) for prefix in prefixes]
+
+
+def _check_lengths(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, field: str) -> None:
+  """Raises ValueError if one of the prompts of config.distill.`field`, behind the text if there is one, is over the limit."""
+  limit = config.policy.max_prompt_tokens
+  for prefix, ids in zip(prefixes, _prompts(config, policy, prefixes, text), strict=True):
+    if len(ids) > limit:
+      raise ValueError(
+          f"config.policy.max_prompt_tokens is {limit}, but prompt {prefix.id} of config.distill.{field} has {len(ids)} tokens"
+          f"{' with the text' if text else ''}: raise it, or shorten prompt or text"
+      )
+
+
+def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str) -> list[list[int]]:
   how = config.evaluation
   return policy.sample(
-      [policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking) for prefix in prefixes],
+      _prompts(config, policy, prefixes, text),
       [derive(config.seed, stage, i) for i in range(len(prefixes))],
       sampling=Sampling(how.temperature, how.top_p, how.top_k), max_new_tokens=config.deployment.max_response_tokens,
   )  # fmt: skip
@@ -163,7 +186,7 @@ def _measure(
 
 def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Prefix]) -> float:
   """KL(after ‖ base) a token at temperature 1, on the base's own answers to the unrelated prompts."""
-  prompts = [base.tokenizer.chat(prefix.messages, thinking=config.policy.thinking) for prefix in prefixes]
+  prompts = _prompts(config, base, prefixes, None)
   responses = _answers(config, base, prefixes, None, "unrelated")
   rows = config.deployment.max_response_tokens
   length = bucket(max(map(len, prompts)), LENGTHS) + rows

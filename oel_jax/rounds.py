@@ -1,9 +1,11 @@
 """The online loop: deploy → extract → consolidate → evaluate, round after round (OEL section 3).
 
-Each stage leaves whole files or none, a stage found whole is not done again, and every draw is named by (seed, round, stage, index): a run
-that is killed at any moment goes on when the same command is given, and ends with the same bits on one machine.
+Each stage leaves whole files or none, a stage found whole is not done again, and every draw is named by (seed, round, stage, index), or by
+all but the round for held-out games: a run that is killed at any moment goes on when the same command is given, and ends with the same bits
+on one machine.
 
-Maps come from seeds: held-out maps have odd ones, every other stage has even ones.
+Maps come from seeds: held-out maps have odd ones, every other stage has even ones. This keeps the seeds apart, not the boards: of the
+default game's, 3 × 3 with two holes, there are only 19, and a held-out one comes up in the other stages, too, under another seed.
 """
 
 import contextlib
@@ -74,7 +76,8 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
   """The policy that config.policy names, its parameters in float32 and placed as training leaves them.
 
   Raises:
-    ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture.
+    ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture; or too small for the
+      tokenizer, which shows before they are read.
     OSError: a file is missing in the folder.
   """
   dtype = config.compute_dtype
@@ -94,7 +97,7 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
     read = functools.partial(gguf.load, file, shape)
   else:
     return _load_own(config, path, devices, jnp.dtype(dtype))
-  _agree(config, shape)
+  _agree(config, shape, tokenizer)
   return Policy(shape, read(shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
 
 
@@ -109,15 +112,20 @@ def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype
       raise ValueError(f'config.policy.architecture is "auto", but {path} does not say its own: give a name of policy/architecture.py')
     shape = architecture.named(name)
     policy = dataclasses.replace(policy, architecture=shape, params=weights.load(path, shape))
-  _agree(config, policy.architecture)
+  _agree(config, policy.architecture, policy.tokenizer)
   # To jit, host arrays are not what training leaves: every program would be compiled again after round 1.
   return policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
 
 
-def _agree(config: Any, shape: architecture.Architecture) -> None:
-  """Raises ValueError if the weights are of another architecture than the one that the configuration names."""
+def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> None:
+  """Raises ValueError if the weights are of another architecture than the configuration names, or lack ids of the tokenizer."""
   if config.architecture != "auto" and architecture.named(config.architecture) != shape:
     raise ValueError(f'config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: it must be "auto" or fit')
+  if tokenizer.vocabulary > shape.vocabulary:  # before the weights are read, which takes minutes (traps, 16)
+    raise ValueError(
+        f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids but its weights only "
+        f"{shape.vocabulary} rows: tokenizer and weights must be of one model, with a row for each id"
+    )
 
 
 @dataclasses.dataclass
@@ -259,6 +267,7 @@ class Loop:
       meter.policy = policy
       result["retention"] = evaluate.retention(meter, config.retention, seed=derive(self.config.seed, "retention"), advance=advance)
     if number and "in_context" in result:
+      # The base is the round before, whose policy wrote this round's knowledge; not the policy that the run began with.
       base = _read_json(self._round(number - 1) / "evaluation.json")["without"]["passed"]["rate"]
       result["recovered"] = statistics.recovered(result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"])
     result["gate"] = self._gate(number)
@@ -299,13 +308,13 @@ class Loop:
   def _play(self, path, policy, number, ids, sampling, advance, texts=(), held_out=False) -> list[Trajectory]:
     """Plays the episodes of (id, stage, index), each with one of the texts by lot if there are any.
 
-    Held-out game i has the same map and the same random stream in every round, with knowledge and without: two rows of the table differ by
-    what the policies do, not by luck.
+    The round has no part in the draws of held-out games: game i has the same map and the same random stream in every round, with knowledge
+    and without. Streams in common lower the noise of a comparison; they do not remove it.
     """
     config = self.config.deployment
     episodes = []
     for name, stage, i in ids:
-      draw = functools.partial(derive, self.config.seed, *(("held out",) if held_out else (number, stage)))
+      draw = functools.partial(derive, self.config.seed, *((stage,) if held_out else (number, stage)))
       given = texts[draw("text", i) % len(texts)] if texts else ""
       episodes.append(Episode(name, draw("map", i) & ~1 | held_out, draw("sample", i), given))
     done = 0
@@ -323,7 +332,7 @@ class Loop:
 
   def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
     path = self._round(number) / "user" / ("evaluation.jsonl" if name == "without" else f"evaluation_{name}.jsonl")
-    ids = [(f"r{number}-{name}-{i:05d}", f"evaluate {name}", i) for i in range(self.config.evaluation.episodes)]
+    ids = [(f"r{number}-{name}-{i:05d}", "held out", i) for i in range(self.config.evaluation.episodes)]
     return self._play(path, policy, number, ids, self._sampling("evaluation"), advance, texts, held_out=True)
 
   def _knowledge(self, number: int) -> list[knowledge_lib.Knowledge]:

@@ -1,5 +1,6 @@
 """Hugging Face tokenizers: ids as the template makes them, knowledge that changes nothing else, and text that stays text (traps 13 to 16, 40)."""
 
+import copy
 import json
 
 import families
@@ -13,7 +14,7 @@ PLAYED = (
     Message("user", "  wall.  "), Message("assistant", ""), Message("user", "Über 12 naïve Œufs – 東京 🙂\n\n\n\tend"),
 )  # fmt: skip
 TEXTS = ("H is a hole.", "- EXPERIENCE ITEM: H is a hole.\n- EXPERIENCE ITEM: G is the goal!", "東京", "42", " ", "ends in space \n\n")
-TYPED = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>")
+CONTROL = sorted({token for family in families.FAMILIES for token in families.tokenizer(family).added_tokens_encoder})
 
 
 @pytest.fixture(params=families.FAMILIES)
@@ -64,7 +65,7 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
   control = set(families.tokenizer(family).added_tokens_decoder)
   turns = lambda ids: [i for i in ids if i in control]
   plain = (Message("system", "one"), Message("user", "two"), Message("assistant", "three"), Message("user", "four"))
-  for typed in TYPED:
+  for typed in CONTROL:  # of every family: another's are text, too
     for text in (typed, f"a {typed}user\nb", f"{typed}{typed}", f"{typed}\n\nx{typed}"):
       assert tokenizer.decode(tokenizer.encode(text)) == text
       assert not control & set(tokenizer.encode(text))
@@ -74,6 +75,15 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
       assert tokenizer.decode(ids).count(text) >= len(plain)
       skip, prefix = tokenizer.knowledge_prefix(said[0])
       assert prefix + tokenizer.chat(said[1:])[skip:] == ids
+
+
+def test_a_control_token_that_its_name_spells_is_refused():  # trap 40
+  tokenizer = copy.deepcopy(families.tokenizer("qwen3"))
+  before = tokenizer.convert_tokens_to_ids("Good")
+  tokenizer.add_special_tokens({"additional_special_tokens": ["Good"]})  # a word of the merges keeps its id
+  assert tokenizer.added_tokens_encoder["Good"] == before
+  with pytest.raises(ValueError, match="makes a control token of 'Good' in any text"):
+    HuggingFaceTokenizer(tokenizer)
 
 
 def test_a_response_is_split_at_the_end_of_its_thinking():

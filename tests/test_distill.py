@@ -94,6 +94,31 @@ def test_what_is_missing_is_told_before_the_directory_is_made(config, tmp_path, 
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("field", ["prompts", "held_out", "unrelated"])
+def test_a_jsonl_without_prompts_is_told_as_a_text_is(tmp_path, field):
+  path = tmp_path / "given.jsonl"
+  path.write_text("\n")
+  with pytest.raises(ValueError, match=f"config.distill.{field}: {path} holds no prompts"):
+    distill.read_prompts(str(path), field)
+
+
+@pytest.mark.parametrize("field, told", [
+    ("prompts", "prefix prompts-2 has [0-9]+ tokens and the longest knowledge [0-9]+: raise it, or shorten prompts or knowledge"),
+    ("held_out", "prompt held_out-2 of config.distill.held_out has [0-9]+ tokens with the text: raise it, or shorten"),
+    ("unrelated", "prompt unrelated-2 of config.distill.unrelated has [0-9]+ tokens: raise it, or shorten"),
+])
+def test_a_prompt_over_the_limit_is_told_before_the_directory_is_made(config, tmp_path, field, told):
+  limit = 256
+  long = "Repeat: " + "A" * (limit - 20 if field == "held_out" else limit)  # there, it is the text that makes it too long
+  for name in ("prompts", "held_out", "unrelated"):
+    (tmp_path / f"{name}.txt").write_text(f"Repeat: ABC\n{long if name == field else 'Sort: CAB'}\n")
+    config.distill[name] = str(tmp_path / f"{name}.txt")
+  config.policy.max_prompt_tokens, config.extraction.max_knowledge_tokens = limit, limit - 1
+  with pytest.raises(ValueError, match=f"config.policy.max_prompt_tokens is {limit}, but {told}"):
+    distill.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def experiment():
   """The file experiments/system_prompt.py as a module."""
   path = pathlib.Path(__file__).parents[1] / "experiments/system_prompt.py"

@@ -70,6 +70,31 @@ def test_a_missing_file_is_named(tmp_path):
     load.load(folder=folder)
 
 
+CARD = {  # gate → its row in the model card
+    "binding_wrong": "binding probe, wrong", "full": "full knowledge, random worlds",
+    "full_symmetric": "full knowledge, role-symmetric worlds", "swapped": "swapped knowledge, random worlds",
+    "swapped_symmetric": "swapped knowledge, role-symmetric worlds", "strangers": "full knowledge among items about absent letters",
+    "extraction": "extraction", "lake_none": "Frozen Lake without knowledge", "lake_full": "Frozen Lake, full knowledge",
+    "lake_swapped": "Frozen Lake, swapped knowledge", "other": "other tasks",
+}  # fmt: skip
+
+
+def test_the_shipped_gates_are_passed_and_the_card_says_the_same():
+  shipped = json.loads((load.DATA / "gates.json").read_text())
+  assert shipped["passed"] and shipped["gates"].keys() == probes.GATES.keys()
+  table = (load.DATA / "MODEL_CARD.md").read_text().split("| gate | measured | must lie in |\n|---|---|---|\n")[1].split("\n\n")[0]
+  card = {gate: (measured, bounds) for gate, measured, bounds in (line.strip("| ").split(" | ") for line in table.splitlines())}
+  assert card.keys() == set(CARD.values())
+  for name, gate in shipped["gates"].items():
+    low, high = probes.GATES[name]
+    assert gate["bounds"] == [low, high] and low <= gate["hits"] / gate["of"] <= high, name
+    assert abs(gate["rate"] - gate["hits"] / gate["of"]) <= 5.1e-5, name
+    measured, bounds = card[CARD[name]]
+    # 0.05 for what the card rounds; a hair more, for 6.25 may become 6.3 as well as 6.2.
+    assert measured.endswith("%") and abs(float(measured[:-1]) - 100 * gate["hits"] / gate["of"]) <= 0.05 + 1e-9, name
+    assert bounds == f"{round(100 * low)}–{round(100 * high)}%", name
+
+
 # What the policy can do.
 
 

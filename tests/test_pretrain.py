@@ -1,15 +1,21 @@
-"""Packed rows: whole examples, weight on responses only, and the mix and lengths that the corpus draws."""
+"""Packed rows: whole examples, weight on responses only, and the mix and lengths that the corpus draws. And a run, cut off and whole."""
 
+import importlib.util
 import itertools
+import json
+import pathlib
 import pickle
 import random
+import shutil
 
+import jax
 import ml_collections
 import numpy as np
 
 from oel_jax.deployment.prompts import first_message
-from oel_jax.pocket import corpus, pretrain, vocabulary, worlds
+from oel_jax.pocket import corpus, load, pretrain, probes, vocabulary, worlds
 from oel_jax.pocket.worlds import WorldGame, random_world
+from oel_jax.policy import architecture, model, weights
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
 from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import Message
@@ -97,3 +103,80 @@ def test_no_prompt_is_longer_than_what_was_taught():
     action = ("[right]", "[left]")[turn % 2]
     messages += [Message("assistant", action), Message("user", game.play(action).observation)]
   assert len(tokenizer.chat(messages)) + 64 < LENGTH  # and a few items
+
+
+# The run.
+
+TINY = architecture.named("pocket-tiny")
+INIT = jax.jit(lambda seed: model.init(TINY, jax.random.key(seed)))
+LOSS = jax.jit(lambda params, batch: pretrain.loss(params, batch, shape=TINY, dtype="float32", path="xla"))
+SHORT = dict(steps=8, rows=2, length=192, warmup=1, workers=0, log_every=1, checkpoint_every=4, gates_every=5, gate_count=8)
+
+
+def short_config():
+  path = pathlib.Path(__file__).parents[1] / "experiments/pretrain_pocket.py"
+  spec = importlib.util.spec_from_file_location("pretrain_pocket", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  made = module.get_config("pocket-tiny")
+  made.update(SHORT)
+  return made
+
+
+def lines(folder, stage):
+  return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if line["stage"] == stage]
+
+
+def between(missed=()):
+  """Counts in the middle of each gate's bounds, those of `missed` outside; what the gates measure is tested with the shipped weights."""
+  rate = lambda name: 0.5 if name in missed else sum(probes.GATES[name]) / 2
+  return lambda policy, count, seed: {name: probes.Count(round(1000 * rate(name)), 1000) for name in probes.GATES}
+
+
+def test_the_loss_is_the_weighted_cross_entropy_of_each_example_by_itself():
+  [batch] = batches(1, rows=4, length=256)
+  params = INIT(1)
+  segments = batch["tokens_segment_ids"]
+  examples = [(row, segments[row] == segment) for row in range(4) for segment in range(1, segments[row].max() + 1)]
+  alone = {name: np.zeros((len(examples), 256), np.int32) for name in NAMES}
+  for i, (row, at) in enumerate(examples):
+    for name in NAMES:
+      alone[name][i, : at.sum()] = batch[name][row][at]
+  hidden, _ = jax.jit(model.apply, static_argnums=1)(
+      params, TINY, alone["tokens"], alone["tokens_positions"], np.minimum(alone["tokens_segment_ids"], 1)
+  )
+  logits = np.asarray(model.logits(hidden, model.head(params)), np.float64)
+  log_z = np.log(np.exp(logits).sum(-1))
+  chosen = np.take_along_axis(logits, alone["targets"][..., None], -1)[..., 0]
+  expected = ((log_z - chosen) * alone["weight"]).sum() / alone["weight"].sum()
+  assert len(examples) > 4 and set(alone["weight"].ravel()) == {0, 1, DECISIVE}
+  np.testing.assert_allclose(LOSS(params, batch), expected, rtol=1e-5)
+
+
+def test_a_run_cut_off_and_gone_on_with_ends_with_the_same_bits(tmp_path, monkeypatch):  # trap 31
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  monkeypatch.setattr(probes, "measure_gates", between())
+  pretrain.run(short_config(), whole)
+  # As a kill leaves it after the checkpoint of step 4: lines of later steps are there, what comes at the end is not.
+  shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("8", load.WEIGHTS, load.SUMS, "gates.json"))
+  pretrain.run(short_config(), cut)
+  # Not the files' own bits: safetensors writes the fields of its header in any order.
+  policy, again = load.load(folder=whole), load.load(folder=cut)
+  jax.tree.map(np.testing.assert_array_equal, again.params, policy.params)
+  assert weights.metadata(cut / load.WEIGHTS) == weights.metadata(whole / load.WEIGHTS)
+  kept = lambda folder: [(line["step"], line["loss"], line["tokens"]) for line in lines(folder, "pretrain")]
+  assert kept(cut) == kept(whole) and [step for step, *_ in kept(cut)] == [*range(1, 9)]
+  assert [line["step"] for line in lines(cut, "gates")] == [5]
+
+  # It has learned something.
+  assert policy.architecture == TINY and policy.tokenizer.digest == SentencePieceTokenizer(MODEL).digest
+  [batch] = batches(1, seed=4, rows=4, length=256)
+  assert LOSS(policy.params, batch) < LOSS(INIT(short_config().seed), batch) - 0.3
+
+  # Called once more it only measures.
+  passed = json.loads((whole / "gates.json").read_text())
+  assert passed["passed"] and passed["gates"].keys() == probes.GATES.keys()
+  assert passed["gates"]["lake_none"] == {"hits": 150, "of": 1000, "rate": 0.15, "bounds": [0.05, 0.25]}
+  monkeypatch.setattr(probes, "measure_gates", between(missed=("swapped",)))
+  assert not pretrain.run(short_config(), whole)["passed"] and not json.loads((whole / "gates.json").read_text())["passed"]
+  jax.tree.map(np.testing.assert_array_equal, load.load(folder=whole).params, policy.params)

@@ -525,6 +525,31 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   assert len(losses) == 2 and all(abs(loss - np.log(shape.vocabulary)) < 1 for loss in losses)
 
 
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_tokenizer_that_the_weights_have_no_rows_for_is_told_before_they_are_read(kind, tmp_path, monkeypatch):  # trap 16
+  pytest.importorskip("torch")
+  import families
+  import test_gguf
+
+  from oel_jax.policy import gguf, huggingface
+
+  theirs, tokenizer = test_gguf.make("qwen2.5"), families.tokenizer("qwen2.5")
+  path = tmp_path / ("model.gguf" if kind == "gguf" else "model")
+  if kind == "gguf":
+    test_gguf.write(path, theirs)
+    monkeypatch.setattr(gguf, "tokenizer", lambda file: tokenizer)  # the file has none
+  else:
+    theirs.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+  for module in (gguf, huggingface):
+    monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("the weights are read"))
+  config = short_config().policy
+  config.weights, config.architecture = str(path), "auto"
+  devices = mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+  with pytest.raises(ValueError, match=f"config.policy.weights is '{path}': .* has {len(tokenizer)} ids but its weights only 97 rows"):
+    rounds.load_policy(config, devices)
+
+
 # Bad input: one clear line, status 2, and nothing lost.
 
 

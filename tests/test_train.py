@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import families
 import jax
 import ml_collections
 import numpy as np
@@ -14,7 +15,7 @@ from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import model
 from oel_jax.policy.generate import Policy
-from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.trajectory import Message, Prefix, knowledge_message
@@ -77,6 +78,40 @@ def test_bad_tasks_are_refused(policy):
 
   with pytest.raises(ValueError, match="chat template changes the prompt"):
     train.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)
+
+
+@pytest.mark.parametrize("family, fits", [("qwen3", True), ("qwen2.5", False), ("smollm2", False), ("llama3", False)])
+def test_a_later_prefix_that_the_template_changes_is_refused(family, fits):  # traps 13, 14
+  """A system message of the prompt's own stands second behind the knowledge: Qwen 3 keeps it as it is, the others do not."""
+  tokenizer = HuggingFaceTokenizer(families.tokenizer(family))
+  own = Prefix("own", (Message("system", "Be kind."), Message("user", "go")))
+  make = lambda prefixes: train.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  assert make(PREFIXES).prompts == tuple(tuple(tokenizer.chat(prefix.messages)) for prefix in PREFIXES)
+  if fits:
+    made = make((*PREFIXES, own))
+    assert [*made.knowledge[1], *made.prompts[-1][made.skip :]] == tokenizer.chat((knowledge_message(TEXTS[1]), *own.messages))
+  else:
+    with pytest.raises(ValueError, match="prefix own, of the roles system, user: the chat template changes the prompt"):
+      make((*PREFIXES, own))
+
+
+def test_a_prompt_that_melts_into_the_knowledge_is_refused():
+  """No control token between the two: by what a prompt begins with, its first letters may become one token with the knowledge's last."""
+
+  class Plain:
+    def chat(self, messages, thinking=True):
+      return [ord(c) for c in "".join(message.content for message in messages).replace(".1", "1")]
+
+    def knowledge_prefix(self, message, thinking=True):
+      return 0, self.chat([message])
+
+  user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
+  make = lambda *prefixes: train.make_task(
+      Plain(), prefixes, ["It is G."], seed=0, round=1, thinking=True, limit=1024, message=lambda text: Message("system", text)
+  )
+  make(user(0, "go"), user(1, "2"))
+  with pytest.raises(ValueError, match="prefix p1, of the roles user: the chat template"):
+    make(user(0, "go"), user(1, "1"))
 
 
 @pytest.mark.parametrize("data", ["student", "teacher"])

@@ -67,15 +67,20 @@ def make_task(
   if len(length) + most > limit:
     raise ValueError(
         f"config.policy.max_prompt_tokens is {limit}, but prefix {longest.id} has {len(length)} tokens and the longest knowledge {most}: "
-        "raise it, or lower extraction.max_knowledge_tokens"
+        "raise it, or shorten prompts or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
     )
-  for text, (own_skip, known) in zip(texts, found, strict=True):
-    whole = tokenizer.chat((message(text), *prefixes[0].messages), thinking=thinking)
-    if own_skip != skip or tuple(whole) != (*known, *prompts[0][skip:]) or tuple(known[:skip]) != prompts[0][:skip]:
-      raise ValueError(
-          "the chat template changes the prompt when a system message with knowledge stands before it: teacher and student would differ in "
-          "more than the knowledge"
-      )
+  seen = set()
+  for prefix, prompt in zip(prefixes, prompts, strict=True):
+    # The template goes by the roles: the first of each sequence of them is looked at with every text, which takes long, others with one.
+    roles = tuple(message.role for message in prefix.messages)
+    for text, (own_skip, known) in list(zip(texts, found, strict=True))[: 1 if roles in seen else None]:
+      whole = tokenizer.chat((message(text), *prefix.messages), thinking=thinking)
+      if own_skip != skip or tuple(whole) != (*known, *prompt[skip:]) or tuple(known[:skip]) != prompt[:skip]:
+        raise ValueError(
+            f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the prompt when a system message with "
+            "knowledge stands before it: teacher and student would differ in more than the knowledge"
+        )
+    seen.add(roles)
   return Task(prompts, knowledge, skip, seed, round)
 
 
