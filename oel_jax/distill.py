@@ -97,7 +97,7 @@ def read_prompts(path: str, field: str) -> list[Prefix]:
     OSError: there is no such file.
   """
   if str(path).endswith(".jsonl"):
-    found = read_prefixes(path)
+    found = read_prefixes(pathlib.Path(path).expanduser())
   else:
     lines = [line.strip() for line in _read(path, field).splitlines()]
     found = [Prefix(f"{field}-{number}", (Message("user", line),)) for number, line in enumerate(lines, start=1) if line]

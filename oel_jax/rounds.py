@@ -192,6 +192,7 @@ class Loop:
     with self._stage(number, "prefixes", policy, count) as (meter, advance):
       ids = [(f"r{number}-prefix-{i:05d}", "prefixes", i) for i in range(count)]
       played = self._play(self._round(number) / "user/prefix_trajectories.jsonl", meter, number, ids, self._sampling("deployment"), advance)
+      self._log_play(number, "prefixes", played)
       write_jsonl(path, [prefix for trajectory in played for prefix in prefixes(trajectory)])
 
   def gate(self, number: int, policy: Policy, texts: Sequence[str]) -> bool:
@@ -209,6 +210,7 @@ class Loop:
           file = self._round(number) / f"user/gate_{name}.jsonl"
           played = self._play(file, meter, number, ids, self._sampling("evaluation"), advance, given)
           passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), len(played))
+      self._log(number, "gate", **{f"passed_{name}": counted["rate"] for name, counted in passed.items()})
       files.write_json(path, {"schema": 1, **passed})
     if not count:
       return True
@@ -271,18 +273,21 @@ class Loop:
       base = _read_json(self._round(number - 1) / "evaluation.json")["without"]["passed"]["rate"]
       result["recovered"] = statistics.recovered(result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"])
     result["gate"] = self._gate(number)
-    self._log(number, result)
+    scalars = {f"passed_{name}": result[name]["passed"]["rate"] for name in plays}
+    scalars |= {f"retention_{name}": kept["rate"] for name, kept in result["retention"].items()}
+    self._log(number, "evaluate", response_tokens=result["without"]["response_tokens"]["mean"], **scalars)
     files.write_json(path, result)
 
   # What the stages share.
 
-  def _log(self, number: int, result: dict[str, Any]) -> None:
-    """The round's main numbers, for metrics.jsonl and TensorBoard."""
-    plays = {name: result[name] for name in ("without", "in_context", "after_in_context", "first_knowledge") if name in result}
-    scalars = {f"passed_{name}": play["passed"]["rate"] for name, play in plays.items()}
-    scalars |= {f"retention_{name}": kept["rate"] for name, kept in result["retention"].items()}
-    self.metrics.drop_after(number, "evaluate", -1)
-    self.metrics.write("evaluate", 0, round=number, response_tokens=result["without"]["response_tokens"]["mean"], **scalars)
+  def _log(self, number: int, stage: str, **scalars: float) -> None:
+    """A stage's main numbers, for metrics.jsonl and TensorBoard; before its last file, so that a kill leaves neither or has both made anew."""
+    self.metrics.drop_after(number, stage, -1)
+    self.metrics.write(stage, 0, round=number, **scalars)
+
+  def _log_play(self, number: int, stage: str, trajectories: Sequence[Trajectory]) -> None:
+    played = evaluate.play_summary(trajectories)
+    self._log(number, stage, passed=played["passed"]["rate"], response_tokens=played["response_tokens"]["mean"])
 
   def _gate(self, number: int) -> dict[str, Any] | None:
     """What gate.json says, and the decision that follows from it under the present `on_no_gain`; None without a gate."""
@@ -347,6 +352,8 @@ class Loop:
     texts = self._limited(whole, config.use, policy)
     for i, text in enumerate(texts):
       knowledge_lib.write(folder, i, text)
+    self._log_play(number, "deploy", trajectories)
+    self._log(number, "extract", items=sum(len(text.items) for text in texts) / len(texts))
     files.write_text(folder / "whole", "")  # the last file to appear
     return texts
 

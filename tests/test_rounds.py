@@ -173,6 +173,11 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
 
 def test_the_metrics_have_one_line_a_step(run):
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  stages = [(line["round"], line["stage"]) for line in lines if line["stage"] != "consolidate"]
+  assert stages == [(0, "evaluate"), *((number, name) for number in (1, 2) for name in STAGES if name != "consolidate")]
+  deploy, gate = (next(line for line in lines if line["stage"] == name) for name in ("deploy", "gate"))
+  games = read_trajectories(run / "round_1/user/trajectories.jsonl")
+  assert deploy["passed"] == sum(game.passed for game in games) / len(games) and gate["passed_with"] == read_json(run / "round_1/gate.json")["with"]["rate"]
   trained = [(line["round"], line["step"]) for line in lines if line["stage"] == "consolidate"]
   assert trained == [(number, step) for number in (1, 2) for step in range(5)]
   for line in lines:
