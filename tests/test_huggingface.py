@@ -126,6 +126,31 @@ def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
   assert not list(tmp_path.glob(".part*"))
 
 
+def test_a_second_export_replaces_the_first(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  params = huggingface.load(folder, shape)
+  for factor, shard_bytes in ((1, 10**9), (2, 20_000), (3, 40_000), (4, 10**9)):
+    (tmp_path / ".part-00099").touch()  # of a process that was killed
+    (tmp_path / "..part-00099.1.tmp").touch()
+    scaled = jax.tree.map(lambda leaf: factor * leaf, params)
+    huggingface.save(tmp_path, scaled, shape, dtype=np.float32, shard_bytes=shard_bytes)
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.detach().numpy()
+    np.testing.assert_array_equal(found, scaled["head"]["kernel"])
+    stored = [name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)]
+    assert len(stored) == len(set(stored)) and not list(tmp_path.glob(".*"))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_export_that_fails_leaves_the_first_as_it_was(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  params = huggingface.load(folder, shape)
+  huggingface.save(tmp_path, params, shape, shard_bytes=20_000)
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  with pytest.raises(KeyError, match="head/kernel"):
+    huggingface.save(tmp_path, {name: part for name, part in params.items() if name != "head"}, shape, shard_bytes=20_000)
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_in_out_and_in_again_is_the_same_bits(folder, tmp_path, dtype):
   shape = huggingface.read_architecture(folder)

@@ -249,6 +249,8 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
          config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
   """Writes config.json and the weights, in shards with an index if they are larger than one; `transformers` and engines read them.
 
+  A model that stands there is replaced: its files go when the new weights are all on the disk, beside them.
+
   Args:
     folder: made if need be.
     params: tree of `model.init`'s shape.
@@ -258,15 +260,17 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
     shard_bytes: most bytes of a file.
 
   Raises:
+    ValueError: as in `write_config`.
     OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
   """
   folder, fields = pathlib.Path(folder), write_config(architecture, dtype)  # an architecture that has no folder is told before one is touched
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").unlink(missing_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
-  weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
-  (folder / INDEX).unlink(missing_ok=True)
+  try:
+    weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
+  finally:
+    _remove(folder, ".*part-*")  # of a write that failed, now or earlier
   if len(set(weight_map.values())) > 1:
     files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
   files.write_json(folder / "config.json", (config or {}) | fields)
@@ -297,7 +301,7 @@ def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
 
 
 def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> dict[str, str]:
-  """Writes the tensors into files of at most `shard_bytes` (or one tensor); returns which file holds which."""
+  """Writes the tensors into files of at most `shard_bytes` (or one tensor), in place of a model there; returns which file holds which."""
   held: list[list[str]] = []
   shard: dict[str, np.ndarray] = {}
 
@@ -311,12 +315,18 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
       flush()
     shard[name] = tensor
   flush()
+  _remove(folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors")  # a single file would be read before any index
   weight_map = {}
   for i, names in enumerate(held):  # named last: the number of files is part of each name
     file = SINGLE if len(held) == 1 else f"model-{i + 1:05d}-of-{len(held):05d}.safetensors"
     os.replace(folder / f".part-{i:05d}", folder / file)
     weight_map |= dict.fromkeys(names, file)
   return weight_map
+
+
+def _remove(folder: pathlib.Path, *patterns: str) -> None:
+  for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+    path.unlink()
 
 
 def _theirs(flat: dict[str, Any], architecture: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
