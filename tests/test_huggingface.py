@@ -211,6 +211,36 @@ def test_another_scaling_of_positions_is_refused(folder, tmp_path):
     huggingface.read_architecture(changed(folder, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
 
 
+YARN, PLAIN = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}
+OLD = {"type": "llama3"} | {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [(dict(rope_parameters=PLAIN, rope_scaling=YARN), '"rope_scaling" is .*yarn'),
+     (dict(rope_parameters=PLAIN, rope_scaling=OLD), '"rope_parameters" is .*default.*"rope_scaling" is .*llama3'),
+     (dict(rope_parameters=LLAMA3, rope_scaling=OLD | dict(factor=32.0)), '"rope_parameters" is .*8.0.*"rope_scaling" is .*32.0'),
+     (dict(rope_parameters=PLAIN, rope_theta=1e6), '"rope_parameters" is .*10000.0.*"rope_theta" is 1000000.0'),
+     (dict(rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)), '"rope_parameters" holds "partial_rotary_factor", which is 0.5'),
+     (dict(rope_scaling=dict(type="default", mrope_section=[16, 24]), rope_parameters=None), '"rope_scaling" holds "mrope_section", .*16'),
+     (dict(rope_parameters=PLAIN | dict(type="yarn")), '"rope_parameters" is .*yarn'), (dict(rope_parameters="linear"), '"rope_parameters" is .*linear'),
+     (dict(rope_parameters={"full_attention": PLAIN}), '"rope_parameters" holds "full_attention", .*default'),
+     (dict(rope_parameters=LLAMA3 | dict(factor=None)), '"rope_parameters" lacks factor')],
+)  # fmt: skip
+def test_rotary_fields_that_differ_or_are_not_known_are_named_with_their_values(folder, tmp_path, fields, named):
+  with pytest.raises(ValueError, match=f"config.json: {named}"):
+    huggingface.read_architecture(changed(folder, tmp_path, **fields))
+
+
+@pytest.mark.parametrize("fields", [
+    dict(rope_parameters=LLAMA3), dict(rope_parameters=None, rope_scaling=OLD, rope_theta=1e4),
+    dict(rope_parameters=LLAMA3 | dict(partial_rotary_factor=1.0), rope_scaling=OLD, rope_theta=1e4),
+])  # fmt: skip
+def test_both_spellings_of_the_rotary_fields_are_read(folder, tmp_path, fields):
+  found = huggingface.read_architecture(changed(folder, tmp_path, **fields))
+  assert found.rope_theta == 1e4 and found.rope_scaling == architecture.Llama3Scaling(8.0, 1.0, 4.0, 32.0)
+
+
 def test_a_folder_without_config_or_weights_is_told(folder, tmp_path):
   with pytest.raises(FileNotFoundError, match="config.json"):
     huggingface.read_architecture(tmp_path)

@@ -108,20 +108,28 @@ def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
 
 
 def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling" or the newer "rope_parameters"."""
-  field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-  given = config.get(field) or {}
-  theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
-  kind = given.get("rope_type") or given.get("type") or "default"
-  if kind == "default":
-    return float(theta), None
-  if kind != "llama3":
+  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling", the newer "rope_parameters", or both."""
+  given = {field: config[field] for field in ("rope_parameters", "rope_scaling") if config.get(field)}
+  scalings = {field: _scaling(path, field, value) for field, value in given.items()}
+  thetas = [value["rope_theta"] for value in (*given.values(), config) if value.get("rope_theta") is not None]
+  if len(set(scalings.values())) > 1 or len(set(thetas)) > 1:
+    said = ", ".join(f'"{field}" is {config[field]!r}' for field in (*given, "rope_theta") if field in config)
+    raise ValueError(f"{path}: {said}: they must say the same")
+  return float(thetas[0]) if thetas else 10000.0, next(iter(scalings.values()), None)
+
+
+def _scaling(path: pathlib.Path, field: str, given: Any) -> Llama3Scaling | None:
+  kinds = {given[name] for name in ("rope_type", "type") if given.get(name)} if isinstance(given, dict) else {None}
+  if not kinds <= {"default"} and kinds != {"llama3"}:
     raise ValueError(f'{path}: "{field}" is {given!r}: of the ways to scale rotary positions, only "llama3" is supported')
-  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-  missing = [name for name in names if name not in given]
+  names = tuple(part.name for part in dataclasses.fields(Llama3Scaling)) if kinds == {"llama3"} else ()
+  for name, value in given.items():
+    if name not in ("rope_type", "type", "rope_theta", *names) and value not in (None, FIXED.get(name)):
+      raise ValueError(f'{path}: "{field}" holds "{name}", which is {value!r:.100}: this decoder does not know it')
+  missing = [name for name in names if given.get(name) is None]
   if missing:
     raise ValueError(f'{path}: "{field}" lacks {", ".join(missing)}')
-  return float(theta), Llama3Scaling(*(float(given[name]) for name in names))
+  return Llama3Scaling(*(float(given[name]) for name in names)) if names else None
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
