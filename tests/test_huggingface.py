@@ -126,6 +126,15 @@ def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
   assert not list(tmp_path.glob(".part*"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_they_load_the_type_we_wrote(folder, tmp_path, dtype):
+  shape = huggingface.read_architecture(folder)
+  source = {"dtype": "bfloat16" if dtype == "float32" else "float32"}  # as transformers 5 saves it
+  huggingface.save(tmp_path, huggingface.load(folder, shape), shape, dtype=jnp.dtype(dtype), config=source)
+  assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == getattr(torch, dtype)
+  assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
+
+
 def test_a_second_export_replaces_the_first(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
   params = huggingface.load(folder, shape)
