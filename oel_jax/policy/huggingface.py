@@ -268,7 +268,7 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
     shard_bytes: most bytes of a file.
 
   Raises:
-    ValueError: as in `write_config`.
+    ValueError: as in `write_config`; or a value is not finite, or not in `dtype`: names the tensor.
     OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
   """
   folder, fields = pathlib.Path(folder), write_config(architecture, dtype)  # an architecture that has no folder is told before one is touched
@@ -341,4 +341,8 @@ def _theirs(flat: dict[str, Any], architecture: Architecture, dtype: Any) -> Ite
   for name, (path, layer, shape) in _tensors(architecture).items():
     leaf = np.asarray(flat[path] if layer is None else flat[path][layer])
     kernel = layer is not None and len(shape) == 2
-    yield name, np.ascontiguousarray(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype)
+    with np.errstate(over="ignore"):  # told below, with the tensor's name
+      tensor = np.ascontiguousarray(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype)
+    if not np.isfinite(tensor).all():
+      raise ValueError(f"{name} holds values that are not finite in {tensor.dtype}: nothing was exported")
+    yield name, tensor
