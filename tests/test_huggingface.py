@@ -221,6 +221,23 @@ def test_another_scaling_of_positions_is_refused(folder, tmp_path):
     huggingface.read_architecture(changed(folder, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
 
 
+@pytest.mark.parametrize(
+    "field, value, right",
+    [("hidden_size", "2560", "whole number"), ("head_dim", 16.0, "whole number"), ("num_key_value_heads", 0, "whole number"),
+     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"), ("rope_theta", "1e6", "number above 0"),
+     ("rope_parameters", LLAMA3 | dict(factor="8"), "number above 0"), ("tie_word_embeddings", "false", "true or false")],
+)  # fmt: skip
+def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, value, right):
+  with pytest.raises(ValueError, match=rf"config.json: .*{field}.* is .*it must be .*{right}") as error:
+    huggingface.read_architecture(changed(folder, tmp_path, **{field: value}))
+  assert repr(value["factor"] if isinstance(value, dict) else value) in str(error.value)
+
+
+def test_heads_follow_from_the_width_where_they_are_not_given(folder, tmp_path):
+  found = huggingface.read_architecture(changed(folder, tmp_path, num_key_value_heads=None, head_dim=None))
+  assert (found.kv_heads, found.head_size) == (4, 12)
+
+
 YARN, PLAIN = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}
 OLD = {"type": "llama3"} | {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
 

@@ -79,19 +79,29 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     raise ValueError(f'{path}: "model_type" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}')
   _refuse(path, config, family)
 
-  def need(name: str) -> Any:
-    if config.get(name) is None:
+  def need(name: str, kind: type = int, default: int | None = None) -> Any:
+    value = default if config.get(name) is None else config[name]
+    if value is None:
       raise ValueError(f'{path}: "{name}" is missing')
-    return config[name]
+    return _number(path, name, value, kind)
 
+  tied = config.get("tie_word_embeddings") or False
+  if not isinstance(tied, bool):
+    raise ValueError(f'{path}: "tie_word_embeddings" is {tied!r}: it must be true or false')
   theta, scaling = _rope(path, config)
-  heads = need("num_attention_heads")
+  heads, width = need("num_attention_heads"), need("hidden_size")
   return Architecture(
-      vocabulary=need("vocab_size"), width=need("hidden_size"), layers=need("num_hidden_layers"), heads=heads,
-      kv_heads=config.get("num_key_value_heads") or heads, head_size=config.get("head_dim") or need("hidden_size") // heads,
-      feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps"),
-      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=bool(config.get("tie_word_embeddings", False)),
+      vocabulary=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
+      kv_heads=need("num_key_value_heads", default=heads), head_size=need("head_dim", default=width // heads),
+      feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps", float),
+      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=tied,
   )  # fmt: skip
+
+
+def _number(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
+  if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < np.inf:
+    raise ValueError(f'{path}: "{name}" is {value!r}: it must be a {"whole " if kind is int else ""}number above 0')
+  return kind(value)
 
 
 def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
@@ -111,11 +121,13 @@ def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scal
   """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling", the newer "rope_parameters", or both."""
   given = {field: config[field] for field in ("rope_parameters", "rope_scaling") if config.get(field)}
   scalings = {field: _scaling(path, field, value) for field, value in given.items()}
-  thetas = [value["rope_theta"] for value in (*given.values(), config) if value.get("rope_theta") is not None]
+  thetas = [
+      _number(path, "rope_theta", value["rope_theta"], float) for value in (*given.values(), config) if value.get("rope_theta") is not None
+  ]
   if len(set(scalings.values())) > 1 or len(set(thetas)) > 1:
     said = ", ".join(f'"{field}" is {config[field]!r}' for field in (*given, "rope_theta") if field in config)
     raise ValueError(f"{path}: {said}: they must say the same")
-  return float(thetas[0]) if thetas else 10000.0, next(iter(scalings.values()), None)
+  return thetas[0] if thetas else 10000.0, next(iter(scalings.values()), None)
 
 
 def _scaling(path: pathlib.Path, field: str, given: Any) -> Llama3Scaling | None:
@@ -129,7 +141,7 @@ def _scaling(path: pathlib.Path, field: str, given: Any) -> Llama3Scaling | None
   missing = [name for name in names if given.get(name) is None]
   if missing:
     raise ValueError(f'{path}: "{field}" lacks {", ".join(missing)}')
-  return Llama3Scaling(*(float(given[name]) for name in names)) if names else None
+  return Llama3Scaling(*(_number(path, f"{field}.{name}", given[name], float) for name in names)) if names else None
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
