@@ -12,7 +12,9 @@ import ml_collections
 import numpy as np
 import pytest
 
+from oel_jax import export
 from oel_jax.policy import architecture, generate, gguf, huggingface, model
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import mesh
 
 torch = pytest.importorskip("torch")
@@ -267,6 +269,25 @@ def test_smollm_cuts_each_digit_off_before_the_words(tmp_path):
     assert found.decode(found.encode(text)) == text
   pieces = [piece for piece, _ in found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("one\n\n2 34")]
   assert pieces == ["one", "ĊĊ", "2", "Ġ", "3", "4"]  # words first would part the two line ends
+
+
+def test_an_export_has_the_files_context_length_and_special_tokens(tmp_path):
+  vocabulary(tmp_path / "words.gguf", "qwen2", bos_token_id=501)
+  words = HuggingFaceTokenizer(gguf.tokenizer(gguf.read(tmp_path / "words.gguf")))
+  theirs, target = make("smollm2", SMALL | dict(vocab_size=512)), tmp_path / "export"
+  write(tmp_path / "model.gguf", theirs)
+  target.mkdir()
+  fields = export._companions(tmp_path / "words.gguf", target, words)
+  file = gguf.read(tmp_path / "model.gguf")
+  shape = gguf.read_architecture(file)
+  huggingface.save(target, gguf.load(file, shape), shape, dtype=np.float32, config=fields)
+  found, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(target), transformers.AutoTokenizer.from_pretrained(target)
+  config = found.config
+  assert (config.max_position_embeddings, config.bos_token_id, config.eos_token_id) == (8, 501, 500)
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (501, 500, 500)
+  assert found.generation_config.eos_token_id == list(words.eos_ids)
+  for right, value in zip(theirs.parameters(), found.parameters(), strict=True):
+    torch.testing.assert_close(value, right, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("key, value", [("pre", "chatglm"), ("model", "llama"), ("merges", None)])
