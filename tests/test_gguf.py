@@ -133,14 +133,16 @@ def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
   write(tmp_path / "model.gguf", make("smollm2", WIDE), "Q8_0")
   file = gguf.read(tmp_path / "model.gguf")
   shape = gguf.read_architecture(file)
-  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
-  places = mesh.param_shardings(devices, jax.eval_shape(lambda: model.init(shape, jax.random.key(0))))
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
+  places = mesh.param_shardings(devices, model.abstract(shape))
   whole = gguf.load(file, shape)
   monkeypatch.setattr(gguf, "SLICE", 1000)  # several slices of rows, and a last one that is shorter
   found = gguf.load(file, shape, dtype=jnp.bfloat16, shardings=places)
   for leaf, place, right in zip(*map(jax.tree.leaves, (found, places, whole)), strict=True):
     assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(place, leaf.ndim)
     np.testing.assert_array_equal(leaf, right.astype(jnp.bfloat16))
+  up = found["layers"]["feedforward"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size == up.size // 4  # split over "fsdp" and "tensor"
 
 
 # What a file may not hold.
