@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import architecture, generate, huggingface, model
+from oel_jax.policy import architecture, decode, generate, huggingface, model
 from oel_jax.policy.attention import frequencies
 from oel_jax.runtime import mesh
 
@@ -90,22 +90,42 @@ def test_packed_segments_give_what_each_gives_alone(made):
   positions, segments = np.r_[np.arange(20), np.arange(31)][None], np.repeat([1, 2], [20, 31])[None]
   params = huggingface.load(folder, shape)
   hidden, _ = model.apply(params, shape, tokens, positions, segments)
-  alone = np.concatenate([right.logits[0].numpy() for right in expected(theirs, rows)])
-  np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], alone, atol=1e-4, rtol=1e-4)
+  alone = expected(theirs, rows)
+  states, logits = (np.concatenate(parts) for parts in zip(*((x.hidden_states[-1][0], x.logits[0]) for x in alone), strict=True))
+  np.testing.assert_allclose(hidden[0], states, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], logits, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_sampled_has_their_log_probabilities(made):
-  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side."""
+def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, monkeypatch):
+  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side, each step."""
   folder, theirs = made
-  shape, rows = huggingface.read_architecture(folder), rows_of(30, 7, 19)
+  shape, rows, seen = huggingface.read_architecture(folder), rows_of(30, 7, 19), {}
+  draw = decode._draw
+
+  def keep(hidden, seeds, drawn):
+    for seed, at, row in zip(seeds, drawn, np.asarray(hidden), strict=True):
+      seen.setdefault((int(seed), int(at)), row)  # rows that fill a batch come last, with another's seed
+
+  def watched(weights, hidden, seeds, drawn, *how):
+    jax.debug.callback(keep, hidden, seeds, drawn)
+    return draw(weights, hidden, seeds, drawn, *how)
+
+  monkeypatch.setattr(decode, "_draw", watched)
+  for name in ("enter", "decode"):  # functions of their own: programs that another test compiled keep nothing
+    own = lambda *args, made=getattr(decode, name).__wrapped__, **how: made(*args, **how)
+    monkeypatch.setattr(decode, name, jax.jit(own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path")))
   found = generate.generate(
       huggingface.load(folder, shape), shape, rows, [1, 2, 3], sampling=generate.Sampling(1.0), max_new_tokens=12, eos_ids=(), pad_id=0,
       logprobs=True,
   )  # fmt: skip
+  jax.effects_barrier()
   whole = [row + ids for row, ids in zip(rows, found[0], strict=True)]
-  for row, ids, scores, right in zip(rows, *found, expected(theirs, whole), strict=True):
-    logits = right.logits[0, len(row) - 1 : -1].log_softmax(-1).numpy()
+  for seed, row, ids, scores, right in zip((1, 2, 3), rows, *found, expected(theirs, whole), strict=True):
+    steps = slice(len(row) - 1, -1)
+    logits = right.logits[0, steps].log_softmax(-1).numpy()
     assert len(ids) == 12
+    hidden = np.stack([seen[seed, at] for at in range(12)])
+    np.testing.assert_allclose(hidden, right.hidden_states[-1][0, steps].numpy(), atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(scores, logits[np.arange(12), ids], atol=1e-4)
 
 
