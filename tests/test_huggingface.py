@@ -146,13 +146,12 @@ def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
   assert not list(tmp_path.glob(".part*"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_they_load_the_type_we_wrote(folder, tmp_path, dtype):
+def test_they_load_the_type_we_wrote(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
-  source = {"dtype": "bfloat16" if dtype == "float32" else "float32"}  # as transformers 5 saves it
-  huggingface.save(tmp_path, huggingface.load(folder, shape), shape, dtype=jnp.dtype(dtype), config=source)
-  assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == getattr(torch, dtype)
-  assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
+  params, source = huggingface.load(folder, shape), {"dtype": "bfloat16"}  # as transformers 5 saves it
+  huggingface.save(tmp_path, params, shape, dtype=np.float32, config=source)
+  assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
+  assert huggingface.write_config(shape, ml_dtypes.bfloat16).items() >= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}.items()
 
 
 def test_a_second_export_replaces_the_first(folder, tmp_path):
@@ -181,10 +180,18 @@ def test_an_export_that_fails_leaves_the_first_as_it_was(folder, tmp_path):
   assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_in_out_and_in_again_is_the_same_bits(folder, tmp_path, dtype):
+@pytest.mark.parametrize(
+    "family, dtype", [("qwen3", np.float32), ("qwen3", np.float16), ("qwen3", ml_dtypes.bfloat16), ("qwen2.5", np.float32)]
+)
+def test_in_out_and_in_again_is_the_same_bits(family, dtype, tmp_path_factory, tmp_path):
+  folder, theirs = make(family, tmp_path_factory)
   shape = huggingface.read_architecture(folder)
+  assert shape.tied_head is shape.qkv_bias is (family == "qwen2.5")
   huggingface.save(tmp_path / "a", huggingface.load(folder, shape), shape, dtype=dtype)
+  stored = safetensors.numpy.load_file(tmp_path / "a" / huggingface.SINGLE)
+  for name, tensor in theirs.state_dict().items():
+    is_twice = name == "lm_head.weight" and shape.tied_head
+    assert is_twice or stored[name].tobytes() == tensor.numpy().astype(dtype).tobytes()
   first = huggingface.load(tmp_path / "a", shape, dtype=dtype)
   huggingface.save(tmp_path / "b", first, shape, dtype=dtype)
   for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(huggingface.load(tmp_path / "b", shape, dtype=dtype)), strict=True):
@@ -208,10 +215,22 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
 
 def test_parameters_go_where_the_shardings_say(folder):
   shape = huggingface.read_architecture(folder)
-  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
-  places = mesh.param_shardings(devices, jax.eval_shape(lambda: model.init(shape, jax.random.key(0))))
-  params = huggingface.load(folder, shape, shardings=places)
-  jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim) or pytest.fail(str(leaf.sharding)), params, places)
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
+  places = mesh.param_shardings(devices, model.abstract(shape))
+  whole, params = huggingface.load(folder, shape), huggingface.load(folder, shape, shardings=places)
+  for leaf, place, right in zip(*map(jax.tree.leaves, (params, places, whole)), strict=True):
+    assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    np.testing.assert_array_equal(leaf, right)
+  up = params["layers"]["feedforward"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size == up.size // 4  # split over "fsdp" and "tensor"
+
+
+def test_shards_give_what_the_single_file_gives(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  right = huggingface.load(folder, shape)
+  huggingface.save(tmp_path, right, shape, dtype=np.float32, shard_bytes=20_000)
+  assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+  jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path, shape), right)
 
 
 # What a folder may not hold.
@@ -294,6 +313,18 @@ def test_a_folder_without_config_or_weights_is_told(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
   with pytest.raises(FileNotFoundError, match="model.safetensors"):
     huggingface.load(tmp_path, shape)
+
+
+def test_a_head_stored_twice_and_old_frequencies_change_nothing(tmp_path_factory, tmp_path):
+  folder, _ = make("qwen2.5", tmp_path_factory)
+  copy, shape = shutil.copytree(folder, tmp_path / "copy"), huggingface.read_architecture(folder)
+  tensors = safetensors.numpy.load_file(copy / "model.safetensors")
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(shape.layers)}
+  safetensors.numpy.save_file(tensors, copy / "model.safetensors")
+  found = huggingface.load(copy, shape)
+  assert jax.tree.structure(found) == jax.tree.structure(model.abstract(shape)) and "head" not in found
+  np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
 
 
 def test_missing_unknown_and_misshaped_tensors_are_listed_together(folder, tmp_path):
