@@ -174,6 +174,8 @@ def test_an_export_that_fails_leaves_the_first_as_it_was(folder, tmp_path):
   params = huggingface.load(folder, shape)
   huggingface.save(tmp_path, params, shape, shard_bytes=20_000)
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  with pytest.raises(ValueError, match="cannot be written as JSON"):
+    huggingface.save(tmp_path, params, shape, config={"initializer_range": float("nan")})
   params["layers"]["feedforward"]["up"]["kernel"] = params["layers"]["feedforward"]["up"]["kernel"].at[1, 2, 3].set(7e4)
   with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight holds values that are not finite in float16"):
     huggingface.save(tmp_path, params, shape, dtype=np.float16, shard_bytes=20_000)
@@ -289,7 +291,8 @@ OLD = {"type": "llama3"} | {name: value for name, value in LLAMA3.items() if nam
      (dict(rope_parameters=PLAIN, rope_theta=1e6), '"rope_parameters" is .*10000.0.*"rope_theta" is 1000000.0'),
      (dict(rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)), '"rope_parameters" holds "partial_rotary_factor", which is 0.5'),
      (dict(rope_scaling=dict(type="default", mrope_section=[16, 24]), rope_parameters=None), '"rope_scaling" holds "mrope_section", .*16'),
-     (dict(rope_parameters=PLAIN | dict(type="yarn")), '"rope_parameters" is .*yarn'), (dict(rope_parameters="linear"), '"rope_parameters" is .*linear'),
+     (dict(rope_parameters=PLAIN | dict(type="yarn")), '"rope_parameters" is .*yarn'),
+     (dict(rope_parameters="linear"), '"rope_parameters" is .*linear'),
      (dict(rope_parameters={"full_attention": PLAIN}), '"rope_parameters" holds "full_attention", .*default'),
      (dict(rope_parameters=LLAMA3 | dict(factor=None)), '"rope_parameters" lacks factor')],
 )  # fmt: skip

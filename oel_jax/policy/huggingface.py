@@ -280,7 +280,7 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
     shard_bytes: most bytes of a file.
 
   Raises:
-    ValueError: as in `write_config`; or a value is not finite, or not in `dtype`: names the tensor.
+    ValueError: as in `write_config`; or `config` is no JSON; or a value is not finite, or not in `dtype`: names the tensor.
     OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
   """
   folder, fields = pathlib.Path(folder), write_config(architecture, dtype)  # an architecture that has no folder is told before one is touched
@@ -288,6 +288,7 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
   try:
+    files.write_json(folder / ".part-config.json", (config or {}) | fields)  # what is no JSON is told before anything goes
     weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
   finally:
     _remove(folder, ".*part-*")  # of a write that failed, now or earlier
