@@ -50,7 +50,7 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
 
 
 def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
-  """Puts tokenizer and generation config beside the weights; returns the fields of the source's config.json."""
+  """Puts tokenizer and generation config beside the weights; returns the fields of the source's config.json, or a GGUF file's like."""
   if source.is_dir():
     for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
       shutil.copyfile(path, target / path.name)
@@ -58,4 +58,8 @@ def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> d
     tokenizer.save(target)
   if not (target / GENERATION).exists():
     files.write_json(target / GENERATION, {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id})
-  return json.loads((source / "config.json").read_text(encoding="utf-8")) if source.is_dir() else {}
+  if source.is_dir():
+    return json.loads((source / "config.json").read_text(encoding="utf-8"))
+  from oel_jax.policy import gguf  # here, for it needs packages of the extra "hf"
+
+  return gguf.config_fields(gguf.read(source))

@@ -12,7 +12,9 @@ import ml_collections
 import numpy as np
 import pytest
 
+from oel_jax import export
 from oel_jax.policy import architecture, generate, gguf, huggingface, model
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import mesh
 
 torch = pytest.importorskip("torch")
@@ -131,14 +133,16 @@ def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
   write(tmp_path / "model.gguf", make("smollm2", WIDE), "Q8_0")
   file = gguf.read(tmp_path / "model.gguf")
   shape = gguf.read_architecture(file)
-  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
-  places = mesh.param_shardings(devices, jax.eval_shape(lambda: model.init(shape, jax.random.key(0))))
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
+  places = mesh.param_shardings(devices, model.abstract(shape))
   whole = gguf.load(file, shape)
   monkeypatch.setattr(gguf, "SLICE", 1000)  # several slices of rows, and a last one that is shorter
   found = gguf.load(file, shape, dtype=jnp.bfloat16, shardings=places)
   for leaf, place, right in zip(*map(jax.tree.leaves, (found, places, whole)), strict=True):
     assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(place, leaf.ndim)
     np.testing.assert_array_equal(leaf, right.astype(jnp.bfloat16))
+  up = found["layers"]["feedforward"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size == up.size // 4  # split over "fsdp" and "tensor"
 
 
 # What a file may not hold.
@@ -267,6 +271,25 @@ def test_smollm_cuts_each_digit_off_before_the_words(tmp_path):
     assert found.decode(found.encode(text)) == text
   pieces = [piece for piece, _ in found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("one\n\n2 34")]
   assert pieces == ["one", "ĊĊ", "2", "Ġ", "3", "4"]  # words first would part the two line ends
+
+
+def test_an_export_has_the_files_context_length_and_special_tokens(tmp_path):
+  vocabulary(tmp_path / "words.gguf", "qwen2", bos_token_id=501)
+  words = HuggingFaceTokenizer(gguf.tokenizer(gguf.read(tmp_path / "words.gguf")))
+  theirs, target = make("smollm2", SMALL | dict(vocab_size=512)), tmp_path / "export"
+  write(tmp_path / "model.gguf", theirs)
+  target.mkdir()
+  fields = export._companions(tmp_path / "words.gguf", target, words)
+  file = gguf.read(tmp_path / "model.gguf")
+  shape = gguf.read_architecture(file)
+  huggingface.save(target, gguf.load(file, shape), shape, dtype=np.float32, config=fields)
+  found, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(target), transformers.AutoTokenizer.from_pretrained(target)
+  config = found.config
+  assert (config.max_position_embeddings, config.bos_token_id, config.eos_token_id) == (8, 501, 500)
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (501, 500, 500)
+  assert found.generation_config.eos_token_id == list(words.eos_ids)
+  for right, value in zip(theirs.parameters(), found.parameters(), strict=True):
+    torch.testing.assert_close(value, right, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("key, value", [("pre", "chatglm"), ("model", "llama"), ("merges", None)])

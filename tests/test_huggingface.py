@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import architecture, generate, huggingface, model
+from oel_jax.policy import architecture, decode, generate, huggingface, model
 from oel_jax.policy.attention import frequencies
 from oel_jax.runtime import mesh
 
@@ -90,22 +90,42 @@ def test_packed_segments_give_what_each_gives_alone(made):
   positions, segments = np.r_[np.arange(20), np.arange(31)][None], np.repeat([1, 2], [20, 31])[None]
   params = huggingface.load(folder, shape)
   hidden, _ = model.apply(params, shape, tokens, positions, segments)
-  alone = np.concatenate([right.logits[0].numpy() for right in expected(theirs, rows)])
-  np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], alone, atol=1e-4, rtol=1e-4)
+  alone = expected(theirs, rows)
+  states, logits = (np.concatenate(parts) for parts in zip(*((x.hidden_states[-1][0], x.logits[0]) for x in alone), strict=True))
+  np.testing.assert_allclose(hidden[0], states, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], logits, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_sampled_has_their_log_probabilities(made):
-  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side."""
+def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, monkeypatch):
+  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side, each step."""
   folder, theirs = made
-  shape, rows = huggingface.read_architecture(folder), rows_of(30, 7, 19)
+  shape, rows, seen = huggingface.read_architecture(folder), rows_of(30, 7, 19), {}
+  draw = decode._draw
+
+  def keep(hidden, seeds, drawn):
+    for seed, at, row in zip(seeds, drawn, np.asarray(hidden), strict=True):
+      seen.setdefault((int(seed), int(at)), row)  # rows that fill a batch come last, with another's seed
+
+  def watched(weights, hidden, seeds, drawn, *how):
+    jax.debug.callback(keep, hidden, seeds, drawn)
+    return draw(weights, hidden, seeds, drawn, *how)
+
+  monkeypatch.setattr(decode, "_draw", watched)
+  for name in ("enter", "decode"):  # functions of their own: programs that another test compiled keep nothing
+    own = lambda *args, made=getattr(decode, name).__wrapped__, **how: made(*args, **how)
+    monkeypatch.setattr(decode, name, jax.jit(own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path")))
   found = generate.generate(
       huggingface.load(folder, shape), shape, rows, [1, 2, 3], sampling=generate.Sampling(1.0), max_new_tokens=12, eos_ids=(), pad_id=0,
       logprobs=True,
   )  # fmt: skip
+  jax.effects_barrier()
   whole = [row + ids for row, ids in zip(rows, found[0], strict=True)]
-  for row, ids, scores, right in zip(rows, *found, expected(theirs, whole), strict=True):
-    logits = right.logits[0, len(row) - 1 : -1].log_softmax(-1).numpy()
+  for seed, row, ids, scores, right in zip((1, 2, 3), rows, *found, expected(theirs, whole), strict=True):
+    steps = slice(len(row) - 1, -1)
+    logits = right.logits[0, steps].log_softmax(-1).numpy()
     assert len(ids) == 12
+    hidden = np.stack([seen[seed, at] for at in range(12)])
+    np.testing.assert_allclose(hidden, right.hidden_states[-1][0, steps].numpy(), atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(scores, logits[np.arange(12), ids], atol=1e-4)
 
 
@@ -126,10 +146,54 @@ def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
   assert not list(tmp_path.glob(".part*"))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_in_out_and_in_again_is_the_same_bits(folder, tmp_path, dtype):
+def test_they_load_the_type_we_wrote(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
+  params, source = huggingface.load(folder, shape), {"dtype": "bfloat16"}  # as transformers 5 saves it
+  huggingface.save(tmp_path, params, shape, dtype=np.float32, config=source)
+  assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
+  assert huggingface.write_config(shape, ml_dtypes.bfloat16).items() >= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}.items()
+
+
+def test_a_second_export_replaces_the_first(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  params = huggingface.load(folder, shape)
+  for factor, shard_bytes in ((1, 10**9), (2, 20_000), (3, 40_000), (4, 10**9)):
+    (tmp_path / ".part-00099").touch()  # of a process that was killed
+    (tmp_path / "..part-00099.1.tmp").touch()
+    scaled = jax.tree.map(lambda leaf: factor * leaf, params)
+    huggingface.save(tmp_path, scaled, shape, dtype=np.float32, shard_bytes=shard_bytes)
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.detach().numpy()
+    np.testing.assert_array_equal(found, scaled["head"]["kernel"])
+    stored = [name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)]
+    assert len(stored) == len(set(stored)) and not list(tmp_path.glob(".*"))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_export_that_fails_leaves_the_first_as_it_was(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  params = huggingface.load(folder, shape)
+  huggingface.save(tmp_path, params, shape, shard_bytes=20_000)
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  with pytest.raises(ValueError, match="cannot be written as JSON"):
+    huggingface.save(tmp_path, params, shape, config={"initializer_range": float("nan")})
+  params["layers"]["feedforward"]["up"]["kernel"] = params["layers"]["feedforward"]["up"]["kernel"].at[1, 2, 3].set(7e4)
+  with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight holds values that are not finite in float16"):
+    huggingface.save(tmp_path, params, shape, dtype=np.float16, shard_bytes=20_000)
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "family, dtype", [("qwen3", np.float32), ("qwen3", np.float16), ("qwen3", ml_dtypes.bfloat16), ("qwen2.5", np.float32)]
+)
+def test_in_out_and_in_again_is_the_same_bits(family, dtype, tmp_path_factory, tmp_path):
+  folder, theirs = make(family, tmp_path_factory)
+  shape = huggingface.read_architecture(folder)
+  assert shape.tied_head is shape.qkv_bias is (family == "qwen2.5")
   huggingface.save(tmp_path / "a", huggingface.load(folder, shape), shape, dtype=dtype)
+  stored = safetensors.numpy.load_file(tmp_path / "a" / huggingface.SINGLE)
+  for name, tensor in theirs.state_dict().items():
+    is_twice = name == "lm_head.weight" and shape.tied_head
+    assert is_twice or stored[name].tobytes() == tensor.numpy().astype(dtype).tobytes()
   first = huggingface.load(tmp_path / "a", shape, dtype=dtype)
   huggingface.save(tmp_path / "b", first, shape, dtype=dtype)
   for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(huggingface.load(tmp_path / "b", shape, dtype=dtype)), strict=True):
@@ -153,10 +217,22 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
 
 def test_parameters_go_where_the_shardings_say(folder):
   shape = huggingface.read_architecture(folder)
-  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
-  places = mesh.param_shardings(devices, jax.eval_shape(lambda: model.init(shape, jax.random.key(0))))
-  params = huggingface.load(folder, shape, shardings=places)
-  jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim) or pytest.fail(str(leaf.sharding)), params, places)
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
+  places = mesh.param_shardings(devices, model.abstract(shape))
+  whole, params = huggingface.load(folder, shape), huggingface.load(folder, shape, shardings=places)
+  for leaf, place, right in zip(*map(jax.tree.leaves, (params, places, whole)), strict=True):
+    assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    np.testing.assert_array_equal(leaf, right)
+  up = params["layers"]["feedforward"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size == up.size // 4  # split over "fsdp" and "tensor"
+
+
+def test_shards_give_what_the_single_file_gives(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  right = huggingface.load(folder, shape)
+  huggingface.save(tmp_path, right, shape, dtype=np.float32, shard_bytes=20_000)
+  assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+  jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path, shape), right)
 
 
 # What a folder may not hold.
@@ -186,12 +262,72 @@ def test_another_scaling_of_positions_is_refused(folder, tmp_path):
     huggingface.read_architecture(changed(folder, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
 
 
+@pytest.mark.parametrize(
+    "field, value, right",
+    [("hidden_size", "2560", "whole number"), ("head_dim", 16.0, "whole number"), ("num_key_value_heads", 0, "whole number"),
+     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"), ("rope_theta", "1e6", "number above 0"),
+     ("rope_parameters", LLAMA3 | dict(factor="8"), "number above 0"), ("tie_word_embeddings", "false", "true or false")],
+)  # fmt: skip
+def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, value, right):
+  with pytest.raises(ValueError, match=rf"config.json: .*{field}.* is .*it must be .*{right}") as error:
+    huggingface.read_architecture(changed(folder, tmp_path, **{field: value}))
+  assert repr(value["factor"] if isinstance(value, dict) else value) in str(error.value)
+
+
+def test_heads_follow_from_the_width_where_they_are_not_given(folder, tmp_path):
+  found = huggingface.read_architecture(changed(folder, tmp_path, num_key_value_heads=None, head_dim=None))
+  assert (found.kv_heads, found.head_size) == (4, 12)
+
+
+YARN, PLAIN = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}
+OLD = {"type": "llama3"} | {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [(dict(rope_parameters=PLAIN, rope_scaling=YARN), '"rope_scaling" is .*yarn'),
+     (dict(rope_parameters=PLAIN, rope_scaling=OLD), '"rope_parameters" is .*default.*"rope_scaling" is .*llama3'),
+     (dict(rope_parameters=LLAMA3, rope_scaling=OLD | dict(factor=32.0)), '"rope_parameters" is .*8.0.*"rope_scaling" is .*32.0'),
+     (dict(rope_parameters=PLAIN, rope_theta=1e6), '"rope_parameters" is .*10000.0.*"rope_theta" is 1000000.0'),
+     (dict(rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)), '"rope_parameters" holds "partial_rotary_factor", which is 0.5'),
+     (dict(rope_scaling=dict(type="default", mrope_section=[16, 24]), rope_parameters=None), '"rope_scaling" holds "mrope_section", .*16'),
+     (dict(rope_parameters=PLAIN | dict(type="yarn")), '"rope_parameters" is .*yarn'),
+     (dict(rope_parameters="linear"), '"rope_parameters" is .*linear'),
+     (dict(rope_parameters={"full_attention": PLAIN}), '"rope_parameters" holds "full_attention", .*default'),
+     (dict(rope_parameters=LLAMA3 | dict(factor=None)), '"rope_parameters" lacks factor')],
+)  # fmt: skip
+def test_rotary_fields_that_differ_or_are_not_known_are_named_with_their_values(folder, tmp_path, fields, named):
+  with pytest.raises(ValueError, match=f"config.json: {named}"):
+    huggingface.read_architecture(changed(folder, tmp_path, **fields))
+
+
+@pytest.mark.parametrize("fields", [
+    dict(rope_parameters=LLAMA3), dict(rope_parameters=None, rope_scaling=OLD, rope_theta=1e4),
+    dict(rope_parameters=LLAMA3 | dict(partial_rotary_factor=1.0), rope_scaling=OLD, rope_theta=1e4),
+])  # fmt: skip
+def test_both_spellings_of_the_rotary_fields_are_read(folder, tmp_path, fields):
+  found = huggingface.read_architecture(changed(folder, tmp_path, **fields))
+  assert found.rope_theta == 1e4 and found.rope_scaling == architecture.Llama3Scaling(8.0, 1.0, 4.0, 32.0)
+
+
 def test_a_folder_without_config_or_weights_is_told(folder, tmp_path):
   with pytest.raises(FileNotFoundError, match="config.json"):
     huggingface.read_architecture(tmp_path)
   shape = huggingface.read_architecture(folder)
   with pytest.raises(FileNotFoundError, match="model.safetensors"):
     huggingface.load(tmp_path, shape)
+
+
+def test_a_head_stored_twice_and_old_frequencies_change_nothing(tmp_path_factory, tmp_path):
+  folder, _ = make("qwen2.5", tmp_path_factory)
+  copy, shape = shutil.copytree(folder, tmp_path / "copy"), huggingface.read_architecture(folder)
+  tensors = safetensors.numpy.load_file(copy / "model.safetensors")
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(shape.layers)}
+  safetensors.numpy.save_file(tensors, copy / "model.safetensors")
+  found = huggingface.load(copy, shape)
+  assert jax.tree.structure(found) == jax.tree.structure(model.abstract(shape)) and "head" not in found
+  np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
 
 
 def test_missing_unknown_and_misshaped_tensors_are_listed_together(folder, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oel_jax.policy import model
-from oel_jax.policy.architecture import ARCHITECTURES, Architecture, named
+from oel_jax.policy.architecture import ARCHITECTURES, Architecture, Llama3Scaling, named
 from oel_jax.runtime.mesh import TABLE
 
 TINY = named("pocket-tiny")
@@ -232,6 +232,26 @@ def test_parameter_counts_are_the_published_ones():
   assert counts["qwen2.5-1.5b"] == 1_543_714_304 and counts["qwen2.5-7b"] == 7_615_616_512
   assert counts["llama-3.1-8b"] == 8_030_261_248 and counts["smollm2-135m"] == 134_515_008
   assert counts["llama-3.2-1b"] == 1_235_814_400 and counts["llama-3.2-3b"] == 3_212_749_824
+
+
+@pytest.mark.parametrize("names, theta, eps, heads, tied, kind, factor", [
+    ("qwen3-0.6b qwen3-1.7b", 1e6, 1e-6, (16, 8, 128), True, "qk_norm", None),
+    ("qwen3-4b", 1e6, 1e-6, (32, 8, 128), True, "qk_norm", None),
+    ("qwen3-4b-instruct", 5e6, 1e-6, (32, 8, 128), True, "qk_norm", None),  # Qwen3-4B-Instruct-2507
+    ("qwen3-8b", 1e6, 1e-6, (32, 8, 128), False, "qk_norm", None),
+    ("qwen2.5-1.5b", 1e6, 1e-6, (12, 2, 128), True, "qkv_bias", None),
+    ("qwen2.5-7b", 1e6, 1e-6, (28, 4, 128), False, "qkv_bias", None),
+    ("llama-3.1-8b", 5e5, 1e-5, (32, 8, 128), False, None, 8.0),
+    ("llama-3.2-1b", 5e5, 1e-5, (32, 8, 64), True, None, 32.0),
+    ("llama-3.2-3b", 5e5, 1e-5, (24, 8, 128), True, None, 32.0),
+    ("smollm2-135m", 1e5, 1e-5, (9, 3, 64), True, None, None),
+])  # fmt: skip
+def test_what_no_parameter_count_shows_is_as_published(names, theta, eps, heads, tied, kind, factor):
+  """The config.json of each model card."""
+  for a in map(named, names.split()):
+    assert (a.rope_theta, a.norm_eps, (a.heads, a.kv_heads, a.head_size), a.tied_head) == (theta, eps, heads, tied)
+    assert (a.qk_norm, a.qkv_bias) == (kind == "qk_norm", kind == "qkv_bias")
+    assert a.rope_scaling == (factor and Llama3Scaling(factor, 1.0, 4.0, 8192.0))
 
 
 def test_layers_start_out_different_and_fan_in_scaled():

@@ -147,6 +147,13 @@ def _scaling(file: File, size: int, theta: float) -> Llama3Scaling | None:
   return scaling
 
 
+def config_fields(file: File) -> dict[str, int]:
+  """What the metadata say for a Hugging Face config.json beyond the architecture: context length, first and last token."""
+  keys = {"max_position_embeddings": f"{file.metadata['general.architecture']}.context_length"}
+  keys |= {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")}
+  return {name: file.metadata[key] for name, key in keys.items() if key in file.metadata}
+
+
 def _values(tensor: Any, dtype: Any) -> np.ndarray:
   """A tensor's numbers, [out, in]; a slice of rows at a time through float32."""
   shape = tuple(int(size) for size in reversed(tensor.shape))

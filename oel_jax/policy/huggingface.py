@@ -79,19 +79,29 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     raise ValueError(f'{path}: "model_type" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}')
   _refuse(path, config, family)
 
-  def need(name: str) -> Any:
-    if config.get(name) is None:
+  def need(name: str, kind: type = int, default: int | None = None) -> Any:
+    value = default if config.get(name) is None else config[name]
+    if value is None:
       raise ValueError(f'{path}: "{name}" is missing')
-    return config[name]
+    return _number(path, name, value, kind)
 
+  tied = config.get("tie_word_embeddings") or False
+  if not isinstance(tied, bool):
+    raise ValueError(f'{path}: "tie_word_embeddings" is {tied!r}: it must be true or false')
   theta, scaling = _rope(path, config)
-  heads = need("num_attention_heads")
+  heads, width = need("num_attention_heads"), need("hidden_size")
   return Architecture(
-      vocabulary=need("vocab_size"), width=need("hidden_size"), layers=need("num_hidden_layers"), heads=heads,
-      kv_heads=config.get("num_key_value_heads") or heads, head_size=config.get("head_dim") or need("hidden_size") // heads,
-      feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps"),
-      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=bool(config.get("tie_word_embeddings", False)),
+      vocabulary=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
+      kv_heads=need("num_key_value_heads", default=heads), head_size=need("head_dim", default=width // heads),
+      feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps", float),
+      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=tied,
   )  # fmt: skip
+
+
+def _number(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
+  if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < np.inf:
+    raise ValueError(f'{path}: "{name}" is {value!r}: it must be a {"whole " if kind is int else ""}number above 0')
+  return kind(value)
 
 
 def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
@@ -108,20 +118,30 @@ def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
 
 
 def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling" or the newer "rope_parameters"."""
-  field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-  given = config.get(field) or {}
-  theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
-  kind = given.get("rope_type") or given.get("type") or "default"
-  if kind == "default":
-    return float(theta), None
-  if kind != "llama3":
+  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling", the newer "rope_parameters", or both."""
+  given = {field: config[field] for field in ("rope_parameters", "rope_scaling") if config.get(field)}
+  scalings = {field: _scaling(path, field, value) for field, value in given.items()}
+  thetas = [
+      _number(path, "rope_theta", value["rope_theta"], float) for value in (*given.values(), config) if value.get("rope_theta") is not None
+  ]
+  if len(set(scalings.values())) > 1 or len(set(thetas)) > 1:
+    said = ", ".join(f'"{field}" is {config[field]!r}' for field in (*given, "rope_theta") if field in config)
+    raise ValueError(f"{path}: {said}: they must say the same")
+  return thetas[0] if thetas else 10000.0, next(iter(scalings.values()), None)
+
+
+def _scaling(path: pathlib.Path, field: str, given: Any) -> Llama3Scaling | None:
+  kinds = {given[name] for name in ("rope_type", "type") if given.get(name)} if isinstance(given, dict) else {None}
+  if not kinds <= {"default"} and kinds != {"llama3"}:
     raise ValueError(f'{path}: "{field}" is {given!r}: of the ways to scale rotary positions, only "llama3" is supported')
-  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-  missing = [name for name in names if name not in given]
+  names = tuple(part.name for part in dataclasses.fields(Llama3Scaling)) if kinds == {"llama3"} else ()
+  for name, value in given.items():
+    if name not in ("rope_type", "type", "rope_theta", *names) and value not in (None, FIXED.get(name)):
+      raise ValueError(f'{path}: "{field}" holds "{name}", which is {value!r:.100}: this decoder does not know it')
+  missing = [name for name in names if given.get(name) is None]
   if missing:
     raise ValueError(f'{path}: "{field}" lacks {", ".join(missing)}')
-  return float(theta), Llama3Scaling(*(float(given[name]) for name in names))
+  return Llama3Scaling(*(_number(path, f"{field}.{name}", given[name], float) for name in names)) if names else None
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -249,6 +269,8 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
          config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
   """Writes config.json and the weights, in shards with an index if they are larger than one; `transformers` and engines read them.
 
+  A model that stands there is replaced: its files go when the new weights are all on the disk, beside them.
+
   Args:
     folder: made if need be.
     params: tree of `model.init`'s shape.
@@ -258,15 +280,18 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
     shard_bytes: most bytes of a file.
 
   Raises:
+    ValueError: as in `write_config`; or `config` is no JSON; or a value is not finite, or not in `dtype`: names the tensor.
     OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
   """
   folder, fields = pathlib.Path(folder), write_config(architecture, dtype)  # an architecture that has no folder is told before one is touched
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").unlink(missing_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
-  weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
-  (folder / INDEX).unlink(missing_ok=True)
+  try:
+    files.write_json(folder / ".part-config.json", (config or {}) | fields)  # what is no JSON is told before anything goes
+    weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
+  finally:
+    _remove(folder, ".*part-*")  # of a write that failed, now or earlier
   if len(set(weight_map.values())) > 1:
     files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
   files.write_json(folder / "config.json", (config or {}) | fields)
@@ -286,18 +311,18 @@ def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
   if a.rope_scaling:
     scaling = dataclasses.asdict(a.rope_scaling)
     rope |= scaling | {"rope_type": "llama3", "original_max_position_embeddings": int(scaling["original_max_position_embeddings"])}
-  # Both spellings: engines built on older versions read rope_theta and rope_scaling.
+  # Both spellings: engines built on older versions read rope_theta, rope_scaling and torch_dtype.
   return {
       "architectures": [f"{name}ForCausalLM"], "model_type": family, "vocab_size": a.vocabulary, "hidden_size": a.width,
       "num_hidden_layers": a.layers, "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_size,
       "intermediate_size": a.feedforward, "rms_norm_eps": a.norm_eps, "tie_word_embeddings": a.tied_head, "hidden_act": "silu",
       "rope_theta": a.rope_theta, "rope_scaling": rope if a.rope_scaling else None, "rope_parameters": rope,
-      "torch_dtype": np.dtype(dtype).name,
+      "dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name,
   }  # fmt: skip
 
 
 def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> dict[str, str]:
-  """Writes the tensors into files of at most `shard_bytes` (or one tensor); returns which file holds which."""
+  """Writes the tensors into files of at most `shard_bytes` (or one tensor), in place of a model there; returns which file holds which."""
   held: list[list[str]] = []
   shard: dict[str, np.ndarray] = {}
 
@@ -311,6 +336,7 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
       flush()
     shard[name] = tensor
   flush()
+  _remove(folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors")  # a single file would be read before any index
   weight_map = {}
   for i, names in enumerate(held):  # named last: the number of files is part of each name
     file = SINGLE if len(held) == 1 else f"model-{i + 1:05d}-of-{len(held):05d}.safetensors"
@@ -319,8 +345,17 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
   return weight_map
 
 
+def _remove(folder: pathlib.Path, *patterns: str) -> None:
+  for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+    path.unlink()
+
+
 def _theirs(flat: dict[str, Any], architecture: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
   for name, (path, layer, shape) in _tensors(architecture).items():
     leaf = np.asarray(flat[path] if layer is None else flat[path][layer])
     kernel = layer is not None and len(shape) == 2
-    yield name, np.ascontiguousarray(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype)
+    with np.errstate(over="ignore"):  # told below, with the tensor's name
+      tensor = np.ascontiguousarray(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype)
+    if not np.isfinite(tensor).all():
+      raise ValueError(f"{name} holds values that are not finite in {tensor.dtype}: nothing was exported")
+    yield name, tensor
