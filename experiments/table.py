@@ -2,8 +2,10 @@
 
     python experiments/table.py runs/table/0 runs/table/1 runs/table/2
     python experiments/table.py --controls runs/controls/own runs/controls/swapped
+    python experiments/table.py --distill runs/system_prompt/student-reverse_kl runs/system_prompt/teacher-forward_kl
 
-The second has a line a control, as its last round left it; the seeds' runs lie in its directory. `table.sh` makes them all.
+The second has a line a control, as its last round left it; the seeds' runs lie in its directory. `table.sh` makes them all. The third has
+a line for each directory of runs of `experiments/system_prompt.py`.
 """
 
 import json
@@ -14,6 +16,7 @@ from typing import Any
 
 COLUMNS = ("passed", "in_context", "response_tokens")
 KEPT = ("extraction", "worlds", "symmetric", "other")
+DISTILLED = ("obey, before %", "in context %", "after %", "gain recovered %", "tokens before", "tokens after", "KL to the base on unrelated × 100")
 
 
 def spread(values: list[float], percent: bool) -> str:
@@ -40,9 +43,16 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
   return table
 
 
-def load(folders: list[pathlib.Path]) -> list[dict[str, Any]]:
+def distilled(results: list[dict[str, Any]]) -> list[str]:
+  """One line of DISTILLED."""
+  obey = [spread([result[name]["obeys"]["rate"] for result in results], True) for name in ("base", "in_context", "after")]
+  tokens = [spread([result[name]["response_tokens"]["mean"] for result in results], False) for name in ("base", "after")]
+  return [*obey, spread([r["recovered"] for r in results], True), *tokens, spread([r["unrelated_kl"] for r in results], True)]
+
+
+def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list[dict[str, Any]]:
   """The results of these run directories; ends the process if one has none."""
-  paths = [folder / "report" / "results.json" for folder in folders]
+  paths = [folder / name for folder in folders]
   for path in paths:
     if not path.exists():
       sys.exit(f"error: {path} does not exist: the run has no report yet")
@@ -51,20 +61,23 @@ def load(folders: list[pathlib.Path]) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
   """Prints the table of the runs in these directories, or of these directories of runs."""
-  controls, folders = arguments[:1] == ["--controls"], [pathlib.Path(name) for name in arguments if name != "--controls"]
+  kind, folders = arguments[:1], [pathlib.Path(name) for name in arguments if name not in ("--controls", "--distill")]
   if not folders:
-    sys.exit("usage: python experiments/table.py RUN_DIRECTORY ...  or  table.py --controls DIRECTORY_OF_RUNS ...")
-  if controls:
-    groups = {folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir())) for folder in folders}
+    sys.exit("usage: python experiments/table.py RUN_DIRECTORY ...  or  table.py --controls|--distill DIRECTORY_OF_RUNS ...")
+  head = ["", "passed %", "in context %", "response tokens", *(f"{name} %" for name in KEPT)]
+  if kind in (["--controls"], ["--distill"]):
+    controls = kind == ["--controls"]
+    name, line = ("report/results.json", lambda found: rows(found)[-1][1:]) if controls else ("results.json", distilled)
+    head = head if controls else ["", *DISTILLED]
+    groups = {folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir()), name) for folder in folders}
     empty = [name for name, results in groups.items() if not results]
     if empty:
       sys.exit(f"error: no runs in {', '.join(empty)}")
-    lines = [[name, *rows(results)[-1][1:]] for name, results in groups.items()]
+    lines = [[name, *line(results)] for name, results in groups.items()]
     counts = sorted({len(results) for results in groups.values()})
   else:
     results = load(folders)
     lines, counts = rows(results), [len(results)]
-  head = ["", "passed %", "in context %", "response tokens", *(f"{name} %" for name in KEPT)]
   print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
   for line in lines:
     print(f"| {' | '.join(line)} |")

@@ -52,3 +52,14 @@ def test_a_line_a_control_as_its_last_round_left_it(tmp_path, capsys):
   (tmp_path / "topk").mkdir()
   with pytest.raises(SystemExit, match="no runs in topk"):
     table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "topk")])
+
+
+def test_a_line_for_each_way_to_distil(tmp_path, capsys):
+  for i, (after, kl) in enumerate([(0.8, 0.1), (0.9, 0.2)]):
+    said = {name: {"obeys": {"rate": rate}, "response_tokens": {"mean": 10.0}} for name, rate in (("base", 0.0), ("in_context", 1.0), ("after", after))}
+    (tmp_path / "student" / str(i)).mkdir(parents=True)
+    (tmp_path / "student" / str(i) / "results.json").write_text(json.dumps({**said, "recovered": after, "unrelated_kl": kl}))
+  table.main(["--distill", str(tmp_path / "student")])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+  assert lines[2] == "| student | 0.0 ± 0.0 | 100.0 ± 0.0 | 85.0 ± 5.0 | 85.0 ± 5.0 | 10.0 ± 0.0 | 10.0 ± 0.0 | 15.0 ± 5.0 |"

@@ -148,6 +148,24 @@ def test_a_batch_is_scored_as_it_was_sampled(policy, data):
   assert batch.mask.sum() == sum(map(len, sampled))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
+  tokenizer, asked = HuggingFaceTokenizer(families.tokenizer(family)), []
+
+  class Spy:
+    def sample(self, prompts, seeds, **how):
+      asked.extend(prompts)
+      return [[5]] * len(prompts)
+
+  Spy.tokenizer = tokenizer
+  task = train.make_task(tokenizer, PREFIXES, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  assert task.skip > 0  # what prompt and knowledge both begin with, once only
+  train.sample_batch(task, Spy(), Spy(), [0, 1, 2, 3], [0, 1, 2, 3], _config(data="teacher"), 8, "x")
+  chats = [[tokenizer.chat((knowledge_message(text), *prefix.messages)) for text in TEXTS] for prefix in PREFIXES]
+  assert len(asked) == 4 and all(list(ids) in chats[i] for i, ids in enumerate(asked))
+  assert {chats[i].index(list(ids)) for i, ids in enumerate(asked)} == {0, 1}  # both texts were drawn
+
+
 def test_unpacked_rows_hold_a_sample_each(policy):
   batch, _ = train.sample_batch(_task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate")
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
