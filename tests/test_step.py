@@ -1,6 +1,7 @@
 """Batch, teacher and step: alignment, independence of micro-batch and devices, and that a step does what its loss says."""
 
 import functools
+import math
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import model
 from oel_jax.runtime import mesh as mesh_lib
 
-ARCHITECTURE = architecture_lib.Architecture(31, 16, 2, 2, 1, 8, 24, rope_theta=1e4)
+ARCHITECTURE = architecture_lib.Architecture(32, 16, 2, 4, 2, 8, 24, rope_theta=1e4)  # vocabulary and all heads can be shared out over two
 LENGTHS = [(3, 4, 1), (5, 0, 9), (2, 7, 3), (8, 2, 6)]  # prompt, knowledge, response of four samples
 
 
@@ -28,7 +29,7 @@ def _params(seed):
 
 def _samples(lengths=LENGTHS, seed=0):
   rng = np.random.default_rng(seed)
-  return [[rng.integers(3, 31, n).tolist() for n in sample] for sample in lengths]
+  return [[rng.integers(3, 32, n).tolist() for n in sample] for sample in lengths]
 
 
 def _batch(samples, rows=10, prompt=9, pad_id=0, pack=True, texts=4):
@@ -168,7 +169,7 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
   optimizer, student, params = optax.sgd(1.0), _params(0), _params(1)
   batch, shardings, read = _batch(samples, pack=pack), None, None
   if mesh is not None:
-    shapes = {name: jax.ShapeDtypeStruct((2, len(samples), 1, 32, 8), jnp.float32) for name in ("keys", "values")}
+    shapes = {name: jax.ShapeDtypeStruct((2, len(samples), 2, 32, 8), jnp.float32) for name in ("keys", "values")}
     read = tuple(mesh_lib.param_shardings(mesh, {"teacher": shapes})["teacher"].values())
     params = jax.device_put(params, mesh_lib.param_shardings(mesh, params))
     begin = lambda params: step_lib.init_state(params, optimizer)
@@ -179,6 +180,7 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
     state = step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer)
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat)
   teacher = _teacher(params, samples, read, on_host)
+  assert mesh is None or mesh.shape["tensor"] == 1 or teacher.keys.sharding.spec[2] == "tensor"
   assert teacher.keys.sharding.memory_kind == teacher.values.sharding.memory_kind == ("pinned_host" if on_host else "device")
   state, metrics = step(state, teacher, batch)
   return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student), {k: float(v) for k, v in metrics.items()}
@@ -202,13 +204,15 @@ def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_
   assert step_lib.pieces_of(rows, length, shards, micro_tokens) == pieces
 
 
-@pytest.mark.parametrize("shape", [dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)])
-def test_gradient_does_not_depend_on_the_devices(shape):  # trap 6; 3 items on 8 devices: trap 26; keys and values read on the mesh
+@pytest.mark.parametrize("shape, micro_tokens", [(dict(data=8, fsdp=1, tensor=1), None), (dict(data=2, fsdp=2, tensor=2), None),
+                                                 (dict(data=2, fsdp=1, tensor=2), 19)])
+def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):  # trap 6; 3 items on 8 devices: trap 26; keys and values read on the mesh
   import ml_collections
 
   lengths = [(3, 4, 1), (5, 0, 10), (8, 2, 10)]
   one, measured = _gradient_after_one_step(None, lengths=lengths)
-  many, measured_many = _gradient_after_one_step(None, mesh_lib.make_mesh(ml_collections.ConfigDict(shape)), lengths)
+  devices = jax.devices()[: math.prod(shape.values())]
+  many, measured_many = _gradient_after_one_step(micro_tokens, mesh_lib.make_mesh(ml_collections.ConfigDict(shape), devices), lengths)
   assert measured["tokens"] == measured_many["tokens"] == 21
   np.testing.assert_allclose(measured["loss"], measured_many["loss"], rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, many)
@@ -230,7 +234,9 @@ def test_teacher_survives_a_donating_step():  # trap 27: student and teacher beg
   optimizer = optax.adamw(1e-2)
   state = mesh_lib.sharded_init(lambda p: step_lib.init_state(p, optimizer), mesh_lib.make_mesh(_one_device(), jax.devices()[:1]), params)
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4)
+  given = state
   state, _ = step(state, _teacher(params, _samples()), _batch(_samples()))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.params))  # donated
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, params), before)
   assert not np.array_equal(np.array(state.params["norm"]["scale"]), before["norm"]["scale"])
 
