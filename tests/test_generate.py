@@ -476,16 +476,39 @@ def primitives(jaxpr, inside="while") -> set[str]:
   return names
 
 
+def loop_operands(jaxpr) -> set[tuple[int, ...]]:
+  """Shapes of all that goes into the program's while loops."""
+  shapes = set()
+  for eqn in jaxpr.eqns:
+    shapes |= {var.aval.shape for var in eqn.invars} if eqn.primitive.name == "while" else set()
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      shapes |= loop_operands(inner)
+  return shapes
+
+
 def test_the_loop_takes_no_stacked_weights_apart():
   """Trap 19: no layer is sliced out of a stack; of the cache, one column is written."""
   weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = decode.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32, path="xla")
   run = functools.partial(decode.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
-  names = primitives(jax.make_jaxpr(run)(weights, slots, 3, 1).jaxpr)
+  program = jax.make_jaxpr(run)(weights, slots, 3, 1).jaxpr
+  stacks = {leaf.shape for leaf in jax.tree.leaves(params()["layers"])}
+  assert all(leaf.shape[0] == TINY.layers for leaf in jax.tree.leaves(params()["layers"]))
+  assert loop_operands(program) and not loop_operands(program) & stacks
+  names = primitives(program)
   assert "dot_general" in names and "dynamic_update_slice" in names and not names & {"scan", "dynamic_slice"}
   kernel = jnp.asarray(params()["layers"]["feedforward"]["gate"]["kernel"])
   stacked = lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y @ kernel[i][:, :32], x)
   assert "dynamic_slice" in primitives(jax.make_jaxpr(stacked)(jnp.ones((1, 32))).jaxpr, "scan")
+
+
+def test_the_ring_is_written_in_place():
+  weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
+  slots = decode.empty(architecture=TINY, rows=32, size=1024, ends=1, dtype=jnp.float32, path="xla")
+  how = dict(architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
+  used = decode.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), **how).compile().memory_analysis()
+  assert used.temp_size_in_bytes < slots.values[0].nbytes  # one copy of one layer's would already be more
+  assert used.alias_size_in_bytes >= 2 * TINY.layers * slots.values[0].nbytes
 
 
 def test_few_programs_are_compiled():
