@@ -530,6 +530,8 @@ def test_every_ring_is_whole_blocks():
 
 
 def test_bad_input_is_one_clear_error():
+  with pytest.raises(ValueError, match="slots 0: it must be at least 1"):
+    sample([[1]], [0], slots=0)
   with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
     sample([[1], [2]], [0])
   with pytest.raises(ValueError, match="empty prompt at index 1"):

@@ -96,8 +96,8 @@ def generate(
     eos_ids: ids any of which ends a response, or one such list a prompt; the id is kept.
     pad_id: fills what is not there.
     dtype: of the activations.
-    slots: most sequences side by side; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU on a CPU. Where replies become
-      much longer than the first prompts, fewer must be asked for: the slots stay as many.
+    slots: most sequences side by side, rounded down to one of BATCHES; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU
+      on a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to go on with and its seed, which takes
       that index's place. It runs while the device draws for others. A prompt that repeats the one before and goes on is cheap.
@@ -106,9 +106,11 @@ def generate(
     The ids sampled (last), in the order of the prompts; with `logprobs` a pair, the second one float32 array a prompt.
 
   Raises:
-    ValueError: an empty prompt, an id that the weights have no row for, a limit below 1, or not one seed, limit or list a prompt; a reply's
-      prompt is checked when it comes.
+    ValueError: an empty prompt, an id that the weights have no row for, a limit or slots below 1, or not one seed, limit or list a prompt;
+      a reply's prompt is checked when it comes.
   """
+  if slots is not None and slots < 1:
+    raise ValueError(f"generate got slots {slots}: it must be at least 1, or None")
   requests = _requests(architecture, prompts, seeds, max_new_tokens, eos_ids)
   if not prompts:
     return ([], []) if logprobs else []
