@@ -79,7 +79,8 @@ def default() -> ml_collections.ConfigDict:
           clip_norm=1.0,  # global gradient norm
           pack=True,  # several samples a row; False: one each, which cuDNN's causal attention needs and long responses lose little by
           micro_tokens=16384,  # tokens a forward-backward pass and device, a row at least; the result does not depend on it
-          remat="dots",  # what the backward pass computes again: "none", "dots" (all but matrix products) or "full" (each whole layer)
+          remat="dots",  # what the backward pass computes again: "none", "dots" (all but products and attention) or "full" (each whole layer)
+          unroll="auto",  # layers without a loop: faster on one GPU, compiled longer; "yes", "no"; "auto": on one GPU in bfloat16
           attention="auto",  # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest of them here
           chunk=512,  # tokens whose logits are live at a time
           knowledge_gib=16.0,  # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run is one process
@@ -135,6 +136,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   one_of("consolidation.support", SUPPORTS)
   one_of("consolidation.remat", REMAT)
   one_of("consolidation.attention", ATTENTION)
+  one_of("consolidation.unroll", ("auto", "yes", "no"))
   one_of("consolidation.on_no_gain", ("warn", "skip", "stop"))
   for field in ("rounds", "policy.max_prompt_tokens", "deployment.episodes", "deployment.max_turns", "deployment.max_response_tokens",
                 "deployment.temperature", "deployment.slots", "extraction.texts", "extraction.trajectories", "extraction.use",

@@ -41,9 +41,9 @@ def _batch(samples, rows=10, prompt=9, pad_id=0, pack=True, texts=4):
   )
 
 
-def _teacher(params, samples, shardings=None, on_host=False):
+def _teacher(params, samples, shardings=None, on_host=False, unroll=False):
   texts = [knowledge for _, knowledge, _ in samples]
-  return teacher_lib.prepare(params, ARCHITECTURE, texts, dtype=jnp.float32, shardings=shardings, on_host=on_host)
+  return teacher_lib.prepare(params, ARCHITECTURE, texts, dtype=jnp.float32, shardings=shardings, on_host=on_host, unroll=unroll)
 
 
 _hidden = jax.jit(lambda params, tokens: model.apply(params, ARCHITECTURE, tokens, jnp.arange(32)[None], jnp.ones_like(tokens))[0])
@@ -163,7 +163,7 @@ def test_imitation_is_negative_log_likelihood_at_temperature_one():
   np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none", pack=False, on_host=False):
+def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none", pack=False, on_host=False, unroll=False):
   """One step of plain gradient descent at rate 1: the change of the parameters is the gradient."""
   samples = _samples(lengths or [(3, 4, 1), (5, 0, 10), (2, 7, 1), (8, 2, 10)])
   optimizer, student, params = optax.sgd(1.0), _params(0), _params(1)
@@ -178,18 +178,21 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
     batch = jax.device_put(mesh_lib.pad_batch(batch, mesh), mesh_lib.batch_sharding(mesh))
   else:
     state = step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer)
-  step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat)
-  teacher = _teacher(params, samples, read, on_host)
+  step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat, unroll=unroll)
+  teacher = _teacher(params, samples, read, on_host, unroll)
   assert mesh is None or mesh.shape["tensor"] == 1 or teacher.keys.sharding.spec[2] == "tensor"
   assert teacher.keys.sharding.memory_kind == teacher.values.sharding.memory_kind == ("pinned_host" if on_host else "device")
   state, metrics = step(state, teacher, batch)
   return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student), {k: float(v) for k, v in metrics.items()}
 
 
-@pytest.mark.parametrize("micro_tokens, remat, pack", [(1, "dots", False), (40, "full", False), (19, "none", True)])
-def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack):  # trap 6: responses of 1 and of 10 tokens
+@pytest.mark.parametrize(
+    "micro_tokens, remat, pack, unroll",
+    [(1, "dots", False, False), (40, "full", False, False), (19, "none", True, False), (None, "dots", True, True), (19, "dots", False, True)],
+)
+def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack, unroll):  # trap 6: responses of 1 and of 10 tokens
   whole, measured = _gradient_after_one_step(None)
-  cut, measured_cut = _gradient_after_one_step(micro_tokens, remat=remat, pack=pack)
+  cut, measured_cut = _gradient_after_one_step(micro_tokens, remat=remat, pack=pack, unroll=unroll)
   assert measured["tokens"] == measured_cut["tokens"] == 22
   np.testing.assert_allclose(measured["loss"], measured_cut["loss"], rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, cut)

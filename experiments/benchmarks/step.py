@@ -74,7 +74,7 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   a = architecture_lib.named(work.architecture)
   params = jax.jit(lambda key: model.init(a, key))(jax.random.key(0))
   knowledge = np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
-  read = lambda: teacher_lib.prepare(params, a, knowledge, dtype=dtype, path="xla" if options["path"] == "xla" else "flash")
+  read = lambda: teacher_lib.prepare(params, a, knowledge, dtype=dtype, path="xla" if options["path"] == "xla" else "flash", unroll=options["unroll"])
   reading = measure.seconds(lambda: read().keys, repeats=1)
   teacher = jax.block_until_ready(read())
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.01))
@@ -132,14 +132,14 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("work", choices=list(WORK))
   parser.add_argument("--peer", help="path of peer_torch.py")
   parser.add_argument("--json", help="where to write the figures")
-  parser.add_argument("--how", default="", help="PATH:REMAT:MICRO_TOKENS:CHUNK[,…], each a row; default: flash:dots:16384:512 on a GPU")
+  parser.add_argument("--how", default="", help="PATH:REMAT:MICRO_TOKENS:CHUNK:LOOP[,…], LOOP unroll or scan, each a row; default: flash:dots:16384:512:unroll on a GPU")
   parser.add_argument("--growth", action="store_true", help="also fewer samples, and no to much knowledge")
   args = parser.parse_args(argv)
-  default = "flash:dots:16384:512" if jax.default_backend() == "gpu" else "xla:none:30:8"
+  default = "flash:dots:16384:512:unroll" if jax.default_backend() == "gpu" else "xla:none:30:8:unroll"
   options = []
   for how in (args.how or default).split(","):
-    path, remat, micro_tokens, chunk = how.split(":")
-    options.append(dict(path=path, remat=remat, micro_tokens=int(micro_tokens), chunk=int(chunk)))
+    path, remat, micro_tokens, chunk, loop = how.split(":")
+    options.append(dict(path=path, remat=remat, micro_tokens=int(micro_tokens), chunk=int(chunk), unroll=loop == "unroll"))
   measure.report(run(args.work, options, args.growth, args.peer), "consolidation step", args.json)
 
 

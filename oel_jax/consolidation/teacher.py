@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.policy import model
+from oel_jax.policy import joined, model
 from oel_jax.policy.architecture import Architecture
 
 MULTIPLE = 32  # so that a text a little longer has the same shapes
@@ -25,7 +25,7 @@ class Teacher(NamedTuple):
   """What a step needs of π_teacher(·|e, x, y<t) for the G texts e of a round.
 
   Attributes:
-    params: in the type of the computation.
+    params: in the type of the computation, stacked or joined (`joined.join`).
     keys, values: [L, G, K, P, H], of each text.
     length: [G] int32, tokens of each.
     skip: int32, how many tokens at the beginning of a sample the texts begin with, too: the teacher does not read them again.
@@ -40,7 +40,7 @@ class Teacher(NamedTuple):
 
 def prepare(
     params: Any, architecture: Architecture, knowledge: Sequence[Sequence[int]], *, dtype: Any, skip: int = 0, path: str = "xla",
-    shardings: Any = None, on_host: bool = False,
+    shardings: Any = None, on_host: bool = False, unroll: bool = False,
 ) -> Teacher:  # fmt: skip
   """Reads each knowledge text once.
 
@@ -52,6 +52,7 @@ def prepare(
     skip: see `Teacher`.
     path: of the attention (`attention.attend`).
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …, "values": …}}; None on one device.
+    unroll: keep the parameters as `joined.join` makes them; its `forward` then runs instead of `model.apply`.
     on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer. For a single process.
 
   Returns:
@@ -73,6 +74,7 @@ def prepare(
     keys, values = (jax.device_put(whole, place.with_memory_kind("pinned_host")) for whole, place in zip(kept, places, strict=True))
   else:
     keys, values = read(tokens, length)
+  params = jax.jit(joined.join, static_argnums=1)(params, dtype) if unroll else params
   return Teacher(params, keys, values, jnp.asarray(length), jnp.int32(skip))
 
 
@@ -111,8 +113,15 @@ def student_hidden(
     params: Any, architecture: Architecture, batch: batch_lib.Batch, *, dtype: Any, remat: str, path: str
 ) -> Float[Array, "S R D"]:
   """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`."""
-  hidden, _ = model.apply(params, architecture, batch.tokens, batch.positions, batch.segments, dtype=dtype, remat=remat, path=path)
-  return batch_lib.response_rows(hidden, batch.at)
+  return _hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
+
+
+def _hidden(params, architecture, batch, *, prefix=None, **how):
+  """The last hidden states at the response positions; the form of the parameters says by which of the two decoders."""
+  read = batch.tokens, batch.positions, batch.segments
+  if isinstance(params["layers"], tuple):
+    return joined.forward(params, architecture, *read, batch.at, prefix=prefix, **how)
+  return batch_lib.response_rows(model.apply(params, architecture, *read, prefix=prefix, **how)[0], batch.at)
 
 
 def teacher_hidden(teacher: Teacher, architecture: Architecture, batch: batch_lib.Batch, *, dtype: Any, path: str) -> Float[Array, "S R D"]:
@@ -125,10 +134,7 @@ def teacher_hidden(teacher: Teacher, architecture: Architecture, batch: batch_li
   rest = batch._replace(segments=jnp.where(batch.positions < teacher.skip, 0, batch.segments), positions=jnp.maximum(positions, 0))
   if path == "flash":
     rest = to_the_end(rest, teacher.skip)
-  hidden, _ = model.apply(
-      teacher.params, architecture, rest.tokens, rest.positions, rest.segments, dtype=dtype, path=path, prefix=prefix
-  )
-  return jax.lax.stop_gradient(batch_lib.response_rows(hidden, rest.at))
+  return jax.lax.stop_gradient(_hidden(teacher.params, architecture, rest, dtype=dtype, remat="none", path=path, prefix=prefix))
 
 
 def to_the_end(batch: batch_lib.Batch, count: Array) -> batch_lib.Batch:

@@ -105,7 +105,12 @@ def rotate(
     x_BxTxNxH: Float[Array, "B T N H"], positions_BxT: Int[Array, "B T"], theta: float, scaling: Llama3Scaling | None = None
 ) -> Float[Array, "B T N H"]:
   """Rotary position embedding, the two halves of a head rotated against each other; angles in float32."""
-  turns = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]  # [B, T, 1, H/2]
-  cos, sin = jnp.cos(turns), jnp.sin(turns)
-  first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxTxNxH.dtype)
+  turns = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]
+  return turn(x_BxTxNxH, jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1))
+
+
+def turn(x: Float[Array, "... H"], turns: Float[Array, "... H"]) -> Float[Array, "... H"]:
+  """Rotates the two halves of each head against each other; `turns` holds cosines, then sines."""
+  cos, sin = jnp.split(turns, 2, axis=-1)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
@@ -22,9 +23,19 @@ Params = Any
 
 SMALL_VOCABULARY = 4096  # up to it, an embedding's gradient is a matrix product (`embed`)
 
+KEPT = "kept"  # the name of what is kept for the backward pass though it is no product
+
+
+def _costly(primitive: Any, *avals: Any, **params: Any) -> bool:
+  """Whether it is a matrix product, cuDNN's attention or named KEPT."""
+  kept = primitive.name == "name" and params["name"] == KEPT
+  product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+  return kept or product or primitive.name.startswith("dot_product_attention_fwd")
+
+
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _costly,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -103,19 +114,22 @@ class Attention(nn.Module):
     if prefix is None:
       y = attention.attend(q, k, v, mask_BxTxS, self.path)
     else:
-      y = attention.attend_with_prefix(q, (k, v), *self._prefix(*prefix, mask_BxTxS), self.path)
+      y = attention.attend_with_prefix(q, (k, v), *of_rows(*prefix, self.path, mask_BxTxS), self.path)
     return dense(a.width, axis=(-2, -1), name="o")(y), (k, v)
 
-  def _prefix(self, keys_GxKxPxH, values_GxKxPxH, length_G, texts_BxM, mask_BxTxS):
-    """What `attend_with_prefix` wants of the rows' texts, put one behind the other."""
-    if jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host:  # this layer's alone is fetched
-      keys_GxKxPxH, values_GxKxPxH = jax.device_put((keys_GxKxPxH, values_GxKxPxH), jax.memory.Space.Device)
-    G, K, P, H = keys_GxKxPxH.shape
-    B, M = texts_BxM.shape
-    if self.path == "flash" and M > 1:
-      raise ValueError(f'attention path "flash" got rows of {M} knowledge texts: it takes one a row; "cudnn" and "xla" take several')
-    rows = lambda x: x[texts_BxM].swapaxes(1, 2).reshape(B, K, M * P, H)
-    return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), mask_BxTxS, length_G[texts_BxM[:, 0]]
+
+def of_rows(
+    keys_GxKxPxH: Array, values_GxKxPxH: Array, length_G: Array, texts_BxM: Array, path: str, mask_BxTxS: Array
+) -> tuple[tuple[Array, Array], Array, Array]:
+  """What `attention.attend_with_prefix` wants of the rows' texts in one layer, put one behind the other."""
+  if jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host:  # this layer's alone is fetched
+    keys_GxKxPxH, values_GxKxPxH = jax.device_put((keys_GxKxPxH, values_GxKxPxH), jax.memory.Space.Device)
+  G, K, P, H = keys_GxKxPxH.shape
+  B, M = texts_BxM.shape
+  if path == "flash" and M > 1:
+    raise ValueError(f'attention path "flash" got rows of {M} knowledge texts: it takes one a row; "cudnn" and "xla" take several')
+  rows = lambda x: x[texts_BxM].swapaxes(1, 2).reshape(B, K, M * P, H)
+  return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), mask_BxTxS, length_G[texts_BxM[:, 0]]
 
 
 class Feedforward(nn.Module):
@@ -146,7 +160,7 @@ class Block(nn.Module):
     with jax.named_scope("attention"):
       x = norm(name="attention_norm")(x_BxTxD)
       y, kv = Attention(a, self.dtype, self.path, name="attention")(x, positions_BxT, mask_BxTxS, prefix)
-    x_BxTxD = x_BxTxD + y
+    x_BxTxD = checkpoint_name(x_BxTxD + y, KEPT)
     with jax.named_scope("feedforward"):
       y = Feedforward(a, self.dtype, name="feedforward")(norm(name="feedforward_norm")(x_BxTxD))
     return x_BxTxD + y, kv
@@ -218,7 +232,7 @@ def apply(
     positions_BxT: int32, position of each token in its own sequence.
     segments_BxT: int32, tokens attend within their segment; 0 is padding.
     dtype: of the activations; parameters are cast to it where they are used.
-    remat: what the backward pass recomputes: "none" keeps all, "dots" keeps matrix products, "full" keeps layer inputs only.
+    remat: what the backward pass recomputes: "none" keeps all, "dots" keeps products and attention, "full" keeps layer inputs only.
     path: of the attention, "xla", "cudnn" or "flash" (`attention.attend`).
     prefix: texts to attend to as well; positions then count from the text's beginning.
     keep_cache: also return the keys and values, each [L, B, K, T, H].
@@ -227,6 +241,12 @@ def apply(
     Hidden states [B, T, D] in `dtype`, and keys and values (or None).
   """
   return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache, prefix)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+  """The same parameters with the layers' matrices in `dtype`, as the layers use them; all others stay what they are."""
+  matrix = lambda path, leaf: leaf.astype(dtype) if path[0].key == "layers" and path[-1].key == "kernel" else leaf
+  return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def unstack(params: Params) -> Params:

@@ -1,0 +1,200 @@
+"""The decoder as one GPU runs it fastest in training: no loop over the layers, and the matrices that read the same input joined.
+
+A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the weights out of them; apart, all of that
+stays where it was made. It compiles longer. `model.apply` is the reference, and what runs on a mesh.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from oel_jax.policy import attention, kernels, model
+from oel_jax.policy.architecture import Architecture
+
+
+def join(params: model.Params, dtype: Any) -> Any:
+  """Parameters as `forward` takes them.
+
+  Returns:
+    The tree of `params` but for "layers", which is a tuple of dicts: matrices "qkv" [D, N + 2 K, H], "o" [N, H, D], "gate_up" [D, 2 F] and
+    "down" [F, D] in `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has them, "attention_norm" and
+    "feedforward_norm" [D] as they were.
+  """
+
+  def one(layer):
+    attend, feed = layer["attention"], layer["feedforward"]
+    cast = lambda part: part["kernel"].astype(dtype)
+    made = {
+        "qkv": jnp.concatenate([cast(attend[x]) for x in "qkv"], axis=1),
+        "o": cast(attend["o"]),
+        "gate_up": jnp.concatenate([cast(feed["gate"]), cast(feed["up"])], axis=1),
+        "down": cast(feed["down"]),
+        **{name: layer[name]["scale"] for name in ("attention_norm", "feedforward_norm")},
+    }
+    if "bias" in attend["q"]:
+      made["qkv_bias"] = jnp.concatenate([attend[x]["bias"] for x in "qkv"])
+    if "q_norm" in attend:
+      made["qk_norm"] = jnp.stack([attend[f"{x}_norm"]["scale"] for x in "qk"])
+    return made
+
+  return {**params, "layers": tuple(map(one, model.unstack(params)["layers"]))}
+
+
+def split(weights: Any, architecture: Architecture) -> model.Params:
+  """Undoes `join`, but for the type."""
+  a = architecture
+  cuts = [a.heads, a.heads + a.kv_heads]
+
+  def one(layer):
+    kernels = dict(zip("qkv", jnp.split(layer["qkv"], cuts, axis=1), strict=True))
+    attend = {name: {"kernel": kernel} for name, kernel in kernels.items()} | {"o": {"kernel": layer["o"]}}
+    if a.qkv_bias:
+      for name, bias in zip("qkv", jnp.split(layer["qkv_bias"], cuts), strict=True):
+        attend[name]["bias"] = bias
+    if a.qk_norm:
+      attend |= {f"{name}_norm": {"scale": scale} for name, scale in zip("qk", layer["qk_norm"], strict=True)}
+    gate, up = jnp.split(layer["gate_up"], 2, axis=1)
+    feed = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": layer["down"]}}
+    norms = {name: {"scale": layer[name]} for name in ("attention_norm", "feedforward_norm")}
+    return {"attention": attend, "feedforward": feed, **norms}
+
+  layers = [one(layer) for layer in weights["layers"]]
+  return {**weights, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def forward(
+    weights: Any, architecture: Architecture, tokens_BxT: Int[Array, "B T"], positions_BxT: Int[Array, "B T"],
+    segments_BxT: Int[Array, "B T"], at_BxR: Int[Array, "B R"], *, dtype: Any, remat: str, path: str, prefix: model.Prefix | None = None,
+) -> Float[Array, "B R D"]:  # fmt: skip
+  """`model.apply` on joined weights, at the positions `at_BxR` of each row: behind the last layer's attention, no others are computed."""
+  a, (B, T) = architecture, tokens_BxT.shape
+  x = model.embed(weights["embed"]["embedding"], tokens_BxT).astype(dtype)
+  x = jnp.where(segments_BxT[..., None] > 0, x, 0)
+  turns = attention.angles(positions_BxT.reshape(-1), a.head_size, a.rope_theta, a.rope_scaling)
+  turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
+  mask = attention.segment_mask(segments_BxT)
+  mask = mask if prefix is None else jnp.concatenate([prefix.mask(), mask], axis=-1)
+  rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(-1, x.shape[-1])
+
+  def block(layer, x, known, last):
+    with jax.named_scope("attention"):
+      x, qkv = _norm_product(a.norm_eps, x, layer["attention_norm"], layer["qkv"].reshape(a.width, -1))
+      qkv = qkv.reshape(B * T, -1, a.head_size)
+      qkv = qkv + layer["qkv_bias"].astype(dtype) if a.qkv_bias else qkv
+      made = _heads(a.kv_heads, a.norm_eps, qkv, layer.get("qk_norm"), turns)
+      q, k, v = (checkpoint_name(z.reshape(B, T, -1, a.head_size), model.KEPT) for z in made)
+      own = k.swapaxes(1, 2), v.swapaxes(1, 2)
+      if known is None:
+        y = attention.attend(q, *own, mask, path)
+      else:
+        y = attention.attend_with_prefix(q, own, *model.of_rows(*known, prefix.length, prefix.texts, path, mask), path)
+      y = y.reshape(B * T, -1)
+      x, y = (rows(x), rows(y)) if last else (x, y)
+      x = checkpoint_name(x + y @ layer["o"].reshape(-1, a.width), model.KEPT)
+    with jax.named_scope("feedforward"):
+      x, gate_up = _norm_product(a.norm_eps, x, layer["feedforward_norm"], layer["gate_up"])
+      return x + _swiglu_product(gate_up, layer["down"])
+
+  if remat != "none":
+    block = jax.checkpoint(block, policy=model.REMAT[remat], static_argnums=3)
+  x = x.reshape(B * T, -1)
+  for i, layer in enumerate(weights["layers"]):
+    x = block(layer, x, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1)
+  return _norm(x, weights["norm"]["scale"], a.norm_eps).reshape(*at_BxR.shape, -1)
+
+
+def _norm(x_MxD, scale_D, eps):
+  x = x_MxD.astype(jnp.float32)
+  return (x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D)).astype(x_MxD.dtype)
+
+
+def _product(x_MxD, y_MxF, to):
+  """xᵀ y, the gradient of a matrix."""
+  return jnp.einsum("md,mf->df", x_MxD, y_MxF).astype(to.dtype)
+
+
+def _on_gpu(x) -> bool:
+  return jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16
+
+
+# A rule's forward pass may not call the function that the rule is for: `jax.checkpoint` would see that as one opaque operation, and make the
+# products in it again instead of keeping them.
+
+
+def _norm_product_forward(eps, x_MxD, scale_D, matrix_DxF):
+  """x as it is, and RMSNorm(x) times the matrix: so the gradient that comes past the norm is added where the norm's own is made."""
+  return (x_MxD, _norm(x_MxD, scale_D, eps) @ matrix_DxF), (x_MxD, scale_D, matrix_DxF)
+
+
+def _norm_product_backward(eps, saved, gradients):
+  x, scale, matrix = saved
+  passed, gradient = gradients
+  inner = gradient @ matrix.T
+  if _on_gpu(x):
+    d_x, y, d_scale = kernels.norm_backward(x, scale.astype(jnp.float32), inner, passed, eps=eps)
+  else:
+    y, back = jax.vjp(functools.partial(_norm, eps=eps), x, scale)
+    d_x, d_scale = back(inner)
+    d_x += passed
+  return d_x, d_scale.astype(scale.dtype), _product(y, gradient, matrix)
+
+
+def _heads_forward(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH):
+  """`kernels.heads`."""
+  if _on_gpu(qkv_MxAxH):
+    made = tuple(kernels.heads(qkv_MxAxH, scale_2xH, turns_MxH, kv_heads=kv_heads, eps=eps))
+  else:
+    made = _plain_heads(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH)
+  return made, (qkv_MxAxH, scale_2xH, turns_MxH)
+
+
+def _plain_heads(kv_heads, eps, qkv, scale, turns):
+  N = qkv.shape[1] - 2 * kv_heads
+  q, k, v = jnp.split(qkv, [N, N + kv_heads], axis=1)
+  if scale is not None:
+    q, k = _norm(q, scale[0], eps), _norm(k, scale[1], eps)
+  return attention.turn(q, turns[:, None]), attention.turn(k, turns[:, None]), v
+
+
+def _heads_backward(kv_heads, eps, saved, gradients):
+  qkv, scale, turns = saved
+  if _on_gpu(qkv):
+    return *kernels.heads_backward(qkv, scale, turns, gradients, eps=eps), None
+  return *jax.vjp(lambda qkv, scale: _plain_heads(kv_heads, eps, qkv, scale, turns), qkv, scale)[1](gradients), None
+
+
+def _swiglu_product_forward(gate_up_MxF2, matrix_FxD):
+  """silu(gate) up, times the matrix."""
+  return _swiglu(gate_up_MxF2) @ matrix_FxD, (gate_up_MxF2, matrix_FxD)
+
+
+def _swiglu(gate_up_MxF2):
+  gate, up = jnp.split(gate_up_MxF2, 2, axis=-1)
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_product_backward(saved, gradient):
+  gate_up, matrix = saved
+  inner = gradient @ matrix.T
+  if _on_gpu(gate_up):
+    d_gate_up, y = kernels.swiglu_backward(gate_up, inner)
+  else:
+    y, back = jax.vjp(_swiglu, gate_up)
+    (d_gate_up,) = back(inner)
+  return d_gate_up, _product(y, gradient, matrix)
+
+
+def _with_rule(forward, backward, static=()):
+  """What `forward` returns first, differentiated by `backward`, which gets what it returns besides."""
+  function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=static)
+  function.defvjp(forward, backward)
+  return function
+
+
+_norm_product = _with_rule(_norm_product_forward, _norm_product_backward, (0,))
+_heads = _with_rule(_heads_forward, _heads_backward, (0, 1))
+_swiglu_product = _with_rule(_swiglu_product_forward, _swiglu_product_backward)

@@ -1,0 +1,118 @@
+"""The decoder without a loop, and its kernels, against `model.apply` and JAX's own derivatives; the kernels run without a GPU here."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import joined, kernels, model
+
+SMALL = architecture_lib.Architecture(32, 16, 3, 6, 3, 8, 24, rope_theta=1e4)  # head counts that are no powers of two
+SHAPES = {
+    "qwen3": SMALL,
+    "qwen2": dataclasses.replace(SMALL, qk_norm=False, qkv_bias=True, tied_head=False),
+    "llama3": dataclasses.replace(SMALL, qk_norm=False, rope_scaling=architecture_lib.Llama3Scaling(8.0, 1.0, 4.0, 16)),
+}
+INTERPRET = jax.default_backend() != "gpu"
+
+
+@functools.cache
+def _params(name):
+  params = jax.jit(lambda key: model.init(SHAPES[name], key))(jax.random.key(0))
+  # Scales of 1 and biases of 0 would hide their gradients' faults.
+  return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+
+
+def _normal(seed, *shapes):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def _turns(tokens, size):
+  (angles,) = _normal(9, (tokens, size // 2))
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _same(found, wanted, tolerance=2e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), found, wanted)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_split_undoes_join(name):
+  back = jax.jit(lambda params: joined.split(joined.join(params, jnp.float32), SHAPES[name]))
+  jax.tree.map(np.testing.assert_array_equal, back(_params(name)), _params(name))
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+@pytest.mark.parametrize("remat", model.REMAT)
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_and_its_gradient_are_those_of_the_loop(name, remat, with_prefix):
+  a, (B, T) = SHAPES[name], (2, 7)
+  rng = np.random.default_rng(1)
+  tokens, at = rng.integers(0, a.vocabulary, (B, T)), jnp.asarray([[2, 3, 4], [0, 6, 6]])
+  segments = jnp.asarray([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 2, 2, 2, 2]])
+  positions = jnp.asarray([[0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 0, 1, 2, 3]])
+  prefix = None
+  if with_prefix:
+    keys, values = _normal(2, *[(a.layers, 2, a.kv_heads, 5, a.head_size)] * 2)
+    prefix = model.Prefix(keys, values, jnp.asarray([5, 3]), jnp.asarray([[1, 0], [0, 0]]), jnp.where(segments == 2, 1, 0))
+  (weight,) = _normal(3, (B, 3, a.width))
+  counted = jnp.asarray([[1, 1, 1], [1, 1, 0]])[..., None]
+
+  def loop(params):
+    hidden, _ = model.apply(params, a, tokens, positions, segments, prefix=prefix)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return jnp.sum(hidden * weight * counted), hidden
+
+  def apart(weights):
+    hidden = joined.forward(
+        weights, a, tokens, positions, segments, at, dtype=jnp.float32, remat=remat, path="xla", prefix=prefix
+    )
+    return jnp.sum(hidden * weight * counted), hidden
+
+  (_, wanted), gradient = jax.jit(jax.value_and_grad(loop, has_aux=True))(_params(name))
+  (_, found), pieces = jax.jit(jax.value_and_grad(apart, has_aux=True))(joined.join(_params(name), jnp.float32))
+  _same(found, wanted)
+  _same(joined.split(pieces, a), gradient, 5e-5)
+
+
+def test_no_product_of_a_layer_is_made_twice():
+  a = SMALL
+  tokens = jnp.ones((1, 4), jnp.int32)
+
+  def products(remat):
+    loss = lambda weights: joined.forward(weights, a, tokens, tokens, tokens, tokens, dtype=jnp.float32, remat=remat, path="xla").sum()
+    return jax.jit(jax.grad(loss)).lower(joined.join(_params("qwen3"), jnp.float32)).compile().as_text().count(" dot(")
+
+  # The two of the attention may be: on a GPU they are cuDNN's, whose output is kept.
+  assert products("dots") <= products("none") + 2 * a.layers < products("full")
+
+
+@pytest.mark.parametrize("tokens, width", [(5, 48), (kernels.PROGRAMS + 7, 64)])
+def test_norm_backward(tokens, width):
+  x, scale, gradient, passed = _normal(4, (tokens, width), (width,), (tokens, width), (tokens, width))
+  y, back = jax.vjp(functools.partial(joined._norm, eps=1e-6), x, scale)
+  d_x, d_scale = back(gradient)
+  _same(kernels.norm_backward(x, scale, gradient, passed, eps=1e-6, interpret=INTERPRET), (d_x + passed, y, d_scale))
+
+
+@pytest.mark.parametrize("heads, kv_heads, size, normed", [(6, 3, 8, True), (4, 2, 16, False), (2, 2, 8, True)])
+def test_heads_and_their_gradient(heads, kv_heads, size, normed):
+  tokens = 9
+  qkv, scale = _normal(5, (tokens, heads + 2 * kv_heads, size), (2, size))
+  scale, turns = scale if normed else None, _turns(tokens, size)
+  wanted, back = jax.vjp(lambda qkv, scale: joined._plain_heads(kv_heads, 1e-6, qkv, scale, turns), qkv, scale)
+  _same(tuple(kernels.heads(qkv, scale, turns, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)), wanted)
+  gradients = tuple(_normal(6, *(y.shape for y in wanted)))
+  _same(kernels.heads_backward(qkv, scale, turns, gradients, eps=1e-6, interpret=INTERPRET), back(gradients))
+
+
+@pytest.mark.parametrize("size", [24, kernels.COLUMNS + 100])
+def test_swiglu_backward(size):
+  gate_up, gradient = _normal(7, (3, 2 * size), (3, size))
+  y, back = jax.vjp(joined._swiglu, gate_up)
+  _same(kernels.swiglu_backward(gate_up, gradient, interpret=INTERPRET), (*back(gradient), y))
