@@ -92,6 +92,21 @@ def test_no_product_of_a_layer_is_made_twice():
   assert products("dots") <= products("none") + 2 * a.layers < products("full")
 
 
+def test_gradient_of_a_slot_is_not_rounded_to_the_type_of_the_products():
+  a, tokens = SMALL, jnp.arange(12, dtype=jnp.int32)[None]
+  weights = joined.join(_params("qwen3"), jnp.bfloat16)
+
+  def loss(weights):
+    return joined.forward(weights, a, tokens, tokens, tokens + 1, tokens, dtype=jnp.bfloat16, remat="dots", path="xla").astype(jnp.float32).sum()
+
+  rounded = jax.jit(jax.grad(loss))(weights)
+  exact = jax.jit(jax.grad(lambda learned: loss(joined.attach(weights, learned))))(joined.slots(weights))
+  for one, other in zip(rounded["layers"], exact["layers"], strict=True):
+    for name in joined.MATRICES:
+      assert other[name].dtype == jnp.float32 and (other[name] != other[name].astype(jnp.bfloat16)).any()
+      assert np.linalg.norm(np.float32(one[name]) - other[name]) < 2**-6 * np.linalg.norm(other[name])
+
+
 @pytest.mark.parametrize("tokens, width", [(5, 48), (kernels.PROGRAMS + 7, 64)])
 def test_norm_backward(tokens, width):
   x, scale, gradient, passed = _normal(4, (tokens, width), (width,), (tokens, width), (tokens, width))

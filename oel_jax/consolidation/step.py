@@ -78,18 +78,18 @@ def make_step(
   shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
   def value_and_gradient(params, teacher, batch):
-    def total(params):
+    def total(learned):
       return loss_sum(
-          params, teacher, batch, architecture=architecture, kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
-          dtype=dtype, remat=remat, path=path,
+          joined.attach(params, learned) if unroll else learned, teacher, batch, architecture=architecture, kind=kind, support=support,
+          k=k, temperature=temperature, chunk=chunk, dtype=dtype, remat=remat, path=path,
       )  # fmt: skip
 
-    (value, count), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    (value, count), gradient = jax.value_and_grad(total, has_aux=True)(joined.slots(params) if unroll else params)
     return value, count, gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
-    # Cast here, once: the gradient in a cast matrix is the one that the products make anyway.
+    # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of the products in it are anyway.
     params = joined.join(state.params, dtype) if unroll else model.cast(state.params, dtype)
     if pieces == 1:
       value, count, gradient = value_and_gradient(params, teacher, batch)

@@ -15,22 +15,25 @@ from jaxtyping import Array, Float, Int
 from oel_jax.policy import attention, kernels, model
 from oel_jax.policy.architecture import Architecture
 
+MATRICES = ("qkv", "o", "gate_up", "down")
+
 
 def join(params: model.Params, dtype: Any) -> Any:
   """Parameters as `forward` takes them.
 
   Returns:
-    The tree of `params` but for "layers", which is a tuple of dicts: matrices "qkv" [D, N + 2 K, H], "o" [N, H, D], "gate_up" [D, 2 F] and
+    The tree of `params` but for "layers", which is a tuple of dicts: matrices "qkv" [D, (N + 2 K) H], "o" [N H, D], "gate_up" [D, 2 F] and
     "down" [F, D] in `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has them, "attention_norm" and
     "feedforward_norm" [D] as they were.
   """
+  width = params["norm"]["scale"].shape[0]
 
   def one(layer):
     attend, feed = layer["attention"], layer["feedforward"]
     cast = lambda part: part["kernel"].astype(dtype)
     made = {
-        "qkv": jnp.concatenate([cast(attend[x]) for x in "qkv"], axis=1),
-        "o": cast(attend["o"]),
+        "qkv": jnp.concatenate([cast(attend[x]).reshape(width, -1) for x in "qkv"], axis=1),
+        "o": cast(attend["o"]).reshape(-1, width),
         "gate_up": jnp.concatenate([cast(feed["gate"]), cast(feed["up"])], axis=1),
         "down": cast(feed["down"]),
         **{name: layer[name]["scale"] for name in ("attention_norm", "feedforward_norm")},
@@ -50,8 +53,9 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
   cuts = [a.heads, a.heads + a.kv_heads]
 
   def one(layer):
-    kernels = dict(zip("qkv", jnp.split(layer["qkv"], cuts, axis=1), strict=True))
-    attend = {name: {"kernel": kernel} for name, kernel in kernels.items()} | {"o": {"kernel": layer["o"]}}
+    parts = jnp.split(layer["qkv"].reshape(a.width, -1, a.head_size), cuts, axis=1)
+    attend = {name: {"kernel": part} for name, part in zip("qkv", parts, strict=True)}
+    attend["o"] = {"kernel": layer["o"].reshape(a.heads, a.head_size, a.width)}
     if a.qkv_bias:
       for name, bias in zip("qkv", jnp.split(layer["qkv_bias"], cuts), strict=True):
         attend[name]["bias"] = bias
@@ -64,6 +68,22 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
 
   layers = [one(layer) for layer in weights["layers"]]
   return {**weights, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def slots(weights: Any) -> Any:
+  """What `attach` takes: `weights` with float32 zeros for the layers' matrices. The zeros are never read, so they are not made."""
+  zeros = lambda layer: {name: jnp.zeros(layer[name].shape, jnp.float32) for name in MATRICES}
+  return {**weights, "layers": tuple({**layer, **zeros(layer)} for layer in weights["layers"])}
+
+
+def attach(weights: Any, learned: Any) -> Any:
+  """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out where its slot is, and is never rounded.
+
+  A gradient has the type of what it belongs to, and the matrices are in that of the products: for float32 it must belong to something else.
+  """
+  beside = lambda layer: {f"{name}_slot": layer[name] for name in MATRICES}
+  layers = zip(weights["layers"], learned["layers"], strict=True)
+  return {**learned, "layers": tuple({**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers)}
 
 
 def forward(
@@ -81,8 +101,9 @@ def forward(
   rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(-1, x.shape[-1])
 
   def block(layer, x, known, last):
+    matrix = lambda name: (layer[name], layer.get(f"{name}_slot"))
     with jax.named_scope("attention"):
-      x, qkv = _norm_product(a.norm_eps, x, layer["attention_norm"], layer["qkv"].reshape(a.width, -1))
+      x, qkv = _norm_product(a.norm_eps, x, layer["attention_norm"], *matrix("qkv"))
       qkv = qkv.reshape(B * T, -1, a.head_size)
       qkv = qkv + layer["qkv_bias"].astype(dtype) if a.qkv_bias else qkv
       made = _heads(a.kv_heads, a.norm_eps, qkv, layer.get("qk_norm"), turns)
@@ -94,10 +115,10 @@ def forward(
         y = attention.attend_with_prefix(q, own, *model.of_rows(*known, prefix.length, prefix.texts, path, mask), path)
       y = y.reshape(B * T, -1)
       x, y = (rows(x), rows(y)) if last else (x, y)
-      x = checkpoint_name(x + y @ layer["o"].reshape(-1, a.width), model.KEPT)
+      x = checkpoint_name(x + _product(y, *matrix("o")), model.KEPT)
     with jax.named_scope("feedforward"):
-      x, gate_up = _norm_product(a.norm_eps, x, layer["feedforward_norm"], layer["gate_up"])
-      return x + _swiglu_product(gate_up, layer["down"])
+      x, gate_up = _norm_product(a.norm_eps, x, layer["feedforward_norm"], *matrix("gate_up"))
+      return x + _swiglu_product(gate_up, *matrix("down"))
 
   if remat != "none":
     block = jax.checkpoint(block, policy=model.REMAT[remat], static_argnums=3)
@@ -112,9 +133,11 @@ def _norm(x_MxD, scale_D, eps):
   return (x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D)).astype(x_MxD.dtype)
 
 
-def _product(x_MxD, y_MxF, to):
-  """xᵀ y, the gradient of a matrix."""
-  return jnp.einsum("md,mf->df", x_MxD, y_MxF).astype(to.dtype)
+def _matrix_gradients(x_MxD, gradient_MxF, matrix, slot) -> tuple:
+  """xᵀ gradient: in the matrix's type where it belongs to the matrix itself, in float32 where to its slot."""
+  if slot is None:
+    return jnp.einsum("md,mf->df", x_MxD, gradient_MxF).astype(matrix.dtype), None
+  return None, jnp.einsum("md,mf->df", x_MxD, gradient_MxF, preferred_element_type=jnp.float32)
 
 
 def _on_gpu(x) -> bool:
@@ -125,13 +148,22 @@ def _on_gpu(x) -> bool:
 # products in it again instead of keeping them.
 
 
-def _norm_product_forward(eps, x_MxD, scale_D, matrix_DxF):
+def _product_forward(x_MxD, matrix_DxF, slot):
+  return x_MxD @ matrix_DxF, (x_MxD, matrix_DxF, slot)
+
+
+def _product_backward(saved, gradient):
+  x, matrix, slot = saved
+  return gradient @ matrix.T, *_matrix_gradients(x, gradient, matrix, slot)
+
+
+def _norm_product_forward(eps, x_MxD, scale_D, matrix_DxF, slot):
   """x as it is, and RMSNorm(x) times the matrix: so the gradient that comes past the norm is added where the norm's own is made."""
-  return (x_MxD, _norm(x_MxD, scale_D, eps) @ matrix_DxF), (x_MxD, scale_D, matrix_DxF)
+  return (x_MxD, _norm(x_MxD, scale_D, eps) @ matrix_DxF), (x_MxD, scale_D, matrix_DxF, slot)
 
 
 def _norm_product_backward(eps, saved, gradients):
-  x, scale, matrix = saved
+  x, scale, matrix, slot = saved
   passed, gradient = gradients
   inner = gradient @ matrix.T
   if _on_gpu(x):
@@ -140,7 +172,7 @@ def _norm_product_backward(eps, saved, gradients):
     y, back = jax.vjp(functools.partial(_norm, eps=eps), x, scale)
     d_x, d_scale = back(inner)
     d_x += passed
-  return d_x, d_scale.astype(scale.dtype), _product(y, gradient, matrix)
+  return d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, slot)
 
 
 def _heads_forward(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH):
@@ -167,9 +199,9 @@ def _heads_backward(kv_heads, eps, saved, gradients):
   return *jax.vjp(lambda qkv, scale: _plain_heads(kv_heads, eps, qkv, scale, turns), qkv, scale)[1](gradients), None
 
 
-def _swiglu_product_forward(gate_up_MxF2, matrix_FxD):
+def _swiglu_product_forward(gate_up_MxF2, matrix_FxD, slot):
   """silu(gate) up, times the matrix."""
-  return _swiglu(gate_up_MxF2) @ matrix_FxD, (gate_up_MxF2, matrix_FxD)
+  return _swiglu(gate_up_MxF2) @ matrix_FxD, (gate_up_MxF2, matrix_FxD, slot)
 
 
 def _swiglu(gate_up_MxF2):
@@ -178,14 +210,14 @@ def _swiglu(gate_up_MxF2):
 
 
 def _swiglu_product_backward(saved, gradient):
-  gate_up, matrix = saved
+  gate_up, matrix, slot = saved
   inner = gradient @ matrix.T
   if _on_gpu(gate_up):
     d_gate_up, y = kernels.swiglu_backward(gate_up, inner)
   else:
     y, back = jax.vjp(_swiglu, gate_up)
     (d_gate_up,) = back(inner)
-  return d_gate_up, _product(y, gradient, matrix)
+  return d_gate_up, *_matrix_gradients(y, gradient, matrix, slot)
 
 
 def _with_rule(forward, backward, static=()):
@@ -195,6 +227,7 @@ def _with_rule(forward, backward, static=()):
   return function
 
 
+_product = _with_rule(_product_forward, _product_backward)
 _norm_product = _with_rule(_norm_product_forward, _norm_product_backward, (0,))
 _heads = _with_rule(_heads_forward, _heads_backward, (0, 1))
 _swiglu_product = _with_rule(_swiglu_product_forward, _swiglu_product_backward)
