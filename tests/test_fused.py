@@ -20,6 +20,14 @@ def random_case(seed=0, tokens=(37,), student=8, teacher=12, vocabulary=50, dtyp
   return *arrays, jnp.asarray(rng.random(tokens) < 0.7)
 
 
+def dense_imitation(student_hidden, student_head, tokens, _, mask):
+  return losses.imitation(student_hidden @ student_head.T, tokens, mask)
+
+
+def fused_imitation(student_hidden, student_head, tokens, _, mask, chunk):
+  return fused.linear_imitation(student_hidden, student_head, tokens, mask, chunk=chunk)
+
+
 def dense(student_hidden, student_head, teacher_hidden, teacher_head, mask, **options):
   return losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, mask, **options)
 
@@ -36,9 +44,8 @@ def value_and_gradients(loss, case, **options):
   return jax.value_and_grad(lambda h, w: mean(loss, h, w, *case[2:], **options), (0, 1))(*case[:2])
 
 
-def assert_same(case, chunk, **options):
-  found, expected = value_and_gradients(fused.linear_divergence, case, chunk=chunk, **options), \
-      value_and_gradients(dense, case, **options)
+def assert_same(case, chunk, pair=(fused.linear_divergence, dense), **options):
+  found, expected = value_and_gradients(pair[0], case, chunk=chunk, **options), value_and_gradients(pair[1], case, **options)
   np.testing.assert_allclose(found[0], expected[0], rtol=2e-6)
   for a, b in zip(found[1], expected[1]):
     np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, float(np.abs(b).max())))
@@ -59,7 +66,7 @@ def test_trap_5_value_without_differentiation(support):
   assert count == case[-1].sum() and total.dtype == count.dtype == jnp.float32
 
 
-INDEX = np.arange(37)  # in 4 chunks of at most 10; a chunk holds every fourth token
+INDEX = np.arange(37)  # in 4 chunks of at most 10
 SPANS = {
     'whole': INDEX >= 0, 'empty': INDEX < 0,
     'a run that crosses the borders of chunks': (INDEX > 6) & (INDEX < 23),
@@ -72,6 +79,34 @@ SPANS = {
 @pytest.mark.parametrize('span', SPANS)
 def test_trap_5_masks(span):
   assert_same((*random_case(1)[:4], jnp.asarray(SPANS[span])), 10, kind='reverse_kl', support='full', k=7)
+
+
+@pytest.mark.parametrize('span', SPANS)
+def test_imitation_is_dense_in_value_and_gradients(span):
+  case = random_case(1)
+  ids = jnp.where(SPANS[span], INDEX % 50, -100)  # as padding often is
+  assert_same((*case[:2], ids, None, jnp.asarray(SPANS[span])), 10, (fused_imitation, dense_imitation))
+
+
+@pytest.mark.parametrize('counted', [0, 1, 8, 9, 32, 33, 57, 88, 96])
+def test_masked_tokens_cost_nothing(counted, monkeypatch):
+  """So many chunks of 8 are compared as the tokens that count need, wherever in the 96 they stand."""
+  mask, seen, compare = np.random.default_rng(counted).permutation(96) < counted, [], fused._compare
+
+  def count(*args):
+    jax.debug.callback(lambda mask: seen.append(int(mask.sum())), args[3])
+    return compare(*args)
+
+  monkeypatch.setattr(fused, '_compare', count)
+  case = (*random_case(13, (96,))[:4], jnp.asarray(mask))
+  loss = lambda h, w: mean(fused.linear_divergence, h, w, *case[2:], chunk=8)
+  for function in (loss, jax.value_and_grad(loss, (0, 1))):
+    seen.clear()
+    jax.block_until_ready(jax.jit(function)(*case[:2]))
+    jax.effects_barrier()
+    assert len(seen) == -(-counted // 8) and sum(seen) == counted
+  monkeypatch.undo()
+  assert_same(case, 8)
 
 
 @pytest.mark.parametrize('tokens, chunk', [((1,), 16), ((5, 7), 1), ((2, 16), 1000)])
@@ -143,6 +178,9 @@ def test_trap_8_poisoned_padding_changes_nothing():
     dirty = jnp.where(keep, case[0], poison), case[1], jnp.where(keep, case[2], poison), *case[3:]
     jax.tree.map(np.testing.assert_array_equal, graded(dirty), graded(case))
     jax.tree.map(np.testing.assert_array_equal, statistics(*dirty), statistics(*case))
+    ids = jnp.where(case[4], 3, 10**6)
+    learnt = [value_and_gradients(fused_imitation, (*some[:2], ids, None, case[4]), chunk=10) for some in (dirty, case)]
+    jax.tree.map(np.testing.assert_array_equal, *learnt)
 
 
 def test_trap_18_no_temporary_of_tokens_by_vocabulary():
@@ -167,6 +205,8 @@ def test_gradients_are_formed_only_when_asked_and_once():
   loss = lambda h, w: fused.linear_divergence(h, w, *case[2:])[0]
   assert matrix_products(loss, *case[:2]) == 2
   assert matrix_products(jax.value_and_grad(loss, (0, 1)), *case[:2]) == 4
+  learn = lambda h, w: fused.linear_imitation(h, w, jnp.zeros(37, int), case[4])[0]
+  assert matrix_products(jax.value_and_grad(learn, (0, 1)), *case[:2]) == 3
 
 
 @pytest.mark.parametrize('function', [fused._one_pass, fused._two_passes])

@@ -1,12 +1,12 @@
 """The same losses from hidden states and heads, with no [tokens, vocabulary] array alive at any time.
 
 16,384 tokens over a vocabulary of 151,936 are 10 GB of float32 logits a side, several times over once differentiated.
-Here the tokens go by in chunks under `lax.scan`: each chunk's logits are made, compared and turned into the chunk's
+Here the tokens that the mask counts go by in chunks: each chunk's logits are made, compared and turned into the chunk's
 gradients at once, in the forward pass (the loss is a sum, so its gradients are known up to one factor, its cotangent);
-the backward pass only multiplies by that factor. Four matrix products, none of them done twice; beside them, float32
+the backward pass only multiplies by that factor. The loop ends with the last token that counts. Four matrix products, none of them done twice; beside them, float32
 logits are written once and read twice: for the statistics of a row, all in one pass, and for its gradient.
 
-Shape letters: N tokens, D width (student's and teacher's may differ), V vocabulary, S scan steps, G chunks in a step, C tokens in a chunk.
+Shape letters: N tokens, D width (student's and teacher's may differ), V vocabulary, G chunks taken together, C tokens in a chunk.
 """
 import functools
 from typing import NamedTuple
@@ -46,7 +46,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
     student_head: [V, D], the output projection (for tied weights, the embedding table).
     teacher_hidden: [N, E] or [B, T, E]: same tokens, its own width.
     teacher_head: [V, E].
-    mask: [N] or [B, T], bool or 0-1; hidden states may hold anything, NaN included, where it is 0.
+    mask: [N] or [B, T], bool or 0-1; where it is 0 hidden states may hold anything, NaN included, and cost nothing.
     kind, support, k, temperature: as in `losses.divergence`; Python values.
     chunk: most tokens handled at once; it need not divide N. Memory grows with it, results do not depend on it.
 
@@ -56,10 +56,9 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
   losses.check_options(kind, support, k, temperature)
   _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
   mask = mask.astype(bool)
-  options = _Options(kind, support, int(k), float(temperature))
+  options = _Options(kind, support, int(k), float(temperature), chunk)
   student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, teacher_hidden, mask)
-  total = _total(options, _chunks(student_hidden, mask, chunk), student_head, _chunks(teacher_hidden, mask, chunk),
-                 teacher_head, _chunks(mask, mask, chunk))
+  total = _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask)
   return total, mask.sum(dtype=jnp.float32)
 
 
@@ -107,19 +106,13 @@ def linear_imitation(student_hidden: Float[Array, '*tokens D'], student_head: Fl
                      chunk: int = 512) -> tuple[Scalar, Scalar]:
   """Returns `losses.imitation(student_hidden @ student_head.T, tokens, mask)`: (sum in nats, count), float32 scalars.
 
-  A chunk's logits are made again in the backward pass, so that no [tokens, V] array is alive at any time.
+  Gradients, memory, devices and errors are those of `linear_divergence`.
   """
   _check_inputs(student_hidden, student_head, student_hidden, student_head, mask, chunk)
   mask = mask.astype(bool)
-  head = _cast(student_head, student_hidden)
-
-  @jax.checkpoint
-  def step(total, xs):
-    hidden, ids, counted = xs
-    return total + losses.imitation(_logits(hidden, head, counted), ids, counted)[0], None
-
-  xs = tuple(_chunks(x, mask, chunk) for x in (student_hidden, tokens, mask))
-  return jax.lax.scan(step, jnp.zeros((), jnp.float32), xs)[0], mask.sum(dtype=jnp.float32)
+  student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, tokens, mask)
+  total = _total(_Options('imitation', 'full', 1, 1.0, chunk), student_hidden, student_head, tokens, None, mask)
+  return total, mask.sum(dtype=jnp.float32)
 
 
 class _Options(NamedTuple):
@@ -128,45 +121,52 @@ class _Options(NamedTuple):
   support: str
   k: int
   temperature: float
+  chunk: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask):
-  """Sum of the divergence over the tokens of chunked inputs [S, C, D], [V, D], [S, C, E], [V, E], [S, C]."""
+  """Sum of the divergence over tokens [*tokens, D], [V, D], [*tokens, E], [V, E], [*tokens]; or, for imitation, ids and None."""
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
+  xs, size, _ = _counted_first(options, student_hidden, teacher_hidden, mask)
 
-  def step(total, xs):
-    value, _ = _compare(options, *xs, *heads)
-    return total + value, None
+  def step(i, total):
+    value, _ = _compare(options, *_slice(xs, i * size, size), *heads)
+    return total + value
 
-  xs = _hide(student_hidden, mask), _hide(teacher_hidden, mask), mask
-  return jax.lax.scan(step, _like_varying(jnp.zeros((), jnp.float32), xs, heads), xs)[0]
+  zero = _like_varying(jnp.zeros((), jnp.float32), xs, heads)
+  return jax.lax.fori_loop(0, sum(trips(mask.sum(), size, 1)), step, zero)
 
 
 def _total_forward(options, student_hidden, student_head, teacher_hidden, teacher_head, mask):
   """`_total`, and its gradients in the student's hidden states and head for a cotangent of 1."""
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
+  xs, size, group = _counted_first(options, student_hidden, teacher_hidden, mask)
 
   def chunk(total, xs):
-    value, found = _compare(options, *xs, *heads)
-    d_logits = jnp.where(xs[-1][:, None], _logit_gradient(options, found), 0)  # [C, V]
+    value, gradient = _compare(options, *xs, *heads)
+    d_logits = jnp.where(xs[-1][:, None], gradient(), 0)  # [C, V]
     # Rounded as the logits' factors were: a float32 operand would put both products on the slow units.
     return total + value, d_logits.astype(student_hidden.dtype)
 
-  def step(carry, xs):
-    total, d_head = carry
-    total, d_logits = jax.lax.scan(chunk, total, xs)  # [G, C, V]
-    d_hidden = jnp.einsum('gcv,vd->gcd', d_logits, heads[0], preferred_element_type=jnp.float32)
+  def step(carry, first, chunks):
+    total, d_hidden, d_head = carry
+    parts = tuple(x.reshape(chunks, size, *x.shape[1:]) for x in _slice(xs, first, chunks * size))
+    total, d_logits = jax.lax.scan(chunk, total, parts)  # [G, C, V]
+    found = jnp.einsum('gcv,vd->gcd', d_logits, heads[0], preferred_element_type=jnp.float32).astype(d_hidden.dtype)
+    d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, found.reshape(-1, found.shape[-1]), first, 0)
     # The head's gradient is read and written at each product: for fewer of them, chunks are taken together.
-    d_head += jnp.einsum('gcv,gcd->vd', d_logits, xs[0], preferred_element_type=jnp.float32)
-    return (total, d_head), d_hidden.astype(student_hidden.dtype)
+    d_head += jnp.einsum('gcv,gcd->vd', d_logits, parts[0], preferred_element_type=jnp.float32)
+    return total, d_hidden, d_head
 
-  groups = -(-mask.shape[0] // GROUP)
-  xs = _hide(student_hidden, mask), _hide(teacher_hidden, mask), mask
-  xs = tuple(x.reshape(groups, -1, *x.shape[1:]) for x in xs)
-  zeros = jnp.zeros((), jnp.float32), jnp.zeros(student_head.shape, jnp.float32)
-  (total, d_head), d_hidden = jax.lax.scan(step, _like_varying(zeros, xs, heads), xs)
-  return total, (d_hidden.reshape(student_hidden.shape), d_head.astype(student_head.dtype))
+  zeros = jnp.zeros((), jnp.float32), jnp.zeros_like(xs[0]), jnp.zeros(student_head.shape, jnp.float32)
+  carry, (whole, rest) = _like_varying(zeros, xs, heads), trips(mask.sum(), size, group)
+  carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(carry, i * group * size, group), carry)
+  if group > 1:
+    carry = jax.lax.fori_loop(0, rest, lambda i, carry: step(carry, (whole * group + i) * size, 1), carry)
+  total, d_hidden, d_head = carry
+  d_hidden = _put_back(d_hidden, mask).reshape(student_hidden.shape)
+  return total, (d_hidden, d_head.astype(student_head.dtype))
 
 
 def _total_backward(options, gradients, cotangent):
@@ -176,6 +176,42 @@ def _total_backward(options, gradients, cotangent):
 
 
 _total.defvjp(_total_forward, _total_backward)
+
+
+def trips(count: Int[Array, ''] | int, size: int, group: int) -> tuple[Int[Array, ''] | int, Int[Array, ''] | int]:
+  """How often the loop goes round for `count` tokens that the mask counts, whatever the length of the mask.
+
+  Returns (groups of `group` chunks of `size` tokens, single chunks after them). Nothing is done for the other tokens.
+  """
+  chunks = -(-count // size)
+  return chunks // group, chunks % group
+
+
+def _counted_first(options, student, teacher, mask):
+  """([*tokens, …] → [N, …] with the tokens that count first, and room for whole chunks; the tokens of a chunk; chunks of a group)."""
+  steps = max(1, -(-mask.size // options.chunk))
+  groups = -(-steps // GROUP)
+  group = -(-steps // groups)  # the same number of chunks in each group
+  size = max(1, -(-mask.size // (groups * group)))
+  order, room = jnp.argsort(~mask.reshape(-1), stable=True), groups * group * size - mask.size
+
+  def gather(x):
+    x = x.reshape(mask.size, *x.shape[mask.ndim:])[order]
+    return jnp.pad(x, [(0, room)] + [(0, 0)] * (x.ndim - 1))
+
+  counted = gather(mask)
+  return (*(_hide(gather(x), counted) for x in (student, teacher)), counted), size, group
+
+
+def _put_back(x, mask):
+  """Undoes the order of `_counted_first` in [N, …]; zeros where the mask is 0."""
+  mask = mask.reshape(-1)
+  place = jnp.cumsum(mask, dtype=jnp.int32) - 1
+  return _hide(x[jnp.maximum(place, 0)], mask)
+
+
+def _slice(xs, first, size):
+  return tuple(jax.lax.dynamic_slice_in_dim(x, first, size) for x in xs)
 
 
 class _Compared(NamedTuple):
@@ -197,7 +233,9 @@ class _Compared(NamedTuple):
 
 
 def _compare(options, student_hidden, teacher_hidden, mask, student_head, teacher_head):
-  """One chunk: the sum of its divergence, and what its gradient is formed from."""
+  """One chunk: the sum of its divergence, and a function that gives its gradient in the student's logits, [C, V] float32."""
+  if options.kind == 'imitation':
+    return _imitate(student_hidden, teacher_hidden, mask, student_head)
   sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
   # Without the barrier XLA hangs the maximum on the product and, for that, writes and reads the logits once more.
   s, t = (jnp.maximum(logits, losses.FLOOR) for logits in jax.lax.optimization_barrier([_product(*side) for side in sides]))
@@ -219,7 +257,16 @@ def _compare(options, student_hidden, teacher_hidden, mask, student_head, teache
       outside = losses.log_outside(log_p, inside), losses.log_outside(log_q, inside)
       value += losses.divergence_terms(*outside, options.kind)
     found = _Compared(log_p, log_q, value, inside, kept, outside)
-  return jnp.where(mask, found.value, 0).sum(), found
+  return jnp.where(mask, found.value, 0).sum(), functools.partial(_logit_gradient, options, found)
+
+
+def _imitate(hidden, ids, mask, head):
+  """`_compare` with the sampled tokens in the place of a teacher."""
+  s = jnp.maximum(jax.lax.optimization_barrier(_product(hidden, head)), losses.FLOOR)
+  total = jax.nn.logsumexp(s, axis=-1)
+  value = total - jnp.take_along_axis(s, ids[:, None], axis=-1)[:, 0]
+  gradient = lambda: jnp.exp(s - total[:, None]) - (jnp.arange(s.shape[-1]) == ids[:, None])
+  return jnp.where(mask, value, 0).sum(), gradient
 
 
 def _row_statistics(s, t, temperature):
@@ -307,7 +354,7 @@ def _product(hidden, head):
 
 def _hide(hidden, mask):
   # Before the products: a NaN row times a zero gradient would still make the head's whole gradient NaN.
-  return jnp.where(mask[..., None], hidden, 0)
+  return jnp.where(mask.reshape(mask.shape + (1,) * (hidden.ndim - mask.ndim)), hidden, 0)
 
 
 def _entropy(logits):
@@ -316,8 +363,8 @@ def _entropy(logits):
 
 
 def _cast(head, hidden):
-  # Once, outside the scan.
-  return head.astype(hidden.dtype)
+  # Once, outside the loop.
+  return None if head is None else head.astype(hidden.dtype)
 
 
 def _chunks(x, mask, chunk):
