@@ -16,6 +16,7 @@ from oel_jax.consolidation import measures
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import attention
 from oel_jax.policy import model
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -331,6 +332,20 @@ def test_flash_attention_refuses_rows_of_several_texts():  # trap 24: it would s
   samples = _samples()
   with pytest.raises(ValueError, match='attention path "flash" got rows of 4 knowledge texts'):
     teacher_lib.teacher_hidden(_teacher(_params(1), samples), ARCHITECTURE, _batch(samples), dtype=jnp.float32, path="flash")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pack):  # trap 24
+  attend = attention.attend
+  monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, path: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"))
+  samples, params, optimizer = [[prompt, [], response] for prompt, _, response in _samples()], _params(1), optax.sgd(1.0)
+  state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)
+  batch = _batch(samples, prompt=20, rows=20, pack=pack)
+  assert (batch.segments.max() > 1) == pack
+  state, metrics = step_lib.make_step(ARCHITECTURE, optimizer, path="flash")(state, _teacher(params, samples), batch)
+  total, count = _reference(_params(0), params, samples)
+  np.testing.assert_allclose(metrics["loss"], np.nan if pack else total / count, rtol=2e-5)
+  assert np.isnan(state.params["norm"]["scale"]).all() == pack
 
 
 def _imported(code):

@@ -171,6 +171,13 @@ def test_unpacked_rows_hold_a_sample_each(policy):
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
 
 
+def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(policy, tmp_path):  # trap 24
+  with pytest.raises(ValueError, match='config.consolidation.attention is "flash".* config.consolidation.pack is True: it must be False'):
+    _run(policy, tmp_path, _config(attention="flash", pack=True))
+  assert train.attention_path(_config(attention="flash", pack=False), policy) == "flash"
+  assert train.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
+
+
 @pytest.mark.parametrize("rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)])
 def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(rows, devices, placed):  # trap 20; and 26
   mesh = mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices])

@@ -50,6 +50,8 @@ def loss_sum(
         mesh, hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
         kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
     )  # fmt: skip
+  if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
+    total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
   return total, (count, measures.add_up(found, batch))
 
 
@@ -68,7 +70,7 @@ def make_step(
       Gradients are summed in float32.
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`model.REMAT`).
-    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`).
+    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and makes the loss of others NaN.
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device.
 
   Returns:

@@ -223,7 +223,16 @@ def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, me
 
 
 def attention_path(config: Any, policy: Policy) -> str:
-  """The attention that config.consolidation.attention asks for: "auto" is the fastest that is correct here (`attention.attend`)."""
+  """The attention that config.consolidation.attention asks for: "auto" is the fastest that is correct here (`attention.attend`).
+
+  Raises:
+    ValueError: rows may hold several samples, and "flash" would not keep them apart.
+  """
+  if config.attention == "flash" and config.pack:
+    raise ValueError(
+        'config.consolidation.attention is "flash", which does not keep a row\'s samples apart, and config.consolidation.pack is True: '
+        'it must be False, or the attention "cudnn", "xla" or "auto"'
+    )
   if config.attention != "auto":
     return config.attention
   if jax.default_backend() != "gpu" or policy.dtype != "bfloat16":
