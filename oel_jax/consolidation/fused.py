@@ -25,7 +25,8 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
                       teacher_hidden: Float[Array, '*tokens E'], teacher_head: Float[Array, 'V E'],
                       mask: Shaped[Array, '*tokens'], *, kind: str = 'reverse_kl', support: str = 'full', k: int = 256,
                       temperature: float = 0.7, chunk: int = 512, vocabulary_axes: tuple[str, ...] = (),
-                      statistics: bool = False, topk_mass: bool = False) -> tuple:
+                      statistics: bool = False, topk_mass: bool = False,
+                      ) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, '*tokens']]]:
   """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, mask, ...)`.
 
   That is (sum over masked tokens in nats, count), float32 scalars; `kind`, `support`, `k` and `temperature` are defined
@@ -35,7 +36,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
   Matrix products run in the dtype of the hidden states and accumulate in float32; logits, statistics and the head's
   running gradient are float32. So bfloat16 hidden states with a float32 head give bfloat16 products and a head
   gradient that is not rounded to bfloat16. Largest temporaries: two float32 [chunk, V] arrays, one of [4 chunk, V] in the
-  products' dtype, and the head's gradient.
+  products' dtype, the head's gradient, and a copy of the hidden states, those that count first.
 
   On several devices: shard tokens with `jax.shard_map` and `psum` the two scalars. The head's gradient is then summed
   over the devices once (differentiation does it). The rows of both heads may be split there, too, over

@@ -71,7 +71,8 @@ def make_step(
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`model.REMAT`).
     path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and makes the loss of others NaN.
-    shardings: of the state, as `mesh.state_shardings` gives them; None on one device.
+    shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's rows are a multiple of the mesh's
+      data x fsdp (`mesh.pad_batch`).
 
   Returns:
     step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means over the tokens: kl (exact and reverse,
