@@ -27,7 +27,7 @@ def _mesh(*shape):
 
 @pytest.mark.parametrize("shape, vocabulary, axes", [
     ((2, 2, 2), 64, ("tensor", "fsdp")), ((2, 2, 2), 30, ("tensor",)), ((2, 2, 2), 31, ()), ((1, 4, 2), 36, ("fsdp",)),
-    ((8, 1, 1), 31, ("tensor", "fsdp")),
+    ((8, 1, 1), 32, ()), ((1, 8, 1), 32, ("fsdp",)), ((1, 8, 1), 30, ()),
 ])
 def test_the_vocabulary_is_split_as_far_as_it_can_be_divided(shape, vocabulary, axes):
   assert sharded.vocabulary_axes(_mesh(*shape), vocabulary) == axes

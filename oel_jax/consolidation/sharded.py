@@ -21,22 +21,23 @@ def linear_divergence(mesh: Mesh | None, *args: Array, chunk: int, **options: An
 
   Chunks have as many logits on each device as `chunk` tokens have on one. No mesh is one device.
   """
-  return _spread(functools.partial(fused.linear_divergence, statistics=True, **options), mesh, args, chunk)
+  return _spread(functools.partial(fused.linear_divergence, statistics=True, **options), mesh, args, (1, 3), chunk)
 
 
 def linear_imitation(mesh: Mesh | None, *args: Array, chunk: int) -> tuple[Array, Array, dict[str, Array]]:
   """`fused.linear_imitation` in the same way; its statistics are none."""
-  return _spread(lambda *args, **options: (*fused.linear_imitation(*args, **options), {}), mesh, args, chunk)
+  return _spread(lambda *args, **options: (*fused.linear_imitation(*args, **options), {}), mesh, args, (1,), chunk)
 
 
 def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:
   """The axes over which the heads' rows are split: the most that the vocabulary can be divided by, none if need be."""
-  choices = (("tensor", "fsdp"), ("tensor",), ("fsdp",), ())
+  wide = tuple(axis for axis in ("tensor", "fsdp") if mesh.shape[axis] > 1)
   size = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
-  return max((axes for axes in choices if vocabulary % size(axes) == 0), key=size)
+  return max((axes for axes in (wide, wide[:1], wide[1:], ()) if vocabulary % size(axes) == 0), key=size)
 
 
-def _spread(loss: Callable[..., Any], mesh: Mesh | None, args: tuple[Array, ...], chunk: int):
+def _spread(loss: Callable[..., Any], mesh: Mesh | None, args: tuple[Array, ...], heads: tuple[int, ...], chunk: int):
+  """The loss of `args`, of which those at `heads` are split by their vocabulary and the others by their tokens."""
   if mesh is None or mesh.size == 1:
     return loss(*args, chunk=chunk)
   axes = vocabulary_axes(mesh, args[1].shape[0])
@@ -48,5 +49,5 @@ def _spread(loss: Callable[..., Any], mesh: Mesh | None, args: tuple[Array, ...]
     *sums, found = loss(*args, chunk=chunk, vocabulary_axes=axes)
     return *jax.lax.psum(sums, tokens), found
 
-  places = tuple(head if i in (1, 3) and i < len(args) - 1 else rows for i in range(len(args)))
+  places = tuple(head if i in heads else rows for i in range(len(args)))
   return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=(whole, whole, rows))(*args)
