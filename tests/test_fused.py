@@ -287,6 +287,16 @@ def test_tokens_and_vocabulary_spread_over_devices_give_the_same(kind, support, 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, alone)
 
 
+def test_bfloat16_gradients_of_a_spread_vocabulary_are_rounded_once():
+  case = list(random_case(5, (200,), 32, 48, 304, jnp.bfloat16))
+  case[1], case[3] = case[1].astype(jnp.float32), case[3].astype(jnp.float32)
+  _, wanted = reverse_kl_float64(*case, 0.7)
+  error = lambda slope: np.linalg.norm(np.asarray(slope, np.float64) - wanted[0]) / np.linalg.norm(wanted[0])
+  _, spread = sharded(case, make_mesh(1, 2, 4), ('tensor', 'fsdp'), chunk=64)
+  _, alone = value_and_gradients(fused.linear_divergence, case, chunk=64)
+  assert spread[0].dtype == jnp.bfloat16 and error(spread[0]) < 1.05 * error(alone[0])
+
+
 def test_imitation_of_a_vocabulary_spread_over_devices():
   case, mesh = random_case(8, (48,), vocabulary=64), make_mesh(2, 2, 2)
   ids, P, axes = jnp.arange(48) % 64, jax.sharding.PartitionSpec, ('tensor', 'fsdp')
