@@ -87,7 +87,7 @@ def default() -> ml_collections.ConfigDict:
           on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
           gate_episodes=64,  # games of each kind for that comparison
           checkpoint_every=10,  # steps
-          log_probe=32,  # samples of a fixed batch; its entropies, top-k mass and KL are logged with each checkpoint; 0: none
+          log_probe=32,  # samples of a fixed batch; its KL, entropies and top-k mass (probe_…) are logged with each checkpoint; 0: none
       )
   )
   config.evaluation = ml_collections.ConfigDict(

@@ -202,7 +202,7 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Pre
     )  # fmt: skip
     made.mask[16 - missing :] = False
     tokens = float(made.mask.sum())
-    total += tokens * float(jax.device_get(probe(params, teacher, made))["reverse_kl"])
+    total += tokens * float(jax.device_get(probe(params, teacher, made))["kl"])
     count += tokens
   return total / count
 

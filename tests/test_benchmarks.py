@@ -18,7 +18,7 @@ def fixture_script(monkeypatch):
     sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name, arguments, rows", [("loss", ["--tiny"], 5), ("step", ["tiny", "--growth"], 2)])
+@pytest.mark.parametrize("name, arguments, rows", [("loss", ["--tiny"], 7), ("step", ["tiny", "--growth"], 2)])
 def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, arguments, rows):
   script(name).main([*arguments, f"--json={tmp_path / 'found.json'}"])
   found = json.loads((tmp_path / "found.json").read_text())

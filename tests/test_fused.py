@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.consolidation import fused, losses
+from oel_jax.consolidation import fused, losses, rows
 from oel_jax.policy.sampling import top_k
 
 PAIRS = [(kind, support) for kind in losses.KINDS for support in losses.SUPPORTS]
@@ -18,6 +18,14 @@ def random_case(seed=0, tokens=(37,), student=8, teacher=12, vocabulary=50, dtyp
   shapes = (*tokens, student), (vocabulary, student), (*tokens, teacher), (vocabulary, teacher)
   arrays = [jnp.asarray(rng.normal(size=shape) / shape[-1]**0.25, dtype) for shape in shapes]
   return *arrays, jnp.asarray(rng.random(tokens) < 0.7)
+
+
+def dense_imitation(student_hidden, student_head, tokens, _, mask):
+  return losses.imitation(student_hidden @ student_head.T, tokens, mask)
+
+
+def fused_imitation(student_hidden, student_head, tokens, _, mask, chunk):
+  return fused.linear_imitation(student_hidden, student_head, tokens, mask, chunk=chunk)
 
 
 def dense(student_hidden, student_head, teacher_hidden, teacher_head, mask, **options):
@@ -36,9 +44,8 @@ def value_and_gradients(loss, case, **options):
   return jax.value_and_grad(lambda h, w: mean(loss, h, w, *case[2:], **options), (0, 1))(*case[:2])
 
 
-def assert_same(case, chunk, **options):
-  found, expected = value_and_gradients(fused.linear_divergence, case, chunk=chunk, **options), \
-      value_and_gradients(dense, case, **options)
+def assert_same(case, chunk, pair=(fused.linear_divergence, dense), **options):
+  found, expected = value_and_gradients(pair[0], case, chunk=chunk, **options), value_and_gradients(pair[1], case, **options)
   np.testing.assert_allclose(found[0], expected[0], rtol=2e-6)
   for a, b in zip(found[1], expected[1]):
     np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, float(np.abs(b).max())))
@@ -59,7 +66,7 @@ def test_trap_5_value_without_differentiation(support):
   assert count == case[-1].sum() and total.dtype == count.dtype == jnp.float32
 
 
-INDEX = np.arange(37)  # in 4 chunks of at most 10; a chunk holds every fourth token
+INDEX = np.arange(37)  # in 4 chunks of at most 10
 SPANS = {
     'whole': INDEX >= 0, 'empty': INDEX < 0,
     'a run that crosses the borders of chunks': (INDEX > 6) & (INDEX < 23),
@@ -72,6 +79,34 @@ SPANS = {
 @pytest.mark.parametrize('span', SPANS)
 def test_trap_5_masks(span):
   assert_same((*random_case(1)[:4], jnp.asarray(SPANS[span])), 10, kind='reverse_kl', support='full', k=7)
+
+
+@pytest.mark.parametrize('span', SPANS)
+def test_imitation_is_dense_in_value_and_gradients(span):
+  case = random_case(1)
+  ids = jnp.where(SPANS[span], INDEX % 50, -100)  # as padding often is
+  assert_same((*case[:2], ids, None, jnp.asarray(SPANS[span])), 10, (fused_imitation, dense_imitation))
+
+
+@pytest.mark.parametrize('counted', [0, 1, 8, 9, 32, 33, 57, 88, 96])
+def test_masked_tokens_cost_nothing(counted, monkeypatch):
+  """So many chunks of 8 are compared as the tokens that count need, wherever in the 96 they stand."""
+  mask, seen, compare = np.random.default_rng(counted).permutation(96) < counted, [], fused._compare
+
+  def count(*args):
+    jax.debug.callback(lambda mask: seen.append(int(mask.sum())), args[1][2])
+    return compare(*args)
+
+  monkeypatch.setattr(fused, '_compare', count)
+  case = (*random_case(13, (96,))[:4], jnp.asarray(mask))
+  loss = lambda h, w: mean(fused.linear_divergence, h, w, *case[2:], chunk=8)
+  for function in (loss, jax.value_and_grad(loss, (0, 1))):
+    seen.clear()
+    jax.block_until_ready(jax.jit(function)(*case[:2]))
+    jax.effects_barrier()
+    assert len(seen) == -(-counted // 8) and sum(seen) == counted
+  monkeypatch.undo()
+  assert_same(case, 8)
 
 
 @pytest.mark.parametrize('tokens, chunk', [((1,), 16), ((5, 7), 1), ((2, 16), 1000)])
@@ -137,12 +172,15 @@ def test_trap_8_poisoned_padding_changes_nothing():
   case = random_case(6)
   graded = functools.partial(value_and_gradients, fused.linear_divergence, kind='reverse_kl', support='full', k=7,
                              chunk=10)
-  statistics = jax.jit(functools.partial(fused.linear_statistics, k=7, chunk=10))
+  statistics = jax.jit(functools.partial(fused.linear_divergence, k=7, chunk=10, statistics=True, topk_mass=True))
   keep = case[4][:, None]
   for poison in (np.nan, np.inf, -1e10):
     dirty = jnp.where(keep, case[0], poison), case[1], jnp.where(keep, case[2], poison), *case[3:]
     jax.tree.map(np.testing.assert_array_equal, graded(dirty), graded(case))
     jax.tree.map(np.testing.assert_array_equal, statistics(*dirty), statistics(*case))
+    ids = jnp.where(case[4], 3, 10**6)
+    learnt = [value_and_gradients(fused_imitation, (*some[:2], ids, None, case[4]), chunk=10) for some in (dirty, case)]
+    jax.tree.map(np.testing.assert_array_equal, *learnt)
 
 
 def test_trap_18_no_temporary_of_tokens_by_vocabulary():
@@ -167,10 +205,13 @@ def test_gradients_are_formed_only_when_asked_and_once():
   loss = lambda h, w: fused.linear_divergence(h, w, *case[2:])[0]
   assert matrix_products(loss, *case[:2]) == 2
   assert matrix_products(jax.value_and_grad(loss, (0, 1)), *case[:2]) == 4
+  learn = lambda h, w: fused.linear_imitation(h, w, jnp.zeros(37, int), case[4])[0]
+  assert matrix_products(jax.value_and_grad(learn, (0, 1)), *case[:2]) == 3
 
 
-@pytest.mark.parametrize('function', [fused._one_pass, fused._two_passes])
-def test_row_statistics_match_float64(function):
+@pytest.mark.parametrize('kind, statistics', [('reverse_kl', False), ('forward_kl', False), ('forward_kl', True), ('jsd', True)])
+@pytest.mark.parametrize('function', [rows._one_pass, rows._two_passes])
+def test_row_statistics_match_float64(function, kind, statistics):
   """Whichever this machine's platform would not take, too; logits that rise, fall, and are huge on one side alone."""
   rng = np.random.default_rng(11)
   s, t = (np.float32(rng.normal(size=(6, 40)) * scale) for scale in (1, 30))
@@ -178,11 +219,20 @@ def test_row_statistics_match_float64(function):
   log_p, log_q = (np.float64(x) / 0.7 for x in (s, t))
   totals = [x.max(-1) + np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) for x in (log_p, log_q)]
   log_p, log_q = log_p - totals[0][:, None], log_q - totals[1][:, None]
-  found = jax.jit(functools.partial(function, temperature=0.7))(s, t)
-  for a, b in zip(found, (*totals, (np.exp(log_p) * (log_p - log_q)).sum(-1))):
+  p, q = np.exp(log_p), np.exp(log_q)
+  expected = {'kl': p * (log_p - log_q), 'forward_kl': q * (log_q - log_p), 'student_entropy': -p * log_p, 'teacher_entropy': -q * log_q}
+  wanted = {'forward_kl'} if kind == 'forward_kl' else {'kl'}
+  wanted |= {'kl', 'student_entropy', 'teacher_entropy'} if statistics else set()
+  options = rows.Options(kind, statistics=statistics)
+  measure = jax.jit(lambda s, t: rows._finish(options, function(options, s, t)))
+  sums, found = measure(s, t)
+  assert found.keys() == wanted
+  for a, b in zip(sums, totals):
     np.testing.assert_allclose(a, b, rtol=2e-6)
-  for a in jax.jit(functools.partial(function, temperature=0.7))(s, s)[2]:
-    assert a == 0
+  for name in found:  # an entropy is a difference of logits of about 100, in float32
+    np.testing.assert_allclose(found[name], expected[name].sum(-1), rtol=2e-6, atol=3e-5 * ('entropy' in name), err_msg=name)
+  for name in found.keys() & {'kl', 'forward_kl'}:
+    np.testing.assert_array_equal(measure(s, s)[1][name], 0)
 
 
 @pytest.mark.parametrize('levels', [1, 50])  # few different numbers: nearly everything is tied
@@ -195,35 +245,104 @@ def test_largest_numbers_of_a_long_row(levels):
   np.testing.assert_array_equal(found[0], np.take_along_axis(x, ids, axis=-1))
 
 
-def test_sharded_tokens_give_the_same_gradients():
-  devices = len(jax.devices())
-  mesh = jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  rows, whole = jax.sharding.PartitionSpec('data'), jax.sharding.PartitionSpec()
+def sharded(case, mesh, axes, **options):
+  """`value_and_gradients` and statistics, with the tokens over 'data' and the heads' rows over `axes`."""
+  P = jax.sharding.PartitionSpec
+  tokens, head, whole = P('data'), P(axes or None), P()
 
-  @jax.shard_map(mesh=mesh, in_specs=(rows, whole, rows, whole, rows), out_specs=whole)
-  def sharded(*args):
-    return jax.lax.psum(fused.linear_divergence(*args, chunk=4), 'data')
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(tokens, head, tokens, head, tokens), out_specs=(whole, whole, tokens))
+  def loss(*args):
+    *sums, found = fused.linear_divergence(*args, **options, vocabulary_axes=axes, statistics=True)
+    return *jax.lax.psum(sums, 'data'), found
 
-  case = random_case(8, (8 * devices,))
-  found, expected = value_and_gradients(sharded, case), value_and_gradients(dense, case)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+  def mean(h, w):
+    total, count, found = loss(h, w, *case[2:])
+    return total / jnp.maximum(count, 1), found
+
+  return jax.jit(jax.value_and_grad(mean, (0, 1), has_aux=True))(*case[:2])
 
 
-def test_statistics_match_float64():
+AXES = 'data', 'fsdp', 'tensor'
+make_mesh = lambda *shape: jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize('kind, support, shape, axes', [
+    ('reverse_kl', 'full', (8, 1, 1), ()), ('reverse_kl', 'full', (2, 2, 2), ('tensor', 'fsdp')),
+    ('forward_kl', 'topk', (1, 8, 1), ('fsdp',)), ('jsd', 'full', (1, 1, 8), ('tensor',)), ('reverse_kl', 'topk', (4, 2, 1), ('tensor', 'fsdp')),
+    ('jsd', 'topk_tail', (2, 2, 2), ('fsdp', 'tensor')), ('forward_kl', 'full', (2, 4, 1), ('fsdp',)),
+    ('reverse_kl', 'topk_tail', (1, 2, 4), ('tensor', 'fsdp')), ('jsd', 'topk', (1, 1, 8), ('tensor',)),
+    ('forward_kl', 'topk_tail', (1, 8, 1), ('fsdp',)),
+])
+def test_tokens_and_vocabulary_spread_over_devices_give_the_same(kind, support, shape, axes):
+  """The devices along 'data' have unlike numbers of tokens that count, so their loops end apart."""
+  case = list(random_case(8, (48,), vocabulary=64))
+  case[1] = case[1].at[3].set(case[1][40]).at[50].set(case[1][40])  # logits that tie, on several devices
+  case[4] = jnp.asarray(np.arange(48) >= 17) & case[4]
+  options = {'kind': kind, 'support': support, 'k': 11, 'chunk': 4}  # with 8 slices, 11 is more than a slice has
+  (value, found), slopes = sharded(case, make_mesh(*shape), axes, **options)
+  expected = value_and_gradients(dense, case, kind=kind, support=support, k=11)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), (value, slopes), expected)
+  alone = jax.jit(functools.partial(fused.linear_divergence, **options, statistics=True))(*case)[2]
+  assert found.keys() == alone.keys() and ('topk_mass' in found) == (support != 'full')
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, alone)
+
+
+def test_bfloat16_gradients_of_a_spread_vocabulary_are_rounded_once():
+  case = list(random_case(5, (200,), 32, 48, 304, jnp.bfloat16))
+  case[1], case[3] = case[1].astype(jnp.float32), case[3].astype(jnp.float32)
+  _, wanted = reverse_kl_float64(*case, 0.7)
+  error = lambda slope: np.linalg.norm(np.asarray(slope, np.float64) - wanted[0]) / np.linalg.norm(wanted[0])
+  _, spread = sharded(case, make_mesh(1, 2, 4), ('tensor', 'fsdp'), chunk=64)
+  _, alone = value_and_gradients(fused.linear_divergence, case, chunk=64)
+  assert spread[0].dtype == jnp.bfloat16 and error(spread[0]) < 1.05 * error(alone[0])
+
+
+def test_imitation_of_a_vocabulary_spread_over_devices():
+  case, mesh = random_case(8, (48,), vocabulary=64), make_mesh(2, 2, 2)
+  ids, P, axes = jnp.arange(48) % 64, jax.sharding.PartitionSpec, ('tensor', 'fsdp')
+  specs = P('data'), P(axes), P('data'), P('data')
+  loss = lambda *args: jax.lax.psum(fused.linear_imitation(*args, chunk=4, vocabulary_axes=axes), 'data')
+  loss = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
+  found = jax.jit(jax.value_and_grad(lambda h, w: mean(loss, h, w, ids, case[4]), (0, 1)))(*case[:2])
+  expected = value_and_gradients(dense_imitation, (*case[:2], ids, None, case[4]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+def test_ties_at_the_border_of_the_top_k_go_to_the_lower_id_on_whichever_device():
+  """All logits of a row are equal: the k lowest ids are kept."""
+  hidden, head = jnp.ones((8, 1)), jnp.ones((64, 1))
+  case = hidden, head, hidden, jnp.arange(64.0)[:, None] / 64, jnp.ones(8)
+  options = {'support': 'topk', 'k': 13, 'temperature': 1.0, 'chunk': 4}
+  (value, _), slopes = sharded(case, make_mesh(1, 4, 2), ('tensor', 'fsdp'), **options)
+  expected = value_and_gradients(dense, case, support='topk', k=13, temperature=1.0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), (value, slopes), expected)
+  assert (slopes[1][:13, 0] != slopes[1][13:14, 0]).all()
+
+
+@pytest.mark.parametrize('kind, support, asked', [('reverse_kl', 'full', True), ('forward_kl', 'full', False), ('jsd', 'topk', False),
+                                                  ('reverse_kl', 'topk_tail', False)])
+def test_statistics_match_float64_and_change_nothing(kind, support, asked):
   case = random_case(9, (3, 13))
-  found = jax.jit(lambda *a: fused.linear_statistics(*a, k=5, temperature=0.7, chunk=10))(*case)
+  options = {'kind': kind, 'support': support, 'k': 5, 'temperature': 0.7, 'chunk': 10}
+  measured = lambda h, w: fused.linear_divergence(h, w, *case[2:], **options, statistics=True, topk_mass=asked)
   hs, ws, ht, wt, mask = (np.asarray(x, np.float64) for x in case)
   softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-  p, q, p1, q1 = softmax(hs @ ws.T / 0.7), softmax(ht @ wt.T / 0.7), softmax(hs @ ws.T), softmax(ht @ wt.T)
-  expected = {
-      'student_entropy': -(p1 * np.log(p1)).sum(-1), 'teacher_entropy': -(q1 * np.log(q1)).sum(-1),
-      'topk_mass': np.sort(p)[..., -5:].sum(-1), 'reverse_kl': (p * np.log(p / q)).sum(-1), 'count': np.ones_like(mask)}
-  assert found.keys() == expected.keys()
-  for name, value in expected.items():
-    np.testing.assert_allclose(found[name], (value * mask).sum(), rtol=1e-5, err_msg=name)
-    assert found[name].dtype == jnp.float32
-  slopes = jax.jit(jax.grad(lambda h: fused.linear_statistics(h, *case[1:])['reverse_kl']))(case[0])
-  np.testing.assert_array_equal(slopes, 0)
+  p, q = softmax(hs @ ws.T / 0.7), softmax(ht @ wt.T / 0.7)
+  expected = {'kl': (p * np.log(p / q)).sum(-1), 'student_entropy': -(p * np.log(p)).sum(-1), 'teacher_entropy': -(q * np.log(q)).sum(-1)}
+  if asked or support != 'full':
+    expected['topk_mass'] = np.sort(p)[..., -5:].sum(-1)
+  paired = lambda h, w: (lambda total, *others: (total, others))(*measured(h, w))
+  (total, (count, graded_found)), slopes = jax.jit(jax.value_and_grad(paired, (0, 1), has_aux=True))(*case[:2])
+  for found in (jax.jit(measured)(*case[:2])[2], graded_found):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_allclose(found[name], value * mask, rtol=1e-5, atol=1e-6, err_msg=name)
+      assert found[name].dtype == jnp.float32
+  plain, plain_slopes = value_and_gradients(fused.linear_divergence, case, **options)
+  np.testing.assert_allclose(total / count, plain, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a / count, b, atol=1e-6), slopes, plain_slopes)
+  for slope in jax.jit(jax.grad(lambda h, w: sum(x.sum() for x in measured(h, w)[2].values()), (0, 1)))(*case[:2]):
+    np.testing.assert_array_equal(slope, 0)
 
 
 @pytest.mark.parametrize('change, message', [

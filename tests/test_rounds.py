@@ -182,8 +182,9 @@ def test_the_metrics_have_one_line_a_step(run):
   assert trained == [(number, step) for number in (1, 2) for step in range(5)]
   for line in lines:
     if line["stage"] == "consolidate":
-      names = {"loss", "gradient_norm", "tokens", "response_tokens", "seconds"} if line["step"] else set()
-      names |= {"probe_kl", "student_entropy", "teacher_entropy", "topk_mass"} if line["step"] % 2 == 0 else set()
+      measured = {"kl", "student_entropy", "teacher_entropy"}
+      names = {"loss", "gradient_norm", "tokens", "response_tokens", "seconds", "kl_0_15"} | measured if line["step"] else set()
+      names |= {f"probe_{name}" for name in (*measured, "topk_mass")} if line["step"] % 2 == 0 else set()
       assert names <= line.keys() and all(np.isfinite(line[name]) for name in names), line
 
 

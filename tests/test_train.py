@@ -1,15 +1,18 @@
 """Consolidation of a round: what is drawn, that the right text is scored, and that an interrupted run ends with the same bits."""
 
 import dataclasses
+import functools
 
 import families
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import train
 from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
@@ -171,12 +174,47 @@ def test_unpacked_rows_hold_a_sample_each(policy):
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
 
 
+def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(policy, tmp_path):  # trap 24
+  with pytest.raises(ValueError, match='config.consolidation.attention is "flash".* config.consolidation.pack is True: it must be False'):
+    _run(policy, tmp_path, _config(attention="flash", pack=True))
+  assert train.attention_path(_config(attention="flash", pack=False), policy) == "flash"
+  assert train.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
+
+
 @pytest.mark.parametrize("rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)])
 def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(rows, devices, placed):  # trap 20; and 26
   mesh = mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices])
   batch = batch_lib.assemble([[5]] * rows, [0] * rows, [[6]] * rows, pad_id=0, length=2, response_length=1)
   found = train._place(batch, mesh, 16)
   assert found.mask.shape == (placed, 1) and found.mask.sum() == rows
+
+
+def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeypatch):  # trap 20
+  """Three rooms for responses and three numbers of rows; and what a step returns is taken by the next as the first state was."""
+  rng, task, config, mesh = np.random.default_rng(0), _task(policy), _config(batch_size=16), _one_device()
+
+  class Student:
+    tokenizer = policy.tokenizer
+
+    def sample(self, prompts, seeds, **how):
+      longest = rng.integers(1, 65)
+      return [[5] * n for n in rng.integers(1, longest + 1, len(prompts))]
+
+  # The loss is cut out: what is compiled, and how often, goes by the shapes, and this compiles at once.
+  loss = lambda params, teacher, batch, **how: (sum(map(jnp.sum, jax.tree.leaves(params))) * batch.mask.sum(), (batch.mask.sum(), {}))
+  monkeypatch.setattr(step_lib, "loss_sum", loss)
+  params, optimizer = {"norm": {"scale": jnp.ones(4)}}, train.make_optimizer(config)
+  begin = functools.partial(train._begin, optimizer)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, params))
+  step = step_lib.make_step(policy.architecture, optimizer, kind="imitation", shardings=shardings)
+  state, lengths, shapes = mesh_lib.sharded_init(begin, mesh, params), set(), set()
+  for i in range(60):
+    batch, drawn = train.sample_batch(task, Student(), policy, rng.integers(0, 5, 16), range(16 * i, 16 * i + 16), config, 64, "consolidate")
+    state, _ = step(state, None, train._place(batch, mesh, 16))
+    lengths.add(max(drawn))
+    shapes.add(batch.tokens.shape)
+  assert len(lengths) > 20 and len(shapes) > 9
+  assert 3 <= step._cache_size() <= 9
 
 
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):

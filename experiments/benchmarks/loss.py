@@ -17,33 +17,38 @@ MAIN = (16384, 2048, 151936)  # tokens, width of Qwen3-1.7B, vocabulary of Qwen3
 GROWTH = [(tokens, 2048, 151936) for tokens in (4096, 65536)] + [(16384, 2048, vocabulary) for vocabulary in (32768, 65536, 262144)]
 
 
-def row(shape: tuple[int, int, int], dtype: Any, rate: float, **options: Any) -> dict[str, Any]:
-  """One measurement. The student's head is float32, as in training; the teacher's is in the products' type."""
+def row(shape: tuple[int, int, int], dtype: Any, rate: float, every: int = 1, **options: Any) -> dict[str, Any]:
+  """One measurement, in which one token of `every` counts. The student's head is float32, as in training; the teacher's as the products."""
   tokens, width, vocabulary = shape
   student, teacher = (measure.random_array(seed, (tokens, width), dtype) for seed in (0, 1))
   heads = [measure.random_array(seed, (vocabulary, width), kind, width**-0.5) for seed, kind in ((2, jnp.float32), (3, dtype))]
 
-  def mean(student, head, teacher, teacher_head):
-    total, count = fused.linear_divergence(student, head, teacher, teacher_head, jnp.ones(tokens, bool), **options)
-    return total / count
+  def mean(*args):
+    total, count, *statistics = fused.linear_divergence(*args, **options)
+    return total / count, statistics
 
-  loss = jax.jit(jax.value_and_grad(mean, (0, 1))).lower(student, heads[0], teacher, heads[1]).compile()
-  call = lambda: loss(student, heads[0], teacher, heads[1])
-  took, limit = measure.seconds(call), 4 * 2 * tokens * width * vocabulary / rate
+  mask = jnp.arange(tokens) % every == 0  # an argument: of a constant the compiler would know how many count
+  args = student, heads[0], teacher, heads[1], mask
+  loss = jax.jit(jax.value_and_grad(mean, (0, 1), has_aux=True)).lower(*args).compile()
+  call = lambda: loss(*args)
+  counted = int(mask.sum())
+  took, limit = measure.seconds(call), 4 * 2 * counted * width * vocabulary / rate
   return {
-      "tokens": tokens, "vocabulary": vocabulary, "support": options.get("support", "full"), "chunk": options["chunk"], "ms": took * 1e3,
+      "tokens": tokens, "counted": counted, "vocabulary": vocabulary, "support": options.get("support", "full"),
+      "statistics": options.get("statistics", False), "chunk": options["chunk"], "ms": took * 1e3,
       "limit ms": limit * 1e3, "of limit": limit / took, "GiB over gradients": loss.memory_analysis().temp_size_in_bytes / 2**30,
       "kernels ms": measure.kernels(call),
   }  # fmt: skip
 
 
 def run(shapes: list[tuple[int, int, int]], chunks: list[int], peer: str | None) -> list[dict[str, Any]]:
-  """The first shape with each chunk, in each support and beside the peer; then the others, with the first chunk."""
+  """The first shape with each chunk, in each support, with statistics, with few tokens that count; then the others; and the peer's."""
   theirs = measure.peer(peer, f"loss_bench({shapes[0][0]}, {shapes[0][1]})")
   dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
   rate = measure.matrix_rate(dtype)
   rows = [row(shapes[0], dtype, rate, chunk=chunk) for chunk in chunks]
   rows += [row(shapes[0], dtype, rate, chunk=chunks[0], support=support) for support in ("topk", "topk_tail")]
+  rows += [row(shapes[0], dtype, rate, chunk=chunks[0], **more) for more in ({"statistics": True}, {"every": 4})]
   rows += [row(shape, dtype, rate, chunk=chunks[0]) for shape in shapes[1:]]
   for line in theirs:
     faster = line["ms"] / rows[0]["ms"] if "ms" in line else None

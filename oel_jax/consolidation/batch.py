@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     slots: [S, T] int32, which of those M a token's sample is given.
     at: [S, R] int32, the position in the row whose next token is the response token.
     response: [S, R] int32, the sampled ids.
+    offsets: [S, R] int32, of each in its own response, from 0.
     mask: [S, R] bool, which of the R count: every response token, the end-of-sequence id too.
   """
 
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
   slots: Array
   at: Array
   response: Array
+  offsets: Array
   mask: Array
 
 
@@ -64,7 +66,8 @@ def assemble(
   rows = _fit(sizes, knowledge, (length, response_length), texts) if pack else [[i] for i in range(len(sizes))]
   tokens, answers = (np.full((len(rows), n), pad_id, np.int32) for n in (length, response_length))
   positions, segments, slots = (np.zeros_like(tokens) for _ in range(3))
-  at, mask, given = np.zeros_like(answers), np.zeros(answers.shape, bool), np.zeros((len(rows), texts), np.int32)
+  (at, offsets), mask = (np.zeros_like(answers) for _ in range(2)), np.zeros(answers.shape, bool)
+  given = np.zeros((len(rows), texts), np.int32)
   for s, row in enumerate(rows):
     used = list(dict.fromkeys(knowledge[i] for i in row))
     given[s, : len(used)] = used
@@ -74,9 +77,10 @@ def assemble(
       here, there = slice(begin, begin + size), slice(counted, counted + answer)
       tokens[s, here], positions[s, here], segments[s, here] = [*prompts[i], *responses[i]], range(size), segment
       slots[s, here] = used.index(knowledge[i])
-      answers[s, there], mask[s, there], at[s, there] = responses[i], True, np.arange(answer) + begin + size - answer - 1
+      answers[s, there], mask[s, there], offsets[s, there] = responses[i], True, np.arange(answer)
+      at[s, there] = offsets[s, there] + begin + size - answer - 1
       begin, counted = begin + size, counted + answer
-  return Batch(tokens, positions, segments, given, slots, at, answers, mask)
+  return Batch(tokens, positions, segments, given, slots, at, answers, offsets, mask)
 
 
 def _fit(sizes, knowledge, room, texts) -> list[list[int]]:

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import fused
+from oel_jax.consolidation import measures, sharded
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import joined, model
 from oel_jax.policy.architecture import Architecture
@@ -29,11 +30,11 @@ def init_state(params: Any, optimizer: Any) -> State:
 
 def loss_sum(
     params: Any, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, *, architecture: Architecture, kind: str, support: str, k: int,
-    temperature: float, chunk: int, dtype: Any, remat: str, path: str,
-) -> tuple[Array, Array]:  # fmt: skip
-  """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another divergence, and their count; float32.
+    temperature: float, chunk: int, dtype: Any, remat: str, path: str, mesh: Mesh | None = None,
+) -> tuple[Array, tuple[Array, measures.Sums]]:  # fmt: skip
+  """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another divergence; their count and `measures`.
 
-  Sums, not means: a mean is taken once, over the whole batch, so that how the batch is cut changes nothing (traps, 6).
+  Sums, not means: a mean is taken once, over the whole batch, so that how the batch is cut changes nothing (traps, 6). All are float32.
   `kind` "imitation" is the negative log-likelihood of the response under the student, and needs no teacher.
   """
   target = None
@@ -43,11 +44,15 @@ def loss_sum(
   with jax.named_scope("student"):
     hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
   if kind == "imitation":
-    return fused.linear_imitation(hidden, model.head(params), batch.response, batch.mask, chunk=chunk)
-  return fused.linear_divergence(
-      hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
-      kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
-  )  # fmt: skip
+    total, count, found = sharded.linear_imitation(mesh, hidden, model.head(params), batch.response, batch.mask, chunk=chunk)
+  else:
+    total, count, found = sharded.linear_divergence(
+        mesh, hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
+        kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
+    )  # fmt: skip
+  if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
+    total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
+  return total, (count, measures.add_up(found, batch))
 
 
 def make_step(
@@ -65,12 +70,15 @@ def make_step(
       Gradients are summed in float32.
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`model.REMAT`).
-    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`).
+    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and makes the loss of others NaN.
     unroll: the layers one behind the other instead of in a loop (`joined`): faster on a GPU, compiled longer; on one device.
-    shardings: of the state, as `mesh.state_shardings` gives them; None on one device.
+    shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's rows are a multiple of the mesh's
+      data x fsdp (`mesh.pad_batch`).
 
   Returns:
-    step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens.
+    step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means over the tokens: kl (exact and reverse,
+    whatever the loss), the same in each of `measures.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass where
+    the top k are found for the loss. "imitation" has the first three only.
   """
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
   if unroll and mesh is not None and mesh.size > 1:
@@ -81,31 +89,33 @@ def make_step(
     def total(learned):
       return loss_sum(
           joined.attach(params, learned) if unroll else learned, teacher, batch, architecture=architecture, kind=kind, support=support,
-          k=k, temperature=temperature, chunk=chunk, dtype=dtype, remat=remat, path=path,
+          k=k, temperature=temperature, chunk=chunk, dtype=dtype, remat=remat, path=path, mesh=mesh,
       )  # fmt: skip
 
-    (value, count), gradient = jax.value_and_grad(total, has_aux=True)(joined.slots(params) if unroll else params)
-    return value, count, gradient
+    (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(joined.slots(params) if unroll else params)
+    return value, count, sums, gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of the products in it are anyway.
     params = joined.join(state.params, dtype) if unroll else model.cast(state.params, dtype)
     if pieces == 1:
-      value, count, gradient = value_and_gradient(params, teacher, batch)
+      value, count, sums, gradient = value_and_gradient(params, teacher, batch)
     else:
       # Every device has its part of every piece: piece p is rows p, p + pieces…
       cut = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
-      zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+      gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+      zero = (jnp.float32(0), jnp.float32(0), measures.zeros(kind, support), gradient)
       add = lambda so_far, piece: (jax.tree.map(jnp.add, so_far, value_and_gradient(params, teacher, piece)), None)
-      (value, count, gradient), _ = jax.lax.scan(add, zero, cut)
+      (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
     gradient = joined.split(gradient, architecture) if unroll else gradient
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)))
-    return State(state.step + 1, params, optimizer_state), {"loss": value / count, "gradient_norm": norm, "tokens": count}
+    metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count} | measures.means(sums)
+    return State(state.step + 1, params, optimizer_state), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
@@ -117,16 +127,20 @@ def pieces_of(rows: int, length: int, shards: int, micro_tokens: int | None) -> 
   return 1 if micro_tokens is None else next((pieces for pieces in range(1, each) if fits(pieces)), each)
 
 
-def make_probe(architecture: Architecture, *, k: int, temperature: float, chunk: int, dtype: Any = jnp.float32, path: str = "xla"):
-  """Makes the jitted probe(params, teacher, batch) -> means over the response tokens, as `fused.linear_statistics` names them."""
+def make_probe(
+    architecture: Architecture, *, k: int, temperature: float, chunk: int, dtype: Any = jnp.float32, path: str = "xla",
+    mesh: Mesh | None = None,
+) -> Callable[[Any, teacher_lib.Teacher, batch_lib.Batch], dict[str, Array]]:  # fmt: skip
+  """Makes the jitted probe(params, teacher, batch) -> means over the response tokens of the statistics of `fused.linear_divergence`."""
 
   @jax.jit
   def probe(params, teacher, batch):
     hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat="none", path=path)
     target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
-    sums = fused.linear_statistics(
-        hidden, model.head(params), target, model.head(teacher.params), batch.mask, k=k, temperature=temperature, chunk=chunk
-    )
-    return {name: value / jnp.maximum(sums["count"], 1) for name, value in sums.items() if name != "count"}
+    _, count, found = sharded.linear_divergence(
+        mesh, hidden, model.head(params), target, model.head(teacher.params), batch.mask,
+        k=k, temperature=temperature, chunk=chunk, topk_mass=True,
+    )  # fmt: skip
+    return {name: value.sum() / jnp.maximum(count, 1) for name, value in found.items()}
 
   return probe

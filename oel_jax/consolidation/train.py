@@ -20,6 +20,7 @@ from absl import logging
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
+from oel_jax.consolidation.measures import BUCKETS
 from oel_jax.policy.generate import Policy, Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
@@ -197,6 +198,8 @@ def consolidate(
       # A pass of the sampler, one of the teacher, and three of the student: forward, and both gradients.
       cost["flops"] += 2.0 * size * 5 * tokens
       scalars = {name: float(value) for name, value in measured.items()} | {"response_tokens": float(np.mean(lengths))}
+      beyond = [name for name, (begin, _) in BUCKETS.items() if begin >= max(lengths)]  # no response has tokens there
+      scalars = {name: value for name, value in scalars.items() if name not in beyond}
       saving = i % config.checkpoint_every == 0 or i == config.steps
       scalars |= probe(state.params) if saving else {}
       # The line comes before the checkpoint: if a kill falls between them, the step is done again and its line dropped; none is missing.
@@ -222,7 +225,16 @@ def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, me
 
 
 def attention_path(config: Any, policy: Policy) -> str:
-  """The attention that config.consolidation.attention asks for: "auto" is the fastest that is correct here (`attention.attend`)."""
+  """The attention that config.consolidation.attention asks for: "auto" is the fastest that is correct here (`attention.attend`).
+
+  Raises:
+    ValueError: rows may hold several samples, and "flash" would not keep them apart.
+  """
+  if config.attention == "flash" and config.pack:
+    raise ValueError(
+        'config.consolidation.attention is "flash", which does not keep a row\'s samples apart, and config.consolidation.pack is True: '
+        'it must be False, or the attention "cudnn", "xla" or "auto"'
+    )
   if config.attention != "auto":
     return config.attention
   if jax.default_backend() != "gpu" or policy.dtype != "bfloat16":
@@ -256,7 +268,7 @@ def prepare_teacher(
 
 
 def _make_probe(config, task, policy, teacher, limit, mesh, path):
-  """Statistics on one fixed batch, the same at every step of the round: entropies, top-k mass, exact KL."""
+  """Statistics on one fixed batch, the same at every step of the round: exact KL, entropies, top-k mass, named probe_kl and so on."""
   count = min(config.log_probe, len(task.prompts))
   if count == 0:
     return lambda params: {}
@@ -264,14 +276,9 @@ def _make_probe(config, task, policy, teacher, limit, mesh, path):
   batch, _ = sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
   batch = _place(batch, mesh, count)
   probe = step_lib.make_probe(
-      policy.architecture, k=config.k, temperature=config.temperature, chunk=config.chunk, dtype=policy.dtype, path=path
+      policy.architecture, k=config.k, temperature=config.temperature, chunk=config.chunk, dtype=policy.dtype, path=path, mesh=mesh
   )
-  rename = {"reverse_kl": "probe_kl"}
-
-  def measure(params):
-    return {rename.get(name, name): float(value) for name, value in probe(params, teacher, batch).items()}
-
-  return measure
+  return lambda params: {f"probe_{name}": float(value) for name, value in probe(params, teacher, batch).items()}
 
 
 def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> batch_lib.Batch:
