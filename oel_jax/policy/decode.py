@@ -4,6 +4,8 @@ A slot is a row of the key-value cache with what is needed to go on drawing. The
 all rows, and a row's tokens are the columns last written, so that sequences come and go while the others stay where they are, and the
 write is one slice instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop (traps, 19): slicing stacked
 weights at every token is several times slower, and so are three small matrix products instead of a large one.
+
+On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many rows have not ended.
 """
 
 import functools
@@ -94,10 +96,29 @@ def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype:
   slots = Slots(keys, ring(size, H), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
   if mesh is None:
     return slots
-  # The host reads what was drawn: of other processes' rows it could not.
-  spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names if rows % mesh.size == 0 and not mesh.is_multi_process else None))
-  place = lambda leaf: jax.lax.with_sharding_constraint(leaf, spread if leaf.ndim else NamedSharding(mesh, PartitionSpec()))
-  return jax.tree.map(place, slots)
+  place = lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+  return jax.tree.map(place, slots, _specs(mesh, slots))
+
+
+def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
+  """The axes over which rows are spread. None where there are several processes: the host reads what was drawn, of others' rows it could
+  not; there every device has all rows."""
+  return mesh.axis_names if mesh and not mesh.is_multi_process else ()
+
+
+def _specs(mesh: Mesh, tree: Any) -> Any:
+  """How arrays of rows, and numbers, lie on the mesh."""
+  return jax.tree.map(lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree)
+
+
+def _by_rows(run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any) -> tuple[Slots, tuple[Array, ...]]:
+  """`run` on the rows of each device, which returns the slots and arrays of rows."""
+  if mesh is None:
+    return run(weights, slots, *given)
+  specs = _specs(mesh, (slots, *given))
+  out = specs[0], PartitionSpec(row_axes(mesh) or None)
+  # A kernel does not say over which axes its results differ, which a check would want to know.
+  return jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=out, check_vma=False)(weights, slots, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "path"))
@@ -122,10 +143,10 @@ class Shared(NamedTuple):
   count: Array
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs", "path"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs", "path", "mesh"), donate_argnames="slots")
 def enter(
     weights: Any, slots: Slots, tokens_RxT: Int[Array, "R T"], lengths_R: Int[Array, "R"], rows_R: Int[Array, "R"], requests: Any,
-    shared: Shared | None, *, architecture: Architecture, sampling: Sampling, logprobs: bool, path: str,
+    shared: Shared | None, *, architecture: Architecture, sampling: Sampling, logprobs: bool, path: str, mesh: Mesh | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
   """Prefills prompts, puts them into slots and draws each one's first id.
 
@@ -139,10 +160,17 @@ def enter(
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
     path: of the attention of `decode`.
+    mesh: where the slots lie. Each device reads its own part of the prompts, for slots and from slots of its own, which are counted
+      within its part of them.
 
   Returns:
     The slots, and the ids drawn [R] (with their log-probabilities [R]).
   """
+  run = functools.partial(_enter, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path)
+  return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
+
+
+def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, architecture, sampling, logprobs, path):
   (R, T), S = tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
@@ -191,10 +219,10 @@ def enter(
   return slots._replace(**entered), (token, *scores)
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh"), donate_argnames="slots")
 def decode(
     weights: Any, slots: Slots, steps: Int[Array, ""], least: Int[Array, ""], *, architecture: Architecture, sampling: Sampling, chunk: int,
-    logprobs: bool, path: str,
+    logprobs: bool, path: str, mesh: Mesh | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
   """Draws an id in every active row, over and over.
 
@@ -206,19 +234,29 @@ def decode(
     architecture, sampling, logprobs: as in `enter`.
     chunk: room for the ids.
     path: of the attention: "xla", or "triton" on NVIDIA GPUs.
+    mesh: where the slots lie.
 
   Returns:
     The slots, and the ids drawn [B, chunk], -1 where none was (with their log-probabilities [B, chunk]).
   """
+  run = functools.partial(
+      _decode, architecture=architecture, sampling=sampling, chunk=chunk, logprobs=logprobs, path=path, axes=row_axes(mesh)
+  )
+  return _by_rows(run, mesh, weights, slots, steps, least)
+
+
+def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logprobs, path, axes):
   a, (B, _, S, _) = architecture, slots.values[0].shape
   drawn = (jnp.full((B, chunk), -1, jnp.int32), *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()))
 
+  left = lambda active: jax.lax.psum(active.sum(), axes)  # on all devices, which so stop together
+
   def going_on(state):
-    i, slots, _ = state
-    return (i < steps) & (slots.active.sum() >= least)
+    i, count, _, _ = state
+    return (i < steps) & (count >= least)
 
   def step(state):
-    i, slots, out = state
+    i, _, slots, out = state
     keys, values = [], []
     turns = attention.angles(slots.filled, a.head_size, a.rope_theta, a.rope_scaling)
     turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
@@ -243,13 +281,13 @@ def decode(
     token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, sampling, logprobs)
     out = tuple(ids.at[:, i].set(jnp.where(slots.active, new, -1)) for ids, new in zip(out, (token, *scores), strict=True))
     active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.ends)
-    return i + 1, slots._replace(
+    return i + 1, left(active), slots._replace(
         keys=tuple(keys), values=tuple(values), column=jnp.mod(slots.column + 1, S), filled=jnp.where(active, slots.filled + 1, 0),
         token=token, drawn=slots.drawn + 1, active=active,
     ), out  # fmt: skip
 
   with jax.named_scope("decode"):
-    _, slots, drawn = jax.lax.while_loop(going_on, step, (jnp.int32(0), slots, drawn))
+    _, _, slots, drawn = jax.lax.while_loop(going_on, step, (jnp.int32(0), left(slots.active), slots, drawn))
   return slots, drawn
 
 

@@ -25,8 +25,8 @@ FEW = 1024  # tokens, padding included
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
 LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-CACHE_BYTES = 16 << 30  # of the keys and values of the first prompts and their responses; longer replies make it more
-SLOTS = 256  # at most, if it is not said how many there are
+CACHE_BYTES = 16 << 30  # a device, of the keys and values of the first prompts and their responses; longer replies make it more
+SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
 SHARED = 48  # tokens in common that are worth taking from a slot, and
 WORTH_WAITING = 128  # worth waiting until they stand in one
@@ -97,7 +97,8 @@ def generate(
     pad_id: fills what is not there.
     dtype: of the activations.
     slots: most sequences side by side, rounded down to one of BATCHES; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU
-      on a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many.
+      on a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many. On a mesh of
+      one process all this holds for each device's share of them, which is one slot at least.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to go on with and its seed, which takes
       that index's place. It runs while the device draws for others. A prompt that repeats the one before and goes on is cheap.
@@ -155,6 +156,8 @@ class _Run:
 
   Slot r holds the `count[r]` tokens `held[r, :count[r]]`, in the columns of the ring that end `age[r]` before the one to be written next;
   `age` is 0 for the slots that draw. Overwritten is what does not fit any more: count + age > size.
+
+  On a mesh slot r is on device home[r], and a prompt is read where its slot is: it takes a beginning only from slots there.
   """
 
   def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply):
@@ -171,10 +174,13 @@ class _Run:
     longest = max(map(len, prompts))
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
-    most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS_CPU if jax.default_backend() == "cpu" else SLOTS)
-    self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
-    self.entries = [*(size for size in ENTRIES if size < self.rows), self.rows]
-    self.how["path"] = ring.path(architecture, dtype) if mesh is None else "xla"
+    self.devices = mesh.size if decode.row_axes(mesh) else 1
+    cap = SLOTS_CPU if jax.default_backend() == "cpu" else SLOTS
+    most = slots // self.devices if slots else min(CACHE_BYTES // (whole * token_bytes), cap)
+    own = min(bucket(-(-len(prompts) // self.devices), BATCHES), max(b for b in BATCHES if b <= max(1, most)))
+    self.rows, self.home = self.devices * own, np.repeat(np.arange(self.devices), own)
+    self.entries = [*(size for size in ENTRIES if size < own), own]
+    self.how |= dict(path=ring.path(architecture, dtype), mesh=mesh)
     # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and for a small model no loss.
     self.always = reply is not None or jax.default_backend() == "cpu"
     # In XLA the attention reads the whole ring: there it grows with what is filled.
@@ -199,8 +205,8 @@ class _Run:
     if drawn is None:
       return
     firsts, drawn, active = jax.device_get((firsts, drawn, self.slots.active))
-    for taken, first in firsts:
-      self._keep(taken, [array[: len(taken), None] for array in first])
+    for taken, at, first in firsts:
+      self._keep(taken, [array[at, None] for array in first])
     rows, numbers = list(self.seated), list(self.seated.values())
     self._keep(numbers, [array[rows] for array in drawn])
     lengths = (drawn[0] >= 0).sum(1)
@@ -247,73 +253,88 @@ class _Run:
     return [row for row in range(self.rows) if row not in self.seated and row not in self.ended]
 
   def _enter(self):
-    """Prefills the next prompts into free slots. Returns their numbers, and what was drawn for them."""
+    """Prefills the next prompts into free slots. Returns their numbers, their places in the batch, and what was drawn for it."""
     free = self._free()
-    taken, source, shared, (batch, length) = self._next(len(free))
+    taken, source, shared, at, (batch, length) = self._next(free)
     longest = max(len(self.prompts[i]) for i in taken)
     if longest >= self.size:
       self._grow(longest + 1)
     rows = self._places(free, source, shared)
-    tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], batch, length, self.pad_id)
-    places = np.full((batch,), self.rows, np.int32)
-    places[: len(rows)] = rows
-    fill = lambda array: np.resize(array, (batch, *array.shape[1:]))
-    requests = tuple(fill(array[taken]) for array in self.requests)
-    begin = decode.Shared(*map(fill, (source, (self.age + self.count)[source], shared)))
+    own, order = self.rows // self.devices, np.zeros((self.devices * batch,), np.int32)  # the first one fills the batch
+    order[at] = np.arange(len(taken))
+    tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], len(taken), length, self.pad_id)
+    places = np.full(order.shape, self.rows, np.int32)
+    places[at] = np.array(rows) % own
+    requests = tuple(array[taken][order] for array in self.requests)
+    begin = decode.Shared(*(array[order] for array in (source % own, (self.age + self.count)[source], shared)))
     begin = begin if self.always or shared.any() else None
-    self.slots, first = decode.enter(self.weights, self.slots, tokens, lengths, places, requests, begin, **self.how)
+    self.slots, first = decode.enter(self.weights, self.slots, tokens[order], lengths[order], places, requests, begin, **self.how)
     for row, i in zip(rows, taken, strict=True):
       self.held[row] = -1
       self.held[row, : len(self.prompts[i])] = self.prompts[i]
       self.count[row], self.age[row] = len(self.prompts[i]), 0
     self.seated |= dict(zip(rows, taken, strict=True))
     self.waiting = [i for i in self.waiting if i not in taken]
-    return taken, first
+    return taken, at, first
 
   def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray) -> list[int]:
-    """A free slot for each: the one that holds its beginning, or else one that holds nothing, or else any."""
+    """A free slot on the same device for each: the one that holds its beginning, or else one that holds nothing, or else any."""
     rows = []
     for row, count in zip(source.tolist(), shared.tolist(), strict=True):
       rows.append(row if count and row in free and row not in rows else None)
     held = self._held()
     others = sorted((row for row in free if row not in rows), key=lambda row: held[row] > 0)
-    return [others.pop(0) if row is None else row for row in rows]
+    for n, row in enumerate(rows):
+      if row is None:
+        rows[n] = next(other for other in others if self.home[other] == self.home[source[n]])
+        others.remove(rows[n])
+    return rows
 
   def _held(self) -> np.ndarray:
     """How many tokens of each slot can be read."""
     return np.where(self.count + self.age <= self.size, self.count, 0)
 
-  def _next(self, most: int) -> tuple[list[int], np.ndarray, np.ndarray, tuple[int, int]]:
-    """Who enters next, at most `most`, all with about as much to read: their numbers, for each the slot that holds what the prompt begins
-    with and how many tokens of it, and the shape of the batch in which the rest is read.
+  def _next(self, free: list[int]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
+    """Who enters next, all with about as much to read: their numbers, for each the slot that holds what the prompt begins with and how many
+    tokens of it, its place in the batch in which the rest is read, and what of that batch a device gets: prompts and tokens.
 
     A prompt that begins like one of these waits until that one's slot can be read.
     """
-    taken, source, shared, sizes, length = [], [], [], self.entries, 0
-    others, held = np.full((most, max(map(len, self.prompts))), -1, np.int32), self._held()
-    for i in self.waiting[: 2 * most]:
+    taken, source, shared, nth, sizes, length = [], [], [], [], self.entries, 0
+    room = np.bincount(self.home[free], minlength=self.devices)  # prompts that a device can take
+    others, held = np.full((len(free), max(map(len, self.prompts))), -1, np.int32), self._held()
+    for i in self.waiting[: 2 * len(free)]:
       prompt = np.asarray(self.prompts[i], np.int32)
       alike = np.minimum(_alike(self.held, prompt), held)
-      row = int(alike.argmax())
-      count = int(alike[row]) if alike[row] >= SHARED else 0
-      if taken and _alike(others[: len(taken)], prompt).max() >= count + WORTH_WAITING:
+      alike[alike < SHARED] = 0
+      # Where most of it stands, and then where most room is.
+      row = int(np.where(room[self.home] > 0, alike * (self.rows + 1) + room[self.home], -1).argmax())
+      home, count = self.home[row], int(alike[row])
+      beside = np.flatnonzero(self.home[source] == home) if taken else []
+      if len(beside) and _alike(others[beside], prompt).max() >= count + WORTH_WAITING:
         continue
       reads = bucket(len(prompt) - count, LENGTHS)
       if taken and not reads <= length <= 2 * reads:
         continue
       if not taken:
         length, size = reads, max(self.size, bucket(len(prompt) + 1, RINGS))
-        beside = size if self.always or held.any() else 0
-        sizes = [n for n in self.entries if n * (beside + length) <= BATCH_TOKENS] or self.entries[:1]
+        looked = size if self.always or held.any() else 0
+        sizes = [n for n in self.entries if n * (looked + length) <= BATCH_TOKENS] or self.entries[:1]
+        room = np.minimum(room, sizes[-1])
       others[len(taken), : len(prompt)] = prompt
       taken.append(i)
       source.append(row)
       shared.append(count)
-      if len(taken) == min(most, sizes[-1]):
+      nth.append(len(beside))
+      room[home] -= 1
+      if not room.any():
         break
-    n = len(taken)
+    n = max(nth) + 1
     batch = max([size for size in sizes if n <= size and (size < 2 * n or size * length <= FEW)] or [size for size in sizes if size <= n])
-    return taken[:batch], np.int32(source[:batch]), np.int32(shared[:batch]), (batch, length)
+    those = np.flatnonzero(np.array(nth) < batch)
+    source = np.int32(source)[those]
+    at = self.home[source] * batch + np.array(nth)[those]
+    return [taken[k] for k in those], source, np.int32(shared)[those], at, (batch, length)
 
   def _keep(self, numbers, drawn) -> None:
     """Adds what was drawn for each of these prompts; -1 is nothing."""
