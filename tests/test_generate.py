@@ -11,6 +11,7 @@ import pytest
 
 from oel_jax.policy import generate as generate_lib
 from oel_jax.policy import decode, model, ring
+from oel_jax.policy import sampling as sampling_lib
 from oel_jax.policy.architecture import named
 from oel_jax.policy.generate import Policy, generate
 from oel_jax.policy.sampling import Sampling, filter_logits, sample_token
@@ -508,6 +509,52 @@ def test_ties():
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.1))) == 1
   assert kept([5, 5, -9, -9], Sampling(1.0, 0.9)) == [True, True, False, False]
   assert kept([-np.inf, 0, -np.inf, 0], Sampling(1.0, 0.9)) == [False, True, False, True]
+
+
+@pytest.fixture(name="sorts")
+def fixture_sorts(monkeypatch):
+  """One entry for each time that whole rows were sorted, also within a program."""
+  counted, sort = [], sampling_lib._sort_and_filter
+
+  def spy(*args):
+    jax.debug.callback(lambda: counted.append(1))
+    return sort(*args)
+
+  monkeypatch.setattr(sampling_lib, "_sort_and_filter", spy)
+  return counted
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, 0.8), Sampling(0.7, 0.8, 20)], ids=str)
+def test_a_row_that_has_ended_makes_no_other_be_sorted(sorts, sampling):
+  peaked = np.concatenate([3 * np.arange(10.0), np.linspace(-2, -1, 90)])
+  logits = jnp.asarray(np.stack([peaked, np.ones(100), peaked[::-1]]), jnp.float32)  # the middle one's ids tie
+  right = filter_logits(logits, sampling)
+  jax.effects_barrier()
+  assert sorts == [1]
+  found = filter_logits(logits, sampling, jnp.array([True, False, True]))
+  jax.effects_barrier()
+  assert sorts == [1]
+  np.testing.assert_array_equal(found[::2], right[::2])
+  np.testing.assert_array_equal(filter_logits(logits, sampling, jnp.array([True, True, False]))[:2], right[:2])
+  jax.effects_barrier()
+  assert sorts == [1, 1]
+
+
+def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
+  """Where all layers are 0, an id whose embedding is 0 has logits that tie. It stands in the slots without a prompt, and in the filling."""
+  weights = jax.tree.map(np.zeros_like, params()) | {"norm": params()["norm"], "embed": jax.tree.map(np.copy, params()["embed"])}
+  weights["embed"]["embedding"][0] = 0
+  weights = decode.prepare(weights, architecture=TINY, dtype=jnp.float32)
+  slots = decode.empty(architecture=TINY, rows=4, size=64, ends=1, dtype=jnp.float32, path="xla")
+  how = dict(architecture=TINY, sampling=Sampling(0.2, 0.9), logprobs=False, path="xla")
+  requests = np.arange(2, dtype=np.uint32), np.full((2,), 9, np.int32), np.full((2, 1), -1, np.int32)
+  for rows in ([1, 4], [1, 2]):  # what fills the batch; then the same as a prompt
+    slots, first = decode.enter(weights, slots, np.int32([[7, 8, 9], [0, 0, 0]]), np.int32([3, 3]), np.int32(rows), requests, None, **how)
+    if rows == [1, 4]:
+      slots, _ = decode.decode(weights, slots, 1, 1, chunk=8, **how)
+    jax.block_until_ready(first)
+    jax.effects_barrier()
+    assert sorts == [1] * (rows == [1, 2])
 
 
 def test_the_filter_is_the_same_for_bfloat16_logits_of_the_same_value():

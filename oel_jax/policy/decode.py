@@ -198,7 +198,7 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
     hidden = _forward(weights, architecture, tokens_RxT, attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
-  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), sampling, logprobs)
+  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs)
   lengths_R = lengths_R + count
   # The prompt's last token stands in the column written last. Columns that get no token of it are not filled: there, any will do.
   place, P = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S), S if shared else 0
@@ -278,7 +278,7 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
       return y
 
     hidden = _forward(weights, a, slots.token[:, None], attend)[:, 0]
-    token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, sampling, logprobs)
+    token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs)
     out = tuple(ids.at[:, i].set(jnp.where(slots.active, new, -1)) for ids, new in zip(out, (token, *scores), strict=True))
     active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.ends)
     return i + 1, left(active), slots._replace(
@@ -330,10 +330,10 @@ def _product(x_BxTxD: Float[Array, "B T D"], matrix_FxD: Float[Array, "F D"]) ->
   return jnp.einsum("btd,fd->btf", x_BxTxD, matrix_FxD)
 
 
-def _draw(weights, hidden_BxD, seeds_B, drawn_B, sampling, logprobs) -> tuple[Array, tuple[Array, ...]]:
+def _draw(weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs) -> tuple[Array, tuple[Array, ...]]:
   """Each row's next id, from the stream of its seed and position, and its log-probability under the model as it is, if asked for."""
   logits = model.logits(hidden_BxD, model.head(weights))
-  token = sample_token(logits, jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B), sampling)
+  token = sample_token(logits, jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B), sampling, active_B)
   if not logprobs:
     return token, ()
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)
