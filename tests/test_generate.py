@@ -390,6 +390,25 @@ def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, ent
   assert [shared for _, shared in entered] == [[0, 0], [0], [0]] and {shape for shape, _ in entered} == {(4, 96)}
 
 
+def test_a_slot_that_a_waiting_prompt_goes_on_from_is_taken_last(monkeypatch, entered):
+  """The first of four goes on with too much to be read beside the second, and waits; meanwhile two others take the slots of those that are
+  done with."""
+  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  prompts, more = random_prompts(40, 39, 38, 37, 8, 7, seed=16), random_prompts(150, 5, seed=17)
+  asked = {}
+
+  def reply(i, ids):
+    if i > 1 or i in asked:
+      return None
+    asked[i] = prompts[i] + ids + more[i]
+    return asked[i], 50 + i
+
+  late = sample(prompts, eos_ids=(), slots=4, reply=reply)
+  assert entered == [((4, 96), [0] * 4), ((4, 96), [50, 0, 0]), ((4, 256), [51])]
+  assert late[2:] == [naive_sampled(prompt, 2 + n, ()) for n, prompt in enumerate(prompts[2:])] and len(asked[0]) == 202
+  assert late[1] == naive_sampled(asked[1], 51, ())
+
+
 def test_replies_where_every_response_is_one_id(monkeypatch):
   monkeypatch.setattr(generate_lib, "SHARED", 4)
   answers, asked = converse(random_prompts(*range(20, 26), seed=14), 3, limit=1, slots=4)

@@ -9,7 +9,7 @@ A long beginning is not read again while a slot still holds it: the turns of a g
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,25 @@ def _check(prompt: Sequence[int], index: int, vocabulary: int) -> None:
     raise ValueError(f"generate got the id {wrong} in the prompt at index {index}: ids are at least 0 and below {vocabulary}")
 
 
+class _Entry(NamedTuple):
+  """Prompts that enter together; arrays are int32, one number a prompt.
+
+  Attributes:
+    prompts: their numbers.
+    rows: the slot of each.
+    source, shared: the slot that holds what the prompt begins with, and how many tokens of it.
+    at: the place in the batch in which the rest is read.
+    shape: what of that batch a device gets, prompts and tokens.
+  """
+
+  prompts: list[int]
+  rows: np.ndarray
+  source: np.ndarray
+  shared: np.ndarray
+  at: np.ndarray
+  shape: tuple[int, int]
+
+
 class _Run:
   """One call of `generate` under way: the slots, who sits in them, who waits, and who has ended.
 
@@ -205,8 +224,8 @@ class _Run:
     if drawn is None:
       return
     firsts, drawn, active = jax.device_get((firsts, drawn, self.slots.active))
-    for taken, at, first in firsts:
-      self._keep(taken, [array[at, None] for array in first])
+    for entry, first in firsts:
+      self._keep(entry.prompts, [array[entry.at, None] for array in first])
     rows, numbers = list(self.seated), list(self.seated.values())
     self._keep(numbers, [array[rows] for array in drawn])
     lengths = (drawn[0] >= 0).sum(1)
@@ -252,55 +271,54 @@ class _Run:
   def _free(self) -> list[int]:
     return [row for row in range(self.rows) if row not in self.seated and row not in self.ended]
 
-  def _enter(self):
-    """Prefills the next prompts into free slots. Returns their numbers, their places in the batch, and what was drawn for it."""
-    free = self._free()
-    taken, source, shared, at, (batch, length) = self._next(free)
+  def _enter(self) -> tuple[_Entry, tuple[jax.Array, ...]]:
+    """Prefills the next prompts into free slots. Returns who they are, and what was drawn for their batch."""
+    entry = self._next(self._free())
+    taken, rows, source, shared, at, (batch, length) = entry
     longest = max(len(self.prompts[i]) for i in taken)
     if longest >= self.size:
       self._grow(longest + 1)
-    rows = self._places(free, source, shared)
     own, order = self.rows // self.devices, np.zeros((self.devices * batch,), np.int32)  # the first one fills the batch
     order[at] = np.arange(len(taken))
     tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], len(taken), length, self.pad_id)
     places = np.full(order.shape, self.rows, np.int32)
-    places[at] = np.array(rows) % own
+    places[at] = rows % own
     requests = tuple(array[taken][order] for array in self.requests)
     begin = decode.Shared(*(array[order] for array in (source % own, (self.age + self.count)[source], shared)))
     begin = begin if self.always or shared.any() else None
     self.slots, first = decode.enter(self.weights, self.slots, tokens[order], lengths[order], places, requests, begin, **self.how)
-    for row, i in zip(rows, taken, strict=True):
+    for row, i in zip(rows.tolist(), taken, strict=True):
       self.held[row] = -1
       self.held[row, : len(self.prompts[i])] = self.prompts[i]
       self.count[row], self.age[row] = len(self.prompts[i]), 0
-    self.seated |= dict(zip(rows, taken, strict=True))
+      self.seated[row] = i
     self.waiting = [i for i in self.waiting if i not in taken]
-    return taken, at, first
+    return entry, first
 
-  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray) -> list[int]:
-    """A free slot on the same device for each: the one that holds its beginning, or else one that holds nothing, or else any."""
+  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray, wanted: list[int]) -> np.ndarray:
+    """A free slot on the same device for each: the one that holds its beginning, or else one that holds nothing, or else any, those
+    wanted by prompts that still wait last."""
     rows = []
     for row, count in zip(source.tolist(), shared.tolist(), strict=True):
       rows.append(row if count and row in free and row not in rows else None)
     held = self._held()
-    others = sorted((row for row in free if row not in rows), key=lambda row: held[row] > 0)
+    others = sorted((row for row in free if row not in rows), key=lambda row: (row in wanted, held[row] > 0))
     for n, row in enumerate(rows):
       if row is None:
         rows[n] = next(other for other in others if self.home[other] == self.home[source[n]])
         others.remove(rows[n])
-    return rows
+    return np.int32(rows)
 
   def _held(self) -> np.ndarray:
     """How many tokens of each slot can be read."""
     return np.where(self.count + self.age <= self.size, self.count, 0)
 
-  def _next(self, free: list[int]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
-    """Who enters next, all with about as much to read: their numbers, for each the slot that holds what the prompt begins with and how many
-    tokens of it, its place in the batch in which the rest is read, and what of that batch a device gets: prompts and tokens.
+  def _next(self, free: list[int]) -> _Entry:
+    """Who enters next, all with about as much to read.
 
     A prompt that begins like one of these waits until that one's slot can be read.
     """
-    taken, source, shared, nth, sizes, length = [], [], [], [], self.entries, 0
+    taken, source, shared, nth, wanted, sizes, length = [], [], [], [], [], self.entries, 0
     room = np.bincount(self.home[free], minlength=self.devices)  # prompts that a device can take
     others, held = np.full((len(free), max(map(len, self.prompts))), -1, np.int32), self._held()
     for i in self.waiting[: 2 * len(free)]:
@@ -315,6 +333,7 @@ class _Run:
         continue
       reads = bucket(len(prompt) - count, LENGTHS)
       if taken and not reads <= length <= 2 * reads:
+        wanted += [row] if count else []
         continue
       if not taken:
         length, size = reads, max(self.size, bucket(len(prompt) + 1, RINGS))
@@ -332,9 +351,10 @@ class _Run:
     n = max(nth) + 1
     batch = max([size for size in sizes if n <= size and (size < 2 * n or size * length <= FEW)] or [size for size in sizes if size <= n])
     those = np.flatnonzero(np.array(nth) < batch)
-    source = np.int32(source)[those]
-    at = self.home[source] * batch + np.array(nth)[those]
-    return [taken[k] for k in those], source, np.int32(shared)[those], at, (batch, length)
+    wanted += [source[k] for k in range(len(taken)) if nth[k] >= batch and shared[k]]
+    source, shared = np.int32(source)[those], np.int32(shared)[those]
+    rows = self._places(free, source, shared, wanted)
+    return _Entry([taken[k] for k in those], rows, source, shared, self.home[source] * batch + np.array(nth)[those], (batch, length))
 
   def _keep(self, numbers, drawn) -> None:
     """Adds what was drawn for each of these prompts; -1 is nothing."""
