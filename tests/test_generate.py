@@ -194,6 +194,52 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
 
 
+@pytest.fixture(name="drawing")
+def fixture_drawing(monkeypatch):
+  """How many slots each call of `decode` has, and how many of them are active."""
+  calls, run = [], decode.decode
+
+  def spy(weights, slots, *args, **how):
+    calls.append((len(slots.active), int(slots.active.sum())))
+    return run(weights, slots, *args, **how)
+
+  monkeypatch.setattr(decode, "decode", spy)
+  return calls
+
+
+def test_few_that_are_left_on_a_cpu_go_on_in_fewer_slots(monkeypatch, drawing):
+  monkeypatch.setattr(generate_lib, "CHUNK", 4)
+  prompts, limits = random_prompts(*range(10, 50), seed=18), [30 if i % 5 == 4 else 2 for i in range(40)]
+  expected = [naive_sampled(prompt, seed, limit=limit) for (seed, prompt), limit in zip(enumerate(prompts), limits, strict=True)]
+  assert sample(prompts, limit=limits) == expected
+  assert {slots for slots, _ in drawing} == {32, 8} and drawing == sorted(drawing, key=lambda call: -call[0])
+  assert all(active <= 8 for slots, active in drawing if slots == 8) and drawing.count((8, 8)) > 3
+  drawing.clear()
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert sample(prompts, limit=limits, slots=32) == expected and {slots for slots, _ in drawing} == {32}
+
+
+def test_conversations_go_on_in_fewer_slots(monkeypatch, entered, drawing):
+  """Five of 32 go on; what their slots hold is taken along."""
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
+  prompts, more, answers = random_prompts(*range(10, 42), seed=19), random_prompts(5, 7, seed=20), [[] for _ in range(32)]
+  asked = [[prompt] for prompt in prompts]
+
+  def reply(i, ids):
+    answers[i].append(ids)
+    if i % 7 or len(answers[i]) > 2:
+      return None
+    asked[i].append(asked[i][-1] + ids + more[len(answers[i]) - 1])
+    return asked[i][-1], 100 * i + len(answers[i])
+
+  sample(prompts, [100 * i for i in range(32)], reply=reply)
+  for i, (each, turns) in enumerate(zip(answers, asked, strict=True)):
+    assert each == [naive_sampled(prompt, 100 * i + turn) for turn, prompt in enumerate(turns)]
+  assert {slots for slots, _ in drawing} == {32, 8} and sum(map(len, asked)) == 42
+  held = sorted(count for _, shared in entered for count in shared if count)
+  assert held == sorted(len(turns[n]) - len(more[n - 1]) - 1 for turns in asked for n in range(1, len(turns)))
+
+
 # On a mesh of eight devices
 
 
@@ -296,7 +342,7 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch, entere
   expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
   assert len({tuple(ids) for ids in expected}) == len(prompts)
   for least, right in ((1000, [((8, 96), [0] * 7)]), (30, [((8, 96), [0] * 3), ((8, 96), [50, 50, 40, 40])])):
-    monkeypatch.setattr(generate_lib, "SHARED", least)
+    monkeypatch.setattr(generate_lib, "SHARED_CPU", least)
     monkeypatch.setattr(generate_lib, "WORTH_WAITING", least)
     entered.clear()
     assert sample(prompts) == expected and entered == right
@@ -324,7 +370,7 @@ def converse(prompts, turns, **how):
 @pytest.mark.parametrize("slots", [16, 4, 1])
 def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
   """Ten conversations of three turns, through fewer slots, in a ring that goes round and grows."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   answers, asked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
@@ -338,7 +384,7 @@ def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_a_conversation_on_a_mesh_goes_on_where_it_was(monkeypatch, entered, slots):
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   monkeypatch.setitem(globals(), "params", placed)
   _, asked = talked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
@@ -359,7 +405,8 @@ def test_a_text_before_all_prompts_is_read_once_a_device(monkeypatch, entered):
 
 def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
   """One conversation waits, while a long answer goes round the ring in the other slot."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "TURN", 96)  # both are read in one batch
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   first, second = random_prompts(50, 3, seed=13)
   calls = []
@@ -380,7 +427,8 @@ def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
 
 def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, entered):
   """As above, and a long prompt makes the ring grow before the overwritten slot is looked at: 91 columns would fit into it now."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "TURN", 96)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   monkeypatch.setattr(generate_lib, "CHUNK_REPLIES", 40)
   first, second, long = random_prompts(50, 3, 70, seed=13)
@@ -393,7 +441,7 @@ def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, ent
 def test_a_slot_that_a_waiting_prompt_goes_on_from_is_taken_last(monkeypatch, entered):
   """The first of four goes on with too much to be read beside the second, and waits; meanwhile two others take the slots of those that are
   done with."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   prompts, more = random_prompts(40, 39, 38, 37, 8, 7, seed=16), random_prompts(150, 5, seed=17)
   asked = {}
 
@@ -404,13 +452,13 @@ def test_a_slot_that_a_waiting_prompt_goes_on_from_is_taken_last(monkeypatch, en
     return asked[i], 50 + i
 
   late = sample(prompts, eos_ids=(), slots=4, reply=reply)
-  assert entered == [((4, 96), [0] * 4), ((4, 96), [50, 0, 0]), ((4, 256), [51])]
+  assert entered == [((4, 40), [0] * 4), ((4, 40), [50, 0, 0]), ((4, 256), [51])]
   assert late[2:] == [naive_sampled(prompt, 2 + n, ()) for n, prompt in enumerate(prompts[2:])] and len(asked[0]) == 202
   assert late[1] == naive_sampled(asked[1], 51, ())
 
 
 def test_replies_where_every_response_is_one_id(monkeypatch):
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   answers, asked = converse(random_prompts(*range(20, 26), seed=14), 3, limit=1, slots=4)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
     assert each == [naive_sampled(prompt, 100 * i + turn, limit=1) for turn, prompt in enumerate(prompts)]

@@ -134,6 +134,12 @@ def grow(slots: Slots, *, size: int, path: str) -> Slots:
   return slots._replace(keys=keys, values=tuple(widen(ring, 2) for ring in slots.values), column=jnp.int32(S))
 
 
+@jax.jit
+def pick(slots: Slots, rows_R: Int[Array, "R"]) -> Slots:
+  """These rows alone."""
+  return jax.tree.map(lambda leaf: leaf[rows_R] if leaf.ndim else leaf, slots)
+
+
 class Shared(NamedTuple):
   """What prompts begin with and the ring holds: of prompt r the first count[r] tokens are those of row source[r], which begins back[r]
   columns before the one to be written next. All [R] int32."""
@@ -192,7 +198,9 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
       return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
     seen = jnp.concatenate([jnp.broadcast_to((jnp.arange(S) < count[:, None])[:, None], (R, T, S)), own], axis=-1)
-    return attention.attend(q, keys[-1], values[-1], seen, _prefill_path(weights))
+    if _prefill_path(weights) == "xla":
+      return ring.attend_many(q, keys[-1], values[-1], seen)
+    return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
 
   with jax.named_scope("prefill"):
     hidden = _forward(weights, architecture, tokens_RxT, attend)

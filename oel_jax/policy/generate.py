@@ -24,11 +24,14 @@ ENTRIES = (1, 4, 32, 256)  # prompts that enter together; more than half of a ba
 FEW = 1024  # tokens, padding included
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
 LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+TURN = 40  # goes before them for replies on a CPU, which are short: there, padding is not for nothing
 RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 CACHE_BYTES = 16 << 30  # a device, of the keys and values of the first prompts and their responses; longer replies make it more
 SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
-SHARED = 48  # tokens in common that are worth taking from a slot, and
+FEWER = 8  # and so many when no more are left of four times as many
+SHARED = 48  # tokens in common that are worth taking from a slot,
+SHARED_CPU = 24  # the same; there, the slots are looked at for every prompt, and
 WORTH_WAITING = 128  # worth waiting until they stand in one
 CHUNK = 64  # tokens a row between two looks at who has ended
 CHUNK_REPLIES = 4  # the same while replies are made up
@@ -193,15 +196,15 @@ class _Run:
     longest = max(map(len, prompts))
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
-    self.devices = mesh.size if decode.row_axes(mesh) else 1
-    cap = SLOTS_CPU if jax.default_backend() == "cpu" else SLOTS
-    most = slots // self.devices if slots else min(CACHE_BYTES // (whole * token_bytes), cap)
+    self.devices, self.cpu = mesh.size if decode.row_axes(mesh) else 1, jax.default_backend() == "cpu"
+    most = slots // self.devices if slots else min(CACHE_BYTES // (whole * token_bytes), SLOTS_CPU if self.cpu else SLOTS)
     own = min(bucket(-(-len(prompts) // self.devices), BATCHES), max(b for b in BATCHES if b <= max(1, most)))
     self.rows, self.home = self.devices * own, np.repeat(np.arange(self.devices), own)
     self.entries = [*(size for size in ENTRIES if size < own), own]
     self.how |= dict(path=ring.path(architecture, dtype), mesh=mesh)
     # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and for a small model no loss.
-    self.always = reply is not None or jax.default_backend() == "cpu"
+    self.always = reply is not None or self.cpu
+    self.lengths = (TURN, *LENGTHS) if reply is not None and self.cpu else LENGTHS
     # In XLA the attention reads the whole ring: there it grows with what is filled.
     self.size = whole if self.how["path"] == "triton" else bucket(longest + 1, RINGS)
     self.slots = decode.empty(
@@ -217,6 +220,7 @@ class _Run:
     if len(self._free()) >= max(1, self.rows // 8):
       while self.waiting and self._free():
         firsts.append(self._enter())
+    self._shrink()
     drawn = self._draw() if self.seated else None
     for i in self.ended.values():
       self._go_on(i)
@@ -256,6 +260,17 @@ class _Run:
     self.count[self.count + self.age > self.size] = 0
     self.held = np.pad(self.held, ((0, 0), (0, size - self.size)), constant_values=-1)
     self.size = size
+
+  def _shrink(self) -> None:
+    """On a CPU, where a token takes as long as there are rows: lets go of most slots when nobody waits and few are left."""
+    kept = [*self.seated, *self.ended]
+    if self.waiting or len(kept) > FEWER or self.rows < 4 * FEWER or self.devices > 1 or not self.cpu:
+      return
+    rows = np.int32([*kept, *self._free()][:FEWER])
+    self.slots = decode.pick(self.slots, rows)
+    self.held, self.count, self.age, self.home = (array[rows] for array in (self.held, self.count, self.age, self.home))
+    self.seated, self.ended = ({n: of[row] for n, row in enumerate(rows.tolist()) if row in of} for of in (self.seated, self.ended))
+    self.rows, self.entries = FEWER, [size for size in self.entries if size < FEWER]
 
   def _go_on(self, i: int) -> None:
     """Asks what follows a response; if something does, it waits before all others."""
@@ -324,14 +339,14 @@ class _Run:
     for i in self.waiting[: 2 * len(free)]:
       prompt = np.asarray(self.prompts[i], np.int32)
       alike = np.minimum(_alike(self.held, prompt), held)
-      alike[alike < SHARED] = 0
+      alike[alike < (SHARED_CPU if self.cpu else SHARED)] = 0
       # Where most of it stands, and then where most room is.
       row = int(np.where(room[self.home] > 0, alike * (self.rows + 1) + room[self.home], -1).argmax())
       home, count = self.home[row], int(alike[row])
       beside = np.flatnonzero(self.home[source] == home) if taken else []
       if len(beside) and _alike(others[beside], prompt).max() >= count + WORTH_WAITING:
         continue
-      reads = bucket(len(prompt) - count, LENGTHS)
+      reads = bucket(len(prompt) - count, self.lengths)
       if taken and not reads <= length <= 2 * reads:
         wanted += [row] if count else []
         continue
