@@ -194,6 +194,27 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
 
 
+def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
+  def made(**how):
+    raise InterruptedError(how["rows"])
+
+  monkeypatch.setattr(decode, "empty", made)
+
+  def rows(count, limit=1):
+    with pytest.raises(InterruptedError) as raised:
+      sample([[1] * 5] * count, limit=limit)
+    return raised.value.args[0]
+
+  assert (rows(3), rows(40)) == (4, 32)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert rows(300) == 256
+  token = 2 * TINY.layers * TINY.kv_heads * TINY.head_size * 4
+  monkeypatch.setattr(generate_lib, "CACHE_BYTES", 20 * 512 * token)
+  assert rows(40, limit=300) == 16  # room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size
+  monkeypatch.setattr(generate_lib, "CACHE_BYTES", 0)
+  assert rows(2) == 1
+
+
 @pytest.fixture(name="drawing")
 def fixture_drawing(monkeypatch):
   """How many slots each call of `decode` has, and how many of them are active."""
@@ -566,6 +587,21 @@ def test_the_filtered_distribution_is_that_of_transformers(sampling, vocabulary)
   for warper in warpers:
     scores = warper(None, scores)
   np.testing.assert_allclose(filter_logits(jnp.asarray(logits), sampling), scores.numpy(), rtol=1e-6)
+
+
+def test_each_filter_sees_what_the_one_before_has_left():
+  """Transformers' order is top-k, top-p, min-p: each other order would keep another number."""
+  kept = lambda p, *filters: int(np.isfinite(filter_logits(jnp.log(jnp.asarray([p])), Sampling(1.0, *filters))).sum())
+  p = [0.5, 0.3, 0.1, 0.06, 0.04]
+  assert kept(p, 0.85, 0, 0.15) == 3  # min-p first would leave 0.56, 0.33 and 0.11, of which two are enough for top-p
+  assert kept(p, 0.85, 3) == 2  # top-p first would keep three
+  assert kept(p, 0.85, 4, 0.1) == 3 and kept(p, 0.85, 4, 0.25) == 2 and kept(p, 0.95, 3, 0.19) == 3
+  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  for filters in ((0.85, 0, 0.15), (0.85, 3, 0.0), (0.85, 4, 0.1), (0.85, 4, 0.25), (0.95, 3, 0.19), (0.95, 3, 0.25)):
+    top_p, top_k, min_p = filters
+    config = transformers.GenerationConfig(do_sample=True, top_p=top_p, top_k=top_k, min_p=min_p or None)
+    theirs = transformers.GenerationMixin()._get_logits_processor(config)  # in the order of its own generate
+    assert kept(p, *filters) == int(torch.isfinite(theirs(None, torch.tensor([p]).log())).sum()), filters
 
 
 def test_ties():
