@@ -302,27 +302,26 @@ class _Run:
     begin = decode.Shared(*(array[order] for array in (source % own, (self.age + self.count)[source], shared)))
     begin = begin if self.always or shared.any() else None
     self.slots, first = decode.enter(self.weights, self.slots, tokens[order], lengths[order], places, requests, begin, **self.how)
+    gone = set(taken)
+    self.waiting = [i for i in self.waiting if i not in gone]
     for row, i in zip(rows.tolist(), taken, strict=True):
       self.held[row] = -1
       self.held[row, : len(self.prompts[i])] = self.prompts[i]
       self.count[row], self.age[row] = len(self.prompts[i]), 0
       self.seated[row] = i
-    self.waiting = [i for i in self.waiting if i not in taken]
     return entry, first
 
-  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray, wanted: list[int]) -> np.ndarray:
+  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray, wanted: set[int]) -> np.ndarray:
     """A free slot on the same device for each: the one that holds its beginning, or else one that holds nothing, or else any, those
     wanted by prompts that still wait last."""
-    rows = []
+    left, rows = set(free), []
     for row, count in zip(source.tolist(), shared.tolist(), strict=True):
-      rows.append(row if count and row in free and row not in rows else None)
-    held = self._held()
-    others = sorted((row for row in free if row not in rows), key=lambda row: (row in wanted, held[row] > 0))
-    for n, row in enumerate(rows):
-      if row is None:
-        rows[n] = next(other for other in others if self.home[other] == self.home[source[n]])
-        others.remove(rows[n])
-    return np.int32(rows)
+      rows.append(row if count and row in left else None)
+      left.discard(rows[-1])
+    held, others = self._held(), [[] for _ in range(self.devices)]
+    for row in sorted(left, key=lambda row: (row in wanted, held[row] > 0, row), reverse=True):
+      others[self.home[row]].append(row)
+    return np.int32([others[home].pop() if row is None else row for row, home in zip(rows, self.home[source], strict=True)])
 
   def _held(self) -> np.ndarray:
     """How many tokens of each slot can be read."""
@@ -333,22 +332,21 @@ class _Run:
 
     A prompt that begins like one of these waits until that one's slot can be read.
     """
-    taken, source, shared, nth, wanted, sizes, length = [], [], [], [], [], self.entries, 0
+    taken, source, shared, nth, wanted, sizes, length = [], [], [], [], set(), self.entries, 0
     room = np.bincount(self.home[free], minlength=self.devices)  # prompts that a device can take
     others, held = np.full((len(free), max(map(len, self.prompts))), -1, np.int32), self._held()
     for i in self.waiting[: 2 * len(free)]:
       prompt = np.asarray(self.prompts[i], np.int32)
-      alike = np.minimum(_alike(self.held, prompt), held)
-      alike[alike < (SHARED_CPU if self.cpu else SHARED)] = 0
+      alike = np.minimum(_alike(self.held, prompt, SHARED_CPU if self.cpu else SHARED), held)
       # Where most of it stands, and then where most room is.
       row = int(np.where(room[self.home] > 0, alike * (self.rows + 1) + room[self.home], -1).argmax())
       home, count = self.home[row], int(alike[row])
       beside = np.flatnonzero(self.home[source] == home) if taken else []
-      if len(beside) and _alike(others[beside], prompt).max() >= count + WORTH_WAITING:
+      if len(beside) and _alike(others[beside], prompt, count + WORTH_WAITING).any():
         continue
       reads = bucket(len(prompt) - count, self.lengths)
       if taken and not reads <= length <= 2 * reads:
-        wanted += [row] if count else []
+        wanted |= {row} if count else set()
         continue
       if not taken:
         length, size = reads, max(self.size, bucket(len(prompt) + 1, RINGS))
@@ -366,7 +364,7 @@ class _Run:
     n = max(nth) + 1
     batch = max([size for size in sizes if n <= size and (size < 2 * n or size * length <= FEW)] or [size for size in sizes if size <= n])
     those = np.flatnonzero(np.array(nth) < batch)
-    wanted += [source[k] for k in range(len(taken)) if nth[k] >= batch and shared[k]]
+    wanted |= {source[k] for k in range(len(taken)) if nth[k] >= batch and shared[k]}
     source, shared = np.int32(source)[those], np.int32(shared)[those]
     rows = self._places(free, source, shared, wanted)
     return _Entry([taken[k] for k in those], rows, source, shared, self.home[source] * batch + np.array(nth)[those], (batch, length))
@@ -378,11 +376,16 @@ class _Run:
         kept[i].extend(row[ids >= 0].tolist())
 
 
-def _alike(rows: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-  """How many tokens each row [n, length] begins with in common with a prompt, of which one more is left to read."""
+def _alike(rows: np.ndarray, prompt: np.ndarray, least: int) -> np.ndarray:
+  """How many tokens each row [n, length] begins with in common with a prompt, of which one more is left to read; fewer than `least` count
+  as 0."""
   most = min(rows.shape[1], len(prompt) - 1)
+  # Mostly there is none: whole rows of a few thousand slots take a host milliseconds a prompt.
+  if most < least or not (rows[:, :least] == prompt[:least]).all(1).any():
+    return np.zeros((len(rows),), int)
   same = rows[:, :most] == prompt[:most]
-  return np.where(same.all(1), most, same.argmin(1) if most else 0)
+  count = np.where(same.all(1), most, same.argmin(1))
+  return np.where(count < least, 0, count)
 
 
 def pad_right(sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
