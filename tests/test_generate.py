@@ -1,6 +1,7 @@
 """Sampling: against a naive loop that runs the whole forward for every token, and against float64 distributions."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from oel_jax.policy import generate as generate_lib
 from oel_jax.policy import decode, model, ring
+from oel_jax.policy import sampling as sampling_lib
 from oel_jax.policy.architecture import named
 from oel_jax.policy.generate import Policy, generate
 from oel_jax.policy.sampling import Sampling, filter_logits, sample_token
@@ -192,9 +194,87 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
 
 
-def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows(monkeypatch):
+def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
+  def made(**how):
+    raise InterruptedError(how["rows"])
+
+  monkeypatch.setattr(decode, "empty", made)
+
+  def rows(count, limit=1):
+    with pytest.raises(InterruptedError) as raised:
+      sample([[1] * 5] * count, limit=limit)
+    return raised.value.args[0]
+
+  assert (rows(3), rows(40)) == (4, 32)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert rows(300) == 256
+  token = 2 * TINY.layers * TINY.kv_heads * TINY.head_size * 4
+  monkeypatch.setattr(generate_lib, "CACHE_BYTES", 20 * 512 * token)
+  assert rows(40, limit=300) == 16  # room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size
+  monkeypatch.setattr(generate_lib, "CACHE_BYTES", 0)
+  assert rows(2) == 1
+
+
+@pytest.fixture(name="drawing")
+def fixture_drawing(monkeypatch):
+  """How many slots each call of `decode` has, and how many of them are active."""
+  calls, run = [], decode.decode
+
+  def spy(weights, slots, *args, **how):
+    calls.append((len(slots.active), int(slots.active.sum())))
+    return run(weights, slots, *args, **how)
+
+  monkeypatch.setattr(decode, "decode", spy)
+  return calls
+
+
+def test_few_that_are_left_on_a_cpu_go_on_in_fewer_slots(monkeypatch, drawing):
+  monkeypatch.setattr(generate_lib, "CHUNK", 4)
+  prompts, limits = random_prompts(*range(10, 50), seed=18), [30 if i % 5 == 4 else 2 for i in range(40)]
+  expected = [naive_sampled(prompt, seed, limit=limit) for (seed, prompt), limit in zip(enumerate(prompts), limits, strict=True)]
+  assert sample(prompts, limit=limits) == expected
+  assert {slots for slots, _ in drawing} == {32, 8} and drawing == sorted(drawing, key=lambda call: -call[0])
+  assert all(active <= 8 for slots, active in drawing if slots == 8) and drawing.count((8, 8)) > 3
+  drawing.clear()
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert sample(prompts, limit=limits, slots=32) == expected and {slots for slots, _ in drawing} == {32}
+
+
+def test_conversations_go_on_in_fewer_slots(monkeypatch, entered, drawing):
+  """Five of 32 go on; what their slots hold is taken along."""
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
+  prompts, more, answers = random_prompts(*range(10, 42), seed=19), random_prompts(5, 7, seed=20), [[] for _ in range(32)]
+  asked = [[prompt] for prompt in prompts]
+
+  def reply(i, ids):
+    answers[i].append(ids)
+    if i % 7 or len(answers[i]) > 2:
+      return None
+    asked[i].append(asked[i][-1] + ids + more[len(answers[i]) - 1])
+    return asked[i][-1], 100 * i + len(answers[i])
+
+  sample(prompts, [100 * i for i in range(32)], reply=reply)
+  for i, (each, turns) in enumerate(zip(answers, asked, strict=True)):
+    assert each == [naive_sampled(prompt, 100 * i + turn) for turn, prompt in enumerate(turns)]
+  assert {slots for slots, _ in drawing} == {32, 8} and sum(map(len, asked)) == 42
+  held = sorted(count for _, shared in entered for count in shared if count)
+  assert held == sorted(len(turns[n]) - len(more[n - 1]) - 1 for turns in asked for n in range(1, len(turns)))
+
+
+# On a mesh of eight devices
+
+
+@functools.cache
+def placed():
   mesh = mesh_lib.make_mesh(ml_collections.ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
-  placed = jax.device_put(params(), mesh_lib.param_shardings(mesh, params()))
+  return jax.device_put(params(), mesh_lib.param_shardings(mesh, params()))
+
+
+def on_mesh(prompts, seeds, **how):
+  return generate(placed(), TINY, prompts, seeds, sampling=FREE, eos_ids=(510, 511), pad_id=1, **how)
+
+
+def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows(monkeypatch):
   prompts, seen, run = random_prompts(*range(3, 15), seed=10), [], decode.decode
 
   def spy(weights, slots, *args, **how):
@@ -204,9 +284,56 @@ def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows
   monkeypatch.setattr(decode, "decode", spy)
   before = run._cache_size()
   for _ in range(2):
-    found = generate(placed, TINY, prompts, range(12), sampling=FREE, max_new_tokens=24, eos_ids=(510, 511), pad_id=1, slots=8)
-    assert found == sample(prompts, limit=24)
+    assert on_mesh(prompts, range(12), max_new_tokens=24, slots=8) == sample(prompts, limit=24)
   assert set(seen[:2]) == {(True, 1)} and run._cache_size() - before <= 3
+
+
+@pytest.mark.parametrize("slots,own", [(None, 4), (12, 1), (3, 1)])
+def test_prompts_are_read_on_the_device_of_their_slot(monkeypatch, slots, own):
+  prompts, entries, enter = random_prompts(*range(3, 23), seed=10), [], decode.enter
+  right, expected = sample(prompts, logprobs=True)
+
+  def spy(*args, **how):
+    slots, first = enter(*args, **how)
+    entries.append((args[2].shape, {shard.data.shape for shard in first[0].addressable_shards}))
+    return slots, first
+
+  monkeypatch.setattr(decode, "enter", spy)
+  ids, scores = on_mesh(prompts, range(20), max_new_tokens=LIMIT, slots=slots, logprobs=True)
+  assert ids == right and all(entry == ((8 * own, 96), {(own,)}) for entry in entries)
+  for found, score in zip(scores, expected, strict=True):
+    np.testing.assert_allclose(found, score, atol=1e-4)
+
+
+def test_several_processes_keep_all_rows_everywhere(monkeypatch):
+  monkeypatch.setattr(decode, "row_axes", lambda mesh: ())
+  prompts = random_prompts(*range(3, 15), seed=10)
+  assert on_mesh(prompts, range(12), max_new_tokens=13) == sample(prompts, limit=13)
+
+
+def test_the_kernel_runs_on_a_mesh(monkeypatch):
+  monkeypatch.setattr(ring, "path", lambda *_: "triton")
+  traced, step = [], ring.step
+  monkeypatch.setattr(ring, "step", lambda *args, **how: traced.append(args[0].shape[0]) or step(*args, **how, interpret=True))
+  prompts = random_prompts(*range(3, 15), seed=10)
+  assert on_mesh(prompts, range(12), max_new_tokens=7) == [naive_sampled(prompt, seed, limit=7) for seed, prompt in enumerate(prompts)]
+  assert traced == [4] * TINY.layers  # of 32 rows
+
+
+def test_on_a_mesh_nothing_is_exchanged_but_how_many_rows_are_left():
+  mesh = jax.tree.leaves(placed())[0].sharding.mesh
+  weights = decode.prepare(placed(), architecture=TINY, dtype=jnp.float32, mesh=mesh)
+  slots = decode.empty(architecture=TINY, rows=16, size=64, ends=2, dtype=jnp.float32, path="xla", mesh=mesh)
+  how = dict(architecture=TINY, sampling=Sampling(0.7, 0.8, 20, 0.01), logprobs=True, path="xla", mesh=mesh)
+  zero = np.zeros((8,), np.int32)
+  requests = zero.astype(np.uint32), zero + 9, np.zeros((8, 2), np.int32)
+  given = np.zeros((8, 32), np.int32), zero + 1, zero, requests, decode.Shared(zero, zero, zero)
+  drawing = decode.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), chunk=8, **how).compile().as_text()
+  entering = decode.enter.lower(weights, slots, *given, **how).compile().as_text()
+  collective = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(-start)?\(")
+  found = {(shape, name) for shape, name, _ in collective.findall(drawing)}
+  assert found == {("s32[]", "all-reduce")} and not collective.findall(entering)
+  assert collective.findall("  %a = f32[2,8]{1,0} all-gather(%b), dimensions={0}") == [("f32[2,8]{1,0}", "all-gather", "")]
 
 
 # What a slot holds is not read again
@@ -236,7 +363,7 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch, entere
   expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
   assert len({tuple(ids) for ids in expected}) == len(prompts)
   for least, right in ((1000, [((8, 96), [0] * 7)]), (30, [((8, 96), [0] * 3), ((8, 96), [50, 50, 40, 40])])):
-    monkeypatch.setattr(generate_lib, "SHARED", least)
+    monkeypatch.setattr(generate_lib, "SHARED_CPU", least)
     monkeypatch.setattr(generate_lib, "WORTH_WAITING", least)
     entered.clear()
     assert sample(prompts) == expected and entered == right
@@ -264,7 +391,7 @@ def converse(prompts, turns, **how):
 @pytest.mark.parametrize("slots", [16, 4, 1])
 def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
   """Ten conversations of three turns, through fewer slots, in a ring that goes round and grows."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   answers, asked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
@@ -276,9 +403,31 @@ def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
   assert held == right
 
 
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_conversation_on_a_mesh_goes_on_where_it_was(monkeypatch, entered, slots):
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
+  monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
+  monkeypatch.setitem(globals(), "params", placed)
+  _, asked = talked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
+  monkeypatch.undo()
+  assert talked == converse(random_prompts(*range(20, 30), seed=12), 2)
+  held = sorted(count for _, shared in entered for count in shared or [] if count)
+  assert held == sorted(len(prompt) - 6 for prompts in asked for prompt in prompts[1:])
+
+
+def test_a_text_before_all_prompts_is_read_once_a_device(monkeypatch, entered):
+  monkeypatch.setattr(generate_lib, "WORTH_WAITING", 30)
+  text, *rest = random_prompts(60, *range(3, 23), seed=12)
+  prompts = [text + own for own in rest]
+  assert on_mesh(prompts, range(20), max_new_tokens=LIMIT) == sample(prompts)
+  shares = [shared for (rows, _), shared in entered if rows % 8 == 0][:2]
+  assert [sorted(shared) for shared in shares] == [[0] * 8, [60] * 12]
+
+
 def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
   """One conversation waits, while a long answer goes round the ring in the other slot."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "TURN", 96)  # both are read in one batch
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   first, second = random_prompts(50, 3, seed=13)
   calls = []
@@ -299,7 +448,8 @@ def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
 
 def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, entered):
   """As above, and a long prompt makes the ring grow before the overwritten slot is looked at: 91 columns would fit into it now."""
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "TURN", 96)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   monkeypatch.setattr(generate_lib, "CHUNK_REPLIES", 40)
   first, second, long = random_prompts(50, 3, 70, seed=13)
@@ -309,8 +459,27 @@ def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, ent
   assert [shared for _, shared in entered] == [[0, 0], [0], [0]] and {shape for shape, _ in entered} == {(4, 96)}
 
 
+def test_a_slot_that_a_waiting_prompt_goes_on_from_is_taken_last(monkeypatch, entered):
+  """The first of four goes on with too much to be read beside the second, and waits; meanwhile two others take the slots of those that are
+  done with."""
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
+  prompts, more = random_prompts(40, 39, 38, 37, 8, 7, seed=16), random_prompts(150, 5, seed=17)
+  asked = {}
+
+  def reply(i, ids):
+    if i > 1 or i in asked:
+      return None
+    asked[i] = prompts[i] + ids + more[i]
+    return asked[i], 50 + i
+
+  late = sample(prompts, eos_ids=(), slots=4, reply=reply)
+  assert entered == [((4, 40), [0] * 4), ((4, 40), [50, 0, 0]), ((4, 256), [51])]
+  assert late[2:] == [naive_sampled(prompt, 2 + n, ()) for n, prompt in enumerate(prompts[2:])] and len(asked[0]) == 202
+  assert late[1] == naive_sampled(asked[1], 51, ())
+
+
 def test_replies_where_every_response_is_one_id(monkeypatch):
-  monkeypatch.setattr(generate_lib, "SHARED", 4)
+  monkeypatch.setattr(generate_lib, "SHARED_CPU", 4)
   answers, asked = converse(random_prompts(*range(20, 26), seed=14), 3, limit=1, slots=4)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
     assert each == [naive_sampled(prompt, 100 * i + turn, limit=1) for turn, prompt in enumerate(prompts)]
@@ -420,6 +589,21 @@ def test_the_filtered_distribution_is_that_of_transformers(sampling, vocabulary)
   np.testing.assert_allclose(filter_logits(jnp.asarray(logits), sampling), scores.numpy(), rtol=1e-6)
 
 
+def test_each_filter_sees_what_the_one_before_has_left():
+  """Transformers' order is top-k, top-p, min-p: each other order would keep another number."""
+  kept = lambda p, *filters: int(np.isfinite(filter_logits(jnp.log(jnp.asarray([p])), Sampling(1.0, *filters))).sum())
+  p = [0.5, 0.3, 0.1, 0.06, 0.04]
+  assert kept(p, 0.85, 0, 0.15) == 3  # min-p first would leave 0.56, 0.33 and 0.11, of which two are enough for top-p
+  assert kept(p, 0.85, 3) == 2  # top-p first would keep three
+  assert kept(p, 0.85, 4, 0.1) == 3 and kept(p, 0.85, 4, 0.25) == 2 and kept(p, 0.95, 3, 0.19) == 3
+  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  for filters in ((0.85, 0, 0.15), (0.85, 3, 0.0), (0.85, 4, 0.1), (0.85, 4, 0.25), (0.95, 3, 0.19), (0.95, 3, 0.25)):
+    top_p, top_k, min_p = filters
+    config = transformers.GenerationConfig(do_sample=True, top_p=top_p, top_k=top_k, min_p=min_p or None)
+    theirs = transformers.GenerationMixin()._get_logits_processor(config)  # in the order of its own generate
+    assert kept(p, *filters) == int(torch.isfinite(theirs(None, torch.tensor([p]).log())).sum()), filters
+
+
 def test_ties():
   kept = lambda row, sampling: np.isfinite(np.asarray(filter_logits(jnp.asarray([row], jnp.float32), sampling)))[0].tolist()
   assert kept([1, 3, 2, 2, 0], Sampling(1.0, 1.0, 2)) == [False, True, True, True, False]  # top-k keeps all that tie with the k-th
@@ -428,6 +612,52 @@ def test_ties():
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.1))) == 1
   assert kept([5, 5, -9, -9], Sampling(1.0, 0.9)) == [True, True, False, False]
   assert kept([-np.inf, 0, -np.inf, 0], Sampling(1.0, 0.9)) == [False, True, False, True]
+
+
+@pytest.fixture(name="sorts")
+def fixture_sorts(monkeypatch):
+  """One entry for each time that whole rows were sorted, also within a program."""
+  counted, sort = [], sampling_lib._sort_and_filter
+
+  def spy(*args):
+    jax.debug.callback(lambda: counted.append(1))
+    return sort(*args)
+
+  monkeypatch.setattr(sampling_lib, "_sort_and_filter", spy)
+  return counted
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, 0.8), Sampling(0.7, 0.8, 20)], ids=str)
+def test_a_row_that_has_ended_makes_no_other_be_sorted(sorts, sampling):
+  peaked = np.concatenate([3 * np.arange(10.0), np.linspace(-2, -1, 90)])
+  logits = jnp.asarray(np.stack([peaked, np.ones(100), peaked[::-1]]), jnp.float32)  # the middle one's ids tie
+  right = filter_logits(logits, sampling)
+  jax.effects_barrier()
+  assert sorts == [1]
+  found = filter_logits(logits, sampling, jnp.array([True, False, True]))
+  jax.effects_barrier()
+  assert sorts == [1]
+  np.testing.assert_array_equal(found[::2], right[::2])
+  np.testing.assert_array_equal(filter_logits(logits, sampling, jnp.array([True, True, False]))[:2], right[:2])
+  jax.effects_barrier()
+  assert sorts == [1, 1]
+
+
+def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
+  """Where all layers are 0, an id whose embedding is 0 has logits that tie. It stands in the slots without a prompt, and in the filling."""
+  weights = jax.tree.map(np.zeros_like, params()) | {"norm": params()["norm"], "embed": jax.tree.map(np.copy, params()["embed"])}
+  weights["embed"]["embedding"][0] = 0
+  weights = decode.prepare(weights, architecture=TINY, dtype=jnp.float32)
+  slots = decode.empty(architecture=TINY, rows=4, size=64, ends=1, dtype=jnp.float32, path="xla")
+  how = dict(architecture=TINY, sampling=Sampling(0.2, 0.9), logprobs=False, path="xla")
+  requests = np.arange(2, dtype=np.uint32), np.full((2,), 9, np.int32), np.full((2, 1), -1, np.int32)
+  for rows in ([1, 4], [1, 2]):  # what fills the batch; then the same as a prompt
+    slots, first = decode.enter(weights, slots, np.int32([[7, 8, 9], [0, 0, 0]]), np.int32([3, 3]), np.int32(rows), requests, None, **how)
+    if rows == [1, 4]:
+      slots, _ = decode.decode(weights, slots, 1, 1, chunk=8, **how)
+    jax.block_until_ready(first)
+    jax.effects_barrier()
+    assert sorts == [1] * (rows == [1, 2])
 
 
 def test_the_filter_is_the_same_for_bfloat16_logits_of_the_same_value():

@@ -113,7 +113,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
   monkeypatch.setattr(decode, "_draw", watched)
   for name in ("enter", "decode"):  # functions of their own: programs that another test compiled keep nothing
     own = lambda *args, made=getattr(decode, name).__wrapped__, **how: made(*args, **how)
-    monkeypatch.setattr(decode, name, jax.jit(own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path")))
+    monkeypatch.setattr(decode, name, jax.jit(own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh")))
   found = generate.generate(
       huggingface.load(folder, shape), shape, rows, [1, 2, 3], sampling=generate.Sampling(1.0), max_new_tokens=12, eos_ids=(), pad_id=0,
       logprobs=True,

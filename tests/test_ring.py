@@ -43,6 +43,23 @@ def test_each_row_sees_what_it_fills(column):
   np.testing.assert_allclose(ring.attend(*map(jnp.asarray, given)), right, atol=1e-5)
 
 
+def test_many_queries_see_what_their_mask_says():
+  rng = np.random.default_rng(0)
+  q, mask = rng.standard_normal((3, 6, 4, 32)), rng.random((3, 6, 9)) < 0.4
+  k, v = rng.standard_normal((2, 3, 2, 9, 32))
+  mask[..., 0] = True
+  right = np.zeros_like(q)
+  for b, t, n in np.ndindex(3, 6, 4):
+    scores = k[b, n // 2, mask[b, t]] @ q[b, t, n] / 32**0.5
+    weights = np.exp(scores - scores.max())
+    right[b, t, n] = weights @ v[b, n // 2, mask[b, t]] / weights.sum()
+  given = *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask)
+  np.testing.assert_allclose(ring.attend_many(*given), right, atol=1e-5)
+  half = *(x.astype(jnp.bfloat16) for x in given[:3]), given[3]
+  assert ring.attend_many(*half).dtype == jnp.bfloat16
+  np.testing.assert_allclose(ring.attend_many(*half).astype(jnp.float32), right, atol=0.05)
+
+
 # Rows are attended to whole, or in parts.
 @pytest.mark.parametrize("column,normed,programs", [(0, True, 1), (5, False, 512), (63, True, 512), (64, False, 1), (191, True, 512)])
 def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, programs):

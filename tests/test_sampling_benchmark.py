@@ -5,7 +5,10 @@ import json
 import pathlib
 import sys
 
+import jax.numpy as jnp
 import pytest
+
+from oel_jax.policy.architecture import named
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 _spec = importlib.util.spec_from_file_location("sampling", FOLDER / "sampling.py")
@@ -26,3 +29,19 @@ def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):
     assert row["limit_ms"] == pytest.approx(1e3 * read / result["bytes_per_s"])
     assert row["share"] == pytest.approx(row["limit_ms"] / row["decode_ms"])
   assert capsys.readouterr().out.count("| 20 | 8 |") == 2
+
+
+def test_mixed_lengths_are_compared_with_equal_ones_of_the_same_sum(monkeypatch):
+  given, run = [], sampling.generate
+  monkeypatch.setattr(sampling, "generate", lambda *args, **how: given.append((args[2], how["slots"])) or run(*args, **how))
+  shape = named("pocket-tiny")
+  found = sampling.mixed(sampling.random_params(shape, jnp.float32), shape, jnp.float32, repeats=1, new=3, count=6)
+  assert found["share"] == pytest.approx(found["mixed_tokens_per_s"] / found["equal_tokens_per_s"]) and found["share"] > 0
+  lengths = [sorted(map(len, prompts)) for prompts, _ in given]
+  assert sorted(map(tuple, lengths))[0] == (50, 91, 165, 301, 549, 1000) and sorted(map(tuple, lengths))[-1] == (359,) * 6
+  assert {slots for _, slots in given} == {64}
+
+
+def test_episodes_are_played_and_counted():
+  found, again = sampling.episodes(2, repeats=1), sampling.episodes(2, repeats=1)
+  assert found["episodes"] == 2 and found["seconds"] > 0 and 2 * 3 <= found["tokens"] <= 2 * 5 * 96 and found["tokens"] == again["tokens"]

@@ -70,9 +70,8 @@ def measure(params: Any, shape: Architecture, batch: int, prompt: int, new: int,
   }  # fmt: skip
 
 
-def mixed(params: Any, shape: Architecture, dtype: Any, repeats: int, new: int = 256) -> dict[str, float]:
-  """512 prompts of 50 to 1,000 tokens, geometric, through 64 slots, and as many of equal length that are as long together."""
-  count = 512
+def mixed(params: Any, shape: Architecture, dtype: Any, repeats: int, new: int = 256, count: int = 512) -> dict[str, float]:
+  """Prompts of 50 to 1,000 tokens, geometric, through 64 slots, and as many of equal length that are as long together."""
   lengths = np.random.default_rng(1).permutation(np.geomspace(50, 1000, count).astype(int)).tolist()
   equal = [round(sum(lengths) / count)] * count
   given = {"mixed": lengths, "equal": equal}

@@ -4,6 +4,8 @@ A slot is a row of the key-value cache with what is needed to go on drawing. The
 all rows, and a row's tokens are the columns last written, so that sequences come and go while the others stay where they are, and the
 write is one slice instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop (traps, 19): slicing stacked
 weights at every token is several times slower, and so are three small matrix products instead of a large one.
+
+On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many rows have not ended.
 """
 
 import functools
@@ -94,10 +96,29 @@ def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype:
   slots = Slots(keys, ring(size, H), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
   if mesh is None:
     return slots
-  # The host reads what was drawn: of other processes' rows it could not.
-  spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names if rows % mesh.size == 0 and not mesh.is_multi_process else None))
-  place = lambda leaf: jax.lax.with_sharding_constraint(leaf, spread if leaf.ndim else NamedSharding(mesh, PartitionSpec()))
-  return jax.tree.map(place, slots)
+  place = lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+  return jax.tree.map(place, slots, _specs(mesh, slots))
+
+
+def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
+  """The axes over which rows are spread. None where there are several processes: the host reads what was drawn, of others' rows it could
+  not; there every device has all rows."""
+  return mesh.axis_names if mesh and not mesh.is_multi_process else ()
+
+
+def _specs(mesh: Mesh, tree: Any) -> Any:
+  """How arrays of rows, and numbers, lie on the mesh."""
+  return jax.tree.map(lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree)
+
+
+def _by_rows(run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any) -> tuple[Slots, tuple[Array, ...]]:
+  """`run` on the rows of each device, which returns the slots and arrays of rows."""
+  if mesh is None:
+    return run(weights, slots, *given)
+  specs = _specs(mesh, (slots, *given))
+  out = specs[0], PartitionSpec(row_axes(mesh) or None)
+  # A kernel does not say over which axes its results differ, which a check would want to know.
+  return jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=out, check_vma=False)(weights, slots, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "path"))
@@ -113,6 +134,12 @@ def grow(slots: Slots, *, size: int, path: str) -> Slots:
   return slots._replace(keys=keys, values=tuple(widen(ring, 2) for ring in slots.values), column=jnp.int32(S))
 
 
+@jax.jit
+def pick(slots: Slots, rows_R: Int[Array, "R"]) -> Slots:
+  """These rows alone."""
+  return jax.tree.map(lambda leaf: leaf[rows_R] if leaf.ndim else leaf, slots)
+
+
 class Shared(NamedTuple):
   """What prompts begin with and the ring holds: of prompt r the first count[r] tokens are those of row source[r], which begins back[r]
   columns before the one to be written next. All [R] int32."""
@@ -122,10 +149,10 @@ class Shared(NamedTuple):
   count: Array
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs", "path"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs", "path", "mesh"), donate_argnames="slots")
 def enter(
     weights: Any, slots: Slots, tokens_RxT: Int[Array, "R T"], lengths_R: Int[Array, "R"], rows_R: Int[Array, "R"], requests: Any,
-    shared: Shared | None, *, architecture: Architecture, sampling: Sampling, logprobs: bool, path: str,
+    shared: Shared | None, *, architecture: Architecture, sampling: Sampling, logprobs: bool, path: str, mesh: Mesh | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
   """Prefills prompts, puts them into slots and draws each one's first id.
 
@@ -139,10 +166,17 @@ def enter(
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
     path: of the attention of `decode`.
+    mesh: where the slots lie. Each device reads its own part of the prompts, for slots and from slots of its own, which are counted
+      within its part of them.
 
   Returns:
     The slots, and the ids drawn [R] (with their log-probabilities [R]).
   """
+  run = functools.partial(_enter, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path)
+  return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
+
+
+def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, architecture, sampling, logprobs, path):
   (R, T), S = tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
@@ -164,13 +198,15 @@ def enter(
       return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
     seen = jnp.concatenate([jnp.broadcast_to((jnp.arange(S) < count[:, None])[:, None], (R, T, S)), own], axis=-1)
-    return attention.attend(q, keys[-1], values[-1], seen, _prefill_path(weights))
+    if _prefill_path(weights) == "xla":
+      return ring.attend_many(q, keys[-1], values[-1], seen)
+    return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
 
   with jax.named_scope("prefill"):
     hidden = _forward(weights, architecture, tokens_RxT, attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
-  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), sampling, logprobs)
+  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs)
   lengths_R = lengths_R + count
   # The prompt's last token stands in the column written last. Columns that get no token of it are not filled: there, any will do.
   place, P = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S), S if shared else 0
@@ -191,10 +227,10 @@ def enter(
   return slots._replace(**entered), (token, *scores)
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh"), donate_argnames="slots")
 def decode(
     weights: Any, slots: Slots, steps: Int[Array, ""], least: Int[Array, ""], *, architecture: Architecture, sampling: Sampling, chunk: int,
-    logprobs: bool, path: str,
+    logprobs: bool, path: str, mesh: Mesh | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
   """Draws an id in every active row, over and over.
 
@@ -206,19 +242,29 @@ def decode(
     architecture, sampling, logprobs: as in `enter`.
     chunk: room for the ids.
     path: of the attention: "xla", or "triton" on NVIDIA GPUs.
+    mesh: where the slots lie.
 
   Returns:
     The slots, and the ids drawn [B, chunk], -1 where none was (with their log-probabilities [B, chunk]).
   """
+  run = functools.partial(
+      _decode, architecture=architecture, sampling=sampling, chunk=chunk, logprobs=logprobs, path=path, axes=row_axes(mesh)
+  )
+  return _by_rows(run, mesh, weights, slots, steps, least)
+
+
+def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logprobs, path, axes):
   a, (B, _, S, _) = architecture, slots.values[0].shape
   drawn = (jnp.full((B, chunk), -1, jnp.int32), *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()))
 
+  left = lambda active: jax.lax.psum(active.sum(), axes)  # on all devices, which so stop together
+
   def going_on(state):
-    i, slots, _ = state
-    return (i < steps) & (slots.active.sum() >= least)
+    i, count, _, _ = state
+    return (i < steps) & (count >= least)
 
   def step(state):
-    i, slots, out = state
+    i, _, slots, out = state
     keys, values = [], []
     turns = attention.angles(slots.filled, a.head_size, a.rope_theta, a.rope_scaling)
     turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
@@ -240,16 +286,16 @@ def decode(
       return y
 
     hidden = _forward(weights, a, slots.token[:, None], attend)[:, 0]
-    token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, sampling, logprobs)
+    token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs)
     out = tuple(ids.at[:, i].set(jnp.where(slots.active, new, -1)) for ids, new in zip(out, (token, *scores), strict=True))
     active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.ends)
-    return i + 1, slots._replace(
+    return i + 1, left(active), slots._replace(
         keys=tuple(keys), values=tuple(values), column=jnp.mod(slots.column + 1, S), filled=jnp.where(active, slots.filled + 1, 0),
         token=token, drawn=slots.drawn + 1, active=active,
     ), out  # fmt: skip
 
   with jax.named_scope("decode"):
-    _, slots, drawn = jax.lax.while_loop(going_on, step, (jnp.int32(0), slots, drawn))
+    _, _, slots, drawn = jax.lax.while_loop(going_on, step, (jnp.int32(0), left(slots.active), slots, drawn))
   return slots, drawn
 
 
@@ -292,10 +338,10 @@ def _product(x_BxTxD: Float[Array, "B T D"], matrix_FxD: Float[Array, "F D"]) ->
   return jnp.einsum("btd,fd->btf", x_BxTxD, matrix_FxD)
 
 
-def _draw(weights, hidden_BxD, seeds_B, drawn_B, sampling, logprobs) -> tuple[Array, tuple[Array, ...]]:
+def _draw(weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs) -> tuple[Array, tuple[Array, ...]]:
   """Each row's next id, from the stream of its seed and position, and its log-probability under the model as it is, if asked for."""
   logits = model.logits(hidden_BxD, model.head(weights))
-  token = sample_token(logits, jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B), sampling)
+  token = sample_token(logits, jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B), sampling, active_B)
   if not logprobs:
     return token, ()
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)

@@ -9,7 +9,7 @@ A long beginning is not read again while a slot still holds it: the turns of a g
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,14 @@ ENTRIES = (1, 4, 32, 256)  # prompts that enter together; more than half of a ba
 FEW = 1024  # tokens, padding included
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
 LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+TURN = 40  # goes before them for replies on a CPU, which are short: there, padding is not for nothing
 RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-CACHE_BYTES = 16 << 30  # of the keys and values of the first prompts and their responses; longer replies make it more
-SLOTS = 256  # at most, if it is not said how many there are
+CACHE_BYTES = 16 << 30  # a device, of the keys and values of the first prompts and their responses; longer replies make it more
+SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
-SHARED = 48  # tokens in common that are worth taking from a slot, and
+FEWER = 8  # and so many when no more are left of four times as many
+SHARED = 48  # tokens in common that are worth taking from a slot,
+SHARED_CPU = 24  # the same; there, the slots are looked at for every prompt, and
 WORTH_WAITING = 128  # worth waiting until they stand in one
 CHUNK = 64  # tokens a row between two looks at who has ended
 CHUNK_REPLIES = 4  # the same while replies are made up
@@ -97,7 +100,8 @@ def generate(
     pad_id: fills what is not there.
     dtype: of the activations.
     slots: most sequences side by side, rounded down to one of BATCHES; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU
-      on a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many.
+      on a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many. On a mesh of
+      one process all this holds for each device's share of them, which is one slot at least.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to go on with and its seed, which takes
       that index's place. It runs while the device draws for others. A prompt that repeats the one before and goes on is cheap.
@@ -147,6 +151,25 @@ def _check(prompt: Sequence[int], index: int, vocabulary: int) -> None:
     raise ValueError(f"generate got the id {wrong} in the prompt at index {index}: ids are at least 0 and below {vocabulary}")
 
 
+class _Entry(NamedTuple):
+  """Prompts that enter together; arrays are int32, one number a prompt.
+
+  Attributes:
+    prompts: their numbers.
+    rows: the slot of each.
+    source, shared: the slot that holds what the prompt begins with, and how many tokens of it.
+    at: the place in the batch in which the rest is read.
+    shape: what of that batch a device gets, prompts and tokens.
+  """
+
+  prompts: list[int]
+  rows: np.ndarray
+  source: np.ndarray
+  shared: np.ndarray
+  at: np.ndarray
+  shape: tuple[int, int]
+
+
 class _Run:
   """One call of `generate` under way: the slots, who sits in them, who waits, and who has ended.
 
@@ -155,6 +178,8 @@ class _Run:
 
   Slot r holds the `count[r]` tokens `held[r, :count[r]]`, in the columns of the ring that end `age[r]` before the one to be written next;
   `age` is 0 for the slots that draw. Overwritten is what does not fit any more: count + age > size.
+
+  On a mesh slot r is on device home[r], and a prompt is read where its slot is: it takes a beginning only from slots there.
   """
 
   def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply):
@@ -171,12 +196,15 @@ class _Run:
     longest = max(map(len, prompts))
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
-    most = slots or min(max(1, CACHE_BYTES // (whole * token_bytes)), SLOTS_CPU if jax.default_backend() == "cpu" else SLOTS)
-    self.rows = min(bucket(len(prompts), BATCHES), max(b for b in BATCHES if b <= most))
-    self.entries = [*(size for size in ENTRIES if size < self.rows), self.rows]
-    self.how["path"] = ring.path(architecture, dtype) if mesh is None else "xla"
+    self.devices, self.cpu = mesh.size if decode.row_axes(mesh) else 1, jax.default_backend() == "cpu"
+    most = slots // self.devices if slots else min(CACHE_BYTES // (whole * token_bytes), SLOTS_CPU if self.cpu else SLOTS)
+    own = min(bucket(-(-len(prompts) // self.devices), BATCHES), max(b for b in BATCHES if b <= max(1, most)))
+    self.rows, self.home = self.devices * own, np.repeat(np.arange(self.devices), own)
+    self.entries = [*(size for size in ENTRIES if size < own), own]
+    self.how |= dict(path=ring.path(architecture, dtype), mesh=mesh)
     # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and for a small model no loss.
-    self.always = reply is not None or jax.default_backend() == "cpu"
+    self.always = reply is not None or self.cpu
+    self.lengths = (TURN, *LENGTHS) if reply is not None and self.cpu else LENGTHS
     # In XLA the attention reads the whole ring: there it grows with what is filled.
     self.size = whole if self.how["path"] == "triton" else bucket(longest + 1, RINGS)
     self.slots = decode.empty(
@@ -192,6 +220,7 @@ class _Run:
     if len(self._free()) >= max(1, self.rows // 8):
       while self.waiting and self._free():
         firsts.append(self._enter())
+    self._shrink()
     drawn = self._draw() if self.seated else None
     for i in self.ended.values():
       self._go_on(i)
@@ -199,8 +228,8 @@ class _Run:
     if drawn is None:
       return
     firsts, drawn, active = jax.device_get((firsts, drawn, self.slots.active))
-    for taken, first in firsts:
-      self._keep(taken, [array[: len(taken), None] for array in first])
+    for entry, first in firsts:
+      self._keep(entry.prompts, [array[entry.at, None] for array in first])
     rows, numbers = list(self.seated), list(self.seated.values())
     self._keep(numbers, [array[rows] for array in drawn])
     lengths = (drawn[0] >= 0).sum(1)
@@ -232,6 +261,17 @@ class _Run:
     self.held = np.pad(self.held, ((0, 0), (0, size - self.size)), constant_values=-1)
     self.size = size
 
+  def _shrink(self) -> None:
+    """On a CPU, where a token takes as long as there are rows: lets go of most slots when nobody waits and few are left."""
+    kept = [*self.seated, *self.ended]
+    if self.waiting or len(kept) > FEWER or self.rows < 4 * FEWER or self.devices > 1 or not self.cpu:
+      return
+    rows = np.int32([*kept, *self._free()][:FEWER])
+    self.slots = decode.pick(self.slots, rows)
+    self.held, self.count, self.age, self.home = (array[rows] for array in (self.held, self.count, self.age, self.home))
+    self.seated, self.ended = ({n: of[row] for n, row in enumerate(rows.tolist()) if row in of} for of in (self.seated, self.ended))
+    self.rows, self.entries = FEWER, [size for size in self.entries if size < FEWER]
+
   def _go_on(self, i: int) -> None:
     """Asks what follows a response; if something does, it waits before all others."""
     following = self.reply(i, self.ids[i])
@@ -246,74 +286,88 @@ class _Run:
   def _free(self) -> list[int]:
     return [row for row in range(self.rows) if row not in self.seated and row not in self.ended]
 
-  def _enter(self):
-    """Prefills the next prompts into free slots. Returns their numbers, and what was drawn for them."""
-    free = self._free()
-    taken, source, shared, (batch, length) = self._next(len(free))
+  def _enter(self) -> tuple[_Entry, tuple[jax.Array, ...]]:
+    """Prefills the next prompts into free slots. Returns who they are, and what was drawn for their batch."""
+    entry = self._next(self._free())
+    taken, rows, source, shared, at, (batch, length) = entry
     longest = max(len(self.prompts[i]) for i in taken)
     if longest >= self.size:
       self._grow(longest + 1)
-    rows = self._places(free, source, shared)
-    tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], batch, length, self.pad_id)
-    places = np.full((batch,), self.rows, np.int32)
-    places[: len(rows)] = rows
-    fill = lambda array: np.resize(array, (batch, *array.shape[1:]))
-    requests = tuple(fill(array[taken]) for array in self.requests)
-    begin = decode.Shared(*map(fill, (source, (self.age + self.count)[source], shared)))
+    own, order = self.rows // self.devices, np.zeros((self.devices * batch,), np.int32)  # the first one fills the batch
+    order[at] = np.arange(len(taken))
+    tokens, lengths = pad_right([self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)], len(taken), length, self.pad_id)
+    places = np.full(order.shape, self.rows, np.int32)
+    places[at] = rows % own
+    requests = tuple(array[taken][order] for array in self.requests)
+    begin = decode.Shared(*(array[order] for array in (source % own, (self.age + self.count)[source], shared)))
     begin = begin if self.always or shared.any() else None
-    self.slots, first = decode.enter(self.weights, self.slots, tokens, lengths, places, requests, begin, **self.how)
-    for row, i in zip(rows, taken, strict=True):
+    self.slots, first = decode.enter(self.weights, self.slots, tokens[order], lengths[order], places, requests, begin, **self.how)
+    gone = set(taken)
+    self.waiting = [i for i in self.waiting if i not in gone]
+    for row, i in zip(rows.tolist(), taken, strict=True):
       self.held[row] = -1
       self.held[row, : len(self.prompts[i])] = self.prompts[i]
       self.count[row], self.age[row] = len(self.prompts[i]), 0
-    self.seated |= dict(zip(rows, taken, strict=True))
-    self.waiting = [i for i in self.waiting if i not in taken]
-    return taken, first
+      self.seated[row] = i
+    return entry, first
 
-  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray) -> list[int]:
-    """A free slot for each: the one that holds its beginning, or else one that holds nothing, or else any."""
-    rows = []
+  def _places(self, free: list[int], source: np.ndarray, shared: np.ndarray, wanted: set[int]) -> np.ndarray:
+    """A free slot on the same device for each: the one that holds its beginning, or else one that holds nothing, or else any, those
+    wanted by prompts that still wait last."""
+    left, rows = set(free), []
     for row, count in zip(source.tolist(), shared.tolist(), strict=True):
-      rows.append(row if count and row in free and row not in rows else None)
-    held = self._held()
-    others = sorted((row for row in free if row not in rows), key=lambda row: held[row] > 0)
-    return [others.pop(0) if row is None else row for row in rows]
+      rows.append(row if count and row in left else None)
+      left.discard(rows[-1])
+    held, others = self._held(), [[] for _ in range(self.devices)]
+    for row in sorted(left, key=lambda row: (row in wanted, held[row] > 0, row), reverse=True):
+      others[self.home[row]].append(row)
+    return np.int32([others[home].pop() if row is None else row for row, home in zip(rows, self.home[source], strict=True)])
 
   def _held(self) -> np.ndarray:
     """How many tokens of each slot can be read."""
     return np.where(self.count + self.age <= self.size, self.count, 0)
 
-  def _next(self, most: int) -> tuple[list[int], np.ndarray, np.ndarray, tuple[int, int]]:
-    """Who enters next, at most `most`, all with about as much to read: their numbers, for each the slot that holds what the prompt begins
-    with and how many tokens of it, and the shape of the batch in which the rest is read.
+  def _next(self, free: list[int]) -> _Entry:
+    """Who enters next, all with about as much to read.
 
     A prompt that begins like one of these waits until that one's slot can be read.
     """
-    taken, source, shared, sizes, length = [], [], [], self.entries, 0
-    others, held = np.full((most, max(map(len, self.prompts))), -1, np.int32), self._held()
-    for i in self.waiting[: 2 * most]:
+    taken, source, shared, nth, wanted, sizes, length = [], [], [], [], set(), self.entries, 0
+    room = np.bincount(self.home[free], minlength=self.devices)  # prompts that a device can take
+    others, held = np.full((len(free), max(map(len, self.prompts))), -1, np.int32), self._held()
+    for i in self.waiting[: 2 * len(free)]:
       prompt = np.asarray(self.prompts[i], np.int32)
-      alike = np.minimum(_alike(self.held, prompt), held)
-      row = int(alike.argmax())
-      count = int(alike[row]) if alike[row] >= SHARED else 0
-      if taken and _alike(others[: len(taken)], prompt).max() >= count + WORTH_WAITING:
+      alike = np.minimum(_alike(self.held, prompt, SHARED_CPU if self.cpu else SHARED), held)
+      # Where most of it stands, and then where most room is.
+      row = int(np.where(room[self.home] > 0, alike * (self.rows + 1) + room[self.home], -1).argmax())
+      home, count = self.home[row], int(alike[row])
+      beside = np.flatnonzero(self.home[source] == home) if taken else []
+      if len(beside) and _alike(others[beside], prompt, count + WORTH_WAITING).any():
         continue
-      reads = bucket(len(prompt) - count, LENGTHS)
+      reads = bucket(len(prompt) - count, self.lengths)
       if taken and not reads <= length <= 2 * reads:
+        wanted |= {row} if count else set()
         continue
       if not taken:
         length, size = reads, max(self.size, bucket(len(prompt) + 1, RINGS))
-        beside = size if self.always or held.any() else 0
-        sizes = [n for n in self.entries if n * (beside + length) <= BATCH_TOKENS] or self.entries[:1]
+        looked = size if self.always or held.any() else 0
+        sizes = [n for n in self.entries if n * (looked + length) <= BATCH_TOKENS] or self.entries[:1]
+        room = np.minimum(room, sizes[-1])
       others[len(taken), : len(prompt)] = prompt
       taken.append(i)
       source.append(row)
       shared.append(count)
-      if len(taken) == min(most, sizes[-1]):
+      nth.append(len(beside))
+      room[home] -= 1
+      if not room.any():
         break
-    n = len(taken)
+    n = max(nth) + 1
     batch = max([size for size in sizes if n <= size and (size < 2 * n or size * length <= FEW)] or [size for size in sizes if size <= n])
-    return taken[:batch], np.int32(source[:batch]), np.int32(shared[:batch]), (batch, length)
+    those = np.flatnonzero(np.array(nth) < batch)
+    wanted |= {source[k] for k in range(len(taken)) if nth[k] >= batch and shared[k]}
+    source, shared = np.int32(source)[those], np.int32(shared)[those]
+    rows = self._places(free, source, shared, wanted)
+    return _Entry([taken[k] for k in those], rows, source, shared, self.home[source] * batch + np.array(nth)[those], (batch, length))
 
   def _keep(self, numbers, drawn) -> None:
     """Adds what was drawn for each of these prompts; -1 is nothing."""
@@ -322,11 +376,16 @@ class _Run:
         kept[i].extend(row[ids >= 0].tolist())
 
 
-def _alike(rows: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-  """How many tokens each row [n, length] begins with in common with a prompt, of which one more is left to read."""
+def _alike(rows: np.ndarray, prompt: np.ndarray, least: int) -> np.ndarray:
+  """How many tokens each row [n, length] begins with in common with a prompt, of which one more is left to read; fewer than `least` count
+  as 0."""
   most = min(rows.shape[1], len(prompt) - 1)
+  # Mostly there is none: whole rows of a few thousand slots take a host milliseconds a prompt.
+  if most < least or not (rows[:, :least] == prompt[:least]).all(1).any():
+    return np.zeros((len(rows),), int)
   same = rows[:, :most] == prompt[:most]
-  return np.where(same.all(1), most, same.argmin(1) if most else 0)
+  count = np.where(same.all(1), most, same.argmin(1))
+  return np.where(count < least, 0, count)
 
 
 def pad_right(sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

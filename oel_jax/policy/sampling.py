@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 NUCLEUS = 64  # so many of the likeliest usually hold top_p of the mass
 
@@ -36,16 +36,18 @@ class Sampling:
         raise ValueError(f"Sampling.{name} is {getattr(self, name)}: it must be {right}")
 
 
-def sample_token(logits_BxV: Float[Array, "B V"], keys_B: Array, sampling: Sampling) -> Int[Array, "B"]:
-  """Draws one id a row: logits / temperature, top-k, top-p, min-p, then softmax."""
-  return jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BxV, sampling)).astype(jnp.int32)
+def sample_token(
+    logits_BxV: Float[Array, "B V"], keys_B: Array, sampling: Sampling, active_B: Bool[Array, "B"] | None = None
+) -> Int[Array, "B"]:
+  """Draws one id a row: logits / temperature, top-k, top-p, min-p, then softmax. Rows that are not active get any id."""
+  return jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BxV, sampling, active_B)).astype(jnp.int32)
 
 
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-  """The float32 logits of the distribution that is sampled from: -inf outside the support."""
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, active_B: Bool[Array, "B"] | None = None) -> Float[Array, "B V"]:
+  """The float32 logits of the distribution that is sampled from: -inf outside the support. Rows that are not active may keep too much."""
   logits = logits.astype(jnp.float32) / sampling.temperature
   if sampling.top_p < 1:
-    logits = _filter_by_mass(logits, sampling)
+    logits = _filter_by_mass(logits, sampling, jnp.ones(logits.shape[:-1], bool) if active_B is None else active_B)
   elif 0 < sampling.top_k < logits.shape[-1]:
     logits = jnp.where(logits < top_k(logits, sampling.top_k)[0][..., -1:], -jnp.inf, logits)
   if sampling.min_p > 0:
@@ -54,8 +56,9 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
   return logits
 
 
-def _filter_by_mass(logits, sampling):
-  """Top-k and top-p. The likeliest few decide, unless ids tie at the border or many are needed: only then whole rows are sorted."""
+def _filter_by_mass(logits, sampling, active):
+  """Top-k and top-p. The likeliest few decide, unless in an active row ids tie at the border or many are needed: only then whole rows are
+  sorted."""
   V = logits.shape[-1]
   cut = 0 < sampling.top_k < V
   k = sampling.top_k if cut else min(NUCLEUS, V)
@@ -66,7 +69,7 @@ def _filter_by_mass(logits, sampling):
   last = jnp.take_along_axis(top, kept - 1, axis=-1)
   alone = (logits >= last).sum(-1, keepdims=True) == kept
   enough = (logits >= top[..., -1:]).sum(-1, keepdims=True) == k if cut else (kept < k) | (k == V)
-  sure, quick = alone & enough, jnp.where(logits < last, -jnp.inf, logits)
+  sure, quick = alone & enough | ~active[..., None], jnp.where(logits < last, -jnp.inf, logits)
   return jax.lax.cond(sure.all(), lambda: quick, lambda: jnp.where(sure, quick, _sort_and_filter(logits, top, sampling, cut)))
 
 
