@@ -32,6 +32,7 @@ class Work:
   knowledge: int
   response: int
   texts: int = 10
+  micro_tokens: int = 16384  # those that fit and waste least
 
   @property
   def tokens(self) -> int:
@@ -40,8 +41,8 @@ class Work:
 
 WORK = {
     "1.7b": Work("qwen3-1.7b", 64, 600, 2048, 1024),
-    "4b": Work("qwen3-4b", 16, 600, 8192, 1024),
-    "tiny": Work("pocket-tiny", 4, 6, 10, 8, texts=2),
+    "4b": Work("qwen3-4b", 16, 600, 8192, 1024, micro_tokens=6500),
+    "tiny": Work("pocket-tiny", 4, 6, 10, 8, texts=2, micro_tokens=30),
 }
 GROWTH = {
     "1.7b": [*(dict(samples=samples) for samples in (4, 16, 40)), *(dict(samples=16, knowledge=n) for n in (0, 8192, 16384))],
@@ -81,8 +82,10 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   state = jax.jit(lambda params: step_lib.init_state(params, optimizer))(params)
   del params, read  # of float32, one copy
   batch = jax.device_put(random_batch(work, a.vocabulary, options["path"] != "flash"))
-  step = step_lib.make_step(a, optimizer, dtype=dtype, **options)
+  step = step_lib.make_step(a, optimizer, dtype=dtype, **options).lower(state, teacher, batch).compile()
+  memory = step.memory_analysis()  # of this program alone; the device's own peak is that of all rows so far
   held = [state]
+  del state
 
   def call():
     held[0], metrics = step(held[0], teacher, batch)
@@ -94,13 +97,13 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   score = jax.jit(lambda teacher, cut: jax.lax.map(
       lambda piece: teacher_lib.teacher_hidden(teacher, a, piece, dtype=dtype, path=options["path"]), cut))
   teacher_took = measure.seconds(score, teacher, cut, repeats=3)
-  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+  peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
   teacher_flops, update_flops = flops(work, a)
   limit, head = (teacher_flops + update_flops) / rate, 2 * a.width * a.vocabulary * work.samples * work.response
   return {
       "policy": work.architecture, "samples": work.samples, "knowledge": work.knowledge, **options, "step s": took, "limit s": limit,
       "of limit": limit / took, "teacher s": teacher_took, "update MFU": (update_flops + head) / rate / (took - teacher_took),
-      "texts read s": reading, "GiB": peak, "kernels ms": kinds,
+      "texts read s": reading, "GiB": peak / 2**30, "kernels ms": kinds,
   }  # fmt: skip
 
 
@@ -132,10 +135,10 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("work", choices=list(WORK))
   parser.add_argument("--peer", help="path of peer_torch.py")
   parser.add_argument("--json", help="where to write the figures")
-  parser.add_argument("--how", default="", help="PATH:REMAT:MICRO_TOKENS:CHUNK:LOOP[,…], LOOP unroll or scan, each a row; default: flash:dots:16384:512:unroll on a GPU")
+  parser.add_argument("--how", default="", help="PATH:REMAT:MICRO_TOKENS:CHUNK:LOOP[,…], LOOP unroll or scan, each a row; default: the fastest")
   parser.add_argument("--growth", action="store_true", help="also fewer samples, and no to much knowledge")
   args = parser.parse_args(argv)
-  default = "flash:dots:16384:512:unroll" if jax.default_backend() == "gpu" else "xla:none:30:8:unroll"
+  default = ("flash:dots:{}:512:unroll" if jax.default_backend() == "gpu" else "xla:none:{}:8:unroll").format(WORK[args.work].micro_tokens)
   options = []
   for how in (args.how or default).split(","):
     path, remat, micro_tokens, chunk, loop = how.split(":")
