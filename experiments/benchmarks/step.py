@@ -107,19 +107,30 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def run(name: str, options: list[dict[str, Any]], growth: bool, peer: str | None) -> list[dict[str, Any]]:
-  """The work with each of the options, beside the peer; then smaller and larger work with the first."""
+def options(how: str, work: Work) -> list[dict[str, Any]]:
+  """What --how says."""
+  default = ("flash:dots:{}:512:unroll" if jax.default_backend() == "gpu" else "xla:none:{}:8:unroll").format(work.micro_tokens)
+  made = []
+  for one in (how or default).split(","):
+    path, remat, micro_tokens, chunk, loop = one.split(":")
+    made.append(dict(path=path, remat=remat, micro_tokens=int(micro_tokens), chunk=int(chunk), unroll=loop == "unroll"))
+  return made
+
+
+def run(name: str, how: str, growth: bool, peer: str | None) -> list[dict[str, Any]]:
+  """The work in each way of `how`, beside the peer; then smaller and larger work in the first."""
   work = WORK[name]
   theirs = measure.peer(peer, f"step_bench('{name}', {work.samples}, {work.prompt}, {work.knowledge}, {work.response}, 20480)")
+  ways = options(how, work)  # not before the peer is done: JAX takes the memory as soon as it is asked for its devices
   dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
   rate, rows = measure.matrix_rate(dtype), []
-  works = [(work, how) for how in options]
-  works += [(dataclasses.replace(work, **change), options[0]) for change in (GROWTH.get(name, []) if growth else [])]
-  for changed, how in works:
+  works = [(work, way) for way in ways]
+  works += [(dataclasses.replace(work, **change), ways[0]) for change in (GROWTH.get(name, []) if growth else [])]
+  for changed, way in works:
     try:
-      rows.append(row(changed, rate, dtype, **how))
+      rows.append(row(changed, rate, dtype, **way))
     except jax.errors.JaxRuntimeError as error:  # out of memory: the other rows are still worth having
-      what = {"policy": changed.architecture, "samples": changed.samples, "knowledge": changed.knowledge, **how}
+      what = {"policy": changed.architecture, "samples": changed.samples, "knowledge": changed.knowledge, **way}
       rows.append({**what, "error": str(error)[:80]})
     print(rows[-1], flush=True)
     gc.collect()
@@ -138,12 +149,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--how", default="", help="PATH:REMAT:MICRO_TOKENS:CHUNK:LOOP[,…], LOOP unroll or scan, each a row; default: the fastest")
   parser.add_argument("--growth", action="store_true", help="also fewer samples, and no to much knowledge")
   args = parser.parse_args(argv)
-  default = ("flash:dots:{}:512:unroll" if jax.default_backend() == "gpu" else "xla:none:{}:8:unroll").format(WORK[args.work].micro_tokens)
-  options = []
-  for how in (args.how or default).split(","):
-    path, remat, micro_tokens, chunk, loop = how.split(":")
-    options.append(dict(path=path, remat=remat, micro_tokens=int(micro_tokens), chunk=int(chunk), unroll=loop == "unroll"))
-  measure.report(run(args.work, options, args.growth, args.peer), "consolidation step", args.json)
+  measure.report(run(args.work, args.how, args.growth, args.peer), "consolidation step", args.json)
 
 
 if __name__ == "__main__":
