@@ -107,6 +107,13 @@ def test_gradient_of_a_slot_is_not_rounded_to_the_type_of_the_products():
       assert np.linalg.norm(np.float32(one[name]) - other[name]) < 2**-6 * np.linalg.norm(other[name])
 
 
+def test_kernels_are_for_gpus_in_bfloat16_and_heads_that_they_can_halve(monkeypatch):
+  x = jnp.zeros((2, 8), jnp.bfloat16)
+  assert not joined._on_gpu(x)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert joined._on_gpu(x) and joined._on_gpu(x, 64) and not joined._on_gpu(x, 80) and not joined._on_gpu(x.astype(jnp.float32))
+
+
 @pytest.mark.parametrize("tokens, width", [(5, 48), (kernels.PROGRAMS + 7, 64)])
 def test_norm_backward(tokens, width):
   x, scale, gradient, passed = _normal(4, (tokens, width), (width,), (tokens, width), (tokens, width))

@@ -252,6 +252,7 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
     state = step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer)
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat, unroll=unroll)
   teacher = _teacher(params, samples, read, on_host, unroll)
+  assert isinstance(teacher.params["layers"], tuple) == (unroll and not on_host)
   assert mesh is None or mesh.shape["tensor"] != 2 or teacher.keys.sharding.spec[2] == "tensor"
   assert teacher.keys.sharding.memory_kind == teacher.values.sharding.memory_kind == ("pinned_host" if on_host else "device")
   state, metrics = step(state, teacher, batch)
@@ -299,14 +300,20 @@ def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):  # trap 6
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, many)
 
 
-@pytest.mark.parametrize("shape, micro_tokens, pack", [(None, 19, True), (dict(data=2, fsdp=2, tensor=2), None, False)])
-def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pack):
+@pytest.mark.parametrize(
+    "shape, micro_tokens, pack, unroll", [(None, 19, True, False), (None, None, False, True), (dict(data=2, fsdp=2, tensor=2), None, False, False)]
+)
+def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pack, unroll):
   import ml_collections
 
   mesh = shape and mesh_lib.make_mesh(ml_collections.ConfigDict(shape))
-  (here, measured), (there, measured_there) = (_gradient_after_one_step(micro_tokens, mesh, pack=pack, on_host=on_host) for on_host in (False, True))
-  assert measured == measured_there
-  jax.tree.map(np.testing.assert_array_equal, here, there)
+  (here, measured), (there, measured_there) = (
+      _gradient_after_one_step(micro_tokens, mesh, pack=pack, on_host=on_host, unroll=unroll) for on_host in (False, True)
+  )
+  tolerance = 2e-6 if unroll else 0  # from the host the teacher's layers run in a loop, which rounds otherwise
+  for name in measured:
+    np.testing.assert_allclose(measured[name], measured_there[name], rtol=10 * tolerance, err_msg=name)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), here, there)
 
 
 def test_teacher_survives_a_donating_step():  # trap 27: student and teacher begin as the same arrays

@@ -52,7 +52,7 @@ def run(shapes: list[tuple[int, int, int]], chunks: list[int], peer: str | None)
   rows += [row(shape, dtype, rate, chunk=chunks[0]) for shape in shapes[1:]]
   for line in theirs:
     faster = line["ms"] / rows[0]["ms"] if "ms" in line else None
-    rows.append({"tokens": line["T"], "vocabulary": line["V"], "support": line["name"], "ms": line.get("ms"),
+    rows.append({"tokens": line.get("T", shapes[0][0]), "vocabulary": line.get("V", shapes[0][2]), "support": line["name"], "ms": line.get("ms"),
                  "GiB, gradients included": line.get("peak_gib"), "ours is faster by": faster})
   return rows
 

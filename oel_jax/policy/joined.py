@@ -140,8 +140,9 @@ def _matrix_gradients(x_MxD, gradient_MxF, matrix, slot) -> tuple:
   return None, jnp.einsum("md,mf->df", x_MxD, gradient_MxF, preferred_element_type=jnp.float32)
 
 
-def _on_gpu(x) -> bool:
-  return jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16
+def _on_gpu(x, halved: int = 2) -> bool:
+  """Whether a kernel runs, on arrays of heads of a size that it can halve into powers of two."""
+  return jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and halved & (halved - 1) == 0
 
 
 # A rule's forward pass may not call the function that the rule is for: `jax.checkpoint` would see that as one opaque operation, and make the
@@ -177,7 +178,7 @@ def _norm_product_backward(eps, saved, gradients):
 
 def _heads_forward(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH):
   """`kernels.heads`."""
-  if _on_gpu(qkv_MxAxH):
+  if _on_gpu(qkv_MxAxH, qkv_MxAxH.shape[2]):
     made = tuple(kernels.heads(qkv_MxAxH, scale_2xH, turns_MxH, kv_heads=kv_heads, eps=eps))
   else:
     made = _plain_heads(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH)
@@ -194,7 +195,7 @@ def _plain_heads(kv_heads, eps, qkv, scale, turns):
 
 def _heads_backward(kv_heads, eps, saved, gradients):
   qkv, scale, turns = saved
-  if _on_gpu(qkv):
+  if _on_gpu(qkv, qkv.shape[2]):
     return *kernels.heads_backward(qkv, scale, turns, gradients, eps=eps), None
   return *jax.vjp(lambda qkv, scale: _plain_heads(kv_heads, eps, qkv, scale, turns), qkv, scale)[1](gradients), None
 
