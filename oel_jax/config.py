@@ -80,7 +80,7 @@ def default() -> ml_collections.ConfigDict:
           pack=True,  # several samples a row; False: one each, which cuDNN's causal attention needs and long responses lose little by
           micro_tokens=16384,  # tokens a forward-backward pass and device, a row at least; the result does not depend on it
           remat="dots",  # what the backward pass computes again: "none", "dots" (all but products and attention) or "full" (each whole layer)
-          unroll="auto",  # layers without a loop: faster on one GPU, compiled longer; "yes", "no"; "auto": on one GPU in bfloat16
+          unroll="auto",  # "yes": layers without a loop, on one device: faster on an NVIDIA GPU, compiled longer; "no"; "auto": there, in bfloat16
           attention="auto",  # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest of them here
           chunk=512,  # tokens whose logits are live at a time
           knowledge_gib=16.0,  # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run is one process

@@ -68,6 +68,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
       policy.tokenizer, prompts, [text], seed=config.seed, round=1, thinking=config.policy.thinking, limit=config.policy.max_prompt_tokens,
       message=_system,
   )  # fmt: skip
+  train.unroll(config.consolidation, policy, devices)
   _check_lengths(config, policy, held_out, text, "held_out")
   _check_lengths(config, policy, unrelated, None, "unrelated")
   folder = open_workdir(config, workdir, resume_anyway)

@@ -54,6 +54,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   # What can be wrong with the configuration shows here, before the directory belongs to it.
   devices = mesh.make_mesh(config.mesh)
   policy = load_policy(config.policy, devices)
+  train.unroll(config.consolidation, policy, devices)
   open_game(game_spec(config.deployment), 0)
   folder = open_workdir(config, workdir, resume_anyway)
   with locked(folder), Metrics(folder) as metrics:

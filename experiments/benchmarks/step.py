@@ -82,7 +82,8 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   state = jax.jit(lambda params: step_lib.init_state(params, optimizer))(params)
   del params, read  # of float32, one copy
   batch = jax.device_put(random_batch(work, a.vocabulary, options["path"] != "flash"))
-  step = step_lib.make_step(a, optimizer, dtype=dtype, **options).lower(state, teacher, batch).compile()
+  how = {name: value for name, value in options.items() if name != "unroll"}
+  step = step_lib.make_step(a, optimizer, dtype=dtype, **how).lower(state, teacher, batch).compile()
   memory = step.memory_analysis()  # of this program alone; the device's own peak is that of all rows so far
   held = [state]
   del state

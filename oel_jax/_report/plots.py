@@ -147,7 +147,7 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
   panels = [(title, unit, [curve for curve in curves if any(math.isfinite(y) for _, y in curve[1])]) for title, unit, curves in (
       ("Loss", "nats a token", [("", _curve(run.steps, "loss"), theme.without)]),
       ("Response length", "tokens", [("", _curve(run.steps, "response_tokens"), theme.without)]),
-      ("Entropy", "nats a token", [("student", _curve(run.steps, "student_entropy"), theme.without),
+      ("Entropy at the loss's temperature", "nats a token", [("student", _curve(run.steps, "student_entropy"), theme.without),
                                    ("teacher", _curve(run.steps, "teacher_entropy"), theme.context)]),
   )]
   panels = [panel for panel in panels if panel[2]]

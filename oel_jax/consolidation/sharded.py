@@ -1,7 +1,7 @@
 """The fused losses on a mesh: tokens split over its "data" axis, the vocabulary of both heads over "tensor" and "fsdp".
 
 A device has a slice of the vocabulary and all tokens of its place along "data": what travels is hidden states, once, and a few numbers a
-token. It has as much to do as if tokens alone were split; no device ever holds a whole head or its gradient.
+token. It has as much to do as if tokens alone were split; where the vocabulary can be split so, no device ever holds a whole head or its gradient.
 """
 
 import functools

@@ -58,7 +58,7 @@ def loss_sum(
 def make_step(
     architecture: Architecture, optimizer: Any, *, kind: str = "reverse_kl", support: str = "full", k: int = 256, temperature: float = 0.7,
     chunk: int = 512, micro_tokens: int | None = None, dtype: Any = jnp.float32, remat: str = "none", path: str = "xla",
-    unroll: bool = False, shardings: Any = None,
+    shardings: Any = None,
 ) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:  # fmt: skip
   """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the teacher is not.
 
@@ -71,7 +71,6 @@ def make_step(
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`model.REMAT`).
     path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and makes the loss of others NaN.
-    unroll: the layers one behind the other instead of in a loop (`joined`): faster on a GPU, compiled longer; on one device.
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's rows are a multiple of the mesh's
       data x fsdp (`mesh.pad_batch`).
 
@@ -81,24 +80,26 @@ def make_step(
     the top k are found for the loss. "imitation" has the first three only.
   """
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
-  if unroll and mesh is not None and mesh.size > 1:
-    raise ValueError(f"make_step got unroll=True and a mesh of {mesh.size} devices: it is for one")
   shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
   def value_and_gradient(params, teacher, batch):
+    unrolled = teacher_lib.unrolled(teacher)
+
     def total(learned):
+      student = joined.attach(params, learned) if unrolled else learned
       return loss_sum(
-          joined.attach(params, learned) if unroll else learned, teacher, batch, architecture=architecture, kind=kind, support=support,
-          k=k, temperature=temperature, chunk=chunk, dtype=dtype, remat=remat, path=path, mesh=mesh,
+          student, teacher, batch, architecture=architecture, kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
+          dtype=dtype, remat=remat, path=path, mesh=mesh,
       )  # fmt: skip
 
-    (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(joined.slots(params) if unroll else params)
+    (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(joined.sinks(params) if unrolled else params)
     return value, count, sums, gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of the products in it are anyway.
-    params = joined.join(state.params, dtype) if unroll else model.cast(state.params, dtype)
+    unrolled = teacher_lib.unrolled(teacher)
+    params = joined.join(state.params, dtype) if unrolled else model.cast(state.params, dtype)
     if pieces == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
     else:
@@ -109,7 +110,7 @@ def make_step(
       add = lambda so_far, piece: (jax.tree.map(jnp.add, so_far, value_and_gradient(params, teacher, piece)), None)
       (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
-    gradient = joined.split(gradient, architecture) if unroll else gradient
+    gradient = joined.split(gradient, architecture) if unrolled else gradient
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
@@ -135,6 +136,7 @@ def make_probe(
 
   @jax.jit
   def probe(params, teacher, batch):
+    params = joined.join(params, dtype) if teacher_lib.unrolled(teacher) else params
     hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat="none", path=path)
     target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
     _, count, found = sharded.linear_divergence(

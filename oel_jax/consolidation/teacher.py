@@ -24,6 +24,8 @@ MULTIPLE = 32  # so that a text a little longer has the same shapes
 class Teacher(NamedTuple):
   """What a step needs of π_teacher(·|e, x, y<t) for the G texts e of a round.
 
+  The form of its parameters says how the layers run, the student's too: two decoders would differ by their rounding.
+
   Attributes:
     params: in the type of the computation, stacked or joined (`joined.join`).
     keys, values: [L, G, K, P, H], of each text.
@@ -36,6 +38,11 @@ class Teacher(NamedTuple):
   values: Array
   length: Array
   skip: Array
+
+
+def unrolled(teacher: Teacher | None) -> bool:
+  """Whether the layers run without a loop (`joined`). Imitation needs no teacher: then they run in one."""
+  return teacher is not None and isinstance(teacher.params["layers"], tuple)
 
 
 def prepare(
@@ -52,12 +59,14 @@ def prepare(
     skip: see `Teacher`.
     path: of the attention (`attention.attend`).
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …, "values": …}}; None on one device.
-    unroll: keep the parameters as `joined.join` makes them; its `forward` then runs instead of `model.apply`.
+    unroll: run the layers without a loop (`joined`): faster on a GPU, compiled longer. On one device, and not with on_host.
     on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer, in a loop. For a single process.
 
   Returns:
     The teacher. Keys and values take 2 L G K P H numbers: with Qwen3-4B and ten texts of 8,192 tokens 11.3 GiB in bfloat16.
   """
+  if unroll and shardings is not None and shardings[0].mesh.size > 1:
+    raise ValueError(f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one")
   params = _cast(params, dtype)
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)

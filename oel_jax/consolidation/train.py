@@ -178,12 +178,10 @@ def consolidate(
       return state.params, cost
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     path = attention_path(config, policy)
-    unroll = _unroll(config, policy, mesh)
-    teacher = prepare_teacher(config, task, policy, mesh, path, unroll)
+    teacher = prepare_teacher(config, task, policy, mesh, path)
     step = step_lib.make_step(
         policy.architecture, optimizer, kind=config.kind, support=config.support, k=config.k, temperature=config.temperature,
-        chunk=config.chunk, micro_tokens=config.micro_tokens, dtype=policy.dtype, remat=config.remat, path=path, unroll=unroll,
-        shardings=shardings,
+        chunk=config.chunk, micro_tokens=config.micro_tokens, dtype=policy.dtype, remat=config.remat, path=path, shardings=shardings,
     )  # fmt: skip
     probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
     if first == 0:
@@ -242,17 +240,19 @@ def attention_path(config: Any, policy: Policy) -> str:
   return "cudnn" if config.pack else "flash"
 
 
-def _unroll(config, policy, mesh) -> bool:
-  """Whether the layers run without a loop, as config.consolidation.unroll asks for."""
+def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
+  """Whether the layers run without a loop, as config.consolidation.unroll asks for.
+
+  Raises:
+    ValueError: it asks for that on several devices.
+  """
   if config.unroll == "yes" and mesh.size > 1:
     raise ValueError(f'config.consolidation.unroll is "yes" on {mesh.size} devices: it is for one; "auto" or "no" run on many')
   possible = mesh.size == 1 and jax.default_backend() == "gpu" and policy.dtype == "bfloat16"
   return possible if config.unroll == "auto" else config.unroll == "yes"
 
 
-def prepare_teacher(
-    config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str, unroll: bool = False
-) -> teacher_lib.Teacher:
+def prepare_teacher(config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str) -> teacher_lib.Teacher:
   """The round's teacher, its texts read once; heads of keys and values are spread as those of the parameters are.
 
   Where they would take more than config.knowledge_gib of a device, they stay in the host's memory (of a run of one process).
@@ -262,7 +262,8 @@ def prepare_teacher(
   shardings = mesh_lib.param_shardings(mesh, {"teacher": {"keys": shape, "values": shape}})["teacher"]
   size = 2 * math.prod(shardings["keys"].shard_shape(shape.shape)) * shape.dtype.itemsize
   return teacher_lib.prepare(
-      policy.params, a, task.knowledge, skip=task.skip, dtype=policy.dtype, path="flash" if path == "cudnn" else path, unroll=unroll,
+      policy.params, a, task.knowledge, skip=task.skip, dtype=policy.dtype, path="flash" if path == "cudnn" else path,
+      unroll=unroll(config, policy, mesh),
       shardings=(shardings["keys"], shardings["values"]), on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,
   )  # fmt: skip
 

@@ -20,8 +20,8 @@ from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling
 
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # a few shapes, so that little is compiled (traps, 20)
-ENTRIES = (1, 4, 32, 256)  # prompts that enter together; more than half of a batch is filled, unless it is small:
-FEW = 1024  # tokens, padding included
+ENTRIES = (1, 4, 32, 256)  # prompts that enter together; more than half of a batch is filled, unless it is one of FEW
+FEW = 1024  # tokens, padding included, that make a batch small
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
 LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 TURN = 40  # goes before them for replies on a CPU, which are short: there, padding is not for nothing
@@ -29,10 +29,10 @@ RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576
 CACHE_BYTES = 16 << 30  # a device, of the keys and values of the first prompts and their responses; longer replies make it more
 SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
-FEWER = 8  # and so many when no more are left of four times as many
-SHARED = 48  # tokens in common that are worth taking from a slot,
-SHARED_CPU = 24  # the same; there, the slots are looked at for every prompt, and
-WORTH_WAITING = 128  # worth waiting until they stand in one
+FEWER = 8  # slots on a CPU when no more are left of four times as many
+SHARED = 48  # tokens in common that are worth taking from a slot
+SHARED_CPU = 24  # the same; there, the slots are looked at for every prompt anyway
+WORTH_WAITING = 128  # tokens in common that are worth waiting for until they stand in a slot
 CHUNK = 64  # tokens a row between two looks at who has ended
 CHUNK_REPLIES = 4  # the same while replies are made up
 

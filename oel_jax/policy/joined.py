@@ -70,18 +70,18 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
   return {**weights, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
-def slots(weights: Any) -> Any:
+def sinks(weights: Any) -> Any:
   """What `attach` takes: `weights` with float32 zeros for the layers' matrices. The zeros are never read, so they are not made."""
   zeros = lambda layer: {name: jnp.zeros(layer[name].shape, jnp.float32) for name in MATRICES}
   return {**weights, "layers": tuple({**layer, **zeros(layer)} for layer in weights["layers"])}
 
 
 def attach(weights: Any, learned: Any) -> Any:
-  """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out where its slot is, and is never rounded.
+  """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out at its sink, and is never rounded.
 
   A gradient has the type of what it belongs to, and the matrices are in that of the products: for float32 it must belong to something else.
   """
-  beside = lambda layer: {f"{name}_slot": layer[name] for name in MATRICES}
+  beside = lambda layer: {f"{name}_sink": layer[name] for name in MATRICES}
   layers = zip(weights["layers"], learned["layers"], strict=True)
   return {**learned, "layers": tuple({**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers)}
 
@@ -101,7 +101,7 @@ def forward(
   rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(-1, x.shape[-1])
 
   def block(layer, x, known, last):
-    matrix = lambda name: (layer[name], layer.get(f"{name}_slot"))
+    matrix = lambda name: (layer[name], layer.get(f"{name}_sink"))
     with jax.named_scope("attention"):
       x, qkv = _norm_product(a.norm_eps, x, layer["attention_norm"], *matrix("qkv"))
       qkv = qkv.reshape(B * T, -1, a.head_size)
@@ -133,52 +133,52 @@ def _norm(x_MxD, scale_D, eps):
   return (x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D)).astype(x_MxD.dtype)
 
 
-def _matrix_gradients(x_MxD, gradient_MxF, matrix, slot) -> tuple:
-  """xᵀ gradient: in the matrix's type where it belongs to the matrix itself, in float32 where to its slot."""
-  if slot is None:
+def _matrix_gradients(x_MxD, gradient_MxF, matrix, sink) -> tuple:
+  """xᵀ gradient: in the matrix's type where it belongs to the matrix itself, in float32 where to its sink."""
+  if sink is None:
     return jnp.einsum("md,mf->df", x_MxD, gradient_MxF).astype(matrix.dtype), None
   return None, jnp.einsum("md,mf->df", x_MxD, gradient_MxF, preferred_element_type=jnp.float32)
 
 
-def _on_gpu(x, halved: int = 2) -> bool:
-  """Whether a kernel runs, on arrays of heads of a size that it can halve into powers of two."""
-  return jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and halved & (halved - 1) == 0
+def _kernels_fit(x, head_size: int = 2) -> bool:
+  """Whether kernels run: they are for NVIDIA GPUs, bfloat16, and heads whose halves are powers of two."""
+  return jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
 
 
 # A rule's forward pass may not call the function that the rule is for: `jax.checkpoint` would see that as one opaque operation, and make the
 # products in it again instead of keeping them.
 
 
-def _product_forward(x_MxD, matrix_DxF, slot):
-  return x_MxD @ matrix_DxF, (x_MxD, matrix_DxF, slot)
+def _product_forward(x_MxD, matrix_DxF, sink):
+  return x_MxD @ matrix_DxF, (x_MxD, matrix_DxF, sink)
 
 
 def _product_backward(saved, gradient):
-  x, matrix, slot = saved
-  return gradient @ matrix.T, *_matrix_gradients(x, gradient, matrix, slot)
+  x, matrix, sink = saved
+  return gradient @ matrix.T, *_matrix_gradients(x, gradient, matrix, sink)
 
 
-def _norm_product_forward(eps, x_MxD, scale_D, matrix_DxF, slot):
+def _norm_product_forward(eps, x_MxD, scale_D, matrix_DxF, sink):
   """x as it is, and RMSNorm(x) times the matrix: so the gradient that comes past the norm is added where the norm's own is made."""
-  return (x_MxD, _norm(x_MxD, scale_D, eps) @ matrix_DxF), (x_MxD, scale_D, matrix_DxF, slot)
+  return (x_MxD, _norm(x_MxD, scale_D, eps) @ matrix_DxF), (x_MxD, scale_D, matrix_DxF, sink)
 
 
 def _norm_product_backward(eps, saved, gradients):
-  x, scale, matrix, slot = saved
+  x, scale, matrix, sink = saved
   passed, gradient = gradients
   inner = gradient @ matrix.T
-  if _on_gpu(x):
+  if _kernels_fit(x):
     d_x, y, d_scale = kernels.norm_backward(x, scale.astype(jnp.float32), inner, passed, eps=eps)
   else:
     y, back = jax.vjp(functools.partial(_norm, eps=eps), x, scale)
     d_x, d_scale = back(inner)
     d_x += passed
-  return d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, slot)
+  return d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, sink)
 
 
 def _heads_forward(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH):
   """`kernels.heads`."""
-  if _on_gpu(qkv_MxAxH, qkv_MxAxH.shape[2]):
+  if _kernels_fit(qkv_MxAxH, qkv_MxAxH.shape[2]):
     made = tuple(kernels.heads(qkv_MxAxH, scale_2xH, turns_MxH, kv_heads=kv_heads, eps=eps))
   else:
     made = _plain_heads(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH)
@@ -195,14 +195,14 @@ def _plain_heads(kv_heads, eps, qkv, scale, turns):
 
 def _heads_backward(kv_heads, eps, saved, gradients):
   qkv, scale, turns = saved
-  if _on_gpu(qkv, qkv.shape[2]):
+  if _kernels_fit(qkv, qkv.shape[2]):
     return *kernels.heads_backward(qkv, scale, turns, gradients, eps=eps), None
   return *jax.vjp(lambda qkv, scale: _plain_heads(kv_heads, eps, qkv, scale, turns), qkv, scale)[1](gradients), None
 
 
-def _swiglu_product_forward(gate_up_MxF2, matrix_FxD, slot):
+def _swiglu_product_forward(gate_up_MxF2, matrix_FxD, sink):
   """silu(gate) up, times the matrix."""
-  return _swiglu(gate_up_MxF2) @ matrix_FxD, (gate_up_MxF2, matrix_FxD, slot)
+  return _swiglu(gate_up_MxF2) @ matrix_FxD, (gate_up_MxF2, matrix_FxD, sink)
 
 
 def _swiglu(gate_up_MxF2):
@@ -211,14 +211,14 @@ def _swiglu(gate_up_MxF2):
 
 
 def _swiglu_product_backward(saved, gradient):
-  gate_up, matrix, slot = saved
+  gate_up, matrix, sink = saved
   inner = gradient @ matrix.T
-  if _on_gpu(gate_up):
+  if _kernels_fit(gate_up):
     d_gate_up, y = kernels.swiglu_backward(gate_up, inner)
   else:
     y, back = jax.vjp(_swiglu, gate_up)
     (d_gate_up,) = back(inner)
-  return d_gate_up, *_matrix_gradients(y, gradient, matrix, slot)
+  return d_gate_up, *_matrix_gradients(y, gradient, matrix, sink)
 
 
 def _with_rule(forward, backward, static=()):

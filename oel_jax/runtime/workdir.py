@@ -77,6 +77,8 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
   if not changed:
     return
   listed = "; ".join(f"config.{change['field']} was {change['was']!r} and is {change['is']!r}" for change in changed)
+  if any(change["field"] not in before or change["field"] not in now for change in changed):
+    listed += " (a field that only one of them has came or went with a version of oel_jax)"
   if not resume_anyway:
     raise ValueError(f"{path}: this directory belongs to a run with another configuration: {listed}. "
                      "Choose another --workdir, restore the values, or give --resume_anyway")
