@@ -75,7 +75,8 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   a = architecture_lib.named(work.architecture)
   params = jax.jit(lambda key: model.init(a, key))(jax.random.key(0))
   knowledge = np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
-  read = lambda: teacher_lib.prepare(params, a, knowledge, dtype=dtype, path="xla" if options["path"] == "xla" else "flash", unroll=options["unroll"])
+  path = "xla" if options["path"] == "xla" else "flash"
+  read = lambda: teacher_lib.prepare(params, a, knowledge, dtype=dtype, path=path, unroll=options["unroll"])
   reading = measure.seconds(lambda: read().keys, repeats=1)
   teacher = jax.block_until_ready(read())
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.01))

@@ -34,6 +34,7 @@ def loss_sum(
 ) -> tuple[Array, tuple[Array, measures.Sums]]:  # fmt: skip
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another divergence; their count and `measures`.
 
+  OEL section 3. Arguments are those of `make_step`; `params` are stacked or joined, as the teacher's are; `mesh` is None on one device.
   Sums, not means: a mean is taken once, over the whole batch, so that how the batch is cut changes nothing (traps, 6). All are float32.
   `kind` "imitation" is the negative log-likelihood of the response under the student, and needs no teacher.
   """
@@ -97,8 +98,8 @@ def make_step(
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
-    # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of the products in it are anyway.
     unrolled = teacher_lib.unrolled(teacher)
+    # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of the products in it are anyway.
     params = joined.join(state.params, dtype) if unrolled else model.cast(state.params, dtype)
     if pieces == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
@@ -132,7 +133,10 @@ def make_probe(
     architecture: Architecture, *, k: int, temperature: float, chunk: int, dtype: Any = jnp.float32, path: str = "xla",
     mesh: Mesh | None = None,
 ) -> Callable[[Any, teacher_lib.Teacher, batch_lib.Batch], dict[str, Array]]:  # fmt: skip
-  """Makes the jitted probe(params, teacher, batch) -> means over the response tokens of the statistics of `fused.linear_divergence`."""
+  """Makes the jitted probe(params, teacher, batch) -> means over the response tokens of the statistics of `fused.linear_divergence`.
+
+  Arguments are those of `make_step`; `mesh` is None on one device. The means are float32 scalars, in nats but for topk_mass.
+  """
 
   @jax.jit
   def probe(params, teacher, batch):

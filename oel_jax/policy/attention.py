@@ -110,7 +110,10 @@ def rotate(
 
 
 def turn(x: Float[Array, "... H"], turns: Float[Array, "... H"]) -> Float[Array, "... H"]:
-  """Rotates the two halves of each head against each other; `turns` holds cosines, then sines."""
+  """Rotates the two halves of each head against each other, in float32 (Su et al. 2021, eq. 34); `turns`, float32, holds cosines, then sines.
+
+  Returns the type of x.
+  """
   cos, sin = jnp.split(turns, 2, axis=-1)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

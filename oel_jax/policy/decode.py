@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from oel_jax.policy import attention, model, ring
+from oel_jax.policy import attention, joined, model, ring
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling, sample_token
 
@@ -57,27 +57,18 @@ def prepare(params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh |
 
   On a mesh each device gets them whole, however training has placed them.
   """
-  params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+  params = joined.join(jax.tree.map(lambda leaf: leaf.astype(dtype), params), dtype)
+  heads = jnp.array([architecture.heads, architecture.kv_heads])
 
-  def join(layer: Any) -> Any:
-    attend, feed = layer["attention"], layer["feedforward"]
-    flat = lambda name: [part.reshape(*part.shape[:-2], -1) for part in (attend[x][name] for x in "qkv")]
-    joined = {
-        "qkv": jnp.concatenate(flat("kernel"), axis=-1).T,
-        "o": attend["o"]["kernel"].reshape(-1, architecture.width).T,
-        "gate_up": jnp.concatenate([feed["gate"]["kernel"], feed["up"]["kernel"]], axis=-1).T,
-        "down": feed["down"]["kernel"].T,
-        "attention_norm": layer["attention_norm"],
-        "feedforward_norm": layer["feedforward_norm"],
-    }
-    joined |= {"qkv_bias": jnp.concatenate(flat("bias"))} if architecture.qkv_bias else {}
+  def turn(layer: Any) -> Any:
+    made = {name: layer[name].T for name in joined.MATRICES}
+    made |= {name: {"scale": layer[name]} for name in ("attention_norm", "feedforward_norm")}
+    made |= {"qkv_bias": layer["qkv_bias"].reshape(-1)} if architecture.qkv_bias else {}
     if architecture.qk_norm:
-      heads = {"q": architecture.heads, "k": architecture.kv_heads}
-      joined["qk_norm"] = {"scale": jnp.concatenate([jnp.tile(attend[f"{x}_norm"]["scale"], (n, 1)) for x, n in heads.items()])}
-    return joined
+      made["qk_norm"] = {"scale": jnp.repeat(layer["qk_norm"], heads, axis=0, total_repeat_length=architecture.heads + architecture.kv_heads)}
+    return made
 
-  params = model.unstack(params)
-  params = {**params, "layers": tuple(map(join, params["layers"]))}
+  params = {**params, "layers": tuple(map(turn, params["layers"]))}
   return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec())) if mesh else params
 
 

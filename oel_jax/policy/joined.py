@@ -21,6 +21,10 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 def join(params: model.Params, dtype: Any) -> Any:
   """Parameters as `forward` takes them.
 
+  Args:
+    params: as `model.init` makes them, layers stacked.
+    dtype: of the products.
+
   Returns:
     The tree of `params` but for "layers", which is a tuple of dicts: matrices "qkv" [D, (N + 2 K) H], "o" [N H, D], "gate_up" [D, 2 F] and
     "down" [F, D] in `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has them, "attention_norm" and
@@ -48,7 +52,7 @@ def join(params: model.Params, dtype: Any) -> Any:
 
 
 def split(weights: Any, architecture: Architecture) -> model.Params:
-  """Undoes `join`, but for the type."""
+  """Undoes `join`, but for the type: the tree that `model.init` makes, each leaf in the type that it has in `weights`."""
   a = architecture
   cuts = [a.heads, a.heads + a.kv_heads]
 
@@ -90,7 +94,22 @@ def forward(
     weights: Any, architecture: Architecture, tokens_BxT: Int[Array, "B T"], positions_BxT: Int[Array, "B T"],
     segments_BxT: Int[Array, "B T"], at_BxR: Int[Array, "B R"], *, dtype: Any, remat: str, path: str, prefix: model.Prefix | None = None,
 ) -> Float[Array, "B R D"]:  # fmt: skip
-  """`model.apply` on joined weights, at the positions `at_BxR` of each row: behind the last layer's attention, no others are computed."""
+  """`model.apply` on joined weights, at the positions `at_BxR` of each row: behind the last layer's attention, no others are computed.
+
+  Args:
+    weights: from `join`, or from `attach` where gradients are wanted in float32.
+    architecture: their shapes.
+    tokens_BxT, positions_BxT, segments_BxT: int32, as in `model.apply`.
+    at_BxR: int32, positions in the row.
+    dtype: of the activations; that of the matrices.
+    remat, path, prefix: as in `model.apply`.
+
+  Returns:
+    Hidden states behind the last norm, in `dtype`.
+
+  Raises:
+    ValueError: another path, or several texts a row on the path "flash".
+  """
   a, (B, T) = architecture, tokens_BxT.shape
   x = model.embed(weights["embed"]["embedding"], tokens_BxT).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
@@ -112,7 +131,8 @@ def forward(
       if known is None:
         y = attention.attend(q, *own, mask, path)
       else:
-        y = attention.attend_with_prefix(q, own, *model.of_rows(*known, prefix.length, prefix.texts, path, mask), path)
+        texts, length = model.of_rows(*known, prefix.length, prefix.texts, path)
+        y = attention.attend_with_prefix(q, own, texts, mask, length, path)
       y = y.reshape(B * T, -1)
       x, y = (rows(x), rows(y)) if last else (x, y)
       x = checkpoint_name(x + _product(y, *matrix("o")), model.KEPT)

@@ -21,7 +21,7 @@ def norm_backward(
     x_MxD: Float[Array, "M D"], scale_D: Float[Array, "D"], gradient_MxD: Float[Array, "M D"], passed_MxD: Float[Array, "M D"], *,
     eps: float, interpret: bool = False,
 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"], Float[Array, "D"]]:  # fmt: skip
-  """Of y = RMSNorm(x): y again, and the gradients in x and in the scale.
+  """Of y = RMSNorm(x) (Zhang and Sennrich 2019, eq. 4): y again, and the gradients in x and in the scale.
 
   Args:
     x_MxD: what was normed.
@@ -73,11 +73,11 @@ def heads(
     qkv_MxAxH: Float[Array, "M A H"], scale_2xH: Float[Array, "2 H"] | None, turns_MxH: Float[Array, "M H"], *, kv_heads: int, eps: float,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-  """Queries [M, N, H] and keys [M, K, H], normed and rotated, and values [M, K, H].
+  """Queries [M, N, H] and keys [M, K, H], normed and rotated (Su et al. 2021, eq. 34), and values [M, K, H], all in the type of qkv.
 
   Args:
-    qkv_MxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values.
-    scale_2xH: of the queries' and of the keys' norm; None for no norm.
+    qkv_MxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values; H is a power of two.
+    scale_2xH: of the queries' and of the keys' norm, float32; None for no norm.
     turns_MxH: cosines, then sines of the rotary angles, float32.
     kv_heads: K.
     eps: of the norm.
@@ -122,7 +122,15 @@ def heads_backward(
     qkv_MxAxH: Float[Array, "M A H"], scale_2xH: Float[Array, "2 H"] | None, turns_MxH: Float[Array, "M H"],
     gradients: tuple[Array, Array, Array], *, eps: float, interpret: bool = False,
 ) -> tuple[Float[Array, "M A H"], Float[Array, "2 H"] | None]:  # fmt: skip
-  """The gradients of `heads` in its first two arguments, given those in its three outputs."""
+  """The gradients of `heads` in its first two arguments, given those in its three outputs.
+
+  Args:
+    qkv_MxAxH, scale_2xH, turns_MxH, eps, interpret: as in `heads`.
+    gradients: in queries [M, N, H], keys and values [M, K, H].
+
+  Returns:
+    The gradient in qkv, in its type, and in the scale, float32; None where there is none.
+  """
   M, A, H = qkv_MxAxH.shape
   programs, counts = min(PROGRAMS, M), tuple(gradient.shape[1] for gradient in gradients)
   scale = () if scale_2xH is None else (scale_2xH,)
@@ -202,7 +210,13 @@ def _normed(get, halves, H, eps):
 def swiglu_backward(
     gate_up_MxF2: Float[Array, "M F2"], gradient_MxF: Float[Array, "M F"], *, interpret: bool = False
 ) -> tuple[Float[Array, "M F2"], Float[Array, "M F"]]:
-  """Of y = silu(gate) up, with gate and up side by side: the gradient in them, and y again."""
+  """Of y = silu(gate) up (Shazeer 2020, eq. 6), gate and up side by side: the gradient in them, and y again, in their types.
+
+  Args:
+    gate_up_MxF2: the F of the gate, then the F that it multiplies.
+    gradient_MxF: in y.
+    interpret: run it without a GPU.
+  """
   M, F = gradient_MxF.shape
   return pl.pallas_call(
       _swiglu_backward,

@@ -114,14 +114,20 @@ class Attention(nn.Module):
     if prefix is None:
       y = attention.attend(q, k, v, mask_BxTxS, self.path)
     else:
-      y = attention.attend_with_prefix(q, (k, v), *of_rows(*prefix, self.path, mask_BxTxS), self.path)
+      known, length_B = of_rows(*prefix, self.path)
+      y = attention.attend_with_prefix(q, (k, v), known, mask_BxTxS, length_B, self.path)
     return dense(a.width, axis=(-2, -1), name="o")(y), (k, v)
 
 
 def of_rows(
-    keys_GxKxPxH: Array, values_GxKxPxH: Array, length_G: Array, texts_BxM: Array, path: str, mask_BxTxS: Array
-) -> tuple[tuple[Array, Array], Array, Array]:
-  """What `attention.attend_with_prefix` wants of the rows' texts in one layer, put one behind the other."""
+    keys_GxKxPxH: Float[Array, "G K P H"], values_GxKxPxH: Float[Array, "G K P H"], length_G: Int[Array, "G"], texts_BxM: Int[Array, "B M"],
+    path: str,
+) -> tuple[tuple[Float[Array, "B K MP H"], Float[Array, "B K MP H"]], Int[Array, "B"]]:  # fmt: skip
+  """One layer's keys and values of each row's M texts, one behind the other and in their own type, and the length of the first (int32).
+
+  Raises:
+    ValueError: several texts a row on the path "flash".
+  """
   if jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host:  # this layer's alone is fetched
     keys_GxKxPxH, values_GxKxPxH = jax.device_put((keys_GxKxPxH, values_GxKxPxH), jax.memory.Space.Device)
   G, K, P, H = keys_GxKxPxH.shape
@@ -129,7 +135,7 @@ def of_rows(
   if path == "flash" and M > 1:
     raise ValueError(f'attention path "flash" got rows of {M} knowledge texts: it takes one a row; "cudnn" and "xla" take several')
   rows = lambda x: x[texts_BxM].swapaxes(1, 2).reshape(B, K, M * P, H)
-  return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), mask_BxTxS, length_G[texts_BxM[:, 0]]
+  return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), length_G[texts_BxM[:, 0]]
 
 
 class Feedforward(nn.Module):

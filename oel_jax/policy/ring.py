@@ -52,7 +52,7 @@ def attend_many(
     q_BxTxNxH: Float[Array, "B T N H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"],
     mask_BxTxS: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:  # fmt: skip
-  """What `attention.attend` does in plain XLA; on a CPU twice as fast, but its gradient is not."""
+  """What `attention.attend` does in plain XLA, in the type of the queries, softmax in float32; on a CPU twice as fast, but its gradient is not."""
   B, T, N, H = q_BxTxNxH.shape
   K, S = k_BxKxSxH.shape[1:3]
   q = (q_BxTxNxH * H**-0.5).reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
