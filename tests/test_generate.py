@@ -65,7 +65,18 @@ def naive(prompt, choose, limit=LIMIT, eos_ids=(510, 511)):
 def naive_sampled(prompt, seed, eos_ids=(510, 511), limit=LIMIT):
   """Each sequence's own stream: its seed, then the position in the response."""
   key = jax.random.key(np.uint32(seed))
-  return naive(prompt, lambda logits, t: jax.random.categorical(jax.random.fold_in(key, t), logits), limit, eos_ids)
+  return naive(prompt, lambda logits, t: drawn_by_numpy(logits, jax.random.fold_in(key, t)), limit, eos_ids)
+
+
+def drawn_by_numpy(logits, key):
+  """The id that two random numbers say, in float64: the first one says which group of about √V neighbours, the second one which of them."""
+  z = np.asarray(logits, np.float64)
+  p, (first, second), width = np.exp(z - z.max()), np.asarray(jax.random.uniform(key, (2,)), np.float64), int(np.ceil(len(z) ** 0.5))
+  groups = [p[i : i + width] for i in range(0, len(p), width)]
+  sums = np.cumsum([group.sum() for group in groups])
+  group = np.searchsorted(sums, first * sums[-1], side="right")
+  sums = np.cumsum(groups[group])
+  return group * width + np.searchsorted(sums, second * sums[-1], side="right")
 
 
 def test_nearly_greedy_sampling_equals_a_naive_loop_for_prompts_of_any_length():
@@ -119,7 +130,7 @@ def three_ends() -> tuple[int, ...]:
 
 
 def four_prompts():
-  return random_prompts(4, 8, 15, 33)
+  return random_prompts(4, 8, 15, 33, seed=1)
 
 
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):

@@ -527,8 +527,9 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   assert [entry["round"] for entry in results["rounds"]] == [1] and results["rounds"][0]["in_context"] is None
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   losses = [line["loss"] for line in lines if line["stage"] == "consolidate" and line["step"] > 0]
-  # Of a policy that has learned nothing, a sampled token's negative log-likelihood is about log V, where a divergence would be near 0.
-  assert len(losses) == 2 and all(abs(loss - np.log(shape.vocabulary)) < 1 for loss in losses)
+  # Of a policy that has learned nothing, a sampled token's negative log-likelihood is about log V (a little less: it was sampled at 0.7),
+  # where a divergence would be near 0.
+  assert len(losses) == 2 and all(-1.5 < loss - np.log(shape.vocabulary) < 1 for loss in losses)
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])

@@ -163,6 +163,26 @@ def test_draws_follow_the_distribution(sampling, support):
   assert np.sum((counts - expected)[inside] ** 2 / expected[inside]) < 29.9
 
 
+def test_draws_from_many_ids_follow_the_distribution():
+  """The same in 24 classes of 125 neighbours and, apart, of every 24th id; a third of the ids have no mass and are never drawn."""
+  rng = np.random.default_rng(0)
+  row = np.where(rng.random(3000) < 0.33, -np.inf, rng.normal(0, 2, 3000)).astype(np.float32)
+  n, expected = 20_000, support_by_numpy(row, FREE)
+  draw = jax.jit(jax.vmap(lambda key: sample_token(row[None], key[None], FREE)[0]))
+  drawn = np.asarray(draw(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(n))))
+  counts = np.bincount(drawn, minlength=3000)
+  assert len(counts) == 3000 and counts[expected == 0].sum() == 0
+  for classes in (np.arange(3000) // 125, np.arange(3000) % 24):
+    wanted = n * np.bincount(classes, expected)
+    assert np.sum((np.bincount(classes, counts) - wanted) ** 2 / wanted) < 57.1  # the 99.99th percentile at 23 degrees of freedom
+
+
+def test_the_numbers_at_the_ends_draw_ids_that_have_mass():
+  mass = jnp.asarray([[0.0, 0.25, 0.0, 0.75, 0.0]])
+  at = lambda share: int(sampling_lib._first_above(mass, jnp.asarray([[share]], jnp.float32))[0])
+  assert [at(share) for share in (0, 0.2499, 0.25, 1 - 2**-23)] == [1, 1, 3, 3]
+
+
 def test_first_tokens_of_whole_responses_follow_the_distribution_too():
   """The streams of different seeds are independent: 1,024 seeds on one prompt, ids counted in eight classes."""
   prompt = random_prompts(12)[0]

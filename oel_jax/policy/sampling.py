@@ -1,6 +1,7 @@
 """How a token is drawn from logits: filters in the order and with the ties of `transformers`, then one draw a row from its own stream."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,29 @@ class Sampling:
 def sample_token(
     logits_BxV: Float[Array, "B V"], keys_B: Array, sampling: Sampling, active_B: Bool[Array, "B"] | None = None
 ) -> Int[Array, "B"]:
-  """Draws one id a row: logits / temperature, top-k, top-p, min-p, then softmax. Rows that are not active get any id."""
-  return jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BxV, sampling, active_B)).astype(jnp.int32)
+  """Draws one id a row: logits / temperature, top-k, top-p, min-p, then softmax. Rows that are not active get any id.
+
+  First a group of neighbours is drawn by its mass, then an id in it: two random numbers a row instead of one an id (`jax.random.categorical`),
+  which took a CPU a seventh of a step of a small model. A probability is right to 2^-23 of its group's, and that to 2^-23 of all.
+  """
+  logits = filter_logits(logits_BxV, sampling, active_B)
+  B, V = logits.shape
+  width = math.isqrt(V - 1) + 1
+  groups = jnp.pad(logits, ((0, 0), (0, -V % width)), constant_values=-jnp.inf).reshape(B, -1, width)
+  top, random = logits.max(-1)[:, None], jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+  group = _first_above(jnp.exp(groups - top[..., None]).sum(-1), random[:, :1])
+  chosen = jnp.take_along_axis(groups, group[:, None, None], axis=1)[:, 0]
+  return group * width + _first_above(jnp.exp(chosen - top), random[:, 1:])
+
+
+def _first_above(mass_BxN: Float[Array, "B N"], share_Bx1: Float[Array, "B 1"]) -> Int[Array, "B"]:
+  """The first place up to which there is more than this share, below 1, of a row's mass; it has some of its own.
+
+  All sums are taken in the same order, zeros for what is not in them: so they never fall, and where nothing is added they are equal.
+  """
+  there = jnp.tril(jnp.ones((mass_BxN.shape[1],) * 2, bool))
+  sums = jnp.where(there, mass_BxN[:, None], 0).sum(-1)
+  return (sums <= share_Bx1 * sums[:, -1:]).sum(-1, dtype=jnp.int32)
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, active_B: Bool[Array, "B"] | None = None) -> Float[Array, "B V"]:
