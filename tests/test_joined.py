@@ -105,7 +105,7 @@ def test_the_kernels_do_the_same_where_they_stand(name, few_programs, monkeypatc
 
     return run
 
-  names = ("norm_backward", "heads", "heads_backward", "swiglu_backward")
+  names = ("add_norm", "norm_backward", "heads", "heads_backward", "swiglu_backward")
   for kernel in names:
     monkeypatch.setattr(kernels, kernel, wired(getattr(kernels, kernel)))
   monkeypatch.setattr(joined, "_kernels_fit", lambda x, head_size=2: True)
@@ -142,9 +142,23 @@ def test_gradient_of_a_sink_is_not_rounded_to_the_type_of_the_products():
 
 def test_kernels_are_for_gpus_in_bfloat16_and_heads_that_they_can_halve(monkeypatch):
   x = jnp.zeros((2, 8), jnp.bfloat16)
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   assert not joined._kernels_fit(x)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert joined._kernels_fit(x) and joined._kernels_fit(x, 64) and not joined._kernels_fit(x, 80) and not joined._kernels_fit(x.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("width", [48, 64])
+def test_add_norm(width):
+  x, y, scale = _normal(3, (5, width), (5, width), (width,))
+  added = np.float64(x) + y
+  wanted = added, added / np.sqrt((added**2).mean(-1, keepdims=True) + 1e-6) * scale
+  _same(tuple(kernels.add_norm(x, y, scale, eps=1e-6, interpret=INTERPRET)), wanted)
+  _same(tuple(kernels.add_norm(x, jnp.stack([y / 2, -y, y * 1.5]), scale, eps=1e-6, interpret=INTERPRET)), wanted)
+  rounded = kernels.add_norm(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), scale, eps=1e-6, interpret=INTERPRET)
+  x = x.astype(jnp.bfloat16) + y.astype(jnp.bfloat16)
+  np.testing.assert_array_equal(rounded[0], x)
+  np.testing.assert_array_equal(rounded[1], joined._norm(x, scale, 1e-6))
 
 
 @pytest.mark.parametrize("tokens, width", [(3, 48), (23, 64)])

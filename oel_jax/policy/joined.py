@@ -119,10 +119,11 @@ def forward(
   mask = mask if prefix is None else jnp.concatenate([prefix.mask(), mask], axis=-1)
   rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(-1, x.shape[-1])
 
-  def block(layer, x, known, last):
+  def block(layer, x, y, known, last):
+    """From x and y, whose sum the layer reads, to the two that the next one reads: they are added where the norm is made."""
     matrix = lambda name: (layer[name], layer.get(f"{name}_sink"))
     with jax.named_scope("attention"):
-      x, qkv = _norm_product(a.norm_eps, x, layer["attention_norm"], *matrix("qkv"))
+      x, qkv = _norm_product(a.norm_eps, x, y, layer["attention_norm"], *matrix("qkv"))
       qkv = qkv.reshape(B * T, -1, a.head_size)
       qkv = qkv + layer["qkv_bias"].astype(dtype) if a.qkv_bias else qkv
       made = _heads(a.kv_heads, a.norm_eps, qkv, layer.get("qk_norm"), turns)
@@ -135,17 +136,28 @@ def forward(
         y = attention.attend_with_prefix(q, own, texts, mask, length, path)
       y = y.reshape(B * T, -1)
       x, y = (rows(x), rows(y)) if last else (x, y)
-      x = checkpoint_name(x + _product(y, *matrix("o")), model.KEPT)
+      y = _product(y, *matrix("o"))
     with jax.named_scope("feedforward"):
-      x, gate_up = _norm_product(a.norm_eps, x, layer["feedforward_norm"], *matrix("gate_up"))
-      return x + _swiglu_product(gate_up, *matrix("down"))
+      x, gate_up = _norm_product(a.norm_eps, x, y, layer["feedforward_norm"], *matrix("gate_up"))
+      y = _swiglu_product(gate_up, *matrix("down"))
+      return (x + y, None) if remat == "full" else (x, y)  # then a layer's inputs are kept: one is enough
 
   if remat != "none":
-    block = jax.checkpoint(block, policy=model.REMAT[remat], static_argnums=3)
-  x = x.reshape(B * T, -1)
+    block = jax.checkpoint(block, policy=model.REMAT[remat], static_argnums=4)
+  x, y = x.reshape(B * T, -1), None
   for i, layer in enumerate(weights["layers"]):
-    x = block(layer, x, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1)
-  return _norm(x, weights["norm"]["scale"], a.norm_eps).reshape(*at_BxR.shape, -1)
+    x, y = block(layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1)
+  return _norm(x if y is None else x + y, weights["norm"]["scale"], a.norm_eps).reshape(*at_BxR.shape, -1)
+
+
+def add_norm(
+    x_MxD: Float[Array, "M D"], y: Float[Array, "*P M D"] | None, scale_D: Float[Array, "D"], eps: float
+) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+  """x + y (None is 0) and its RMSNorm, as `kernels.add_norm` makes them; y may be in parts where kernels run."""
+  if y is not None and _kernels_fit(x_MxD):
+    return tuple(kernels.add_norm(x_MxD, y, scale_D, eps=eps))
+  x = x_MxD if y is None else x_MxD + y
+  return x, _norm(x, scale_D, eps)
 
 
 def _norm(x_MxD, scale_D, eps):
@@ -178,13 +190,16 @@ def _product_backward(saved, gradient):
   return gradient @ matrix.T, *_matrix_gradients(x, gradient, matrix, sink)
 
 
-def _norm_product_forward(eps, x_MxD, scale_D, matrix_DxF, sink):
-  """x as it is, and RMSNorm(x) times the matrix: so the gradient that comes past the norm is added where the norm's own is made."""
-  return (x_MxD, _norm(x_MxD, scale_D, eps) @ matrix_DxF), (x_MxD, scale_D, matrix_DxF, sink)
+def _norm_product_forward(eps, x_MxD, y_MxD, scale_D, matrix_DxF, sink):
+  """x + y, and its norm times the matrix: so the gradient that comes past the norm is added where the norm's own is made."""
+  x, normed = add_norm(x_MxD, y_MxD, scale_D, eps)
+  x = checkpoint_name(x, model.KEPT)
+  added = None if y_MxD is None else ()
+  return (x, normed @ matrix_DxF), (x, added, scale_D, matrix_DxF, sink)
 
 
 def _norm_product_backward(eps, saved, gradients):
-  x, scale, matrix, sink = saved
+  x, added, scale, matrix, sink = saved
   passed, gradient = gradients
   inner = gradient @ matrix.T
   if _kernels_fit(x):
@@ -193,7 +208,7 @@ def _norm_product_backward(eps, saved, gradients):
     y, back = jax.vjp(functools.partial(_norm, eps=eps), x, scale)
     d_x, d_scale = back(inner)
     d_x += passed
-  return d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, sink)
+  return d_x, None if added is None else d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, sink)
 
 
 def _heads_forward(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH):

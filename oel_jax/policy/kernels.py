@@ -1,8 +1,8 @@
 """What stands between a layer's matrix products, each as one pass over memory: Pallas kernels for one NVIDIA GPU.
 
 XLA makes two to five kernels of each of these, and every one reads its input anew. Plain JAX does the same elsewhere; it is the reference.
-The functions take flat arrays of M tokens. A program goes over every `PROGRAMS`-th token, so that the gradients of scales, sums over all
-tokens, stay in registers until its end.
+The functions take flat arrays of M tokens. Where there are gradients of scales, sums over all tokens, a program goes over every
+`PROGRAMS`-th token, and they stay in registers until its end.
 """
 
 import functools
@@ -15,6 +15,44 @@ from jaxtyping import Array, Float
 
 PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
 COLUMNS = 2048  # of a feed-forward row that a program takes
+
+
+def add_norm(
+    x_MxD: Float[Array, "M D"], y: Float[Array, "*P M D"], scale_D: Float[Array, "D"], *, eps: float, interpret: bool = False
+) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+  """x + y, and its RMSNorm (Zhang and Sennrich 2019, eq. 4), both in the type of x, to which the sum is rounded first.
+
+  Args:
+    x_MxD: what is added to.
+    y: [M, D], or P parts of it, whose sum is rounded to the type of x.
+    scale_D: of the norm, any float type.
+    eps: of the norm.
+    interpret: run it without a GPU.
+  """
+  M, D = x_MxD.shape
+  y = y.reshape(-1, M, D)
+  token = pl.BlockSpec((None, D), lambda i: (i, 0))
+  return pl.pallas_call(
+      functools.partial(_add_norm, eps=eps),
+      grid=(M,),
+      in_specs=[token, pl.BlockSpec((len(y), None, D), lambda i: (0, i, 0)), pl.no_block_spec],
+      out_specs=[token, token],
+      out_shape=[jax.ShapeDtypeStruct(x_MxD.shape, x_MxD.dtype)] * 2,
+      compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+      interpret=interpret,
+      name="add_norm",
+  )(x_MxD, y, scale_D)
+
+
+def _add_norm(x_ref, y_ref, scale_ref, sum_ref, normed_ref, *, eps):
+  (parts, D), dtype = y_ref.shape, x_ref.dtype
+  columns, there = _padded(0, D)
+  get = lambda ref, *at: triton.load(ref.at[(*at, columns)], mask=there, other=0.0).astype(jnp.float32)
+  rounded = lambda x: x.astype(dtype).astype(jnp.float32)
+  x = rounded(get(x_ref) + rounded(sum(get(y_ref, jnp.int32(part)) for part in range(parts))))
+  normed = x * (jax.lax.rsqrt(jnp.sum(x * x) / D + eps) * get(scale_ref))
+  triton.store(sum_ref.at[columns], x.astype(dtype), mask=there)
+  triton.store(normed_ref.at[columns], normed.astype(dtype), mask=there)
 
 
 def norm_backward(
