@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
 
-BLOCK = 64  # columns that are read at once; divides the ring
+BLOCK = 32  # columns that are read at once; divides the ring
 PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where there are fewer
 ROWS = 16  # of the smallest matrix product; the queries of one key-value head are fewer
 
@@ -158,14 +158,15 @@ def _kernel(
   newest = column // BLOCK
   count = jnp.minimum(1 + pl.cdiv(jnp.maximum(filled - column % BLOCK - 1, 0), BLOCK), blocks)
 
-  def body(i, carry):
+  def block(i, carry, newest_too=False):
     value, mass, top = carry
     start = (newest - part - i * parts + blocks) % blocks * BLOCK
     here, columns = pl.ds(start, BLOCK), start + jnp.arange(BLOCK)
-    # What was just written may not be seen yet by all threads.
-    fresh = (columns == column)[:, None]
-    keys_low, keys_high = jnp.where(fresh, new_low[None], keys_ref[here, low]), jnp.where(fresh, new_high[None], keys_ref[here, high])
-    values = jnp.where(fresh, new_value[None], values_ref[here, :])
+    keys_low, keys_high, values = keys_ref[here, low], keys_ref[here, high], values_ref[here, :]
+    if newest_too:  # what was just written may not be seen yet by all threads
+      fresh = (columns == column)[:, None]
+      keys_low, keys_high = jnp.where(fresh, new_low[None], keys_low), jnp.where(fresh, new_high[None], keys_high)
+      values = jnp.where(fresh, new_value[None], values)
     scores = triton.dot(q_low, keys_low.T) + triton.dot(q_high, keys_high.T)
     scores = jnp.where(((column - columns + S) % S < filled)[None], scores, attention.MASKED)
     above = jnp.maximum(top, scores.max(-1))
@@ -173,8 +174,10 @@ def _kernel(
     return value * kept[:, None] + triton.dot(weights.astype(dtype), values), mass * kept + weights.sum(-1), above
 
   start = (jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS,), jnp.float32), jnp.full((ROWS,), attention.MASKED, jnp.float32))
-  value, mass, top = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(count - part, 0), parts), body, start)
-  value = value / jnp.maximum(mass, 1e-30)[:, None]  # a part may have no block
+  # The first block apart: the others go straight from memory to the products, so that they are fetched ahead. A part that has none reads
+  # one that nobody sees, which the sum over the parts forgets.
+  value, mass, top = jax.lax.fori_loop(1, pl.cdiv(jnp.maximum(count - part, 0), parts), block, block(0, start, newest_too=True))
+  value = value / mass[:, None]
   triton.store(value_ref.at[pl.ds(0, ROWS), :], value.astype(value_ref.dtype), mask=row[:, None])
   triton.store(mass_ref.at[pl.ds(0, ROWS)], mass, mask=row)
   triton.store(top_ref.at[pl.ds(0, ROWS)], top, mask=row)
