@@ -27,8 +27,9 @@ KEPT = "kept"  # the name of what is kept for the backward pass though it is no 
 
 
 def _costly(primitive: Any, *avals: Any, **params: Any) -> bool:
-  """Whether it is a matrix product, cuDNN's attention or named KEPT."""
-  kept = primitive.name == "name" and params["name"] == KEPT
+  """Whether it is a matrix product, cuDNN's attention, a kernel of ours or named KEPT."""
+  # A kernel that may run again stays in the backward pass with its inputs, even if nothing there reads what it makes.
+  kept = primitive.name == "name" and params["name"] == KEPT or primitive.name == "pallas_call"
   product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
   return kept or product or primitive.name.startswith("dot_product_attention_fwd")
 
