@@ -25,11 +25,11 @@ FEW = 1024  # tokens, padding included, that make a batch small
 BATCH_TOKENS = 65536  # prompt tokens that are prefilled at once, padding and what is not read again included
 LENGTHS = (96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 TURN = 40  # goes before them for replies on a CPU, which are short: there, padding is not for nothing
-RINGS = (256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+RINGS = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 CACHE_BYTES = 16 << 30  # a device, of the keys and values of the first prompts and their responses; longer replies make it more
 SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
-FEWER = 8  # slots on a CPU when no more are left of four times as many
+FEWER = (8, 16)  # slots on a CPU when no more are left of SLOTS_CPU
 SHARED = 48  # tokens in common that are worth taking from a slot
 SHARED_CPU = 24  # the same; there, the slots are looked at for every prompt anyway
 WORTH_WAITING = 128  # tokens in common that are worth waiting for until they stand in a slot
@@ -201,6 +201,7 @@ class _Run:
     own = min(bucket(-(-len(prompts) // self.devices), BATCHES), max(b for b in BATCHES if b <= max(1, most)))
     self.rows, self.home = self.devices * own, np.repeat(np.arange(self.devices), own)
     self.entries = [*(size for size in ENTRIES if size < own), own]
+    self.shrinks = self.cpu and self.devices == 1 and self.rows >= SLOTS_CPU
     self.how |= dict(path=ring.path(architecture, dtype), mesh=mesh)
     # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and for a small model no loss.
     self.always = reply is not None or self.cpu
@@ -264,13 +265,14 @@ class _Run:
   def _shrink(self) -> None:
     """On a CPU, where a token takes as long as there are rows: lets go of most slots when nobody waits and few are left."""
     kept = [*self.seated, *self.ended]
-    if self.waiting or len(kept) > FEWER or self.rows < 4 * FEWER or self.devices > 1 or not self.cpu:
+    fewer = next((size for size in FEWER if len(kept) <= size < self.rows), None)
+    if self.waiting or not fewer or not self.shrinks:
       return
-    rows = np.int32([*kept, *self._free()][:FEWER])
+    rows = np.int32([*kept, *self._free()][:fewer])
     self.slots = decode.pick(self.slots, rows)
     self.held, self.count, self.age, self.home = (array[rows] for array in (self.held, self.count, self.age, self.home))
     self.seated, self.ended = ({n: of[row] for n, row in enumerate(rows.tolist()) if row in of} for of in (self.seated, self.ended))
-    self.rows, self.entries = FEWER, [size for size in self.entries if size < FEWER]
+    self.rows, self.entries = fewer, [size for size in self.entries if size < fewer]
 
   def _go_on(self, i: int) -> None:
     """Asks what follows a response; if something does, it waits before all others."""
