@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.consolidation import fused, losses, rows
+from oel_jax.consolidation import fused, losses, online, rows
 from oel_jax.policy.sampling import top_k
 
+INTERPRET = jax.default_backend() != 'gpu'
 PAIRS = [(kind, support) for kind in losses.KINDS for support in losses.SUPPORTS]
 
 
@@ -210,9 +211,11 @@ def test_gradients_are_formed_only_when_asked_and_once():
 
 
 @pytest.mark.parametrize('kind, statistics', [('reverse_kl', False), ('forward_kl', False), ('forward_kl', True), ('jsd', True)])
-@pytest.mark.parametrize('function', [rows._one_pass, rows._two_passes])
-def test_row_statistics_match_float64(function, kind, statistics):
+@pytest.mark.parametrize('function', [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)])
+def test_row_statistics_match_float64(function, kind, statistics, monkeypatch):
   """Whichever this machine's platform would not take, too; logits that rise, fall, and are huge on one side alone."""
+  monkeypatch.setattr(online, 'ROWS', 2)  # several steps, the last one past the end
+  monkeypatch.setattr(online, 'WIDE', 8)
   rng = np.random.default_rng(11)
   s, t = (np.float32(rng.normal(size=(6, 40)) * scale) for scale in (1, 30))
   s[1], s[2], t[3], s[4, 3], t[5, 7] = np.sort(s[1]), np.sort(s[2])[::-1], np.sort(t[3]), 300, losses.FLOOR
@@ -224,7 +227,7 @@ def test_row_statistics_match_float64(function, kind, statistics):
   wanted = {'forward_kl'} if kind == 'forward_kl' else {'kl'}
   wanted |= {'kl', 'student_entropy', 'teacher_entropy'} if statistics else set()
   options = rows.Options(kind, statistics=statistics)
-  measure = jax.jit(lambda s, t: rows._finish(options, function(options, s, t)))
+  measure = jax.jit(lambda s, t: rows._finish(options, function(options, s, t)[0]))
   sums, found = measure(s, t)
   assert found.keys() == wanted
   for a, b in zip(sums, totals):
@@ -233,6 +236,25 @@ def test_row_statistics_match_float64(function, kind, statistics):
     np.testing.assert_allclose(found[name], expected[name].sum(-1), rtol=2e-6, atol=3e-5 * ('entropy' in name), err_msg=name)
   for name in found.keys() & {'kl', 'forward_kl'}:
     np.testing.assert_array_equal(measure(s, s)[1][name], 0)
+
+
+@pytest.mark.parametrize('function', [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)])
+def test_the_largest_of_each_group_come_with_the_statistics(function, monkeypatch):
+  monkeypatch.setattr(online, 'ROWS', 2)
+  monkeypatch.setattr(online, 'WIDE', 128)
+  s, t = np.random.default_rng(13).normal(size=(2, 3, 1100)).astype(np.float32)
+  s[0, 70] = -np.inf
+  run = lambda **how: jax.jit(functools.partial(function, rows.Options(**how)))(s, t)
+  padded = np.pad(s, ((0, 0), (0, 1152 - 1100)), constant_values=-np.inf)
+  sides, maxima = run(support='topk', k=2)  # groups of 64
+  np.testing.assert_array_equal(maxima, padded.reshape(3, 18, 64).max(-1))
+  for side, alone in zip(sides, run()[0]):
+    np.testing.assert_array_equal(side[0], alone[0])
+  _, maxima = run(statistics=True, topk_mass=True, k=34)  # of 4
+  np.testing.assert_array_equal(maxima, s.reshape(3, 275, 4).max(-1))
+  assert run()[1] is None and run(support='topk', k=256)[1] is None
+  found = jax.jit(functools.partial(top_k, k=2))(s, maxima_CxG=padded.reshape(3, 18, 64).max(-1))
+  np.testing.assert_array_equal(found[1], np.argsort(-s, axis=-1, kind='stable')[:, :2])
 
 
 @pytest.mark.parametrize('levels', [1, 50])  # few different numbers: nearly everything is tied

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from oel_jax.consolidation import losses
-from oel_jax.policy.sampling import top_k
+from oel_jax.consolidation import losses, online
+from oel_jax.policy import sampling
 
 
 class Options(NamedTuple):
@@ -29,9 +29,13 @@ class Options(NamedTuple):
   statistics: bool = False
   topk_mass: bool = False
 
+  def wants_top_k(self) -> bool:
+    """Whether the k likeliest tokens are needed."""
+    return self.support != 'full' or self.statistics and self.topk_mass
+
   def names(self) -> tuple[str, ...]:
     """The statistics that are asked for."""
-    mass = self.topk_mass or self.support != 'full'
+    mass = self.wants_top_k()
     return ('kl', 'student_entropy', 'teacher_entropy') + ('topk_mass',) * mass if self.statistics else ()
 
 
@@ -46,16 +50,17 @@ def compare(options: Options, hidden: Float[Array, 'C D'], reference: Float[Arra
   """
   sides = (hidden, head), (reference, reference_head)
   # Without the barrier XLA hangs the maximum on the product and, for that, writes and reads the logits once more.
-  s, t = (jnp.maximum(logits, losses.FLOOR) for logits in jax.lax.optimization_barrier([_product(*side) for side in sides]))
-  totals, found = _row_statistics(options, s, t)
+  logits = jax.lax.optimization_barrier([_product(*side) for side in sides])
+  totals, found, maxima = _row_statistics(options, *logits)
+  s, t = (jnp.maximum(x, losses.FLOOR) for x in logits)
   log_p, log_q = (x / options.temperature - total[:, None] for x, total in zip((s, t), totals))
   if options.kind == 'jsd':
     value = vocabulary_sum(losses.token_divergence(log_p, log_q, None, 'jsd', 'full'), options.axes)
   else:
     value = found['forward_kl' if options.kind == 'forward_kl' else 'kl']
   kept = None
-  if options.support != 'full' or 'topk_mass' in options.names():
-    kept, inside = _keep(options, s, t, totals)
+  if options.wants_top_k():
+    kept, inside = _keep(options, s, t, totals, maxima)
     found['topk_mass'] = kept.sum(jnp.exp(kept.log_p))
   outside = None
   if options.support != 'full':
@@ -134,15 +139,15 @@ class _Kept(NamedTuple):
     return vocabulary_sum(jnp.where(self.chosen, x, 0).sum(-1), self.axes)
 
 
-def _keep(options, s, t, totals):
+def _keep(options, s, t, totals, maxima):
   """(`_Kept`, which tokens of the slice are kept, [C, V])."""
-  top, ids = top_k(s, min(options.k, s.shape[-1]))
+  top, ids = sampling.top_k(s, min(options.k, s.shape[-1]), maxima)
   first = _first_id(options, s)
   last, last_id = top[:, -1:], ids[:, -1:]
   if options.axes:
     # In the order of the slices, so that ties go to the lower id here too.
     tops, places = (jax.lax.all_gather(x, options.axes, axis=1, tiled=True) for x in (top, ids + first))
-    best, at = top_k(tops, min(options.k, s.shape[-1] * jax.lax.axis_size(options.axes)))
+    best, at = sampling.top_k(tops, min(options.k, s.shape[-1] * jax.lax.axis_size(options.axes)))
     last, last_id = best[:, -1:], jnp.take_along_axis(places, at[:, -1:], axis=-1)
   kept = lambda logits, ids: (logits > last) | ((logits == last) & (ids + first <= last_id))
   log_p, log_q = (jnp.take_along_axis(x, ids, axis=-1) / options.temperature - total[:, None] for x, total in zip((s, t), totals))
@@ -150,13 +155,28 @@ def _keep(options, s, t, totals):
 
 
 def _row_statistics(options, s, t):
-  """((log Σ exp s/T, log Σ exp t/T), {name: [C]}) of two [C, V] arrays: those of 'kl', 'forward_kl' and the entropies that are needed.
+  """((log Σ exp s/T, log Σ exp t/T), {name: [C]}, maxima) of two [C, V] arrays: those of 'kl', 'forward_kl' and the entropies that are
+  needed, and for the top k, if they are looked for by groups, the largest of each group in s.
 
-  A GPU waits for memory here, so it reads each logit once; a CPU waits for exponentials, of which `_one_pass` has more.
+  A GPU waits for memory here, so it reads each logit once; a CPU waits for exponentials, of which that takes more.
   """
-  how = {name: functools.partial(f, options) for name, f in (('one', _one_pass), ('two', _two_passes))}
-  sides = jax.lax.platform_dependent(s, t, cuda=how['one'], rocm=how['one'], default=how['two'])
-  return _finish(options, _join_slices(options, sides))
+  how = {name: functools.partial(f, options) for name, f in (('kernel', _kernel_pass), ('one', _one_pass), ('two', _two_passes))}
+  # The kernel does not say over which axes of a mesh its results differ, as `jax.shard_map` wants to know.
+  cuda = how['kernel' if jax.sharding.get_abstract_mesh().empty else 'one']
+  sides, maxima = jax.lax.platform_dependent(s, t, cuda=cuda, rocm=how['one'], default=how['two'])
+  return *_finish(options, _join_slices(options, sides)), maxima
+
+
+def _kernel_pass(options, s, t, **how):
+  width = sampling.group_width(s.shape[-1], options.k)
+  width = width if options.wants_top_k() and width == sampling.GROUP else None
+  sides, maxima = online.sums(s, t, functools.partial(_moments, options), options.temperature, losses.FLOOR, width, **how)
+  return sides, _maxima(options, s) if maxima is None else maxima
+
+
+def _maxima(options, s):
+  by_groups = options.wants_top_k() and sampling.group_width(s.shape[-1], options.k) >= 2
+  return sampling.group_maxima(jnp.maximum(s, losses.FLOOR), options.k) if by_groups else None
 
 
 def _moments(options, s, t):
@@ -166,16 +186,19 @@ def _moments(options, s, t):
 
 
 def _two_passes(options, s, t):
+  s, t = (jnp.maximum(x, losses.FLOOR) for x in (s, t))
+
   def side(x, moments):
     top = x.max(-1, keepdims=True)
     p = jnp.exp((x - top) / options.temperature)
     return top[:, 0], (p.sum(-1), *((p * moment).sum(-1) for moment in moments))
 
-  return tuple(map(side, (s, t), _moments(options, s, t)))
+  return tuple(map(side, (s, t), _moments(options, s, t))), _maxima(options, s)
 
 
 def _one_pass(options, s, t):
   """Sums that are scaled again whenever a larger logit turns up, as in an online softmax."""
+  s, t = (jnp.maximum(x, losses.FLOOR) for x in (s, t))
 
   def merge(one, other):
     (m, x), (m_, x_) = one, other
@@ -189,7 +212,7 @@ def _one_pass(options, s, t):
   flat, tree = jax.tree.flatten(sides)
   both = lambda one, other: tuple(map(merge, jax.tree.unflatten(tree, one), jax.tree.unflatten(tree, other)))
   combine = lambda one, other: tuple(jax.tree.leaves(both(one, other)))
-  return jax.tree.unflatten(tree, jax.lax.reduce(tuple(flat), tuple(jax.tree.leaves(start)), combine, (1,)))
+  return jax.tree.unflatten(tree, jax.lax.reduce(tuple(flat), tuple(jax.tree.leaves(start)), combine, (1,))), _maxima(options, s)
 
 
 def _join_slices(options, sides):

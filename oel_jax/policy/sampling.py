@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 NUCLEUS = 64  # so many of the likeliest usually hold top_p of the mass
+GROUP = 64  # most neighbours that are looked at together for the top k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,8 @@ def sample_token(
   which took a CPU a seventh of a step of a small model. A probability is right to 2^-23 of its group's, and that to 2^-23 of all.
   """
   logits = filter_logits(logits_BxV, sampling, active_B)
-  B, V = logits.shape
-  width = math.isqrt(V - 1) + 1
-  groups = jnp.pad(logits, ((0, 0), (0, -V % width)), constant_values=-jnp.inf).reshape(B, -1, width)
+  width = math.isqrt(logits.shape[1] - 1) + 1
+  groups = _groups(logits, width)
   top, random = logits.max(-1)[:, None], jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
   group = _first_above(jnp.exp(groups - top[..., None]).sum(-1), random[:, :1])
   chosen = jnp.take_along_axis(groups, group[:, None, None], axis=1)[:, 0]
@@ -106,17 +106,31 @@ def _sort_and_filter(logits, top, sampling, cut):
   return jnp.where(gone, -jnp.inf, logits)
 
 
-def top_k(x_CxV: Float[Array, "C V"], k: int) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
+def top_k(x_CxV: Float[Array, "C V"], k: int, maxima_CxG: Float[Array, "C G"] | None = None) -> tuple[Float[Array, "C k"], Int[Array, "C k"]]:
   """`jax.lax.top_k`, with ties to the lower id, without sorting whole rows on a GPU: that takes longer than the loss or a token itself.
 
   The k groups of neighbours with the largest maxima hold the k largest numbers: for a number in another group, each of
-  these k has one that is larger, or as large and of a lower id.
+  these k has one that is larger, or as large and of a lower id. `maxima_CxG` are those of `group_maxima`, if they are known.
   """
   C, V = x_CxV.shape
-  width = min(64, V // (8 * k))
+  width = group_width(V, k)
   if width < 2:
     return jax.lax.top_k(x_CxV, k)
-  groups = jnp.pad(x_CxV, ((0, 0), (0, -V % width)), constant_values=-jnp.inf).reshape(C, -1, width)
-  best = jnp.sort(jax.lax.top_k(groups.max(-1), k)[1], axis=-1)  # in order, so that ids still rise
-  top, at = top_k(jnp.take_along_axis(groups, best[..., None], axis=1).reshape(C, k * width), k)
+  maxima = group_maxima(x_CxV, k) if maxima_CxG is None else maxima_CxG
+  best = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=-1)  # in order, so that ids still rise
+  top, at = top_k(jnp.take_along_axis(_groups(x_CxV, width), best[..., None], axis=1).reshape(C, k * width), k)
   return top, jnp.take_along_axis(best, at // width, axis=-1) * width + at % width
+
+
+def group_width(V: int, k: int) -> int:
+  """How many neighbours `top_k` takes together; below 2, none."""
+  return min(GROUP, V // (8 * k))
+
+
+def group_maxima(x_CxV: Float[Array, "C V"], k: int) -> Float[Array, "C G"]:
+  """The largest number of each group of `group_width` neighbours, of which the last may be fewer."""
+  return _groups(x_CxV, group_width(x_CxV.shape[1], k)).max(-1)
+
+
+def _groups(x, width):
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % width)), constant_values=-jnp.inf).reshape(x.shape[0], -1, width)
