@@ -210,6 +210,16 @@ def test_gradients_are_formed_only_when_asked_and_once():
   assert matrix_products(jax.value_and_grad(learn, (0, 1)), *case[:2]) == 3
 
 
+def test_the_heads_gradient_comes_out_at_its_sink_unrounded():
+  student, head, teacher, reference, mask = random_case(21, tokens=(40,), dtype=jnp.bfloat16)
+  loss = lambda head, sink: 3 * fused.linear_divergence(student, head, teacher, reference, mask, chunk=16, head_sink=sink)[0]
+  fixed, found = jax.jit(jax.grad(loss, (0, 1)))(head, jnp.zeros(head.shape, jnp.float32))
+  wanted = jax.jit(jax.grad(loss))(head.astype(jnp.float32), None)
+  assert found.dtype == jnp.float32 and not fixed.any()
+  np.testing.assert_array_equal(found, wanted)
+  assert (found != found.astype(jnp.bfloat16)).any()
+
+
 @pytest.mark.parametrize('kind, statistics', [('reverse_kl', False), ('forward_kl', False), ('forward_kl', True), ('jsd', True)])
 @pytest.mark.parametrize('function', [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)])
 def test_row_statistics_match_float64(function, kind, statistics, monkeypatch):

@@ -25,7 +25,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
                       teacher_hidden: Float[Array, '*tokens E'], teacher_head: Float[Array, 'V E'],
                       mask: Shaped[Array, '*tokens'], *, kind: str = 'reverse_kl', support: str = 'full', k: int = 256,
                       temperature: float = 0.7, chunk: int = 512, vocabulary_axes: tuple[str, ...] = (),
-                      statistics: bool = False, topk_mass: bool = False,
+                      statistics: bool = False, topk_mass: bool = False, head_sink: Float32[Array, 'V D'] | None = None,
                       ) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, '*tokens']]]:
   """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, mask, ...)`.
 
@@ -60,6 +60,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
     vocabulary_axes: inside `jax.shard_map`, names of the mesh axes over which the rows of both heads are split, in order.
     statistics: also return the statistics above.
     topk_mass: find the top k for their mass alone, too.
+    head_sink: never read; where it is given, `student_head` is taken as constant, and the gradient in it comes out here, not rounded.
 
   Raises:
     ValueError: an option out of range or shapes that do not match; the message names it, its value and what is right.
@@ -69,7 +70,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
   mask = mask.astype(bool)
   options = rows.Options(kind, support, int(k), float(temperature), chunk, tuple(vocabulary_axes), statistics, topk_mass)
   student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, teacher_hidden, mask)
-  total, found = _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask)
+  total, found = _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink)
   return (total, mask.sum(dtype=jnp.float32), *(found,) * statistics)
 
 
@@ -84,16 +85,17 @@ def linear_imitation(student_hidden: Float[Array, '*tokens D'], student_head: Fl
   mask = mask.astype(bool)
   student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, tokens, mask)
   options = rows.Options('imitation', temperature=1.0, chunk=chunk, axes=tuple(vocabulary_axes))
-  total, _ = _total(options, student_hidden, student_head, tokens, None, mask)
+  total, _ = _total(options, student_hidden, student_head, tokens, None, mask, None)
   return total, mask.sum(dtype=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask):
+def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink):
   """(Sum of the divergence, {name: statistic of each token}) of [*tokens, D], [V, D], [*tokens, E], [V, E], [*tokens].
 
   For imitation ids and None take the teacher's place.
   """
+  del head_sink
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
   xs, size, _ = _counted_first(options, student_hidden, teacher_hidden, mask)
 
@@ -106,8 +108,8 @@ def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, 
   return total, {name: _put_back(x, mask) for name, x in found.items()}
 
 
-def _total_forward(options, student_hidden, student_head, teacher_hidden, teacher_head, mask):
-  """`_total`, and its gradients in the student's hidden states and head for a cotangent of 1."""
+def _total_forward(options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink):
+  """`_total`, and its gradients in the student's hidden states, head and its sink for a cotangent of 1."""
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
   xs, size, group = _counted_first(options, student_hidden, teacher_hidden, mask)
 
@@ -154,13 +156,14 @@ def _total_forward(options, student_hidden, student_head, teacher_hidden, teache
     whole, rest = 0, whole
   (total, statistics), (d_hidden, d_head) = jax.lax.fori_loop(0, rest, alone, (seen, gradients))
   statistics = {name: _put_back(x, mask) for name, x in statistics.items()}
-  return (total, statistics), (_put_back(d_hidden, mask), d_head.astype(student_head.dtype))
+  d_heads = (d_head.astype(student_head.dtype), None) if head_sink is None else (None, d_head)
+  return (total, statistics), (_put_back(d_hidden, mask), *d_heads)
 
 
 def _total_backward(options, gradients, cotangents):
   del options
-  d_hidden, d_head = ((g.astype(jnp.float32) * cotangents[0]).astype(g.dtype) for g in gradients)
-  return d_hidden, d_head, None, None, None  # None is a zero cotangent
+  d_hidden, d_head, d_sink = jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype), gradients)
+  return d_hidden, d_head, None, None, None, d_sink  # None is a zero cotangent
 
 
 _total.defvjp(_total_forward, _total_backward)

@@ -49,7 +49,7 @@ def loss_sum(
   else:
     total, count, found = sharded.linear_divergence(
         mesh, hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
-        kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
+        kind=kind, support=support, k=k, temperature=temperature, chunk=chunk, head_sink=params.get("head_sink"),
     )  # fmt: skip
   if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
@@ -83,7 +83,8 @@ def make_step(
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
   shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def value_and_gradient(params, teacher, batch):
+  def value_and_gradient(params, teacher, batch, so_far=None):
+    """Of the batch, and of those before, if any: value, count, sums and gradient."""
     unrolled = teacher_lib.unrolled(teacher)
 
     def total(learned):
@@ -93,8 +94,12 @@ def make_step(
           dtype=dtype, remat=remat, path=path, mesh=mesh,
       )  # fmt: skip
 
-    (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(joined.sinks(params) if unrolled else params)
-    return value, count, sums, gradient
+    learned = joined.sinks(params, batch.tokens) if unrolled else params
+    (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(learned)
+    rows = gradient.pop("rows") if unrolled else None
+    found = value, count, sums, gradient
+    *found, gradient = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
+    return *found, joined.add_rows(gradient, batch.tokens, rows) if unrolled else gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
@@ -108,7 +113,7 @@ def make_step(
       cut = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
       gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
       zero = (jnp.float32(0), jnp.float32(0), measures.zeros(kind, support), gradient)
-      add = lambda so_far, piece: (jax.tree.map(jnp.add, so_far, value_and_gradient(params, teacher, piece)), None)
+      add = lambda so_far, piece: (value_and_gradient(params, teacher, piece, so_far), None)
       (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
     gradient = joined.split(gradient, architecture) if unrolled else gradient

@@ -16,6 +16,7 @@ from oel_jax.policy import attention, kernels, model
 from oel_jax.policy.architecture import Architecture
 
 MATRICES = ("qkv", "o", "gate_up", "down")
+TABLES = ("embed", "head")
 
 
 def join(params: model.Params, dtype: Any) -> Any:
@@ -26,11 +27,12 @@ def join(params: model.Params, dtype: Any) -> Any:
     dtype: of the products.
 
   Returns:
-    The tree of `params` but for "layers", which is a tuple of dicts: matrices "qkv" [D, (N + 2 K) H], "o" [N H, D], "gate_up" [D, 2 F] and
-    "down" [F, D] in `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has them, "attention_norm" and
-    "feedforward_norm" [D] as they were.
+    The tree of `params`, embedding and head in `dtype`, but for "layers", which is a tuple of dicts: matrices "qkv" [D, (N + 2 K) H],
+    "o" [N H, D], "gate_up" [D, 2 F] and "down" [F, D] in `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has
+    them, "attention_norm" and "feedforward_norm" [D] as they were.
   """
   width = params["norm"]["scale"].shape[0]
+  tables = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name]) for name in TABLES if name in params}
 
   def one(layer):
     attend, feed = layer["attention"], layer["feedforward"]
@@ -48,7 +50,7 @@ def join(params: model.Params, dtype: Any) -> Any:
       made["qk_norm"] = jnp.stack([attend[f"{x}_norm"]["scale"] for x in "qk"])
     return made
 
-  return {**params, "layers": tuple(map(one, model.unstack(params)["layers"]))}
+  return {**params, **tables, "layers": tuple(map(one, model.unstack(params)["layers"]))}
 
 
 def split(weights: Any, architecture: Architecture) -> model.Params:
@@ -74,20 +76,32 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
   return {**weights, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
-def sinks(weights: Any) -> Any:
-  """What `attach` takes: `weights` with float32 zeros for the layers' matrices. The zeros are never read, so they are not made."""
-  zeros = lambda layer: {name: jnp.zeros(layer[name].shape, jnp.float32) for name in MATRICES}
-  return {**weights, "layers": tuple({**layer, **zeros(layer)} for layer in weights["layers"])}
+def sinks(weights: Any, tokens_BxT: Int[Array, "B T"]) -> Any:
+  """What `attach` takes: `weights` with float32 zeros for matrices and tables, and "rows" [B, T, D], for what the tokens take from the
+  embedding. The zeros are never read, so they are not made."""
+  zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
+  layers = tuple({**layer, **zeros({name: layer[name] for name in MATRICES})} for layer in weights["layers"])
+  tables = zeros({name: weights[name] for name in TABLES if name in weights})
+  return {**weights, **tables, "layers": layers, "rows": jnp.zeros((*tokens_BxT.shape, weights["norm"]["scale"].shape[0]), jnp.float32)}
 
 
 def attach(weights: Any, learned: Any) -> Any:
   """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out at its sink, and is never rounded.
 
   A gradient has the type of what it belongs to, and the matrices are in that of the products: for float32 it must belong to something else.
+  "head_sink" is for the loss (`fused.linear_divergence`); what `add_rows` makes of the gradient in "rows" belongs to the embedding.
   """
   beside = lambda layer: {f"{name}_sink": layer[name] for name in MATRICES}
   layers = zip(weights["layers"], learned["layers"], strict=True)
-  return {**learned, "layers": tuple({**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers)}
+  layers = tuple({**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers)
+  tables = {name: weights[name] for name in TABLES if name in weights}
+  return {**learned, **tables, "head_sink": model.head(learned), "layers": layers}
+
+
+def add_rows(gradient: Any, tokens_BxT: Int[Array, "B T"], rows_BxTxD: Float[Array, "B T D"]) -> Any:
+  """Adds the gradient in the tokens' rows of the embedding to that in the embedding, in place: a table for each of several batches would
+  have to be cleared and added up."""
+  return {**gradient, "embed": {"embedding": model.add_rows(gradient["embed"]["embedding"], tokens_BxT, rows_BxTxD)}}
 
 
 def forward(
@@ -111,7 +125,8 @@ def forward(
     ValueError: another path, or several texts a row on the path "flash".
   """
   a, (B, T) = architecture, tokens_BxT.shape
-  x = model.embed(weights["embed"]["embedding"], tokens_BxT).astype(dtype)
+  x = model.embed(weights["embed"]["embedding"], tokens_BxT)
+  x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
   turns = attention.angles(positions_BxT.reshape(-1), a.head_size, a.rope_theta, a.rope_scaling)
   turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)

@@ -81,12 +81,17 @@ def _embed_forward(table_VxD, tokens):
 
 def _embed_backward(saved, gradient):
   tokens, like = saved
-  V, D = like.shape[0], gradient.shape[-1]
+  return add_rows(jnp.zeros((like.shape[0], gradient.shape[-1]), like.dtype), tokens, gradient), None
+
+
+def add_rows(table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"], rows: Float[Array, "*tokens D"]) -> Float[Array, "V D"]:
+  """Adds a row for each token to the token's row of the table, in the table's type; to a small table by a matrix product (`embed`)."""
+  V, D = table_VxD.shape
   if V > SMALL_VOCABULARY:
-    return jnp.zeros((V, D), like.dtype).at[tokens].add(gradient.astype(like.dtype)), None
-  ids, gradient = tokens.reshape(-1), gradient.reshape(-1, D)
-  product = jnp.einsum("nv,nd->vd", jax.nn.one_hot(ids, V, dtype=gradient.dtype), gradient, preferred_element_type=jnp.float32)
-  return product.astype(like.dtype), None
+    return table_VxD.at[tokens].add(rows.astype(table_VxD.dtype))
+  ids, rows = tokens.reshape(-1), rows.reshape(-1, D)
+  product = jnp.einsum("nv,nd->vd", jax.nn.one_hot(ids, V, dtype=rows.dtype), rows, preferred_element_type=jnp.float32)
+  return table_VxD + product.astype(table_VxD.dtype)
 
 
 embed.defvjp(_embed_forward, _embed_backward)
