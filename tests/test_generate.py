@@ -243,8 +243,8 @@ def test_few_that_are_left_on_a_cpu_go_on_in_fewer_slots(monkeypatch, drawing):
   prompts, limits = random_prompts(*range(10, 50), seed=18), [30 if i % 5 == 4 else 2 for i in range(40)]
   expected = [naive_sampled(prompt, seed, limit=limit) for (seed, prompt), limit in zip(enumerate(prompts), limits, strict=True)]
   assert sample(prompts, limit=limits) == expected
-  assert {slots for slots, _ in drawing} == {32, 8} and drawing == sorted(drawing, key=lambda call: -call[0])
-  assert all(active <= 8 for slots, active in drawing if slots == 8) and drawing.count((8, 8)) > 3
+  assert {slots for slots, _ in drawing} == {32, 16, 8} and drawing == sorted(drawing, key=lambda call: -call[0])
+  assert all(active <= slots for slots, active in drawing) and drawing.count((8, 8)) > 3
   drawing.clear()
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert sample(prompts, limit=limits, slots=32) == expected and {slots for slots, _ in drawing} == {32}
@@ -590,11 +590,12 @@ def test_the_ring_is_written_in_place():
 
 def test_few_programs_are_compiled():
   """Trap 20: 24 batches of other sizes and lengths share a handful of compiled shapes."""
-  before = decode.enter._cache_size(), decode.decode._cache_size()
+  decode.enter.clear_cache()
+  decode.decode.clear_cache()
   for i in range(24):
     rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
     sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
-  assert decode.enter._cache_size() - before[0] <= 2 and decode.decode._cache_size() - before[1] <= 4
+  assert decode.enter._cache_size() == 3 and decode.decode._cache_size() == 3  # two sizes and two lengths; two sizes, and a ring that grows
 
 
 @pytest.mark.parametrize("size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)])
