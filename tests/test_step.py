@@ -1,5 +1,6 @@
 """Batch, teacher and step: alignment, independence of micro-batch and devices, and that a step does what its loss says."""
 
+import dataclasses
 import functools
 import math
 import subprocess
@@ -298,6 +299,25 @@ def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):  # trap 6
   for name in measured:
     np.testing.assert_allclose(measured[name], measured_many[name], rtol=1e-5, err_msg=name)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, many)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "imitation"])
+@pytest.mark.parametrize("tied, micro_tokens", [(True, None), (False, None), (False, 19)])
+def test_all_gradients_are_those_of_the_loop(kind, tied, micro_tokens):
+  """Embedding and head too, tied or not: without a loop their gradients come out in other places than the parameters."""
+  architecture, samples, optimizer = dataclasses.replace(ARCHITECTURE, tied_head=tied), _samples(), optax.sgd(1.0)
+  student, params = (model.init(architecture, jax.random.key(seed)) for seed in (0, 1))
+  step = step_lib.make_step(architecture, optimizer, kind=kind, chunk=7, micro_tokens=micro_tokens)
+
+  def trained(unroll):
+    texts = [knowledge for _, knowledge, _ in samples]
+    teacher = teacher_lib.prepare(params, architecture, texts, dtype=jnp.float32, unroll=unroll)
+    state, _ = step(step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer), teacher, _batch(samples, pack=False))
+    return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student)
+
+  wanted = trained(False)
+  assert all(leaf.any() for leaf in jax.tree.leaves({name: wanted[name] for name in ("embed", "head") if name in wanted}))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trained(True), wanted)
 
 
 @pytest.mark.parametrize("unroll", [False, True])

@@ -60,7 +60,7 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
     vocabulary_axes: inside `jax.shard_map`, names of the mesh axes over which the rows of both heads are split, in order.
     statistics: also return the statistics above.
     topk_mass: find the top k for their mass alone, too.
-    head_sink: never read; where it is given, `student_head` is taken as constant, and the gradient in it comes out here, not rounded.
+    head_sink: its values do not matter; where it is given, `student_head` is taken as constant, and the gradient in it comes out here, not rounded.
 
   Raises:
     ValueError: an option out of range or shapes that do not match; the message names it, its value and what is right.
@@ -69,23 +69,25 @@ def linear_divergence(student_hidden: Float[Array, '*tokens D'], student_head: F
   _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
   mask = mask.astype(bool)
   options = rows.Options(kind, support, int(k), float(temperature), chunk, tuple(vocabulary_axes), statistics, topk_mass)
-  student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, teacher_hidden, mask)
+  trained = student_hidden, student_head, head_sink
+  student_hidden, student_head, head_sink = _like_varying(trained, student_hidden, teacher_hidden, mask)
   total, found = _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink)
   return (total, mask.sum(dtype=jnp.float32), *(found,) * statistics)
 
 
 def linear_imitation(student_hidden: Float[Array, '*tokens D'], student_head: Float[Array, 'V D'],
                      tokens: Int[Array, '*tokens'], mask: Shaped[Array, '*tokens'], *,
-                     chunk: int = 512, vocabulary_axes: tuple[str, ...] = ()) -> tuple[Scalar, Scalar]:
+                     chunk: int = 512, vocabulary_axes: tuple[str, ...] = (),
+                     head_sink: Float32[Array, 'V D'] | None = None) -> tuple[Scalar, Scalar]:
   """Returns `losses.imitation(student_hidden @ student_head.T, tokens, mask)`: (sum in nats, count), float32 scalars.
 
-  Gradients, memory, devices and errors are those of `linear_divergence`.
+  Gradients, memory, devices, `head_sink` and errors are those of `linear_divergence`.
   """
   _check_inputs(student_hidden, student_head, student_hidden, student_head, mask, chunk)
   mask = mask.astype(bool)
-  student_hidden, student_head = _like_varying((student_hidden, student_head), student_hidden, tokens, mask)
+  student_hidden, student_head, head_sink = _like_varying((student_hidden, student_head, head_sink), student_hidden, tokens, mask)
   options = rows.Options('imitation', temperature=1.0, chunk=chunk, axes=tuple(vocabulary_axes))
-  total, _ = _total(options, student_hidden, student_head, tokens, None, mask, None)
+  total, _ = _total(options, student_hidden, student_head, tokens, None, mask, head_sink)
   return total, mask.sum(dtype=jnp.float32)
 
 

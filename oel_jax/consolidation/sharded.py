@@ -24,9 +24,9 @@ def linear_divergence(mesh: Mesh | None, *args: Array, chunk: int, **options: An
   return _spread(functools.partial(fused.linear_divergence, statistics=True, **options), mesh, args, (1, 3), chunk)
 
 
-def linear_imitation(mesh: Mesh | None, *args: Array, chunk: int) -> tuple[Array, Array, dict[str, Array]]:
+def linear_imitation(mesh: Mesh | None, *args: Array, chunk: int, head_sink: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
   """`fused.linear_imitation` in the same way; its statistics are none."""
-  return _spread(lambda *args, **options: (*fused.linear_imitation(*args, **options), {}), mesh, args, (1,), chunk)
+  return _spread(lambda *args, **options: (*fused.linear_imitation(*args, head_sink=head_sink, **options), {}), mesh, args, (1,), chunk)
 
 
 def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:

@@ -44,12 +44,13 @@ def loss_sum(
       target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
   with jax.named_scope("student"):
     hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
+  sink = params.get("head_sink")  # of joined parameters in training
   if kind == "imitation":
-    total, count, found = sharded.linear_imitation(mesh, hidden, model.head(params), batch.response, batch.mask, chunk=chunk)
+    total, count, found = sharded.linear_imitation(mesh, hidden, model.head(params), batch.response, batch.mask, chunk=chunk, head_sink=sink)
   else:
     total, count, found = sharded.linear_divergence(
         mesh, hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
-        kind=kind, support=support, k=k, temperature=temperature, chunk=chunk, head_sink=params.get("head_sink"),
+        kind=kind, support=support, k=k, temperature=temperature, chunk=chunk, head_sink=sink,
     )  # fmt: skip
   if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)

@@ -78,7 +78,7 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
 
 def sinks(weights: Any, tokens_BxT: Int[Array, "B T"]) -> Any:
   """What `attach` takes: `weights` with float32 zeros for matrices and tables, and "rows" [B, T, D], for what the tokens take from the
-  embedding. The zeros are never read, so they are not made."""
+  embedding. Of the zeros only these are read, and nothing is left of adding them once compiled: none are made."""
   zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
   layers = tuple({**layer, **zeros({name: layer[name] for name in MATRICES})} for layer in weights["layers"])
   tables = zeros({name: weights[name] for name in TABLES if name in weights})
