@@ -218,6 +218,9 @@ def test_the_heads_gradient_comes_out_at_its_sink_unrounded():
   assert found.dtype == jnp.float32 and not fixed.any()
   np.testing.assert_array_equal(found, wanted)
   assert (found != found.astype(jnp.bfloat16)).any()
+  learn = lambda head, sink: fused.linear_imitation(student, head, jnp.arange(40), mask, chunk=16, head_sink=sink)[0]
+  found = jax.jit(jax.grad(learn, 1))(head, jnp.zeros(head.shape, jnp.float32))
+  np.testing.assert_array_equal(found, jax.jit(jax.grad(learn))(head.astype(jnp.float32), None))
 
 
 @pytest.mark.parametrize('kind, statistics', [('reverse_kl', False), ('forward_kl', False), ('forward_kl', True), ('jsd', True)])
@@ -265,6 +268,17 @@ def test_the_largest_of_each_group_come_with_the_statistics(function, monkeypatc
   assert run()[1] is None and run(support='topk', k=256)[1] is None
   found = jax.jit(functools.partial(top_k, k=2))(s, maxima_CxG=padded.reshape(3, 18, 64).max(-1))
   np.testing.assert_array_equal(found[1], np.argsort(-s, axis=-1, kind='stable')[:, :2])
+
+
+@pytest.mark.parametrize('function', [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)])
+def test_nan_in_a_row_of_logits_is_seen_in_all_that_is_told_of_it(function):
+  s, t = np.random.default_rng(14).normal(size=(2, 4, 40)).astype(np.float32)
+  s[1, 3], t[2, 30], s[3], t[3] = np.nan, np.nan, np.nan, np.nan
+  options = rows.Options(statistics=True)
+  _, found = jax.jit(lambda s, t: rows._finish(options, function(options, s, t)[0]))(s, t)
+  assert np.isnan(found['kl']).tolist() == [False, True, True, True]
+  assert np.isnan(found['student_entropy']).tolist() == [False, True, False, True]
+  assert np.isnan(found['teacher_entropy']).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize('levels', [1, 50])  # few different numbers: nearly everything is tied

@@ -1,7 +1,7 @@
 """What a row of logits needs to be read for, in one pass: a Pallas kernel for one NVIDIA GPU.
 
 XLA's reduction merges two running sums at every logit, which takes two exponentials: it waits for these. Here a thread takes `ROWS` logits
-at a time into each of its sums, which takes one each and one for the sum, and threads know nothing of each other before the end.
+at a time into each of its sums, which takes one each and one for the sum; sums of different threads meet at the end only.
 """
 import functools
 from collections.abc import Callable
@@ -66,7 +66,8 @@ def _kernel(s_ref, t_ref, *out_refs, moments, temperature, floor, share, counts,
   def step(i, sides):
     at = first + i * (ROWS * WIDE) + places
     there = at < V
-    s, t = (jnp.maximum(triton.load(ref.at[row, at], mask=there, other=floor), floor) for ref in (s_ref, t_ref))
+    s, t = (triton.load(ref.at[row, at], mask=there, other=floor) for ref in (s_ref, t_ref))
+    s, t = (jnp.where(x < floor, floor, x) for x in (s, t))  # a maximum would lose NaN here, as those below do: it must come to the sums
     if width:
       largest = s.reshape(ROWS, WIDE // width, width).max(-1)
       group = (first + i * (ROWS * WIDE)) // width + jnp.arange(ROWS)[:, None] * (WIDE // width) + jnp.arange(WIDE // width)[None]
