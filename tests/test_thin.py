@@ -1,5 +1,7 @@
 """Products of few rows against float64, and where the sampler makes them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +32,16 @@ def test_products(rows):
 
 def test_which_products_fit(monkeypatch):
   zeros = lambda *shape, dtype=jnp.bfloat16: jnp.zeros(shape, dtype)
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(thin, "_large_gpu", lambda: True)
   assert thin.fits(zeros(64, 2048), zeros(4096, 2048)) and thin.fits(zeros(16, 9728), zeros(2560, 9728))
   assert not thin.fits(zeros(64, 576), zeros(1536, 576)) and not thin.fits(zeros(64, 2048), zeros(1000, 2048))
   assert not thin.fits(zeros(8, 2048), zeros(4096, 2048)) and not thin.fits(zeros(256, 2048), zeros(4096, 2048))
   assert not thin.fits(zeros(64, 2048, dtype=jnp.float32), zeros(4096, 2048, dtype=jnp.float32))
+  monkeypatch.undo()
+  for capability, large in ((None, False), ("8.9", False), ("9.0", True), ("10.0", True), ("12.0", False), ("gfx942", False)):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda capability=capability: [types.SimpleNamespace(compute_capability=capability)])
+    assert thin.fits(zeros(64, 2048), zeros(4096, 2048)) == large
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   assert not thin.fits(zeros(64, 2048), zeros(4096, 2048))
 

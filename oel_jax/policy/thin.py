@@ -30,10 +30,15 @@ PRODUCT, PARTS, SWIGLU = Cut(1, 32, 128, 4, 4), Cut(4, 64, 128, 8, 4), Cut(1, 64
 
 
 def fits(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bool:
-  """Whether there is a GPU, and the numbers and their type are what the kernels are for."""
+  """Whether the numbers and their type are what the kernels are for, and the GPU has the shared memory that they take: up to 192 KiB."""
   (M, D), F = x_MxD.shape, matrix_FxD.shape[0]
   even = D % (PARTS.parts * PARTS.deep) == 0 and F % (2 * PARTS.wide) == 0
-  return jax.default_backend() == "gpu" and x_MxD.dtype == jnp.bfloat16 and FEWEST <= M <= MOST and even
+  return _large_gpu() and x_MxD.dtype == jnp.bfloat16 and FEWEST <= M <= MOST and even
+
+
+def _large_gpu() -> bool:
+  """An NVIDIA H100, H200, B200 or their like."""
+  return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") in ("9.0", "10.0", "10.3")
 
 
 def product(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False) -> Float[Array, "M F"]:
