@@ -181,6 +181,8 @@ def test_the_numbers_at_the_ends_draw_ids_that_have_mass():
   mass = jnp.asarray([[0.0, 0.25, 0.0, 0.75, 0.0]])
   at = lambda share: int(sampling_lib._first_above(mass, jnp.asarray([[share]], jnp.float32))[0])
   assert [at(share) for share in (0, 0.2499, 0.25, 1 - 2**-23)] == [1, 1, 3, 3]
+  mass = jnp.asarray([[1e-45, 1.0, 1e-45]])
+  assert at(0) == at(1 - 2**-23) == 1
 
 
 def test_first_tokens_of_whole_responses_follow_the_distribution_too():

@@ -44,7 +44,7 @@ def sample_token(
   """Draws one id a row: logits / temperature, top-k, top-p, min-p, then softmax. Rows that are not active get any id.
 
   First a group of neighbours is drawn by its mass, then an id in it: two random numbers a row instead of one an id (`jax.random.categorical`),
-  which took a CPU a seventh of a step of a small model. A probability is right to 2^-23 of its group's, and that to 2^-23 of all.
+  which took a CPU a seventh of a step of a small model. A probability is right to about 2^-23 of its group's, and that to about 2^-23 of all.
   """
   logits = filter_logits(logits_BxV, sampling, active_B)
   width = math.isqrt(logits.shape[1] - 1) + 1
@@ -52,14 +52,16 @@ def sample_token(
   top, random = logits.max(-1)[:, None], jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
   group = _first_above(jnp.exp(groups - top[..., None]).sum(-1), random[:, :1])
   chosen = jnp.take_along_axis(groups, group[:, None, None], axis=1)[:, 0]
-  return group * width + _first_above(jnp.exp(chosen - top), random[:, 1:])
+  return group * width + _first_above(jnp.exp(chosen - chosen.max(-1, keepdims=True)), random[:, 1:])
 
 
 def _first_above(mass_BxN: Float[Array, "B N"], share_Bx1: Float[Array, "B 1"]) -> Int[Array, "B"]:
   """The first place up to which there is more than this share, below 1, of a row's mass; it has some of its own.
 
-  All sums are taken in the same order, zeros for what is not in them: so they never fall, and where nothing is added they are equal.
+  All sums are taken in the same order, zeros for what is not in them: so they never fall, and where nothing is added they are equal. A mass
+  too small for a share of it to be less counts as none.
   """
+  mass_BxN = jnp.where(mass_BxN < jnp.finfo(jnp.float32).tiny, 0, mass_BxN)
   there = jnp.tril(jnp.ones((mass_BxN.shape[1],) * 2, bool))
   sums = jnp.where(there, mass_BxN[:, None], 0).sum(-1)
   return (sums <= share_Bx1 * sums[:, -1:]).sum(-1, dtype=jnp.int32)
