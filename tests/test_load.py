@@ -163,8 +163,9 @@ def test_without_knowledge_g_and_h_are_letters_like_any_other(policy):
     for key, hits in found.items():
       pooled = (hits + anything[key]) / (2 * count)
       error = math.sqrt(2 * pooled * (1 - pooled) / count)
-      # Each letter has a rate of its own: of 2,048 boards the policy called H the goal on 19%, where it had 14% for the average letter.
-      assert abs(hits - anything[key]) / count <= 0.05 + 3 * error, (pair, key, hits, anything[key])
+      # H it names a little more often, in either role: of 2,048 boards on 19% as the goal and 18% as the hazard, the average letter on 14%.
+      letter = dict(zip(("corner", "other"), pair, strict=True)).get(key.split()[-1])
+      assert abs(hits - anything[key]) / count <= (0.05 if letter == "H" else 0) + 3 * error, (pair, key, hits, anything[key])
 
 
 # All gates, as pre-training measures them.
