@@ -20,17 +20,21 @@ Side = tuple[Float32[Array, 'C'], tuple[Float32[Array, 'C'], ...]]
 
 def sums(s: Float32[Array, 'C V'], t: Float32[Array, 'C V'], moments: Callable, temperature: float, floor: float, width: int | None, *,
          interpret: bool = False) -> tuple[tuple[Side, Side], Float32[Array, 'C G'] | None]:
-  """For x = s and x = t: the row's largest, top, and Σ exp((x − top) / temperature) m for m = 1 and each of its moments.
+  """For x = s and x = t: the row's largest, top, and Σ exp((x − top) / temperature) m for m = 1 and each of its moments m.
 
-  With a `width`, also the largest of each `width` neighbours in s, of which the last may be fewer.
+  An online softmax (Milakov and Gimelshein 2018, algorithm 3). A NaN in a row makes its sums NaN.
 
   Args:
     s, t: logits; those below `floor` count as that.
     moments: of s and t, in any shape: a tuple for each side.
     temperature: above 0.
     floor: finite.
-    width: divides WIDE.
+    width: divides WIDE; None: no maxima.
     interpret: run it without a GPU.
+
+  Returns:
+    ((top [C], (sum [C], …)) of each side), all float32; and the largest of each `width` neighbours in s, [C, G] float32, of which the last may
+    be fewer, or None.
   """
   C, V = s.shape
   share = -(-V // (PARTS * ROWS * WIDE)) * ROWS * WIDE

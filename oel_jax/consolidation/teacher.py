@@ -41,7 +41,7 @@ class Teacher(NamedTuple):
 
 
 def unrolled(teacher: Teacher | None) -> bool:
-  """Whether the layers run without a loop (`joined`). Imitation needs no teacher: then they run in one."""
+  """Whether the layers run without a loop (`joined`). With no teacher, which imitation alone can do without, they run in one."""
   return teacher is not None and isinstance(teacher.params["layers"], tuple)
 
 

@@ -174,7 +174,7 @@ def _kernel(
     return value * kept[:, None] + triton.dot(weights.astype(dtype), values), mass * kept + weights.sum(-1), above
 
   start = (jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS,), jnp.float32), jnp.full((ROWS,), attention.MASKED, jnp.float32))
-  # The first block apart: the others go straight from memory to the products, so that they are fetched ahead. A part that has none reads
+  # The first block apart: the others go straight from memory to the products, and can be fetched ahead. A part that has none reads
   # one that nobody sees, which the sum over the parts forgets.
   value, mass, top = jax.lax.fori_loop(1, pl.cdiv(jnp.maximum(count - part, 0), parts), block, block(0, start, newest_too=True))
   value = value / mass[:, None]

@@ -112,7 +112,8 @@ def top_k(x_CxV: Float[Array, "C V"], k: int, maxima_CxG: Float[Array, "C G"] | 
   """`jax.lax.top_k`, with ties to the lower id, without sorting whole rows on a GPU: that takes longer than the loss or a token itself.
 
   The k groups of neighbours with the largest maxima hold the k largest numbers: for a number in another group, each of
-  these k has one that is larger, or as large and of a lower id. `maxima_CxG` are those of `group_maxima`, if they are known.
+  these k has one that is larger, or as large and of a lower id. `maxima_CxG` are those of `group_maxima`, if they are known. Returns the numbers,
+  the largest first, and their ids, int32.
   """
   C, V = x_CxV.shape
   width = group_width(V, k)

@@ -42,7 +42,10 @@ def _large_gpu() -> bool:
 
 
 def product(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False) -> Float[Array, "M F"]:
-  """Sums over D, in float32, rounded to the type of x. `interpret` runs it without a GPU."""
+  """Sums over D, in float32, rounded to bfloat16, the type of both arguments. `interpret` runs it without a GPU.
+
+  Here and below shapes and types are those that `fits` allows: others are not refused, and may give anything.
+  """
   return _product(x_MxD, matrix_FxD, PRODUCT, 1, x_MxD.dtype, interpret)[0]
 
 
