@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generate import FREE, LIMIT, TINY, fixture_drawing, naive_sampled, params, random_prompts, sample  # noqa: F401
+from test_generate import FREE, LIMIT, TINY, fixture_drawing, fixture_one_core, naive_sampled, params, random_prompts, sample  # noqa: F401
 from test_generate_mesh import on_mesh, placed
 
 from oel_jax.policy import decode, ring

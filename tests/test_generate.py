@@ -18,6 +18,12 @@ GREEDY, FREE = Sampling(1e-6), Sampling(1.0)
 LIMIT = 12  # few limits, samplings and sets of end ids: each is compiled anew
 
 
+@pytest.fixture(name="one_core", autouse=True)
+def fixture_one_core(monkeypatch):
+  """All slots together, whatever the machine's cores; with several: test_generate_cores.py."""
+  monkeypatch.setattr(generate_lib, "PROMPTS_CORE", 10**9)
+
+
 @functools.cache
 def params():
   rng = np.random.default_rng(0)

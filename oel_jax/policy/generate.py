@@ -2,13 +2,17 @@
 
 Each sequence draws from its own random stream, keyed by its seed and by the position in the response, so its tokens do not depend on
 what shares the slots (up to the rounding of a matrix product's shape). Who shares them follows from the prompts and the tokens drawn,
-never from a clock: the same call gives the same bits on one machine.
+never from a clock: the same call gives the same bits on one machine. On a CPU the prompts are shared out among its cores, each with slots
+of its own: the small products of a token keep little more than one of them busy.
 
 A long beginning is not read again while a slot still holds it: the turns of a game before, or a text that others begin with, too.
 """
 
 import dataclasses
+import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +34,7 @@ CACHE_BYTES = 16 << 30  # a device, of the keys and values of the first prompts 
 SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
 FEWER = (8, 16)  # slots on a CPU when no more are left of SLOTS_CPU or more
+PROMPTS_CORE = 8  # at least, of each core of a CPU that has prompts of its own
 SHARED = 48  # tokens in common that are worth taking from a slot
 SHARED_CPU = 24  # the same; there, the slots are looked at for every prompt anyway
 WORTH_WAITING = 128  # tokens in common that are worth waiting for until they stand in a slot
@@ -100,11 +105,12 @@ def generate(
     pad_id: fills what is not there.
     dtype: of the activations.
     slots: most sequences side by side, rounded down to one of BATCHES; None: as many as fit into CACHE_BYTES, at most SLOTS, or SLOTS_CPU
-      on a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many. On a mesh of
-      one process all this holds for each device's share of them, which is one slot at least.
+      of each core of a CPU. Where replies become much longer than the first prompts, fewer must be asked for: the slots stay as many. On
+      a mesh of one process all this holds for each device's share of them, which is one slot at least.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is, without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to go on with and its seed, which takes
-      that index's place. It runs while the device draws for others. A prompt that repeats the one before and goes on is cheap.
+      that index's place. It runs while the device draws for others, on a CPU in one of several threads, never in two at a time. A prompt
+      that repeats the one before and goes on is cheap.
 
   Returns:
     The ids sampled (last), in the order of the prompts; with `logprobs` a pair, the second one float32 array a prompt.
@@ -118,10 +124,53 @@ def generate(
   requests = _requests(architecture, prompts, seeds, max_new_tokens, eos_ids)
   if not prompts:
     return ([], []) if logprobs else []
-  run = _Run(params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply)
-  while run.waiting or run.seated or run.ended:
-    run.advance()
-  return (run.ids, [np.float32(scores) for scores in run.scores]) if logprobs else run.ids
+  placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+  mesh = placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
+  weights = decode.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
+  how = dict(architecture=architecture, sampling=sampling, logprobs=logprobs, path=ring.path(architecture, dtype), mesh=mesh)
+  parts = min(_cores(mesh), len(prompts) // PROMPTS_CORE, slots or len(prompts)) or 1
+  by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  lock, stopped = threading.Lock(), threading.Event()
+  ids, scores = [[] for _ in prompts], [[] for _ in prompts]
+
+  def work(own: list[int]) -> None:
+    def answer(k: int, drawn: list[int]) -> tuple[Sequence[int], int] | None:
+      with lock:
+        following = reply(own[k], drawn)
+      if following is not None:
+        _check(following[0], own[k], architecture.vocabulary)
+      return following
+
+    run = _Run(
+        weights, [prompts[i] for i in own], [array[own] for array in requests], how, pad_id=pad_id, dtype=dtype,
+        slots=slots and slots // parts, cache_bytes=CACHE_BYTES // parts, reply=reply and answer,
+    )  # fmt: skip
+    while not stopped.is_set() and (run.waiting or run.seated or run.ended):
+      run.advance()
+    for k, i in enumerate(own):
+      ids[i], scores[i] = run.ids[k], np.float32(run.scores[k])
+
+  _side_by_side(work, [by_length[part::parts] for part in range(parts)], stopped)
+  return (ids, scores) if logprobs else ids
+
+
+def _cores(mesh: Any) -> int:
+  """How many may share out the prompts: the cores of a CPU; other devices are busy with one batch."""
+  return os.cpu_count() or 1 if mesh is None and jax.default_backend() == "cpu" else 1
+
+
+def _side_by_side(work: Callable[[Any], None], parts: Sequence[Any], stopped: threading.Event) -> None:
+  """Works on all parts, each in a thread of its own if there are several; if one fails, or this thread is interrupted, the others stop."""
+  if len(parts) == 1:
+    return work(parts[0])
+  with futures.ThreadPoolExecutor(len(parts)) as pool:
+    working = [pool.submit(work, part) for part in parts]
+    try:
+      futures.wait(working, return_when=futures.FIRST_EXCEPTION)
+    finally:
+      stopped.set()
+  for one in working:
+    one.result()
 
 
 def _requests(architecture, prompts, seeds, limits, ends) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,7 +220,7 @@ class _Entry(NamedTuple):
 
 
 class _Run:
-  """One call of `generate` under way: the slots, who sits in them, who waits, and who has ended.
+  """Prompts of one call of `generate` under way: the slots, who sits in them, who waits, and who has ended.
 
   The longest prompts enter first: those that enter together are then alike, so that little of their batch is padding. Prompts that go on
   with an earlier one enter before all others, so that its slot still holds what they begin with.
@@ -182,34 +231,30 @@ class _Run:
   On a mesh slot r is on device home[r], and a prompt is read where its slot is: it takes a beginning only from slots there.
   """
 
-  def __init__(self, params, architecture, prompts, requests, sampling, pad_id, dtype, slots, logprobs, reply):
-    self.prompts, self.requests, self.pad_id, self.reply = [list(prompt) for prompt in prompts], requests, pad_id, reply
-    self.how = dict(architecture=architecture, sampling=sampling, logprobs=logprobs)
+  def __init__(self, weights, prompts, requests, how, *, pad_id, dtype, slots, cache_bytes, reply):
+    self.weights, self.prompts, self.requests, self.how = weights, list(map(list, prompts)), requests, how
+    self.pad_id, self.reply = pad_id, reply
     self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     self.seated: dict[int, int] = {}  # the prompt in each slot that is taken
     self.ended: dict[int, int] = {}  # the prompt in each slot that is kept until its response is replied to
     self.ids: list[list[int]] = [[] for _ in prompts]
     self.scores: list[list[float]] = [[] for _ in prompts]
-    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    mesh = placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
-    self.weights = decode.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
-    longest = max(map(len, prompts))
+    longest, architecture, mesh = max(map(len, prompts)), how["architecture"], how["mesh"]
     token_bytes = 2 * architecture.layers * architecture.kv_heads * architecture.head_size * jnp.dtype(dtype).itemsize
     whole = bucket(longest + int(requests[1].max()), RINGS)
     self.devices, self.cpu = mesh.size if decode.row_axes(mesh) else 1, jax.default_backend() == "cpu"
-    most = slots // self.devices if slots else min(CACHE_BYTES // (whole * token_bytes), SLOTS_CPU if self.cpu else SLOTS)
+    most = slots // self.devices if slots else min(cache_bytes // (whole * token_bytes), SLOTS_CPU if self.cpu else SLOTS)
     own = min(bucket(-(-len(prompts) // self.devices), BATCHES), max(b for b in BATCHES if b <= max(1, most)))
     self.rows, self.home = self.devices * own, np.repeat(np.arange(self.devices), own)
     self.entries = [*(size for size in ENTRIES if size < own), own]
     self.shrinks = self.cpu and self.devices == 1 and self.rows >= SLOTS_CPU
-    self.how |= dict(path=ring.path(architecture, dtype), mesh=mesh)
     # Whether to look at the slots for every prompt, also where nothing is held: half as many programs, and for a small model no loss.
     self.always = reply is not None or self.cpu
     self.lengths = (TURN, *LENGTHS) if reply is not None and self.cpu else LENGTHS
     # In XLA the attention reads the whole ring: there it grows with what is filled.
-    self.size = whole if self.how["path"] == "triton" else bucket(longest + 1, RINGS)
+    self.size = whole if how["path"] == "triton" else bucket(longest + 1, RINGS)
     self.slots = decode.empty(
-        architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype, path=self.how["path"], mesh=mesh
+        architecture=architecture, rows=self.rows, size=self.size, ends=requests[2].shape[1], dtype=dtype, path=how["path"], mesh=mesh
     )
     self.held = np.full((self.rows, self.size), -1, np.int32)
     self.count, self.age = np.zeros((2, self.rows), np.int32)
@@ -279,10 +324,8 @@ class _Run:
     following = self.reply(i, self.ids[i])
     if following is None:
       return
-    prompt, seed = following
-    _check(prompt, i, self.how["architecture"].vocabulary)
+    prompt, self.requests[0][i] = following
     self.prompts[i], self.ids[i], self.scores[i] = list(prompt), [], []
-    self.requests[0][i] = seed
     self.waiting.insert(0, i)
 
   def _free(self) -> list[int]:

@@ -1,0 +1,93 @@
+"""On a CPU the prompts of one call are shared out among threads: nobody can tell, but by the clock."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_generate import TINY, naive_sampled, random_prompts, sample
+
+from oel_jax.policy import decode
+from oel_jax.policy import generate as generate_lib
+
+
+@pytest.fixture(name="threads", autouse=True)
+def fixture_threads(monkeypatch):
+  """Three cores, of which each takes four prompts or more. Returns which threads draw, and how many slots they have."""
+  monkeypatch.setattr(generate_lib, "_cores", lambda mesh: 3)
+  monkeypatch.setattr(generate_lib, "PROMPTS_CORE", 4)
+  drawing, run = set(), decode.decode
+
+  def spy(weights, slots, *args, **how):
+    drawing.add((threading.current_thread(), len(slots.active)))
+    return run(weights, slots, *args, **how)
+
+  monkeypatch.setattr(decode, "decode", spy)
+  return drawing
+
+
+@pytest.mark.parametrize("count,parts", [(13, 3), (12, 3), (11, 2), (7, 1)])
+def test_each_prompt_gets_its_own_seed_limit_and_place(threads, count, parts):
+  prompts, limits = random_prompts(*[5 + 7 * i % 30 for i in range(count)], seed=21), [3 + i % 9 for i in range(count)]
+  expected = [naive_sampled(prompt, 50 - i, limit=limit) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
+  ids, scores = sample(prompts, range(50, 50 - count, -1), limit=limits, logprobs=True)
+  assert ids == expected and len(threads) == parts
+  assert (threading.current_thread() in {thread for thread, _ in threads}) == (parts == 1)
+  alone = [sample([prompt], [50 - i], limit=limit, logprobs=True)[1][0] for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
+  for found, right in zip(scores, alone, strict=True):
+    np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots,each", [(2, 1), (6, 2), (13, 4), (None, 4)])
+def test_the_slots_are_shared_out_too(threads, slots, each, monkeypatch):
+  monkeypatch.setattr(generate_lib, "BATCHES", (1, 2, 4, 8))
+  sample([[1]] * 12, slots=slots)
+  assert {size for _, size in threads} == {each} and len(threads) == min(3, slots or 3)
+
+
+def test_replies_are_asked_for_one_at_a_time_and_by_the_callers_numbers(threads):
+  prompts, more, inside, answers = random_prompts(*range(4, 16), seed=22), random_prompts(6, seed=23)[0], threading.Lock(), [[] for _ in range(12)]
+
+  def reply(i, ids):
+    assert inside.acquire(blocking=False)
+    time.sleep(0.01)
+    answers[i].append(ids)
+    inside.release()
+    return (prompts[i] + ids + more, 100 + i) if len(answers[i]) < 2 and i % 3 else None
+
+  last = sample(prompts, reply=reply)
+  assert len(threads) == 3 and last == [each[-1] for each in answers]
+  for i, prompt in enumerate(prompts):
+    first = naive_sampled(prompt, i)
+    assert answers[i] == [first, naive_sampled(prompt + first + more, 100 + i)] if i % 3 else answers[i] == [first]
+
+
+def test_where_one_fails_all_stop(threads):
+  def reply(i, ids):
+    if i == 7 and turns[7] == 2:
+      return [TINY.vocabulary], 1
+    turns[i] += 1
+    return ([1, 2, 3], turns[i]) if turns[i] < 10_000 else None
+
+  turns = [0] * 12
+  with pytest.raises(ValueError, match=f"the id {TINY.vocabulary} in the prompt at index 7"):
+    sample([[1, 2]] * 12, limit=2, reply=reply)
+  assert max(turns) < 1_000 and not any(thread.is_alive() for thread, _ in threads)
+
+
+def test_cores_are_those_of_a_cpu_without_a_mesh(monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setattr(generate_lib.os, "cpu_count", lambda: 5)
+  assert generate_lib._cores(None) == 5 and generate_lib._cores("a mesh") == 1
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert generate_lib._cores(None) == 1
+
+
+def test_all_read_the_same_weights(monkeypatch):
+  made, prepare = [], decode.prepare
+  monkeypatch.setattr(decode, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1])
+  seen, enter = [], decode.enter
+  monkeypatch.setattr(decode, "enter", lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how))
+  sample([[1]] * 12)
+  assert len(made) == 1 and len(seen) == 3 and all(weights is made[0] for weights in seen)
