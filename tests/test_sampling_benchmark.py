@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -29,6 +30,19 @@ def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):
     assert row["limit_ms"] == pytest.approx(1e3 * read / result["bytes_per_s"])
     assert row["share"] == pytest.approx(row["limit_ms"] / row["decode_ms"])
   assert capsys.readouterr().out.count("| 20 | 8 |") == 2
+
+
+def test_several_devices_get_as_many_rows_each(monkeypatch):
+  given, run = [], sampling.generate
+  monkeypatch.setattr(sampling, "generate", lambda params, shape, prompts, *args, **how: given.append(
+      (len(prompts), how["slots"], len(jax.tree.leaves(params)[0].sharding.device_set))) or run(params, shape, prompts, *args, **how))  # fmt: skip
+  flags = ["--architecture=pocket-tiny", "--rows=tiny", "--repeats=1", "--copy_bytes=1048576"]
+  result = sampling.main([*flags, "--devices=2"])
+  assert set(given) == {(2, 2, 2), (8, 8, 2)} and [row["batch"] for row in result["rows"]] == [2, 8]
+  alone = sampling.main(flags)
+  for row, one in zip(result["rows"], alone["rows"], strict=True):
+    assert row["limit_ms"] * result["bytes_per_s"] == pytest.approx(one["limit_ms"] * alone["bytes_per_s"])
+    assert row["decode_tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["decode_ms"])
 
 
 def test_mixed_lengths_are_compared_with_equal_ones_of_the_same_sum(monkeypatch):

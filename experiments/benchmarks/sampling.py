@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --json=sampling.json
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals,growth,mixed --peer
+    python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals --devices=2
     python experiments/benchmarks/sampling.py --architecture=pocket --rows=episodes
 
-The limit is the time in which the device reads the weights and the filled part of the cache once a token, at the speed of a copy that is
+With several devices each of them gets as many prompts, from weights that are spread over them. The limit is the time in which the device reads the weights and the filled part of the cache once a token, at the speed of a copy that is
 measured first. "decode" is without the prefill: the whole call's time less that of the same call for one token. Weights are random.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from measure import seconds
 
@@ -27,6 +29,7 @@ from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture, named
 from oel_jax.policy.generate import generate
 from oel_jax.policy.sampling import Sampling
+from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.seeds import derive
 
 ROWS = {  # (batch, prompt, new tokens)
@@ -43,8 +46,12 @@ def bandwidth(size: int, repeats: int) -> float:
   return 2 * size / seconds(lambda: copy(array).block_until_ready(), repeats=repeats)
 
 
-def random_params(shape: Architecture, dtype: Any) -> Any:
-  return jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(shape, key)))(jax.random.key(0))
+def random_params(shape: Architecture, dtype: Any, devices: int = 1) -> Any:
+  init = lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(shape, key))
+  if devices == 1:
+    return jax.jit(init)(jax.random.key(0))
+  sizes = ml_collections.ConfigDict({"data": 1, "fsdp": devices, "tensor": 1})
+  return mesh_lib.sharded_init(init, mesh_lib.make_mesh(sizes, jax.devices()[:devices]), jax.random.key(0))
 
 
 def sampled(params: Any, shape: Architecture, lengths: list[int], new: int, dtype: Any, slots: int | None = None) -> Callable[[], Any]:
@@ -55,9 +62,12 @@ def sampled(params: Any, shape: Architecture, lengths: list[int], new: int, dtyp
   return lambda: generate(params, shape, prompts, range(len(prompts)), **how)
 
 
-def measure(params: Any, shape: Architecture, batch: int, prompt: int, new: int, speed: float, dtype: Any, repeats: int) -> dict[str, Any]:
-  """One row of the table."""
-  run = lambda tokens: seconds(sampled(params, shape, [prompt] * batch, tokens, dtype, batch), repeats=repeats)
+def measure(
+    params: Any, shape: Architecture, batch: int, prompt: int, new: int, speed: float, dtype: Any, repeats: int, devices: int = 1
+) -> dict[str, Any]:  # fmt: skip
+  """One row of the table; `batch` prompts a device."""
+  everywhere = devices * batch
+  run = lambda tokens: seconds(sampled(params, shape, [prompt] * everywhere, tokens, dtype, everywhere), repeats=repeats)
   whole, prefill = run(new), run(1)
   size = jnp.dtype(dtype).itemsize
   read = size * sum(leaf.size for leaf in jax.tree.leaves(params)) - (0 if shape.tied_head else size * shape.vocabulary * shape.width)
@@ -65,8 +75,9 @@ def measure(params: Any, shape: Architecture, batch: int, prompt: int, new: int,
   limit = (read + batch * (prompt + new / 2) * token) / speed
   step = (whole - prefill) / (new - 1)
   return {
-      "batch": batch, "prompt": prompt, "new": new, "call_tokens_per_s": batch * new / whole, "prefill_s": prefill, "decode_ms": 1e3 * step,
-      "limit_ms": 1e3 * limit, "decode_tokens_per_s": batch / step, "limit_tokens_per_s": batch / limit, "share": limit / step,
+      "batch": everywhere, "prompt": prompt, "new": new, "call_tokens_per_s": everywhere * new / whole, "prefill_s": prefill,
+      "decode_ms": 1e3 * step, "limit_ms": 1e3 * limit, "decode_tokens_per_s": everywhere / step, "limit_tokens_per_s": everywhere / limit,
+      "share": limit / step,
   }  # fmt: skip
 
 
@@ -129,6 +140,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--architecture", default="qwen3-1.7b")
   parser.add_argument("--rows", default="goals", help="of goals, growth, tiny, mixed, episodes; with commas between")
+  parser.add_argument("--devices", type=int, default=1, help="so many of those that there are")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--copy_bytes", type=int, default=1 << 32)
   parser.add_argument("--peer", action="store_true", help="also run transformers on each row, in a process of its own")
@@ -141,11 +153,11 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return {}
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   device, speed = jax.devices()[0], bandwidth(flags.copy_bytes, flags.repeats)
-  result: dict[str, Any] = {"device": device.device_kind, "architecture": flags.architecture, "bytes_per_s": speed, "rows": []}
+  result: dict[str, Any] = {"device": device.device_kind, "devices": flags.devices, "architecture": flags.architecture, "bytes_per_s": speed, "rows": []}
   print(f"{device.device_kind}: a copy moves {speed / 1e12:.2f} TB/s; {flags.architecture}, {jnp.dtype(dtype).name}", flush=True)
-  params = random_params(shape, dtype)
+  params = random_params(shape, dtype, flags.devices)
   for batch, prompt, new in (row for name in names for row in ROWS.get(name, ())):
-    row = measure(params, shape, batch, prompt, new, speed, dtype, flags.repeats)
+    row = measure(params, shape, batch, prompt, new, speed, dtype, flags.repeats, flags.devices)
     if flags.peer:
       call = [sys.executable, __file__, f"--architecture={flags.architecture}", f"--peer_row={batch},{prompt},{min(new, 64)}"]
       row["peer_tokens_per_s"] = float(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])

@@ -186,7 +186,8 @@ def _requests(architecture, prompts, seeds, limits, ends) -> tuple[np.ndarray, n
     _check(prompt, i, architecture.vocabulary)
     if limits[i] < 1:
       raise ValueError(f"generate got max_new_tokens {limits[i]} for the prompt at index {i}: it must be at least 1")
-  padded = np.full((n, max(map(len, ends), default=0)), -1, np.int32)
+  # At least one column: XLA crashes where an array of no elements is spread over several GPUs.
+  padded = np.full((n, max([1, *map(len, ends)])), -1, np.int32)
   for row, ids in zip(padded, ends, strict=True):
     row[: len(ids)] = ids
   return np.array(seeds, np.uint32), np.asarray(limits, np.int32), padded
