@@ -30,11 +30,13 @@ def fixture_threads(monkeypatch):
 @pytest.mark.parametrize("count,parts", [(13, 3), (12, 3), (11, 2), (7, 1)])
 def test_each_prompt_gets_its_own_seed_limit_and_place(threads, count, parts):
   prompts, limits = random_prompts(*[5 + 7 * i % 30 for i in range(count)], seed=21), [3 + i % 9 for i in range(count)]
-  expected = [naive_sampled(prompt, 50 - i, limit=limit) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
-  ids, scores = sample(prompts, range(50, 50 - count, -1), limit=limits, logprobs=True)
+  seeds = range(50, 50 - count, -1)
+  asked = list(zip(prompts, seeds, limits, strict=True))
+  expected = [naive_sampled(prompt, seed, limit=limit) for prompt, seed, limit in asked]
+  ids, scores = sample(prompts, seeds, limit=limits, logprobs=True)
   assert ids == expected and len(threads) == parts
   assert (threading.current_thread() in {thread for thread, _ in threads}) == (parts == 1)
-  alone = [sample([prompt], [50 - i], limit=limit, logprobs=True)[1][0] for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
+  alone = [sample([prompt], [seed], limit=limit, logprobs=True)[1][0] for prompt, seed, limit in asked]
   for found, right in zip(scores, alone, strict=True):
     np.testing.assert_allclose(found, right, atol=1e-5)
 
@@ -47,7 +49,8 @@ def test_the_slots_are_shared_out_too(threads, slots, each, monkeypatch):
 
 
 def test_replies_are_asked_for_one_at_a_time_and_by_the_callers_numbers(threads):
-  prompts, more, inside, answers = random_prompts(*range(4, 16), seed=22), random_prompts(6, seed=23)[0], threading.Lock(), [[] for _ in range(12)]
+  prompts, more = random_prompts(*range(4, 16), seed=22), random_prompts(6, seed=23)[0]
+  inside, answers = threading.Lock(), [[] for _ in prompts]
 
   def reply(i, ids):
     assert inside.acquire(blocking=False)
@@ -78,8 +81,11 @@ def test_where_one_fails_all_stop(threads):
 
 def test_cores_are_those_of_a_cpu_without_a_mesh(monkeypatch):
   monkeypatch.undo()
-  monkeypatch.setattr(generate_lib.os, "cpu_count", lambda: 5)
-  assert generate_lib._cores(None) == 5 and generate_lib._cores("a mesh") == 1
+  monkeypatch.setattr(generate_lib.os, "cpu_count", lambda: 7)
+  monkeypatch.setattr(generate_lib.os, "sched_getaffinity", lambda _: {0, 2, 3}, raising=False)
+  assert generate_lib._cores(None) == 3 and generate_lib._cores("a mesh") == 1
+  monkeypatch.delattr(generate_lib.os, "sched_getaffinity")  # macOS and Windows have none
+  assert generate_lib._cores(None) == 7
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert generate_lib._cores(None) == 1
 

@@ -57,6 +57,20 @@ def test_prompts_are_read_on_the_device_of_their_slot(monkeypatch, slots, own):
     np.testing.assert_allclose(found, score, atol=1e-4)
 
 
+def test_no_array_of_no_elements_is_spread(monkeypatch):
+  """Where nothing ends a response: XLA's compiler for several GPUs crashes at one."""
+  seen, run = [], decode.decode
+
+  def spy(*args, **how):
+    seen.extend(np.size(leaf) for leaf in jax.tree.leaves(args))
+    return run(*args, **how)
+
+  monkeypatch.setattr(decode, "decode", spy)
+  prompts = random_prompts(3, 4, seed=10)
+  found = generate(placed(), TINY, prompts, range(2), sampling=FREE, max_new_tokens=7, eos_ids=(), pad_id=1)
+  assert found == [naive_sampled(prompt, seed, eos_ids=(), limit=7) for seed, prompt in enumerate(prompts)] and min(seen) > 0
+
+
 def test_several_processes_keep_all_rows_everywhere(monkeypatch):
   monkeypatch.setattr(decode, "row_axes", lambda mesh: ())
   prompts = random_prompts(*range(3, 15), seed=10)

@@ -5,7 +5,9 @@
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals --devices=2
     python experiments/benchmarks/sampling.py --architecture=pocket --rows=episodes
 
-With several devices each of them gets as many prompts, from weights that are spread over them. The limit is the time in which the device reads the weights and the filled part of the cache once a token, at the speed of a copy that is
+With several devices each of them gets as many prompts, from weights that are spread over them.
+
+The limit is the time in which the device reads the weights and the filled part of the cache once a token, at the speed of a copy that is
 measured first. "decode" is without the prefill: the whole call's time less that of the same call for one token. Weights are random.
 """
 

@@ -155,8 +155,10 @@ def generate(
 
 
 def _cores(mesh: Any) -> int:
-  """How many may share out the prompts: the cores of a CPU; other devices are busy with one batch."""
-  return os.cpu_count() or 1 if mesh is None and jax.default_backend() == "cpu" else 1
+  """How many may share out the prompts: the cores of a CPU that this process may use; other devices are busy with one batch."""
+  if mesh is not None or jax.default_backend() != "cpu":
+    return 1
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _side_by_side(work: Callable[[Any], None], parts: Sequence[Any], stopped: threading.Event) -> None:
@@ -186,7 +188,7 @@ def _requests(architecture, prompts, seeds, limits, ends) -> tuple[np.ndarray, n
     _check(prompt, i, architecture.vocabulary)
     if limits[i] < 1:
       raise ValueError(f"generate got max_new_tokens {limits[i]} for the prompt at index {i}: it must be at least 1")
-  # At least one column: XLA crashes where an array of no elements is spread over several GPUs.
+  # At least one column: XLA (JAX 0.11.2) crashes where an array of no elements is spread over several GPUs.
   padded = np.full((n, max([1, *map(len, ends)])), -1, np.int32)
   for row, ids in zip(padded, ends, strict=True):
     row[: len(ids)] = ids
