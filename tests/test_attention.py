@@ -35,6 +35,18 @@ def test_an_unknown_path_is_refused():
     attention.attend(zeros, zeros, zeros, jnp.ones((1, 1, 1), bool), "splash")
 
 
+def test_what_is_done_to_keys_for_cudnn_changes_no_softmax():
+  rng = np.random.default_rng(2)
+  q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 40, 4, 8), *[(2, 2, 40, 8)] * 2])
+  k += 30  # in common
+  mask = attention.segment_mask(jnp.asarray(np.repeat([[1] * 15 + [2] * 20 + [0] * 5], 2, axis=0)))
+  run = lambda q, k, v, mask: attention.attend(q, k, v, mask)
+  keys, values, wider = attention._whole_tiles(attention._centred(k), v, mask)
+  assert keys.shape == values.shape == (2, 2, 128, 8) and wider.shape == (2, 40, 128)
+  assert abs(keys[:, :, :40].mean(2)).max() < 1e-5 and not wider[..., 40:].any()
+  np.testing.assert_allclose(run(q, keys, values, wider), run(q, k, v, mask), atol=2e-5)
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
 @pytest.mark.parametrize("path, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
 @pytest.mark.parametrize("peak", [1.0, 4.0])
