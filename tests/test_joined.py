@@ -169,15 +169,18 @@ def test_norm_backward(tokens, width, few_programs):
   _same(kernels.norm_backward(x, scale, gradient, passed, eps=1e-6, interpret=INTERPRET), (d_x + passed, y, d_scale))
 
 
-@pytest.mark.parametrize("heads, kv_heads, size, normed", [(6, 3, 8, True), (4, 2, 16, False), (2, 2, 8, True)])
-def test_heads_and_their_gradient(heads, kv_heads, size, normed, few_programs):
+@pytest.mark.parametrize("heads, kv_heads, size, normed, biased", [
+    (6, 3, 8, True, False), (4, 2, 16, False, False), (2, 2, 8, True, True), (6, 3, 8, False, True),
+])  # fmt: skip
+def test_heads_and_their_gradient(heads, kv_heads, size, normed, biased, few_programs):
   tokens = 9
-  qkv, scale = _normal(5, (tokens, heads + 2 * kv_heads, size), (2, size))
-  scale, turns = scale if normed else None, _turns(tokens, size)
-  wanted, back = jax.vjp(lambda qkv, scale: joined._plain_heads(kv_heads, 1e-6, qkv, scale, turns), qkv, scale)
-  _same(tuple(kernels.heads(qkv, scale, turns, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)), wanted)
+  qkv, bias, scale = _normal(5, (tokens, heads + 2 * kv_heads, size), (heads + 2 * kv_heads, size), (2, size))
+  bias, scale, turns = bias if biased else None, scale if normed else None, _turns(tokens, size)
+  plain = lambda qkv, scale: joined._plain_heads(kv_heads, 1e-6, qkv, bias, scale, turns)
+  wanted, back = jax.vjp(plain, qkv, scale)
+  _same(tuple(kernels.heads(qkv, bias, scale, turns, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)), wanted)
   gradients = tuple(_normal(6, *(y.shape for y in wanted)))
-  _same(kernels.heads_backward(qkv, scale, turns, gradients, eps=1e-6, interpret=INTERPRET), back(gradients))
+  _same(kernels.heads_backward(qkv, bias, scale, turns, gradients, eps=1e-6, interpret=INTERPRET), back(gradients))
 
 
 @pytest.mark.parametrize("size", [24, kernels.COLUMNS + 100])

@@ -67,7 +67,7 @@ def prepare(
   """
   if unroll and shardings is not None and shardings[0].mesh.size > 1:
     raise ValueError(f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one")
-  params = _cast(params, dtype)
+  params = model.cast(params, dtype, tables=True)  # not jitted: arrays of that type stay what they are, and cost no memory
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
@@ -90,11 +90,6 @@ def prepare(
 def room(knowledge: Sequence[Sequence[int]]) -> int:
   """P, the tokens that each text has room for: those of the longest, rounded up to MULTIPLE."""
   return -(-max(map(len, knowledge)) // MULTIPLE) * MULTIPLE
-
-
-def _cast(params, dtype):
-  # Not a jitted cast: where the type is the same the arrays stay what they are, and cost no memory.
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 @functools.cache

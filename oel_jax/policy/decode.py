@@ -53,17 +53,18 @@ class Slots(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
 def prepare(params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None) -> Any:
-  """Parameters as sampling wants them: in `dtype`, layers apart, the matrices that read the same input joined, on a GPU one row an output.
+  """Parameters as sampling wants them: layers apart, the matrices that read the same input joined, on a GPU one row an output.
 
+  Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
   On a mesh each device gets them whole, however training has placed them.
   """
-  params = joined.join(jax.tree.map(lambda leaf: leaf.astype(dtype), params), dtype)
+  params = joined.join(params, dtype)
   heads = jnp.array([architecture.heads, architecture.kv_heads])
 
   def turn(layer: Any) -> Any:
     made = {name: layer[name].T if _on_gpu() else layer[name] for name in joined.MATRICES}
     made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
-    made |= {"qkv_bias": layer["qkv_bias"].reshape(-1)} if architecture.qkv_bias else {}
+    made |= {"qkv_bias": layer["qkv_bias"]} if architecture.qkv_bias else {}
     if architecture.qk_norm:
       made["qk_norm"] = {"scale": jnp.repeat(layer["qk_norm"], heads, axis=0, total_repeat_length=architecture.heads + architecture.kv_heads)}
     return made
@@ -268,7 +269,8 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
       rings = slots.keys[len(keys)], slots.values[len(keys)]
       if path == "triton":
         scale = layer["qk_norm"]["scale"] if a.qk_norm else None
-        y, *rings = ring.step(qkv[:, 0], scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps)
+        bias = layer.get("qkv_bias")
+        y, *rings = ring.step(qkv[:, 0], bias, scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps)
       else:
         q, k, v = _heads(layer, a, qkv, slots.filled[:, None])
         y = ring.attend(q[:, 0], k[:, 0], v[:, 0], *rings, slots.column, slots.filled)
@@ -299,7 +301,7 @@ def _on_gpu() -> bool:
 
 
 def _prefill_path(weights) -> str:
-  return "cudnn" if _on_gpu() and weights["norm"]["scale"].dtype == jnp.bfloat16 else "xla"
+  return "cudnn" if _on_gpu() and weights["embed"]["embedding"].dtype == jnp.bfloat16 else "xla"
 
 
 def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Array, "B T D"]:
@@ -310,7 +312,6 @@ def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Ar
     with jax.named_scope("attention"):
       x, normed = joined.add_norm(x, y, layer["attention_norm"], a.norm_eps)
       qkv = _product(normed, layer["qkv"])
-      qkv = qkv + layer["qkv_bias"] if a.qkv_bias else qkv
       y = attend(layer, qkv.reshape(B, T, a.heads + 2 * a.kv_heads, a.head_size))
       y = _addend(y.reshape(B * T, a.heads * a.head_size), layer["o"])
     with jax.named_scope("feedforward"):
@@ -320,12 +321,14 @@ def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Ar
 
 
 def _heads(layer, a: Architecture, qkv_BxTxAxH, positions_BxT) -> tuple[Array, Array, Array]:
-  """Queries [B, T, N, H] and keys [B, T, K, H], normed and rotated, and values [B, T, K, H]."""
+  """Queries [B, T, N, H] and keys [B, T, K, H], normed and rotated, and values [B, T, K, H], in the type of the projection."""
+  dtype = qkv_BxTxAxH.dtype
+  qkv_BxTxAxH = qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH  # float32 (`model.Projection`)
   qk, v = jnp.split(qkv_BxTxAxH, [a.heads + a.kv_heads], axis=2)
   if a.qk_norm:
-    qk = nn.RMSNorm(a.norm_eps, dtype=qk.dtype, feature_axes=(-2, -1)).apply({"params": layer["qk_norm"]}, qk)
+    qk = nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply({"params": layer["qk_norm"]}, qk)
   q, k = jnp.split(attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2)
-  return q, k, v
+  return tuple(x.astype(dtype) for x in (q, k, v))
 
 
 def _product(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:

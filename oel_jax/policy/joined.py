@@ -140,8 +140,7 @@ def forward(
     with jax.named_scope("attention"):
       x, qkv = _norm_product(a.norm_eps, x, y, layer["attention_norm"], *matrix("qkv"))
       qkv = qkv.reshape(B * T, -1, a.head_size)
-      qkv = qkv + layer["qkv_bias"].astype(dtype) if a.qkv_bias else qkv
-      made = _heads(a.kv_heads, a.norm_eps, qkv, layer.get("qk_norm"), turns)
+      made = _heads(a.kv_heads, a.norm_eps, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), turns)
       q, k, v = (checkpoint_name(z.reshape(B, T, -1, a.head_size), model.KEPT) for z in made)
       own = k.swapaxes(1, 2), v.swapaxes(1, 2)
       if known is None:
@@ -226,28 +225,31 @@ def _norm_product_backward(eps, saved, gradients):
   return d_x, None if added is None else d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, sink)
 
 
-def _heads_forward(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH):
+def _heads_forward(kv_heads, eps, qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH):
   """`kernels.heads`."""
+  given = qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH
   if _kernels_fit(qkv_MxAxH, qkv_MxAxH.shape[2]):
-    made = tuple(kernels.heads(qkv_MxAxH, scale_2xH, turns_MxH, kv_heads=kv_heads, eps=eps))
-  else:
-    made = _plain_heads(kv_heads, eps, qkv_MxAxH, scale_2xH, turns_MxH)
-  return made, (qkv_MxAxH, scale_2xH, turns_MxH)
+    return tuple(kernels.heads(*given, kv_heads=kv_heads, eps=eps)), given
+  return _plain_heads(kv_heads, eps, *given), given
 
 
-def _plain_heads(kv_heads, eps, qkv, scale, turns):
-  N = qkv.shape[1] - 2 * kv_heads
-  q, k, v = jnp.split(qkv, [N, N + kv_heads], axis=1)
+def _plain_heads(kv_heads, eps, qkv, bias, scale, turns):
+  N, dtype = qkv.shape[1] - 2 * kv_heads, qkv.dtype
+  q, k, v = jnp.split(qkv if bias is None else qkv + bias, [N, N + kv_heads], axis=1)
   if scale is not None:
-    q, k = _norm(q, scale[0], eps), _norm(k, scale[1], eps)
-  return attention.turn(q, turns[:, None]), attention.turn(k, turns[:, None]), v
+    q, k = (_norm(x, by, eps).astype(dtype) for x, by in zip((q, k), scale, strict=True))
+  q, k = (attention.turn(x, turns[:, None]) for x in (q, k))
+  return tuple(x.astype(dtype) for x in (q, k, v))
 
 
 def _heads_backward(kv_heads, eps, saved, gradients):
-  qkv, scale, turns = saved
+  qkv, bias, scale, turns = saved
   if _kernels_fit(qkv, qkv.shape[2]):
-    return *kernels.heads_backward(qkv, scale, turns, gradients, eps=eps), None
-  return *jax.vjp(lambda qkv, scale: _plain_heads(kv_heads, eps, qkv, scale, turns), qkv, scale)[1](gradients), None
+    d_qkv, d_scale = kernels.heads_backward(*saved, gradients, eps=eps)
+    d_bias = None if bias is None else d_qkv.astype(jnp.float32).sum(0).astype(bias.dtype)
+    return d_qkv, d_bias, d_scale, None
+  plain = lambda qkv, bias, scale: _plain_heads(kv_heads, eps, qkv, bias, scale, turns)
+  return *jax.vjp(plain, qkv, bias, scale)[1](gradients), None
 
 
 def _swiglu_product_forward(gate_up_MxF2, matrix_FxD, sink):

@@ -108,13 +108,14 @@ def _norm_backward(x_ref, scale_ref, gradient_ref, passed_ref, d_x_ref, y_ref, d
 
 
 def heads(
-    qkv_MxAxH: Float[Array, "M A H"], scale_2xH: Float[Array, "2 H"] | None, turns_MxH: Float[Array, "M H"], *, kv_heads: int, eps: float,
-    interpret: bool = False,
+    qkv_MxAxH: Float[Array, "M A H"], bias_AxH: Float[Array, "A H"] | None, scale_2xH: Float[Array, "2 H"] | None,
+    turns_MxH: Float[Array, "M H"], *, kv_heads: int, eps: float, interpret: bool = False,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
   """Queries [M, N, H] and keys [M, K, H], normed and rotated (Su et al. 2021, eq. 34), and values [M, K, H], all in the type of qkv.
 
   Args:
     qkv_MxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values; H is a power of two.
+    bias_AxH: float32, added to them, and not rounded before the rotation; None for no bias.
     scale_2xH: of the queries' and of the keys' norm, float32; None for no norm.
     turns_MxH: cosines, then sines of the rotary angles, float32.
     kv_heads: K.
@@ -124,26 +125,28 @@ def heads(
   M, A, H = qkv_MxAxH.shape
   counts = A - 2 * kv_heads, kv_heads, kv_heads
   token = lambda *shape: pl.BlockSpec((None, *shape), lambda i: (i, *(0 for _ in shape)))
-  scale, scales = ((scale_2xH,), [pl.no_block_spec]) if scale_2xH is not None else ((), [])
+  whole = [x for x in (bias_AxH, scale_2xH) if x is not None]
   return pl.pallas_call(
-      functools.partial(_heads, counts=counts, eps=eps),
+      functools.partial(_heads, counts=counts, eps=eps, biased=bias_AxH is not None),
       grid=(M,),
-      in_specs=[token(A, H), token(H), *scales],
+      in_specs=[token(A, H), token(H), *(pl.no_block_spec for _ in whole)],
       out_specs=[token(count, H) for count in counts],
       out_shape=[jax.ShapeDtypeStruct((M, count, H), qkv_MxAxH.dtype) for count in counts],
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
       interpret=interpret,
       name="heads",
-  )(qkv_MxAxH, turns_MxH, *scale)
+  )(qkv_MxAxH, turns_MxH, *whole)
 
 
-def _heads(qkv_ref, turns_ref, *refs, counts, eps):
-  scale_ref, *outs = refs if len(refs) == 4 else (None, *refs)
+def _heads(qkv_ref, turns_ref, *refs, counts, eps, biased):
+  *whole, outs = *refs[:-3], refs[-3:]
+  bias_ref = whole.pop(0) if biased else None
+  scale_ref = whole.pop(0) if whole else None
   H, dtype, first = qkv_ref.shape[1], qkv_ref.dtype, 0
   halves = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
   cos, sin = (turns_ref[half][None] for half in halves)
   for kind, (out_ref, count) in enumerate(zip(outs, counts, strict=True)):
-    get, put = _reader(qkv_ref, first, count), _writer(out_ref, 0, count)
+    get, put = _biased(_reader(qkv_ref, first, count), bias_ref, first, count), _writer(out_ref, 0, count)
     if kind == 2:
       for half in halves:
         put(half, get(half))
@@ -157,34 +160,36 @@ def _heads(qkv_ref, turns_ref, *refs, counts, eps):
 
 
 def heads_backward(
-    qkv_MxAxH: Float[Array, "M A H"], scale_2xH: Float[Array, "2 H"] | None, turns_MxH: Float[Array, "M H"],
-    gradients: tuple[Array, Array, Array], *, eps: float, interpret: bool = False,
+    qkv_MxAxH: Float[Array, "M A H"], bias_AxH: Float[Array, "A H"] | None, scale_2xH: Float[Array, "2 H"] | None,
+    turns_MxH: Float[Array, "M H"], gradients: tuple[Array, Array, Array], *, eps: float, interpret: bool = False,
 ) -> tuple[Float[Array, "M A H"], Float[Array, "2 H"] | None]:  # fmt: skip
-  """The gradients of `heads` in its first two arguments, given those in its three outputs.
+  """The gradients of `heads` in qkv and scale, given those in its three outputs.
 
   Args:
-    qkv_MxAxH, scale_2xH, turns_MxH, eps, interpret: as in `heads`.
+    qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH, eps, interpret: as in `heads`.
     gradients: in queries [M, N, H], keys and values [M, K, H].
 
   Returns:
-    The gradient in qkv, in its type, and in the scale, float32; None where there is none.
+    The gradient in qkv, in its type (that in the bias is its sum over the tokens), and in the scale, float32; None where there is none.
   """
   M, A, H = qkv_MxAxH.shape
   programs, counts = min(PROGRAMS, M), tuple(gradient.shape[1] for gradient in gradients)
   scale = () if scale_2xH is None else (scale_2xH,)
+  bias = () if bias_AxH is None else (bias_AxH,)
   out = pl.pallas_call(
-      functools.partial(_heads_backward, counts=counts, eps=eps),
+      functools.partial(_heads_backward, counts=counts, eps=eps, biased=len(bias)),
       grid=(programs,),
       out_specs=[pl.no_block_spec] + [pl.BlockSpec((None, 2, H), lambda i: (i, 0, 0)) for _ in scale],
       out_shape=[jax.ShapeDtypeStruct(qkv_MxAxH.shape, qkv_MxAxH.dtype)] + [jax.ShapeDtypeStruct((programs, 2, H), jnp.float32) for _ in scale],
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
       interpret=interpret,
       name="heads_backward",
-  )(qkv_MxAxH, turns_MxH, *gradients, *scale)
+  )(qkv_MxAxH, turns_MxH, *gradients, *bias, *scale)
   return out[0], out[1].sum(0) if scale else None
 
 
-def _heads_backward(qkv_ref, turns_ref, q_ref, k_ref, v_ref, *refs, counts, eps):
+def _heads_backward(qkv_ref, turns_ref, q_ref, k_ref, v_ref, *refs, counts, eps, biased):
+  bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
   scale_ref, d_qkv_ref, d_scale_ref = refs if len(refs) == 3 else (None, *refs, None)
   (M, _, H), first, step = qkv_ref.shape, pl.program_id(0), pl.num_programs(0)
   halves = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
@@ -204,7 +209,7 @@ def _heads_backward(qkv_ref, turns_ref, q_ref, k_ref, v_ref, *refs, counts, eps)
       low, high = (get(half) for half in halves)
       low, high = low * cos + high * sin, high * cos - low * sin
       if scales is not None:
-        x, y, size = _normed(_reader(qkv_ref, begin, count, at), halves, H, eps)
+        x, y, size = _normed(_biased(_reader(qkv_ref, begin, count, at), bias_ref, begin, count), halves, H, eps)
         new += [old + d * z for old, d, z in zip(sums[2 * kind : 2 * kind + 2], (low, high), (x, y), strict=True)]
         low, high = low * scales[kind][0], high * scales[kind][1]
         mean = ((jnp.sum(low * x, -1) + jnp.sum(high * y, -1)) / H)[:, None]
@@ -223,6 +228,14 @@ def _reader(ref, first, count, *token):
   """Loads half of `count` heads from number `first` on, float32, with zeros up to a power of two."""
   rows, there = _padded(first, count)
   return lambda half: triton.load(ref.at[(*token, rows, half)], mask=there[:, None], other=0.0).astype(jnp.float32)
+
+
+def _biased(get, bias_ref, first, count):
+  """Loads what `get` does, and adds the bias of these heads, if there is one."""
+  if bias_ref is None:
+    return get
+  bias = _reader(bias_ref, first, count)
+  return lambda half: get(half) + bias(half)
 
 
 def _writer(ref, first, count, *token):

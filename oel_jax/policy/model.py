@@ -97,6 +97,29 @@ def add_rows(table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"], rows
 embed.defvjp(_embed_forward, _embed_backward)
 
 
+class Projection(nn.Module):
+  """Heads [..., heads, size] of a token, in `dtype`; with a bias in float32.
+
+  The bias is added in float32 and the sum not rounded here but behind the rotation: in bfloat16, a
+  key with a bias of 350, as Qwen2.5 has them, would be rounded to a multiple of 2 once more.
+  """
+
+  heads: int
+  size: int
+  bias: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    D = x_BxTxD.shape[-1]
+    draw = lambda key: nn.initializers.lecun_normal()(key, (D, self.heads * self.size)).reshape(D, self.heads, self.size)
+    kernel = self.param("kernel", draw)
+    y = jnp.einsum("btd,dnh->btnh", x_BxTxD.astype(self.dtype), kernel.astype(self.dtype))
+    if not self.bias:
+      return y
+    return y + self.param("bias", nn.initializers.zeros_init(), (self.heads, self.size))
+
+
 class Attention(nn.Module):
   """Grouped-query self-attention. Returns its output and the keys and values attended to."""
 
@@ -107,22 +130,20 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, prefix=None):
     a = self.architecture
-    dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
-    q = dense((a.heads, a.head_size), use_bias=a.qkv_bias, name="q")(x_BxTxD)
-    k = dense((a.kv_heads, a.head_size), use_bias=a.qkv_bias, name="k")(x_BxTxD)
-    v = dense((a.kv_heads, a.head_size), use_bias=a.qkv_bias, name="v")(x_BxTxD)
+    counts = {"q": a.heads, "k": a.kv_heads, "v": a.kv_heads}
+    q, k, v = (Projection(n, a.head_size, a.qkv_bias, self.dtype, name=name)(x_BxTxD) for name, n in counts.items())
     if a.qk_norm:
       q = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="q_norm")(q)
       k = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="k_norm")(k)
-    q = attention.rotate(q, positions_BxT, a.rope_theta, a.rope_scaling)
-    k = attention.rotate(k, positions_BxT, a.rope_theta, a.rope_scaling).swapaxes(1, 2)  # [B, K, T, H]
-    v = v.swapaxes(1, 2)
+    q, k = (attention.rotate(x, positions_BxT, a.rope_theta, a.rope_scaling) for x in (q, k))
+    q, k, v = (x.astype(self.dtype) for x in (q, k, v))
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     if prefix is None:
       y = attention.attend(q, k, v, mask_BxTxS, self.path)
     else:
       known, length_B = of_rows(*prefix, self.path)
       y = attention.attend_with_prefix(q, (k, v), known, mask_BxTxS, length_B, self.path)
-    return dense(a.width, axis=(-2, -1), name="o")(y), (k, v)
+    return nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="o")(y), (k, v)
 
 
 def of_rows(
@@ -255,10 +276,18 @@ def apply(
   return Decoder(architecture, dtype, remat, path).apply({"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache, prefix)
 
 
-def cast(params: Params, dtype: Any) -> Params:
-  """The same parameters with the layers' matrices in `dtype`, as the layers use them; all others stay what they are."""
-  matrix = lambda path, leaf: leaf.astype(dtype) if path[0].key == "layers" and path[-1].key == "kernel" else leaf
-  return jax.tree_util.tree_map_with_path(matrix, params)
+def cast(params: Params, dtype: Any, *, tables: bool = False) -> Params:
+  """The same parameters with the layers' matrices in `dtype`, as the layers use them, and with `tables` embedding and head, too.
+
+  Scales of norms and biases stay what they are: they are used in float32.
+  """
+
+  def one(path, leaf):
+    table = path[0].key in ("embed", "head")
+    matrix = path[0].key == "layers" and path[-1].key == "kernel"
+    return leaf.astype(dtype) if matrix or table and tables else leaf
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def unstack(params: Params) -> Params:

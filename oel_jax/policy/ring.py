@@ -71,14 +71,15 @@ def _product(x_BxKxTxI: Array, y_BxKxSxI: Array, axis: int) -> Float[Array, "B K
 
 
 def step(
-    qkv_BxAxH: Float[Array, "B A H"], scale: Float[Array, "NK H"] | None, turns_BxH: Float[Array, "B H"],
-    k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"], column: Int[Array, ""], filled_B: Int[Array, "B"],
+    qkv_BxAxH: Float[Array, "B A H"], bias_AxH: Float[Array, "A H"] | None, scale: Float[Array, "NK H"] | None,
+    turns_BxH: Float[Array, "B H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"], column: Int[Array, ""], filled_B: Int[Array, "B"],
     *, eps: float, interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:  # fmt: skip
   """`attend` with what stands before it, as one kernel.
 
   Args:
     qkv_BxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values.
+    bias_AxH: float32, added to them, and not rounded before the rotation; None for no bias.
     scale: of the queries' and keys' RMS norm; None for no norm.
     turns_BxH: cosines, then sines of the rotary angles, float32.
     k_BxKxSxH, v_BxKxSxH: the ring; it is written in place.
@@ -93,19 +94,21 @@ def step(
   B, K, S, H = k_BxKxSxH.shape
   N = qkv_BxAxH.shape[1] - 2 * K
   G, parts = N // K, max(1, min(PROGRAMS // (B * K), S // BLOCK))
-  normed = scale is not None
+  normed, biased = scale is not None, bias_AxH is not None
   scale = scale if normed else jnp.zeros((N + K, H), qkv_BxAxH.dtype)
+  bias = bias_AxH if biased else jnp.zeros((N + 2 * K, H), qkv_BxAxH.dtype)
   heads = lambda count, first: pl.BlockSpec((None, count, H), lambda b, k, p: (b, first + k, 0))
   scales = lambda count, first: pl.BlockSpec((count, H), lambda b, k, p: (first + k, 0))
   ring = pl.BlockSpec((None, None, S, H), lambda b, k, p: (b, k, 0, 0))
   part = lambda *block: pl.BlockSpec((None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block))
   parted = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, K, parts, *shape), dtype)
   value, mass, top, keys, values = pl.pallas_call(
-      functools.partial(_kernel, queries=G, blocks=S // BLOCK, parts=parts, eps=eps if normed else None),
+      functools.partial(_kernel, queries=G, blocks=S // BLOCK, parts=parts, eps=eps if normed else None, biased=biased),
       grid=(B, K, parts),
       in_specs=[
           pl.BlockSpec((None,), lambda b, k, p: (b,)), pl.BlockSpec((None,), lambda b, k, p: (0,)),
-          heads(G, 0), heads(1, N), heads(1, N + K), scales(G, 0), scales(1, N), pl.BlockSpec((None, H), lambda b, k, p: (b, 0)),
+          heads(G, 0), heads(1, N), heads(1, N + K), scales(G, 0), scales(1, N), scales(1, N + K), scales(G, 0), scales(1, N),
+          pl.BlockSpec((None, H), lambda b, k, p: (b, 0)),
           ring, ring,
       ],
       out_specs=[part(G, H), part(G), part(G), ring, ring],
@@ -113,11 +116,11 @@ def step(
           parted(G, H, dtype=qkv_BxAxH.dtype if parts == 1 else jnp.float32), parted(G), parted(G),
           *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (k_BxKxSxH, v_BxKxSxH)),
       ],
-      input_output_aliases={8: 3, 9: 4},
+      input_output_aliases={11: 3, 12: 4},
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
       interpret=interpret,
       name="ring_attention",
-  )(filled_B, column[None], qkv_BxAxH, qkv_BxAxH, qkv_BxAxH, scale, scale, turns_BxH, k_BxKxSxH, v_BxKxSxH)  # fmt: skip
+  )(filled_B, column[None], qkv_BxAxH, qkv_BxAxH, qkv_BxAxH, bias, bias, bias, scale, scale, turns_BxH, k_BxKxSxH, v_BxKxSxH)  # fmt: skip
   if parts > 1:
     mass *= jnp.exp(top - top.max(2, keepdims=True))  # [B, K, parts, G]
     value = jnp.sum(value * (mass / mass.sum(2, keepdims=True))[..., None], 2).astype(qkv_BxAxH.dtype)
@@ -125,8 +128,8 @@ def step(
 
 
 def _kernel(
-    filled_ref, column_ref, q_ref, k_ref, v_ref, q_scale_ref, k_scale_ref, turns_ref, _, __, value_ref, mass_ref, top_ref, keys_ref,
-    values_ref, *, queries, blocks, parts, eps,
+    filled_ref, column_ref, q_ref, k_ref, v_ref, q_bias_ref, k_bias_ref, v_bias_ref, q_scale_ref, k_scale_ref, turns_ref, _, __,
+    value_ref, mass_ref, top_ref, keys_ref, values_ref, *, queries, blocks, parts, eps, biased,
 ):  # fmt: skip
   """One part of one row and key-value head: every `parts`-th block back from the newest, by a running softmax."""
   part, filled, column = pl.program_id(2), filled_ref[()], column_ref[()]
@@ -134,21 +137,23 @@ def _kernel(
   dtype, low, high = keys_ref.dtype, pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
   row = jnp.arange(ROWS) < queries
 
-  def turned(ref, scale_ref, count):
+  def turned(ref, bias_ref, scale_ref, count):
     """The two halves of normed and rotated heads [ROWS, H / 2], rounded where the model rounds."""
     mask = (jnp.arange(ROWS) < count)[:, None]
     get = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0).astype(jnp.float32)
     x, y = get(ref, low), get(ref, high)
+    if biased:
+      x, y = x + get(bias_ref, low), y + get(bias_ref, high)
     if eps is not None:
       size = jax.lax.rsqrt((jnp.sum(x * x, -1) + jnp.sum(y * y, -1)) / H + eps)[:, None]
       x, y = ((z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32) for z, half in ((x, low), (y, high)))
     cos, sin = turns_ref[low][None], turns_ref[high][None]
     return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
 
-  q_low, q_high = (half * jnp.asarray(H**-0.5, dtype) for half in turned(q_ref, q_scale_ref, queries))
+  q_low, q_high = (half * jnp.asarray(H**-0.5, dtype) for half in turned(q_ref, q_bias_ref, q_scale_ref, queries))
   # Rows beyond the first are zeros: the sum is the row.
-  new_low, new_high = (jnp.sum(half.astype(jnp.float32), 0).astype(dtype) for half in turned(k_ref, k_scale_ref, 1))
-  new_value = v_ref[0, :]
+  new_low, new_high = (jnp.sum(half.astype(jnp.float32), 0).astype(dtype) for half in turned(k_ref, k_bias_ref, k_scale_ref, 1))
+  new_value = (v_ref[0, :].astype(jnp.float32) + v_bias_ref[0, :]).astype(dtype) if biased else v_ref[0, :]
 
   @pl.when(part == 0)  # no other part reads the newest block
   def _():
