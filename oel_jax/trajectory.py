@@ -1,7 +1,7 @@
 """What crosses between the stages: messages, turns, trajectories and prefixes, with their JSONL files.
 
 A trajectory never leaves the user side of a run directory. What crosses to the server side are prefixes (the prompt of one turn, as
-chat messages) and knowledge texts. Every line of a file carries its schema version; nothing is pickled.
+chat messages) and knowledge texts. Every line of a file carries its schema version and a digest of itself; nothing is pickled.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import logging
 
+from oel_jax.runtime import schema
 from oel_jax.runtime.files import explained, write_text
 
 SCHEMA = 1
@@ -119,7 +120,8 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
 
   Args:
     path: its folder is made if it does not exist.
-    records: trajectories, prefixes or plain dictionaries of JSON values; one line each, with the schema version in front.
+    records: trajectories, prefixes or plain dictionaries of JSON values; one line each, with the schema version in front and a digest
+      of the line at its end.
 
   Raises:
     OSError: among others on a full disk, in words that name the file and what to do; what stood at `path` before still does.
@@ -156,6 +158,8 @@ def append_jsonl(path: str | os.PathLike, record: Record) -> None:
 def read_trajectories(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> list[Trajectory]:
   """Reads trajectories in file order. Damaged lines are skipped and logged with file and line number.
 
+  A line that carries a digest is damaged if it is not what the digest was made of, a line without one if it is no trajectory.
+
   Args:
     path: file of `write_jsonl` or `append_jsonl`.
     max_damaged: largest share of damaged lines that is accepted.
@@ -179,7 +183,7 @@ def _line(record: Record) -> str:
   elif isinstance(record, Prefix):
     record = dataclasses.asdict(record)
   # A policy may sample half a surrogate pair, which UTF-8 cannot hold: one "?" rather than a lost episode.
-  text = json.dumps({"schema": SCHEMA, **record}, ensure_ascii=False, allow_nan=False)
+  text = json.dumps(schema.sealed({"schema": SCHEMA, **record}), ensure_ascii=False, allow_nan=False)
   return text.encode("utf-8", "replace").decode("utf-8") + "\n"
 
 
@@ -202,13 +206,13 @@ def _read(path: str | os.PathLike, parse: Callable[[dict[str, Any]], Any], max_d
     if not line.strip():
       continue
     try:
-      data = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+      data = schema.loads(line)
       if not isinstance(data, dict):
         raise ValueError(f"a JSON object is needed, this is {reprlib.repr(data)}")
       if _field(data, "schema", int) != SCHEMA:
         raise ValueError(f"schema version {data['schema']}, this version of oel_jax reads {SCHEMA}")
       result.append(parse(data))
-    except (ValueError, RecursionError) as error:  # both JSON's and UTF-8's errors are ValueErrors
+    except ValueError as error:
       damaged.append((number, error))
   total = len(result) + len(damaged)
   if len(damaged) > max_damaged * total:
@@ -222,10 +226,6 @@ def _read(path: str | os.PathLike, parse: Callable[[dict[str, Any]], Any], max_d
   if damaged:
     logging.warning("%s: skipped %d damaged lines of %d", path, len(damaged), total)
   return result
-
-
-def _refuse_constant(name: str) -> None:
-  raise ValueError(f"{name} is not JSON")
 
 
 def _field(data: Any, name: str, *types: type) -> Any:
@@ -252,6 +252,9 @@ def _trajectory(data: dict[str, Any]) -> Trajectory:
       )
       for user, assistant in zip(lines[::2], lines[1::2])
   )
+  for number, turn in enumerate(turns):
+    if turn.response_tokens < 0:
+      raise ValueError(f"field 'response_tokens' of turn {number} is {turn.response_tokens}: it must be 0 or more")
   if _field(data, "ended", str) not in ENDED:
     raise ValueError(f"field 'ended' is {data['ended']!r}: it must be one of {', '.join(map(repr, ENDED))}")
   return Trajectory(

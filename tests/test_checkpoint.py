@@ -1,5 +1,7 @@
 """Checkpoints: bit for bit, on other numbers of devices, after damage, after a kill, with a disk that takes no more."""
 
+import fractions
+import json
 import os
 import pathlib
 import shutil
@@ -13,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from oel_jax.runtime import checksum
 from oel_jax.runtime.checkpoint import Checkpoints
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -119,12 +122,16 @@ def test_any_damaged_file_gives_the_same_bits_or_the_checkpoint_before(tmp_path,
   names = sorted(path.relative_to(whole) for path in (whole / "20").rglob("*") if path.is_file())
   skipped = set()
   for name in names:
-    for damage in ("cut", "gone", "zeros"):
+    for damage in ("cut", "gone", "zeros", "flip at 1/5", "flip at 1/2", "flip at 4/5"):
       shutil.rmtree(directory, ignore_errors=True)
       shutil.copytree(whole, directory)
       data = (directory / name).read_bytes()
       if damage == "gone":
         (directory / name).unlink()
+      elif damage.startswith("flip"):
+        changed = bytearray(data)
+        changed[int(len(data) * fractions.Fraction(damage.removeprefix("flip at ")))] ^= 4
+        (directory / name).write_bytes(changed)
       else:
         (directory / name).write_bytes(data[:len(data) // 2] if damage == "cut" else bytes(len(data)))
       caplog.clear()
@@ -137,7 +144,7 @@ def test_any_damaged_file_gives_the_same_bits_or_the_checkpoint_before(tmp_path,
           assert "unfinished or damaged checkpoint skipped" in caplog.text and str(directory / "20") in caplog.text
           assert list(directory.glob("20.damaged-*")), "damaged data is kept"
   assert {("_METADATA", "cut"), ("_METADATA", "gone"), ("metadata", "cut"), ("metadata", "gone")} <= skipped
-  assert any(len(name) == 32 for name, _ in skipped), "array data was damaged too"
+  assert any(len(name) == 32 and damage.startswith("flip") for name, damage in skipped), "array data was damaged too"
 
 
 def test_goes_on_after_a_skipped_checkpoint(tmp_path):
@@ -225,3 +232,60 @@ def test_restores_onto_a_placement_across_devices(tmp_path):
     restored = checkpoints.restore({"x": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=spread)}).state["x"]
   assert restored.sharding == spread and {shard.data.shape for shard in restored.addressable_shards} == {(1, 4)}
   np.testing.assert_array_equal(np.asarray(restored), np.asarray(state["x"]))
+
+
+def checksum_by_hand(array) -> int:
+  """From the description, in Python's integers, which have no width that could wrap around by chance."""
+
+  def mix(word):
+    word ^= word >> 16
+    word = word * 0x85EBCA6B % 2**32
+    word ^= word >> 13
+    word = word * 0xC2B2AE35 % 2**32
+    return word ^ word >> 16
+
+  size = min(array.dtype.itemsize, 4)
+  data = array.tobytes()
+  words = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
+  return sum(mix(word ^ mix(i)) for i, word in enumerate(words)) % 2**32
+
+
+@pytest.mark.parametrize("array", [
+    np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32), np.arange(70001, dtype=np.int32),
+    np.array(jnp.arange(9, dtype=jnp.bfloat16)), np.array([True, False, True]), np.array(7, np.int32), np.zeros((0, 3), np.float32),
+    np.arange(6.0).reshape(2, 3),
+], ids=lambda array: f"{array.dtype}{list(array.shape)}")
+def test_a_checksum_is_its_description_on_the_host_and_on_a_device(array):
+  wanted = checksum_by_hand(array)
+  assert checksum.checksums({"a": array}) == {"a": f"{wanted:08x}"}
+  if array.dtype.itemsize < 8:  # JAX has no wider types here
+    assert int(checksum._sum_on_device(jnp.asarray(array))) == wanted
+
+
+def test_a_checksum_does_not_depend_on_the_placement_and_sees_every_bit():
+  array = np.random.default_rng(1).normal(size=(8, 6)).astype(np.float32)
+  mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  wanted = checksum_by_hand(array)
+  for spec in (P("data", "tensor"), P("tensor"), P(None, "tensor"), P()):
+    spread = jax.device_put(array, NamedSharding(mesh, spec))
+    assert int(checksum._sum_on_device(spread)) == wanted and checksum.checksums([spread]) == {"0": f"{wanted:08x}"}
+  found = {checksum.fingerprint({"w": array}), checksum.fingerprint({"v": array}), checksum.fingerprint({"w": array.reshape(6, 8)}),
+           checksum.fingerprint({"w": array.view(np.int32)}), checksum.fingerprint({"w": array[::-1]})}
+  flipped = array.view(np.uint32)
+  for bit in range(32):
+    flipped[3, 1] ^= np.uint32(1 << bit)
+    found.add(checksum.fingerprint({"w": array}))
+    flipped[3, 1] ^= np.uint32(1 << bit)
+  assert len(found) == 5 + 32 and checksum.fingerprint({"w": array}) in found
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_restored_with_a_warning(tmp_path, caplog):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(10, make_state(10), {"epoch": 3})
+  path = tmp_path / "10" / "extra" / "metadata"
+  assert set(json.loads(path.read_text())) == {"epoch", "arrays", "digest"}
+  path.write_text('{"epoch": 3}')
+  with Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore(abstract(make_state(1)))
+  assert same_bits(restored.state, make_state(10)) and restored.extra == {"epoch": 3}
+  assert f"{tmp_path / '10'}: saved without checksums" in caplog.text

@@ -1,5 +1,6 @@
 """Extraction with a policy that records what it is asked, and answers from its prompt and seed alone."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -256,7 +257,12 @@ def test_partial_file_of_another_extraction(tmp_path, changes, field):
 
 
 def damage(state, **fields):
-  return json.dumps(json.loads(state) | fields)
+  """With the fields changed, and no digest that would tell."""
+  return json.dumps({name: value for name, value in (json.loads(state) | fields).items() if name != "digest"})
+
+
+def items_of(state):
+  return json.loads(state)["items"]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -264,6 +270,10 @@ def damage(state, **fields):
     (lambda state: "[]", '"schema"'),
     (lambda state: damage(state, schema=2), '"schema"'),
     (lambda state: damage(state, done=N + 1), '"done" is 6'),
+    (lambda state: state.replace(f"{MARK} second", f"{MARK} third", 1), 'is not what its field "digest" was made of'),
+    (lambda state: damage(state, done=N - 1), 'text 0, item 8: "step" is 5: it must be from 4 to "done" (4)'),
+    (lambda state: damage(state, items=[items_of(state)[0][::-1], *items_of(state)[1:]]), 'item 2: "step" is 4: it must be from 5'),
+    (lambda state: damage(state, items=[items_of(state)[1], *items_of(state)[1:]]), 'text 0, item 2: "trajectory" is'),
     (lambda state: damage(state, items=[[]]), '"items" must hold 3 lists'),
     (lambda state: damage(state, items=[[], [{"text": 1}], []]), 'text 1: "text" is 1'),
 ])
@@ -274,6 +284,19 @@ def test_damaged_partial_file(tmp_path, change, words):
   with pytest.raises(ValueError) as error:
     run(Policy(), state_path=state)
   assert str(error.value).startswith(str(state)) and words in str(error.value)
+
+
+def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_path):
+  state = tmp_path / "state.json"
+  with pytest.raises(KeyboardInterrupt):
+    run(Policy(broken_at=2), state_path=state, weights="aa")
+  for changes in (dict(weights="bb"), dict(weights="aa", games=[GAMES[0], *map(game, range(2, N + 1))])):
+    games = [Trajectory(g.id, *dataclasses.astuple(played)[1:3], played.turns, played.outcome, 0.0, False, "lost")
+             for g, played in zip(GAMES, changes.pop("games", GAMES), strict=True)]
+    with pytest.raises(ValueError, match='"made_from" of the partial extraction is .* delete the file'):
+      run(Policy(), games, state_path=state, **changes)
+  state.write_text(re.sub(r'"made_from": [^}]*},', "", damage(state.read_text())))  # as an earlier version wrote it
+  assert run(Policy(), state_path=state, weights="aa") == run(Policy())
 
 
 def test_refusals():

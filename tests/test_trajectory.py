@@ -1,6 +1,7 @@
 """JSONL files of trajectories and prefixes: round trips, damage, crashes while appending, a full disk."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,11 @@ def episode(number: int, observation: str = "| P | H |") -> t.Trajectory:
 def test_a_trajectory_is_one_json_line_of_chat_messages(tmp_path):
   t.write_jsonl(tmp_path / "new folder" / "a.jsonl", [episode(7)])
   (line,) = (tmp_path / "new folder" / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-  assert json.loads(line) == {
+  written = json.loads(line)
+  # By hand, from the description: SHA-256 of the rest with sorted keys and no spaces.
+  rest = json.dumps({name: value for name, value in written.items() if name != "digest"}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+  assert list(written)[-1] == "digest" and written.pop("digest") == hashlib.sha256(rest.encode()).hexdigest()[:16]
+  assert written == {
       "schema": 1,
       "id": "r1-deploy-00007",
       "game": "FrozenLake-v0-raw",
@@ -67,11 +72,12 @@ def test_half_a_surrogate_pair_loses_one_character_not_the_episode(tmp_path):
 
 def test_plain_dictionaries_get_the_schema(tmp_path):
   t.append_jsonl(tmp_path / "a.jsonl", {"text": "x"})
-  assert (tmp_path / "a.jsonl").read_text() == '{"schema": 1, "text": "x"}\n'
+  assert (tmp_path / "a.jsonl").read_text().startswith('{"schema": 1, "text": "x", "digest": "')
 
 
 def changed(**fields) -> bytes:
   data = json.loads(t._line(episode(99)))
+  del data["digest"]  # as a line that was written by hand
   for name, value in fields.items():
     if value is None:
       del data[name]
@@ -85,7 +91,7 @@ user, assistant = json.loads(t._line(episode(99)))["messages"][:2]
 DAMAGED = {
     "not JSON": (b"{nonsense", "Expecting property name"),
     "cut off": (changed()[:-30], "line 1 column"),
-    "not UTF-8": (b'{"schema": 1, "id": "\xff"}', "utf-8"),
+    "not UTF-8": (b'{"schema": 1, "id": "\xff"}', "not UTF-8 at byte 21"),
     "no object": (b"[1, 2]", "a JSON object is needed"),
     "nested too deeply": (b"[" * 100_000, "recursion"),
     "missing field": (changed(outcome=None), "field 'outcome' is missing"),
@@ -94,6 +100,13 @@ DAMAGED = {
     "true is no version": (changed(schema=True), "field 'schema' is True"),
     "text for a number": (changed(reward="1.0"), "field 'reward' is '1.0': it must be of type float or int"),
     "number for true": (changed(passed=1), "field 'passed' is 1: it must be of type bool"),
+    "edited under its digest": (t._line(episode(98)).replace("[left]", "[lift]").encode(), 'what its field "digest" was made of'),
+    "one letter": (t._line(episode(98)).replace("hit", "hat").encode(), 'what its field "digest" was made of'),
+    "more than a float": (changed().replace(b"0.1", b"1e999"), "the number 1e999 is beyond a float"),
+    "more than 64 bits": (changed(seed=2**63), "the number 9223372036854775808 is beyond 64 bits"),
+    "more digits than Python reads": (changed().replace(b"0.1", b"1" * 5000), "is beyond 64 bits"),
+    "a name twice": (changed().replace(b'"reward"', b'"id"'), "the name 'id' occurs twice in one object"),
+    "fewer than no tokens": (changed(messages=[user, {**assistant, "response_tokens": -1}]), "'response_tokens' of turn 0 is -1"),
     "no number": (changed().replace(b"0.1", b"NaN"), "NaN is not JSON"),
     "unknown end": (changed(ended="won"), "field 'ended' is 'won'"),
     "no turns": (changed(messages=[]), "must be user and assistant in turn"),

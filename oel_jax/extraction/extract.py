@@ -5,17 +5,17 @@ Runs on the user side, where the trajectories are, and reads nothing but them an
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
 from oel_jax.extraction.knowledge import CARRIED, Item, Knowledge, limit, longest_end, parse_item, parse_items
 from oel_jax.extraction.prompts import extraction_message
-from oel_jax.runtime.files import write_json
+from oel_jax.runtime import schema
+from oel_jax.runtime.files import read_json, write_sealed
 from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import Trajectory, transcript
 
@@ -42,6 +42,7 @@ def extract(
     thinking: bool = True,
     start: Sequence[Knowledge] | None = None,
     state_path: pathlib.Path | None = None,
+    weights: str = "",
     advance: Callable[[int], None] | None = None,
 ) -> list[Knowledge]:
   """Accumulates `texts` knowledge texts, each over all the trajectories in a random order of its own (OEL section 3).
@@ -64,6 +65,7 @@ def extract(
     thinking: whether the chat template opens a thinking block.
     start: e_0 of each text, the previous round's knowledge; None: empty.
     state_path: partial file, replaced after every step and resumed from if it is there. When complete, nothing is sampled any more.
+    weights: names the policy's weights (`runtime.checksum.fingerprint`); a partial file of others is refused.
     advance: called with the number of steps that have just ended (at once with those found in `state_path`).
 
   Returns:
@@ -79,16 +81,17 @@ def extract(
   encode = functools.partial(_encode, policy.tokenizer, form=form, thinking=thinking)
   _check_prompts(encode, trajectories, max_prompt_tokens)
   identity = {"seed": seed, "round": round, "texts": texts, "form": form, "see_previous": see_previous,
-              "trajectories": [trajectory.id for trajectory in trajectories]}
+              "trajectories": [trajectory.id for trajectory in trajectories],
+              "made_from": {"weights": weights, "transcripts": schema.digest([transcript(trajectory) for trajectory in trajectories])}}
   state_path = pathlib.Path(state_path) if state_path is not None else None
-  done, found = _load(state_path, identity, start) if state_path is not None else (0, start)
+  orders = _orders(trajectories, texts, seed, round)
+  done, found = _load(state_path, identity, start, orders) if state_path is not None else (0, start)
   if done and advance is not None:
     advance(done)
 
   def seen(text: Knowledge) -> Knowledge:
     return limit(text, max_knowledge_tokens, lambda words: len(policy.tokenizer.encode(words)))[0] if see_previous else Knowledge()
 
-  orders = _orders(trajectories, texts, seed, round)
   for step in range(done + 1, len(trajectories) + 1):
     read = [order[step - 1] for order in orders]
     prompts = [_prompt(encode, trajectory, seen(text), max_prompt_tokens) for trajectory, text in zip(read, found)]
@@ -155,32 +158,47 @@ def _check_prompts(encode: Encode, trajectories: Sequence[Trajectory], max_promp
 def _save(path: pathlib.Path, identity: dict, done: int, found: Sequence[Knowledge]) -> None:
   items = [[dataclasses.asdict(item) for item in text.items] for text in found]
   path.parent.mkdir(parents=True, exist_ok=True)
-  write_json(path, {"schema": SCHEMA, **identity, "done": done, "items": items})
+  write_sealed(path, {"schema": SCHEMA, **identity, "done": done, "items": items})
 
 
-def _load(path: pathlib.Path, identity: dict, start: Sequence[Knowledge]) -> tuple[int, list[Knowledge]]:
+def _load(
+    path: pathlib.Path, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Trajectory]]
+) -> tuple[int, list[Knowledge]]:
   """Steps done and the texts so far: those of the partial file, or (0, start) if there is none. Raises ValueError if it is not ours."""
   if not path.exists():
     return 0, list(start)
-  way_out = "delete the file to extract anew"
-  try:
-    state = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: the partial extraction is damaged ({error}); {way_out}") from error
-  expected = {"schema": SCHEMA, **identity}
-  for field, right in expected.items():
+  return read_json(path, functools.partial(_parse_state, identity=identity, start=start, orders=orders), "delete the file to extract anew")
+
+
+def _parse_state(
+    state: Any, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Trajectory]]
+) -> tuple[int, list[Knowledge]]:
+  for field, right in {"schema": SCHEMA, **identity}.items():
     seen = state.get(field) if isinstance(state, dict) else None
-    if seen != right:
-      raise ValueError(f'{path}: "{field}" of the partial extraction is {seen!r:.200}, this run has {right!r:.200}; {way_out}')
+    if seen != right and not (field == "made_from" and seen is None):  # an earlier version's does not say
+      raise ValueError(f'"{field}" of the partial extraction is {seen!r:.200}, this run has {right!r:.200}')
   done, items = state.get("done"), state.get("items")
   steps, texts = len(identity["trajectories"]), identity["texts"]
   if type(done) is not int or not 0 <= done <= steps:
-    raise ValueError(f'{path}: "done" is {done!r}: it must be from 0 to {steps}; {way_out}')
+    raise ValueError(f'"done" is {done!r}: it must be from 0 to {steps}')
   if not isinstance(items, list) or len(items) != texts or not all(isinstance(text, list) for text in items):
-    raise ValueError(f'{path}: "items" must hold {texts} lists; {way_out}')
-  found = [Knowledge(tuple(parse_item(record, f"{path}: text {index}") for record in text)) for index, text in enumerate(items)]
-  for index, (text, carried) in enumerate(zip(found, start)):
+    raise ValueError(f'"items" must hold {texts} lists')
+  found = [Knowledge(tuple(parse_item(record, f"text {index}") for record in text)) for index, text in enumerate(items)]
+  for index, (text, carried, order) in enumerate(zip(found, start, orders, strict=True)):
     if text.at(CARRIED) != carried:
-      raise ValueError(f"{path}: text {index} began from other knowledge ({len(text.at(CARRIED).items)} items) than this run's "
-                       f"({len(carried.items)} items); {way_out}")
+      raise ValueError(f"text {index} began from other knowledge ({len(text.at(CARRIED).items)} items) than this run's "
+                       f"({len(carried.items)} items)")
+    _check_places(index, text, done, order)
   return done, found
+
+
+def _check_places(index: int, text: Knowledge, done: int, order: Sequence[Trajectory]) -> None:
+  """Raises ValueError unless the text's items stand in the order of their steps, none after `done`, each with its step's trajectory."""
+  last = CARRIED
+  for number, item in enumerate(text.items):
+    if item.step < last or item.step > done:
+      raise ValueError(f'text {index}, item {number}: "step" is {item.step}: it must be from {max(last, 1)} to "done" ({done})')
+    last = item.step
+    if item.step != CARRIED and item.trajectory != order[item.step - 1].id:
+      raise ValueError(f'text {index}, item {number}: "trajectory" is {item.trajectory!r}: step {item.step} of this text reads '
+                       f"{order[item.step - 1].id!r}")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from oel_jax.extraction.prompts import ITEM_MARK
-from oel_jax.runtime.files import write_text
+from oel_jax.runtime import schema
+from oel_jax.runtime.files import read_text, write_text
 
 SCHEMA = 1
 CARRIED = -1  # the step of an item that an earlier round wrote
@@ -155,7 +156,8 @@ def write(directory: pathlib.Path, index: int, knowledge: Knowledge) -> None:
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  lines = [json.dumps({"schema": SCHEMA, **dataclasses.asdict(item)}, ensure_ascii=False) + "\n" for item in knowledge.items]
+  records = [schema.sealed({"schema": SCHEMA, **dataclasses.asdict(item)}) for item in knowledge.items]
+  lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
   write_text(directory / f"{index:02d}.jsonl", "".join(lines))
   write_text(directory / f"{index:02d}.md", _markdown(knowledge))
 
@@ -176,9 +178,9 @@ def read(directory: pathlib.Path, index: int) -> Knowledge:
   for number, line in enumerate(lines[:-1], start=1):
     where = f"{source}:{number}"
     try:
-      record = json.loads(line)
+      record = schema.loads(line.encode())
     except ValueError as error:
-      raise ValueError(f"{where}: not a line of JSON: {_short(line)}") from error
+      raise ValueError(f"{where}: damaged ({error}): {_short(line)}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
       raise ValueError(f'{where}: expected an object with "schema": {SCHEMA}, got {_short(line)}')
     items.append(parse_item(record, where))
@@ -218,12 +220,7 @@ def _content(path: pathlib.Path) -> str:
   """The file's text as it is, line ends included."""
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such knowledge file; a text is a pair of files, NN.md and NN.jsonl")
-  data = path.read_bytes()
-  try:
-    return data.decode("utf-8")
-  except UnicodeDecodeError as error:
-    line = data.count(b"\n", 0, error.start) + 1
-    raise ValueError(f"{path}:{line}: not UTF-8: {data[error.start:error.start + 8]!r}") from error
+  return read_text(path)
 
 
 def _short(value) -> str:

@@ -1,10 +1,17 @@
-"""Whole files or none: a reader never sees half of what was being written."""
+"""Whole files or none: a reader never sees half of what was being written, and what is read back is checked first."""
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any
+
+from absl import logging
+
+from oel_jax.runtime import schema
 
 
 def explained(error: OSError, path: str | os.PathLike) -> OSError:
@@ -63,3 +70,64 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path}: cannot be written as JSON: {error}") from error
   write_text(path, text)
+
+
+def write_sealed(path: str | os.PathLike, value: dict[str, Any]) -> None:
+  """`write_json` of the object with its digest, which `read_json` compares."""
+  try:
+    value = schema.sealed(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path}: cannot be written as JSON: {error}") from error
+  write_json(path, value)
+
+
+AGAIN = "restore it from a copy, or remove it and the same command as before makes it again"
+
+
+def read_json(path: str | os.PathLike, parse: Callable[[Any], Any] = lambda value: value, advice: str = AGAIN) -> Any:
+  """Returns what `parse` makes of a JSON file's value.
+
+  Args:
+    path: the file.
+    parse: checks the value and raises ValueError, naming the field, where it is not what it must be (`runtime.schema`).
+    advice: what the user can do about a damaged file.
+
+  Raises:
+    ValueError: the file is damaged (`schema.loads`) or `parse` refuses it; names the file.
+    OSError: it cannot be read.
+  """
+  data = pathlib.Path(path).read_bytes()
+  try:
+    return parse(schema.loads(data))
+  except ValueError as error:
+    raise ValueError(f"{path}: damaged, or not written by this version of oel_jax: {error}; {advice}") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Returns a file's text as it is, line ends included.
+
+  Raises:
+    ValueError: it is not UTF-8; names the file and the line.
+    OSError: it cannot be read.
+  """
+  data = pathlib.Path(path).read_bytes()
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    line = data.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"{path}:{line}: not UTF-8: {data[error.start : error.start + 8]!r}") from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """Returns the SHA-256 of a file's bytes, 64 hexadecimal digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def set_aside(path: str | os.PathLike, why: str) -> None:
+  """Renames a file that is to be made again to NAME.replaced-TIME, with a warning; nothing happens if there is no such file."""
+  path = pathlib.Path(path)
+  if path.exists():
+    aside = path.with_name(f"{path.name}.replaced-{time.time_ns() // 10**6}")
+    path.rename(aside)
+    logging.warning("%s: made again, kept as %s: %s", path, aside.name, why)
