@@ -217,6 +217,7 @@ def test_untrusted_text_is_shown_and_never_obeyed(run):
   (run / "round_1" / "cost.json").write_text(json.dumps({"schema": 1, "stages": [{"stage": EVIL, "seconds": 1.0, "tokens": 1, "flops": None}]}))
   config = json.loads((run / "config.json").read_text())
   config["config"]["deployment"]["game"] = config["versions"][EVIL] = EVIL
+  del config["digest"]
   config["changes"] = [{"time": 0.0, "fields": [{"field": EVIL, "was": EVIL, "is": "\ud800"}]}]
   (run / "config.json").write_text(json.dumps(config))
   moved = run.rename(run.with_name("<script>alert(1)<script>"))

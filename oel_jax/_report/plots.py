@@ -167,27 +167,37 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
     axes.set_ylim(low, high + 0.2 * (high - low))  # room for the rounds' names
     if any(label for label, _, _ in curves):
       axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2, handlelength=1.6)
-    _mark_rounds(axes, [step["round"] for step in run.steps], theme)
+    _mark_rounds(axes, run.steps, theme)
   axes.set_xlabel("optimizer step, all rounds")
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   return figure
 
 
-def _mark_rounds(axes: Axes, rounds: Sequence[int], theme: Theme) -> None:
-  for index, number in enumerate(rounds):
-    if index == 0 or number != rounds[index - 1]:
-      if index:
-        axes.axvline(index + 0.5, color=theme.dim, linewidth=1, linestyle=(0, (4, 3)))
-      axes.annotate(f"round {number}", (index + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(5, -2), textcoords="offset points",
-                    va="top", color=theme.dim, fontsize=8)
+def _mark_rounds(axes: Axes, steps: Sequence[dict[str, Any]], theme: Theme) -> None:
+  for index, (number, begin) in enumerate(_begins(steps).items()):
+    if index:
+      axes.axvline(begin + 0.5, color=theme.dim, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(f"round {number}", (begin + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(5, -2), textcoords="offset points",
+                  va="top", color=theme.dim, fontsize=8)
+
+
+def _begins(steps: Sequence[dict[str, Any]]) -> dict[int, int]:
+  """Round → the optimizer's steps in the rounds before it."""
+  last = {step["round"]: step["step"] for step in steps}  # in order of round and step
+  begins, total = {}, 0
+  for number, count in last.items():
+    begins[number] = total
+    total += count
+  return begins
 
 
 def _curve(steps: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-  """(step, value) of the steps that have such a number; NaN, which is drawn as a gap, between rounds."""
-  points = []
+  """(step, value) of the steps that have such a number, counted through all rounds; NaN, which is drawn as a gap, between rounds."""
+  points, begins = [], _begins(steps)
   for index, step in enumerate(steps):
+    begin = begins[step["round"]]
     if index and step["round"] != steps[index - 1]["round"]:
-      points.append((index + 0.5, math.nan))
+      points.append((begin + 0.5, math.nan))
     if type(step.get(name)) in (int, float) and math.isfinite(step[name]):
-      points.append((index + 1, step[name]))
+      points.append((begin + step["step"], step[name]))
   return points

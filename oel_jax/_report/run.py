@@ -1,16 +1,16 @@
 """A run directory as `report` reads it: every number checked once, here, so that the page and the plots only show."""
 
 import dataclasses
-import itertools
-import json
-import math
 import pathlib
 import re
-import reprlib
 from typing import Any
 
 from absl import logging
 
+from oel_jax.runtime import files, metrics, schema
+from oel_jax.runtime.manifest import Manifest
+from oel_jax.runtime.schema import get, need, whole
+from oel_jax.runtime.workdir import read_config
 from oel_jax.trajectory import ENDED, Trajectory, read_trajectories
 
 SCHEMA = 1
@@ -67,6 +67,7 @@ class Evaluation:
     retention: by the names in RETENTION; those not measured are absent.
     accumulation: (trajectories, passed in context with the knowledge as it stood after so many).
     recovered: (after − before the round) / (in context − before the round).
+    made_from: what was measured → a digest of it; {} by an earlier version.
   """
 
   round: int
@@ -78,6 +79,7 @@ class Evaluation:
   accumulation: tuple[tuple[int, Measure], ...]
   recovered: float | None
   gate: Gate | None
+  made_from: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,46 +137,24 @@ def read(workdir: pathlib.Path) -> Run:
     raise ValueError(f"{workdir}: not a run directory: it must hold config.json or round_0, as a run of oel_jax.main leaves them")
   config = {"config": {}, "versions": {}, "changes": []}
   if (workdir / "config.json").exists():
-    config = _checked(workdir / "config.json", _config)
+    config = read_config(workdir / "config.json")
   evaluations, costs, games, knowledge = {}, [], {}, {}
   for number, folder in sorted(folders.items()):
+    Manifest(folder).verify()
     if (folder / "evaluation.json").exists():
-      evaluations[number] = _checked(folder / "evaluation.json", lambda value, number=number: _evaluation(value, number))
+      evaluations[number] = read_evaluation(folder / "evaluation.json", number)
+    if (folder / "gate.json").exists():
+      read_gate(folder / "gate.json")  # the evaluation repeats it; what cannot be read stops the run, and the report says so, too
     if (folder / "cost.json").exists():
-      costs += _checked(folder / "cost.json", lambda value, number=number: _costs(value, number))
+      costs += read_costs(folder / "cost.json", number)
     if (folder / "user" / "evaluation.jsonl").exists():
       games[number] = read_trajectories(folder / "user" / "evaluation.jsonl")
     if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
-      knowledge[number] = [(path.stem, path.read_text(encoding="utf-8", errors="replace")) for path in texts]
+      knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
   folder = workdir.absolute()
   name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name  # a seed alone says little
   return Run(name, _flat(config["config"]), config["versions"], config["changes"], evaluations,
-             _steps(workdir / "metrics.jsonl"), costs, games, knowledge)
-
-
-def _checked(path: pathlib.Path, parse) -> Any:
-  """Parses a JSON file; whatever is wrong with it becomes one ValueError that names the file."""
-
-  def refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-  try:
-    return parse(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse))
-  except (ValueError, RecursionError) as error:  # both JSON's and UTF-8's errors are ValueErrors
-    advice = "restore it from a copy" if path.name == "config.json" else "remove it, and the same command as before will make it again"
-    raise ValueError(f"{path}: damaged, or not written by this version of oel_jax: {error}; {advice}") from error
-
-
-def _config(value: Any) -> dict[str, Any]:
-  for field, kind in (("config", dict), ("versions", dict), ("changes", list)):
-    _need(isinstance(_get(value, field, "the file"), kind), field, value[field], f"of type {kind.__name__}")
-  for index, change in enumerate(value["changes"]):
-    where = f"changes[{index}]"
-    _need(_is_number(_get(change, "time", where)), f"{where}.time", change["time"], "seconds since 1970")
-    _need(isinstance(_get(change, "fields", where), list), f"{where}.fields", change["fields"], "a list")
-    for field, name in itertools.product(change["fields"], ("field", "was", "is")):
-      _get(field, name, f"{where}.fields")
-  return value
+             _steps(workdir / "metrics.jsonl", config["config"]), costs, games, knowledge)
 
 
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -184,25 +164,47 @@ def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
   return found
 
 
+def read_evaluation(path: pathlib.Path, number: int) -> Evaluation:
+  """Returns the evaluation.json of a round.
+
+  Raises:
+    ValueError: damaged, of another round, or its counts contradict each other; names the file and the field.
+    OSError: it cannot be read.
+  """
+  return files.read_json(path, lambda value: _evaluation(value, number))
+
+
+def read_gate(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what gate.json holds: "without" and "with", each a share; raises as `read_evaluation` does."""
+  return files.read_json(path, _gate)
+
+
+def read_costs(path: pathlib.Path, number: int) -> list[Cost]:
+  """Returns the entries of a round's cost.json, those of one stage added up; raises as `read_evaluation` does."""
+  return files.read_json(path, lambda value: _costs(value, number))
+
+
 def _evaluation(value: Any, number: int) -> Evaluation:
   for field, right in (("schema", SCHEMA), ("round", number)):
-    _need(_get(value, field, "the file") == right, field, value[field], str(right))
+    need(get(value, field, schema.TOP) == right, field, value[field], str(right))
   plays = {name: _play(value[name], name) for name in ("in_context", "after_in_context", "first_knowledge") if value.get(name) is not None}
   retention, accumulation, gate = value.get("retention") or {}, value.get("accumulation") or [], value.get("gate")
-  _need(isinstance(retention, dict), "retention", retention, "an object")
-  _need(isinstance(accumulation, list), "accumulation", accumulation, "a list")
+  need(isinstance(retention, dict), "retention", retention, "an object")
+  need(isinstance(accumulation, list), "accumulation", accumulation, "a list")
+  made_from = value.get("made_from", {})
+  need(isinstance(made_from, dict), "made_from", made_from, "an object")
   points = []
   for index, point in enumerate(accumulation):
     where = f"accumulation[{index}]"
-    points.append((_whole(point, "trajectories", where), _share(_get(point, "passed", where), f"{where}.passed")))
+    points.append((whole(point, "trajectories", where), _share(get(point, "passed", where), f"{where}.passed")))
   if gate is not None:
-    _need(_get(gate, "decision", "gate") in DECISIONS, "gate.decision", gate["decision"], "one of " + ", ".join(map(repr, DECISIONS)))
-    gate = Gate(_share(_get(gate, "without", "gate"), "gate.without"), _share(_get(gate, "with", "gate"), "gate.with"), gate["decision"])
+    need(get(gate, "decision", "gate") in DECISIONS, "gate.decision", gate["decision"], "one of " + ", ".join(map(repr, DECISIONS)))
+    gate = Gate(_share(get(gate, "without", "gate"), "gate.without"), _share(get(gate, "with", "gate"), "gate.with"), gate["decision"])
   if value.get("recovered") is not None:
-    _need(_is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
+    need(schema.is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
   return Evaluation(
       number,
-      _play(_get(value, "without", "the file"), "without"),
+      _play(get(value, "without", schema.TOP), "without"),
       plays.get("in_context"),
       plays.get("after_in_context"),
       plays.get("first_knowledge"),
@@ -210,53 +212,63 @@ def _evaluation(value: Any, number: int) -> Evaluation:
       tuple(sorted(points, key=lambda point: point[0])),
       value.get("recovered"),
       gate,
+      made_from,
   )
+
+
+def _gate(value: Any) -> dict[str, Any]:
+  need(get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA))
+  for name in ("without", "with"):
+    schema.share(get(value, name, schema.TOP), name)
+    need(value[name]["of"] > 0, f"{name}.of", value[name]["of"], "more than 0")
+  need(value["with"]["of"] == value["without"]["of"], "with.of", value["with"]["of"], f"without.of ({value['without']['of']})")
+  return value
 
 
 def _play(value: Any, where: str) -> Play:
-  ended = _get(value, "ended", where)
-  return Play(
-      _share(_get(value, "passed", where), f"{where}.passed"),
-      _mean(_get(value, "response_tokens", where), f"{where}.response_tokens"),
-      _mean(_get(value, "moves", where), f"{where}.moves"),
-      {name: _whole(ended, name, f"{where}.ended") for name in ENDED},
-      _share(_get(value, "leaks", where), f"{where}.leaks"),
+  ended = get(value, "ended", where)
+  play = Play(
+      _share(get(value, "passed", where), f"{where}.passed"),
+      _mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
+      _mean(get(value, "moves", where), f"{where}.moves"),
+      {name: whole(ended, name, f"{where}.ended") for name in ENDED},
+      _share(get(value, "leaks", where), f"{where}.leaks"),
   )
+  games, turns = play.passed.of, play.response_tokens.of
+  for field, count, right in (
+      ("ended", sum(play.ended.values()), games), ("moves.of", play.moves.of, games), ("leaks.of", play.leaks.of or turns, turns)
+  ):  # fmt: skip
+    need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
+  return play
 
 
 def _share(value: Any, where: str) -> Measure:
-  hits, of = _whole(value, "hits", where), _whole(value, "of", where)
-  _need(hits <= of, f"{where}.hits", hits, f"at most {where}.of ({of})")
-  measure = _measure(value, "rate", of, where)
-  if measure.value is not None:  # a share that contradicts its own counts must not be printed as a result
-    _need(of > 0 and abs(measure.value - hits / of) <= 1e-3, f"{where}.rate", measure.value, f"hits / of ({hits} / {of})")
-  return dataclasses.replace(measure, hits=hits)
+  schema.share(value, where)
+  return dataclasses.replace(_measure(value, "rate"), hits=value["hits"])
 
 
 def _mean(value: Any, where: str) -> Measure:
-  return _measure(value, "mean", _whole(value, "of", where), where)
+  schema.mean(value, where)
+  return _measure(value, "mean")
 
 
-def _measure(value: Any, name: str, of: int, where: str) -> Measure:
-  number, interval = _get(value, name, where), value.get("interval")
-  _need(_is_number(number) or (number is None and of == 0), f"{where}.{name}", number, "a number")
-  if interval is not None:
-    pair = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval)) and interval[0] <= interval[1]
-    _need(pair or (of == 0 and interval == [None, None]), f"{where}.interval", interval, "two numbers, low and high")
-  return Measure(number, of, tuple(interval) if interval and number is not None else None)
+def _measure(value: Any, name: str) -> Measure:
+  number, interval = value[name], value.get("interval")
+  return Measure(number, value["of"], tuple(interval) if interval and number is not None else None)
 
 
 def _costs(value: Any, number: int) -> list[Cost]:
   """The entries of a round's cost.json; those of one stage, from several processes, are added up."""
-  stages = _get(value, "stages", "the file")
-  _need(isinstance(stages, list), "stages", stages, "a list")
+  stages = get(value, "stages", schema.TOP)
+  need(isinstance(stages, list), "stages", stages, "a list")
   result: dict[str, Cost] = {}
   for index, entry in enumerate(stages):
     where = f"stages[{index}]"
-    _need(isinstance(_get(entry, "stage", where), str), f"{where}.stage", entry["stage"], "a stage's name")
+    need(isinstance(get(entry, "stage", where), str), f"{where}.stage", entry["stage"], "a stage's name")
     for name in ("seconds", "tokens", "flops"):
-      known = _is_number(entry.get(name)) or (name != "seconds" and entry.get(name) is None)
-      _need(known, f"{where}.{name}", entry.get(name), "a number")
+      known = entry.get(name)
+      ok = (schema.is_number(known) and known >= 0) or (name != "seconds" and known is None)
+      need(ok, f"{where}.{name}", known, "a number, 0 or more")
     before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0))
     tokens, flops = _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops"))
     result[entry["stage"]] = Cost(number, entry["stage"], before.seconds + entry["seconds"], tokens, flops)
@@ -267,36 +279,22 @@ def _sum(a: float | None, b: float | None) -> float | None:
   return None if a is None or b is None else a + b
 
 
-def _steps(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Consolidation's lines; of a step that was done again, the last. Damaged lines are skipped: a curve is right without them."""
+def _steps(path: pathlib.Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+  """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is told and left out of the curves."""
   found = {}
   for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
     try:
-      record = json.loads(line)
-      if record["stage"] == "consolidate":
-        found[int(record["round"]), int(record["step"])] = record
-    except (ValueError, KeyError, TypeError, OverflowError):
-      logging.warning("%s:%d: skipped, not a line of metrics", path, number)
+      record = metrics.read_line(line)
+    except ValueError as error:
+      logging.warning("%s:%d: skipped, not a line of metrics (%s)", path, number, error)
+      continue
+    if record["stage"] == "consolidate":
+      found[record["round"], record["step"]] = record
+  planned, rounds = _flat(config).get("consolidation.steps"), sorted({number for number, _ in found})
+  for number in rounds:
+    last = max(step for other, step in found if other == number)
+    if number != rounds[-1] and type(planned) is int:
+      last = max(last, planned)
+    if missing := [step for step in range(1, last + 1) if (number, step) not in found]:
+      logging.warning("%s: round %d has no line for steps %s: the curves lack them", path, number, ", ".join(map(str, missing[:20])))
   return [found[key] for key in sorted(found)]
-
-
-def _get(value: Any, field: str, where: str) -> Any:
-  _need(isinstance(value, dict), where, value, "an object")
-  if field not in value:
-    raise ValueError(f"{where} has no field {field!r}")
-  return value[field]
-
-
-def _whole(value: Any, field: str, where: str) -> int:
-  number = _get(value, field, where)
-  _need(type(number) is int and number >= 0, f"{where}.{field}", number, "a whole number, 0 or more")
-  return number
-
-
-def _is_number(value: Any) -> bool:
-  return type(value) in (int, float) and math.isfinite(value)
-
-
-def _need(ok: bool, field: str, value: Any, right: str) -> None:
-  if not ok:
-    raise ValueError(f"{field} is {reprlib.repr(value)}: it must be {right}")

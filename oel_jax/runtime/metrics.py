@@ -15,10 +15,10 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from oel_jax.runtime import files
+from oel_jax.runtime import files, schema
 
 SCHEMA = 1
-RESERVED = ("schema", "round", "stage", "step", "time")
+RESERVED = ("schema", "round", "stage", "step", "time", schema.DIGEST)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -46,6 +46,24 @@ class CompileCounter:
       self._listening = False
 
 
+def read_line(line: bytes) -> dict[str, Any]:
+  """Returns the record of one line of metrics.jsonl.
+
+  Raises:
+    ValueError: the line is damaged, or not one of metrics.
+  """
+  record = schema.loads(line)
+  schema.need(type(schema.get(record, "stage", "the line")) is str, "stage", record["stage"], "a stage's name")
+  for field in ("round", "step"):
+    schema.whole(record, field, "the line")
+  return record
+
+
+def _lines(path: pathlib.Path) -> list[bytes]:
+  """The file's lines with their ends, damaged or not."""
+  return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
 def _number(name: str, value: Any) -> int | float | bool:
   array = np.asarray(value)
   if array.size != 1 or array.dtype.kind in "OSUMm":
@@ -70,49 +88,55 @@ class Metrics:
     """
     self.compiles = CompileCounter()
     self._path = pathlib.Path(directory) / "metrics.jsonl"
-    self._points = collections.Counter()  # stage → lines so far: TensorBoard's horizontal axis, as steps begin anew in each round
+    self._last = collections.defaultdict(dict)  # stage → round → its last step
     self._file = self._board = None
     if jax.process_index() != 0:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
+    lines = _lines(self._path)
+    if lines and not lines[-1].endswith(b"\n"):
       logging.warning("%s:%d: unfinished last line dropped", self._path, len(lines))
-      files.write_text(self._path, "".join(lines[:-1]))
+      files.write_bytes(self._path, b"".join(lines[:-1]))
     # SummaryWriter's thread dies of a full disk without a word, and then blocks the run when its queue is full; this one writes at once.
     self._board = EventsWriter(str(self._path.parent / "events"), f".{os.getpid()}")
     self._open()
 
   def _open(self) -> None:
-    self._points.clear()
-    self._points.update(record["stage"] for _, record in self._read() if record)
-    self._file = open(self._path, "a", encoding="utf-8")
+    self._last.clear()
+    for _, record in self._read():
+      if record:
+        self._count(record["stage"], record["round"], record["step"])
+    self._file = open(self._path, "ab")
 
-  def _read(self) -> list[tuple[str, dict[str, Any] | None]]:
-    """Each line as (text, record); the record of a line that is not ours is None, and its text is kept."""
+  def _count(self, stage: str, round: int, step: int) -> None:
+    self._last[stage][round] = max(step, self._last[stage].get(round, 0))
+
+  def _read(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Each line as (bytes, record); the record of a line that is damaged or not ours is None, and its bytes are kept."""
     found = []
-    if self._path.exists():
-      for number, text in enumerate(self._path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        try:
-          record = json.loads(text)
-          record = {name: record[name] for name in ("round", "stage", "step")}
-        except (ValueError, KeyError, TypeError):
-          logging.warning("%s:%d: not a line of metrics; kept as it is", self._path, number)
-          record = None
-        found.append((text, record))
+    for number, line in enumerate(_lines(self._path), start=1):
+      try:
+        record = read_line(line)
+      except ValueError as error:
+        logging.warning("%s:%d: not a line of metrics; kept as it is (%s)", self._path, number, error)
+        record = None
+      found.append((line, record))
     return found
 
-  def write(self, stage: str, step: int, *, round: int, **scalars: Any) -> None:
+  def write(self, stage: str, step: int, *, round: int, at: int | None = None, **scalars: Any) -> None:
     """Appends one line, and one point to each of TensorBoard's "stage/name" curves.
+
+    TensorBoard's horizontal axis counts steps through all rounds: those of the rounds before, then this one's.
 
     Args:
       stage: e.g. "consolidation".
       step: counted within the stage and round.
       round: counted from 1; 0 where there are no rounds.
+      at: the place on TensorBoard's axis, where the stage has no steps and each round is one point.
       **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities are written as null, with a warning.
 
     Raises:
-      ValueError: a value is not one number, or its name is one of schema and time.
+      ValueError: a value is not one number, or its name is one of RESERVED.
       OSError: the line could not be written (disk full).
     """
     if taken := set(scalars) & set(RESERVED):
@@ -125,18 +149,20 @@ class Metrics:
       if not math.isfinite(value):
         logging.warning("metrics: %s/%s is %s at round %d, step %d; written as null", stage, name, value, round, step)
         values[name] = None
-    line = dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values)
+    line = schema.sealed(dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values))
+    if at is None:
+      at = sum(last for number, last in self._last[stage].items() if number < round) + step
     try:
-      self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+      self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
       self._file.flush()
       for name, value in values.items():
         if value is not None:
           point = summary.scalar(f"{stage}/{name}", value)
-          self._board.write_event(Event(step=self._points[stage], wall_time=now, summary=point))
+          self._board.write_event(Event(step=at, wall_time=now, summary=point))
       self._board.flush()
     except OSError as error:
       raise files.explained(error, self._path) from error
-    self._points[stage] += 1
+    self._count(stage, round, step)
 
   def drop_after(self, round: int, stage: str, step: int) -> None:
     """Removes the lines of this round and stage whose step is larger: they are about to be done again from a checkpoint at `step`.
@@ -146,9 +172,9 @@ class Metrics:
     if self._file is None:
       return
     self._file.close()
-    kept = [text for text, record in self._read()
+    kept = [line for line, record in self._read()
             if not (record and record["round"] == round and record["stage"] == stage and record["step"] > step)]
-    files.write_text(self._path, "".join(kept))
+    files.write_bytes(self._path, b"".join(kept))
     self._open()
 
   def close(self) -> None:
