@@ -5,7 +5,6 @@ answers of the wanted form, response length, and on unrelated prompts the diverg
 """
 
 import importlib.util
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,11 +20,15 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation import train
 from oel_jax.evaluation import statistics
 from oel_jax.policy.generate import LENGTHS, Policy, Sampling, bucket
-from oel_jax.runtime import files, mesh, progress
+from oel_jax.runtime import files, mesh, progress, schema
+from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
-from oel_jax.runtime.workdir import locked, open_workdir
+from oel_jax.runtime.workdir import opened
 from oel_jax.trajectory import Message, Prefix, read_prefixes
+
+
+CHECKPOINTS = "round_1/checkpoints"
 
 
 def default() -> ml_collections.ConfigDict:
@@ -71,13 +74,14 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   train.unroll(config.consolidation, policy, devices)
   _check_lengths(config, policy, held_out, text, "held_out")
   _check_lengths(config, policy, unrelated, None, "unrelated")
-  folder = open_workdir(config, workdir, resume_anyway)
-  with locked(folder), Metrics(folder) as metrics:
+  with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
+    _check(config, folder)
+    train.check_inputs(folder / CHECKPOINTS, task, policy)
     result = {"schema": 1, "base": _measure(config, policy, obeys, held_out, None, folder / "base.json")}
     result["in_context"] = _measure(config, policy, obeys, held_out, text, folder / "in_context.json")
     with progress.bar("consolidate", config.consolidation.steps) as advance:
       params, _ = train.consolidate(
-          config.consolidation, task, policy, limit=config.deployment.max_response_tokens, directory=folder / "round_1/checkpoints",
+          config.consolidation, task, policy, limit=config.deployment.max_response_tokens, directory=folder / CHECKPOINTS,
           mesh=devices, metrics=metrics, advance=advance,
       )  # fmt: skip
     result["after"] = _measure(config, policy.replace(params), obeys, held_out, None, folder / "after.json")
@@ -88,6 +92,20 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   progress.table([_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder))
   print(f"recovered: {result['recovered']}, KL to the base on unrelated prompts: {result['unrelated_kl']}", flush=True)
   return result
+
+
+def _check(config: Any, folder: pathlib.Path) -> None:
+  """Reads what is in the directory, before any work is done, and sets aside what was measured of weights that will be trained on.
+
+  Raises:
+    ValueError: a file is damaged; names it and the field.
+  """
+  for name in ("base", "in_context", "after"):
+    if (folder / f"{name}.json").exists():
+      files.read_json(folder / f"{name}.json", _measurement)
+  steps, planned = train.steps_done(folder / CHECKPOINTS), config.consolidation.steps
+  for name in ("after.json", "results.json") if 0 < steps < planned else ():
+    files.set_aside(folder / name, f"config.consolidation.steps is {planned}, the weights have been trained for {steps}")
 
 
 def read_prompts(path: str, field: str) -> list[Prefix]:
@@ -171,9 +189,22 @@ def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str 
 def _measure(
     config: Any, policy: Policy, obeys: Callable[[str], bool], prefixes: Sequence[Prefix], text: str | None, path: pathlib.Path
 ) -> dict[str, Any]:
-  """Answers to the held-out prompts, kept in `path`, and what they are like."""
+  """Answers to the held-out prompts, kept in `path`, and what they are like; measured anew where weights or texts are not the present ones."""
+  how = config.evaluation
+  settings = [config.seed, how.temperature, how.top_p, how.top_k, config.deployment.max_response_tokens, config.policy.thinking]
+  check, _, function = config.distill.obeys.rpartition(":")
+  made_from = {
+      "weights": fingerprint(policy.params), "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
+      "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
+      "settings": schema.digest(settings),
+  }  # fmt: skip
   if path.exists():
-    return json.loads(path.read_text(encoding="utf-8"))["measured"]
+    found = files.read_json(path, _measurement)
+    before = found.get("made_from")
+    changed = [name for name in made_from if before and before.get(name) != made_from[name]]
+    if not changed:
+      return found["measured"]
+    files.set_aside(path, f"it was measured with other {', '.join(changed)}")
   sampled = _answers(config, policy, prefixes, text, "held out")
   answers = [policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled]
   measured = {
@@ -181,8 +212,19 @@ def _measure(
       "response_tokens": statistics.mean([len(ids) for ids in sampled]),
   }
   kept = [{"prompt": prefix.messages[-1].content, "answer": answer} for prefix, answer in zip(prefixes, answers, strict=True)]
-  files.write_json(path, {"schema": 1, "measured": measured, "answers": kept})
+  files.write_sealed(path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept})
   return measured
+
+
+def _measurement(value: Any) -> dict[str, Any]:
+  """Returns the value of a file of `_measure`, checked; raises ValueError naming the field."""
+  schema.need(schema.get(value, "schema", schema.TOP) == 1, "schema", value["schema"], "1")
+  measured, answers = schema.get(value, "measured", schema.TOP), schema.get(value, "answers", schema.TOP, list)
+  schema.share(schema.get(measured, "obeys", "measured"), "measured.obeys")
+  schema.mean(schema.get(measured, "response_tokens", "measured"), "measured.response_tokens")
+  for name in ("obeys", "response_tokens"):
+    schema.need(measured[name]["of"] == len(answers), f"measured.{name}.of", measured[name]["of"], f"{len(answers)}, as there are answers")
+  return value
 
 
 def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Prefix]) -> float:

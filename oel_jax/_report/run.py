@@ -184,6 +184,12 @@ def read_costs(path: pathlib.Path, number: int) -> list[Cost]:
   return files.read_json(path, lambda value: _costs(value, number))
 
 
+def costs(value: Any) -> dict[str, Any]:
+  """Returns the value of a cost.json, checked; raises ValueError naming the field."""
+  _costs(value, 0)
+  return value
+
+
 def _evaluation(value: Any, number: int) -> Evaluation:
   for field, right in (("schema", SCHEMA), ("round", number)):
     need(get(value, field, schema.TOP) == right, field, value[field], str(right))

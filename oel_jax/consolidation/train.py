@@ -23,7 +23,9 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.measures import BUCKETS
 from oel_jax.policy.generate import Policy, Sampling
 from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime import schema
 from oel_jax.runtime.checkpoint import Checkpoints
+from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import Message, Prefix, knowledge_message
@@ -161,12 +163,14 @@ def consolidate(
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   size = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
   cost = {"tokens": 0.0, "flops": 0.0}
+  made_from = _inputs(task, policy)
   with Checkpoints(directory) as checkpoints:
     restored = checkpoints.restore(abstract)
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     batches = iter(draws(task, config.batch_size))
     first = 0
     if restored:
+      _compare_inputs(directory, restored.extra.get("made_from"), made_from)
       batches.set_state(restored.extra["iterator"])
       first = restored.step
       if first < config.steps:
@@ -203,10 +207,31 @@ def consolidate(
       # The line comes before the checkpoint: if a kill falls between them, the step is done again and its line dropped; none is missing.
       metrics.write("consolidate", i, round=task.round, **scalars, seconds=time.time() - started, compiles=metrics.compiles())
       if saving:
-        checkpoints.save(i, state, {"iterator": batches.get_state()})
+        checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
       advance(1)
     checkpoints.wait()
   return state.params, cost
+
+
+def _inputs(task: Task, policy: Policy) -> dict[str, str]:
+  """What a training is made from → a digest of it; kept in each checkpoint."""
+  return {"weights": fingerprint(policy.params), "prompts": schema.digest(task.prompts), "knowledge": schema.digest(task.knowledge)}
+
+
+def check_inputs(directory: str | os.PathLike, task: Task, policy: Policy) -> None:
+  """Raises ValueError if the newest checkpoint in `directory` was trained from other weights, prompts or knowledge than these."""
+  if steps_done(directory):
+    with Checkpoints(directory) as checkpoints:
+      extra = checkpoints.extra()
+    _compare_inputs(directory, (extra or {}).get("made_from"), _inputs(task, policy))
+
+
+def _compare_inputs(directory: str | os.PathLike, before: dict[str, str] | None, now: dict[str, str]) -> None:
+  """Raises ValueError if they differ; an earlier version's checkpoint (None) does not say what it was trained from."""
+  changed = [name for name in now if before and before.get(name) != now[name]]
+  if changed:
+    raise ValueError(f"{directory}: its checkpoints were trained from other {', '.join(changed)} than this run has now: restore them, choose "
+                     "another --workdir, or remove the folder to train anew")
 
 
 def _begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
@@ -220,6 +245,13 @@ def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, me
   with Checkpoints(directory) as checkpoints:
     restored = checkpoints.restore(mesh_lib.abstract_init(functools.partial(_begin, make_optimizer(config)), mesh, policy.params))
   return restored.state.params if restored and restored.step == config.steps else None
+
+
+def steps_done(directory: str | os.PathLike) -> int:
+  """The step of the newest checkpoint in `directory`, whole or not; 0 if there is none. Nothing is opened or changed."""
+  if not os.path.isdir(directory):
+    return 0
+  return max((int(name) for name in os.listdir(directory) if name.isdigit()), default=0)
 
 
 def attention_path(config: Any, policy: Policy) -> str:

@@ -3,6 +3,7 @@
     python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pretrain
 """
 
+import contextlib
 import functools
 import time
 from typing import Any
@@ -22,7 +23,7 @@ from oel_jax.runtime import files, mesh, progress
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
-from oel_jax.runtime.workdir import locked, open_workdir
+from oel_jax.runtime.workdir import opened
 
 
 class Examples(grain.transforms.Map):
@@ -90,9 +91,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     ValueError: the architecture is unknown, or `workdir` belongs to another configuration.
   """
   shape, model_file = architecture.named(config.architecture), vocabulary.build()
-  folder = open_workdir(config, workdir, resume_anyway)
-  files.write_bytes(folder / load.TOKENIZER, model_file)
-  with locked(folder), Metrics(folder) as metrics, Checkpoints(folder / "checkpoints") as checkpoints:
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(opened(config, workdir, resume_anyway))
+    files.write_bytes(folder / load.TOKENIZER, model_file)
+    metrics, checkpoints = stack.enter_context(Metrics(folder)), stack.enter_context(Checkpoints(folder / "checkpoints"))
     params, tokens = train(config, shape, model_file, metrics, checkpoints)
   digest = SentencePieceTokenizer(model_file).digest
   header = {"architecture": config.architecture, "tokenizer": digest, "tokens": str(tokens), "seed": str(config.seed)}

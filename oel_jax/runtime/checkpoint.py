@@ -180,6 +180,17 @@ class Checkpoints:
       return Restored(step, state, extra)
     return None
 
+  def extra(self) -> dict[str, Any] | None:
+    """What was saved beside the arrays of the latest checkpoint; None if there is none, or it is damaged (`restore` sees to that)."""
+    self.wait()
+    try:
+      return self._read_extra(self.steps()[-1])[0] if self.steps() else None
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      logging.warning("%s: %s", self.directory, str(error).splitlines()[0][:300] if str(error) else type(error).__name__)
+      return None
+
   def _read_extra(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, str]] | None]:
     """What was saved beside the arrays, and what is known of them; None by an earlier version. Raises ValueError if it is damaged."""
     read = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
