@@ -198,6 +198,8 @@ class Loop:
       ValueError: a file is damaged; or a round was built on weights that the run no longer has, or that would now be trained further.
     """
     records.read(self.folder)
+    for path in self.folder.glob("round_*/user/extraction.json"):
+      files.read_json(path, advice="restore it from a copy, or delete it to extract anew where that has not ended")
     self._refuse_other_weights(1, policy)
     for number in range(1, self.config.rounds + 1):
       steps = train.steps_done(self._round(number) / "checkpoints")

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 from absl import logging
@@ -154,7 +155,7 @@ def read(workdir: pathlib.Path) -> Run:
   folder = workdir.absolute()
   name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name  # a seed alone says little
   return Run(name, _flat(config["config"]), config["versions"], config["changes"], evaluations,
-             _steps(workdir / "metrics.jsonl", config["config"]), costs, games, knowledge)
+             _steps(workdir / "metrics.jsonl", config["config"], evaluations.keys()), costs, games, knowledge)
 
 
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -285,7 +286,7 @@ def _sum(a: float | None, b: float | None) -> float | None:
   return None if a is None or b is None else a + b
 
 
-def _steps(path: pathlib.Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _steps(path: pathlib.Path, config: dict[str, Any], done: Collection[int]) -> list[dict[str, Any]]:
   """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is told and left out of the curves."""
   found = {}
   for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
@@ -299,7 +300,7 @@ def _steps(path: pathlib.Path, config: dict[str, Any]) -> list[dict[str, Any]]:
   planned, rounds = _flat(config).get("consolidation.steps"), sorted({number for number, _ in found})
   for number in rounds:
     last = max(step for other, step in found if other == number)
-    if number != rounds[-1] and type(planned) is int:
+    if number in done and type(planned) is int:
       last = max(last, planned)
     if missing := [step for step in range(1, last + 1) if (number, step) not in found]:
       logging.warning("%s: round %d has no line for steps %s: the curves lack them", path, number, ", ".join(map(str, missing[:20])))

@@ -148,11 +148,11 @@ def play_to_file(
   if path.exists():
     partial.unlink(missing_ok=True)  # left by a crash between the last rename and its removal
     done = _read_own(path, spec, episodes)
-    if len(done) == len(episodes):
+    if [trajectory.id for trajectory in done] == [episode.id for episode in episodes]:
       if advance:
         advance(len(episodes))
       return done
-    path.rename(partial)  # lines are missing or damaged: their episodes are played again
+    path.rename(partial)  # lines are missing, damaged, doubled or moved: what is missing is played again
   # A crash damages the last line of a short file: here any share of damaged lines will do, their episodes are played again.
   kept = _read_own(partial, spec, episodes, max_damaged=1.0) if partial.exists() else []
   done = {trajectory.id: trajectory for trajectory in kept}

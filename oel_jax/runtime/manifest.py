@@ -88,7 +88,9 @@ def _parse(value: Any) -> dict[str, Any]:
     for field, kind in (("sha256", str), ("records", int)):
       found = schema.get(entry, field, name)
       schema.need(found is None or type(found) is kind, f"{name}.{field}", found, f"of type {kind.__name__}, or null")
-    schema.get(entry, "made_from", name, dict)
+    made_from = schema.get(entry, "made_from", name, dict)
+    strings = all(type(text) is str for text in made_from.values())
+    schema.need(strings, f"{name}.made_from", made_from, "an object of strings")
   return entries
 
 
