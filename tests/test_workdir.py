@@ -7,8 +7,9 @@ import ml_collections
 import pytest
 
 from oel_jax import config as default_config
-from oel_jax.runtime import seeds
-from oel_jax.runtime.workdir import open_workdir
+from oel_jax import distill
+from oel_jax.runtime import seeds, workdir
+from oel_jax.runtime.workdir import locked, open_workdir, opened
 
 
 def test_first_use_writes_the_configuration_and_versions(tmp_path):
@@ -69,6 +70,89 @@ def test_other_versions_are_a_warning(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     open_workdir(default_config.default(), tmp_path)
   assert "'jax': '0.0.1'" in caplog.text
+
+
+def make_files(folder):
+  """A configuration of `distill`, and the files that it names."""
+  (folder / "model").mkdir()
+  (folder / "model/model.safetensors").write_bytes(bytes(range(256)) * 10)
+  (folder / "model/chat_template.jinja").write_text("{{ messages }}")
+  (folder / "model/README.md").write_text("A model.")
+  for name in ("knowledge.md", "prompts.txt", "held_out.jsonl", "unrelated.txt", "check.py"):
+    (folder / name).write_text(f"{name}\n")
+  config = distill.default()
+  config.policy.weights = f"{folder}/model"
+  config.distill.update(knowledge=f"{folder}/knowledge.md", prompts=f"{folder}/prompts.txt", held_out=f"{folder}/held_out.jsonl",
+                        unrelated=f"{folder}/unrelated.txt", obeys=f"{folder}/check.py:short")
+  return config
+
+
+@pytest.mark.parametrize("name, field", [
+    ("model/model.safetensors", "policy.weights"), ("model/chat_template.jinja", "policy.weights"), ("knowledge.md", "distill.knowledge"),
+    ("prompts.txt", "distill.prompts"), ("held_out.jsonl", "distill.held_out"), ("unrelated.txt", "distill.unrelated"),
+    ("check.py", "distill.obeys"),
+])  # fmt: skip
+def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(tmp_path, name, field):
+  config = make_files(tmp_path)
+  folder = open_workdir(config, tmp_path / "run")
+  (tmp_path / "model/README.md").write_text("Another text about the same model.")
+  assert open_workdir(config, folder) == folder
+  path, before = tmp_path / name, (folder / "config.json").read_bytes()
+  data = bytearray(path.read_bytes())
+  data[3] ^= 1
+  path.write_bytes(bytes(data))
+  with pytest.raises(ValueError, match=f"the content of config.{field} .* has changed: its digest was .* give --resume_anyway"):
+    open_workdir(config, folder)
+  assert (folder / "config.json").read_bytes() == before
+  open_workdir(config, folder, resume_anyway=True)
+  [change] = json.loads((folder / "config.json").read_text())["changes"]
+  assert [found["field"] for found in change["fields"]] == [f"content of {field}"]
+  open_workdir(config, folder)  # what it is now is what is compared
+
+
+def test_a_large_file_is_named_by_size_beginning_end_and_blocks_between(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "WHOLE_BELOW", 2**20)
+  path, size = tmp_path / "model.gguf", 40 * 2**20
+  path.write_bytes(bytes(size))
+  config = default_config.default()
+  config.policy.weights = str(path)
+  found = {workdir.file_digests(config)["policy.weights"]}
+  # The last: the 100th of 256 blocks between. One place in 2.3 is looked at in a file of this size.
+  for place in (0, 2**20 - 1, size - 1, size - 2**20, size * 100 // 257 + 5):
+    with open(path, "r+b") as file:
+      file.seek(place)
+      file.write(b"x")
+      file.flush()
+      found.add(workdir.file_digests(config)["policy.weights"])
+      file.seek(place)
+      file.write(b"\0")
+  path.write_bytes(bytes(size + 1))
+  found.add(workdir.file_digests(config)["policy.weights"])
+  assert len(found) == 7
+
+
+def test_a_run_that_did_not_note_its_files_goes_on(tmp_path):
+  config = make_files(tmp_path)
+  folder = open_workdir(config, tmp_path / "run")
+  written = json.loads((folder / "config.json").read_text())
+  del written["files"], written["digest"]  # an earlier version's
+  (folder / "config.json").write_text(json.dumps(written))
+  (tmp_path / "prompts.txt").write_text("others\n")
+  assert open_workdir(config, folder) == folder
+
+
+def test_nothing_changes_while_another_process_holds_the_directory(tmp_path):
+  open_workdir(default_config.default(), tmp_path)
+  before, config = (tmp_path / "config.json").read_bytes(), default_config.default()
+  config.seed = 3
+  with locked(tmp_path):  # the lock belongs to an open file: in this process a second one is refused as in another
+    with pytest.raises(OSError, match="another process is running in this directory"):
+      open_workdir(config, tmp_path, resume_anyway=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+  with opened(config, tmp_path, resume_anyway=True):
+    with pytest.raises(OSError, match="another process is running in this directory"):
+      open_workdir(config, tmp_path)
+  open_workdir(config, tmp_path)
 
 
 @pytest.mark.parametrize("text, told", [("", "damaged"), ('{"schema": 1, "config"', "damaged"), ('{"schema": 9}', "schema is 9: it must be 1"),

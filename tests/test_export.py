@@ -1,0 +1,94 @@
+"""Which weights --stage=export writes: those of the run's own configuration and its newest whole round."""
+
+import json
+import pathlib
+import types
+
+import pytest
+
+from oel_jax import config as config_lib
+from oel_jax import export, main
+from oel_jax.runtime.workdir import locked, open_workdir
+
+
+@pytest.fixture(name="make")
+def fixture_make(tmp_path, monkeypatch):
+  """Makes a run of three rounds trained for these numbers of steps; exporting it notes whose weights were saved, and of which model."""
+  saved = []
+  model = tmp_path / "model"
+  model.mkdir()
+  (model / "config.json").write_text('{"model_type": "m"}')
+  tokenizer = types.SimpleNamespace(save=lambda folder: None, eos_ids=(0,), pad_id=0)
+
+  def load(policy, devices):
+    return types.SimpleNamespace(tokenizer=tokenizer, architecture=policy.weights)
+
+  def trained(config, policy, directory, devices):
+    path = pathlib.Path(directory)
+    return path.parent.name if (path / str(config.steps)).exists() else None
+
+  monkeypatch.setattr(export.rounds, "load_policy", load)
+  monkeypatch.setattr(export.train, "trained_params", trained)
+  monkeypatch.setattr(export.huggingface, "save", lambda target, params, shape, **how: saved.append((params, shape)))
+
+  def run(*steps):
+    config = config_lib.default()
+    config.rounds, config.policy.weights, config.consolidation.steps = 3, str(model), 20
+    folder = open_workdir(config, tmp_path / "run")
+    for number, done in enumerate(steps, start=1):
+      (folder / f"round_{number}/checkpoints/{done}").mkdir(parents=True)
+    return config, folder
+
+  return run, saved
+
+
+@pytest.mark.parametrize("steps, number", [((20, 20, 20), 3), ((20, 20, 10), 2), ((20, 20), 2), ((20,), 1)])
+def test_the_newest_whole_round_by_the_runs_own_configuration(make, steps, number, capsys, caplog):
+  run, saved = make
+  config, folder = run(*steps)
+  config.rounds, config.consolidation.steps = 1, 10  # what the command now says; the run knows better
+  assert export.run(config, str(folder)) == folder / "export"
+  assert saved == [(f"round_{number}", config.policy.weights)]
+  assert f"exported: weights of round {number} of {folder}, after 20 steps" in capsys.readouterr().out
+  assert "what was given for config.consolidation, config.rounds differs and is not used" in caplog.text
+  assert ("round 3 has been consolidated for 10 of 20 steps only" in caplog.text) == (10 in steps)
+
+
+def test_nothing_to_export_is_one_line(make, tmp_path):
+  run, saved = make
+  config, folder = run(10)
+  with pytest.raises(ValueError, match="no round has been consolidated to the end"):
+    export.run(config, str(folder))
+  with pytest.raises(ValueError, match=f"{tmp_path}: not a run directory: it has no config.json") as error:
+    export.run(config, str(tmp_path))
+  assert main._is_told_in_one_line(error.value) and not saved
+
+
+def test_weights_that_have_been_moved_are_taken_and_others_are_refused(make, tmp_path):
+  run, saved = make
+  config, folder = run(20)
+  moved = (tmp_path / "model").rename(tmp_path / "moved")
+  config.policy.weights = str(moved)
+  export.run(config, str(folder))
+  assert saved == [("round_1", str(moved))]
+  (moved / "config.json").write_text('{"model_type": "other"}')
+  with pytest.raises(ValueError, match="config.policy.weights is .*/moved': the run began with .*/model', and these are not the same"):
+    export.run(config, str(folder))
+
+
+def test_a_run_of_an_earlier_version_lacks_fields_that_came_since(make):
+  run, saved = make
+  config, folder = run(20)
+  written = json.loads((folder / "config.json").read_text())
+  del written["config"]["consolidation"]["attention"], written["digest"], written["files"]
+  (folder / "config.json").write_text(json.dumps(written))
+  export.run(config, str(folder))
+  assert [name for name, _ in saved] == ["round_1"]
+
+
+def test_a_directory_in_use_is_left_alone(make):
+  run, saved = make
+  config, folder = run(20)
+  with locked(folder), pytest.raises(OSError, match="another process is running in this directory"):
+    export.run(config, str(folder))
+  assert not saved
