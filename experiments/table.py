@@ -8,11 +8,12 @@ The second has a line a control, as its last round left it; the seeds' runs lie 
 a line for each directory of runs of `experiments/system_prompt.py`.
 """
 
-import json
 import math
 import pathlib
 import sys
 from typing import Any
+
+from oel_jax.runtime import files
 
 COLUMNS = ("passed", "in_context", "response_tokens")
 KEPT = ("extraction", "worlds", "symmetric", "other")
@@ -56,7 +57,10 @@ def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list
   for path in paths:
     if not path.exists():
       sys.exit(f"error: {path} does not exist: the run has no report yet")
-  return [json.loads(path.read_text()) for path in paths]
+  try:
+    return [files.read_json(path, advice="run the same command, or python -m oel_jax.report, again") for path in paths]
+  except ValueError as error:
+    sys.exit(f"error: {error}")
 
 
 def main(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 
+import fakes
 import jax
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from oel_jax import config as config_lib
 from oel_jax import distill
 from oel_jax.deployment.games import game_spec, open_game
 from oel_jax.deployment.prompts import first_message
+from oel_jax.evaluation import statistics
 from oel_jax.pocket import load as pocket
 from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.trajectory import Prefix, knowledge_message, write_jsonl
+from oel_jax.trajectory import Message, Prefix, knowledge_message, write_jsonl
 
 TEXT = knowledge_message("- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: H is a hole to fall into.").content
 # The first move where a hole lies to the right of the start; without the knowledge, right is as good.
@@ -72,6 +74,68 @@ def test_a_model_that_has_not_changed_has_no_divergence(config, tmp_path):
   prefixes = distill.read_prompts(config.distill.unrelated, "unrelated")
   assert [prefix.messages[0].content for prefix in prefixes] == ["Repeat: ABC", "Sort: CAB"]  # the empty line is none
   assert distill._unrelated_kl(config, policy, policy.params, prefixes) == 0
+
+
+class Answers:
+  """Answers with the weights and the place among the prompts."""
+
+  def __init__(self, weights: int):
+    self.params, self.tokenizer, self.asked = {"w": np.full(2, weights, np.int32)}, Tokenizer(), 0
+
+  def sample(self, prompts, seeds, **how):
+    self.asked += 1
+    return [self.tokenizer.put(f"{self.params['w'][0]}{i}") for i in range(len(prompts))]
+
+
+class Tokenizer(fakes.Tokenizer):
+  """Ids that say what the chat says, in every process."""
+
+  def chat(self, messages, *, thinking=True):
+    return [ord(letter) for message in messages for letter in message.content]
+
+
+def test_what_is_kept_is_measured_again_where_it_shows_something_else(tmp_path, caplog):
+  (tmp_path / "check.py").write_text("def low(answer):\n  return answer < '12'\n")
+  config, path = distill.default(), tmp_path / "after.json"
+  config.distill.obeys = f"{tmp_path}/check.py:low"
+  prompts = [Prefix(str(i), (Message("user", f"{i}?"),)) for i in range(3)]
+
+  def measure(weights=1, prompts=prompts, text=None):
+    policy = Answers(weights)
+    found = distill._measure(config, policy, distill.read_check(config.distill.obeys), prompts, text, path)
+    return found["obeys"]["hits"], policy.asked
+
+  assert measure() == (2, 1) and measure() == (2, 0)
+  assert measure(weights=2) == (0, 1) and "it was measured with other weights" in caplog.text
+  assert measure(prompts=prompts[::-1]) == (2, 1) and measure(prompts=prompts[::-1], text="be kind") == (2, 1)
+  assert caplog.text.count("it was measured with other prompts") == 1 and "other prompts, weights" not in caplog.text
+  config.evaluation.top_k = 3
+  assert measure(text="be kind") == (2, 1) and "other prompts, settings" in caplog.text
+  (tmp_path / "check.py").write_text("def low(answer):\n  return answer < '11'\n")
+  assert measure(text="be kind") == (1, 1) and "it was measured with other obeys" in caplog.text
+  kept = [json.loads(found.read_text())["measured"]["obeys"]["hits"] for found in sorted(tmp_path.glob("after.json.replaced-*"))]
+  assert kept == [2, 0, 2, 2, 2]
+  value = json.loads(path.read_text())
+  for change, told in (({"answers": value["answers"][:2]}, "measured.obeys.of is 3: it must be 2"), ({"measured": []}, "measured is ")):
+    path.write_text(json.dumps({name: field for name, field in (value | change).items() if name != "digest"}))
+    with pytest.raises(ValueError, match=f"{path}: damaged, .*{told}"):
+      measure()
+
+
+def test_training_on_sets_aside_what_was_measured_of_the_weights_before(tmp_path):
+  config = distill.default()
+  config.consolidation.steps = 6
+  for name in ("base", "in_context", "after", "results"):
+    (tmp_path / f"{name}.json").write_text(json.dumps({
+        "schema": 1, "answers": [{}], "measured": {"obeys": statistics.count(1, 1), "response_tokens": statistics.mean([3])}}))
+  distill._check(config, tmp_path)
+  (tmp_path / "round_1/checkpoints/6").mkdir(parents=True)
+  distill._check(config, tmp_path)
+  assert len(list(tmp_path.glob("*.json"))) == 4
+  (tmp_path / "round_1/checkpoints/6").rename(tmp_path / "round_1/checkpoints/4")
+  distill._check(config, tmp_path)
+  assert {path.name.split(".")[0] for path in tmp_path.glob("*.json")} == {"base", "in_context"}
+  assert {path.name.split(".")[0] for path in tmp_path.glob("*.json.replaced-*")} == {"after", "results"}
 
 
 @pytest.mark.slow

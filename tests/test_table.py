@@ -38,6 +38,10 @@ def test_only_rounds_that_all_runs_have_are_in_the_table(tmp_path, capsys):
 def test_a_run_without_a_report_is_told(tmp_path):
   with pytest.raises(SystemExit, match="has no report yet"):
     table.main([str(tmp_path)])
+  (tmp_path / "report").mkdir()
+  (tmp_path / "report/results.json").write_text('{"rounds": NaN}')
+  with pytest.raises(SystemExit, match=f"error: {tmp_path}/report/results.json: damaged, .*NaN is not JSON; run the same command"):
+    table.main([str(tmp_path)])
 
 
 def test_a_line_a_control_as_its_last_round_left_it(tmp_path, capsys):

@@ -152,10 +152,11 @@ def read(workdir: pathlib.Path) -> Run:
       games[number] = read_trajectories(folder / "user" / "evaluation.jsonl")
     if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
       knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
+  trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]
   folder = workdir.absolute()
   name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name  # a seed alone says little
   return Run(name, _flat(config["config"]), config["versions"], config["changes"], evaluations,
-             _steps(workdir / "metrics.jsonl", config["config"], evaluations.keys()), costs, games, knowledge)
+             _steps(workdir / "metrics.jsonl", config["config"], trained), costs, games, knowledge)
 
 
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -287,7 +288,10 @@ def _sum(a: float | None, b: float | None) -> float | None:
 
 
 def _steps(path: pathlib.Path, config: dict[str, Any], done: Collection[int]) -> list[dict[str, Any]]:
-  """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is told and left out of the curves."""
+  """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is told and left out of the curves.
+
+  `done` are the rounds that were trained to the end, of which no step's line may be missing.
+  """
   found = {}
   for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
     try:
@@ -297,9 +301,9 @@ def _steps(path: pathlib.Path, config: dict[str, Any], done: Collection[int]) ->
       continue
     if record["stage"] == "consolidate":
       found[record["round"], record["step"]] = record
-  planned, rounds = _flat(config).get("consolidation.steps"), sorted({number for number, _ in found})
-  for number in rounds:
-    last = max(step for other, step in found if other == number)
+  planned = _flat(config).get("consolidation.steps")
+  for number in sorted({number for number, _ in found} | set(done)):
+    last = max((step for other, step in found if other == number), default=0)
     if number in done and type(planned) is int:
       last = max(last, planned)
     if missing := [step for step in range(1, last + 1) if (number, step) not in found]:
