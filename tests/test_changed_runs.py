@@ -26,8 +26,14 @@ class Player:
   @in_turns
   def sample(self, prompts, seeds, **how):
     self.asked += len(prompts)
-    lesson = ["record of a finished game" in self.tokenizer.seen[prompt[0]][-1].content for prompt in prompts]
-    moves = [random.Random(int(self.params["w"][0]) + seed).choice(("[up]", "[down]", "[left]", "[right]")) for seed in seeds]
+    lesson = [
+      "record of a finished game" in self.tokenizer.seen[prompt[0]][-1].content
+      for prompt in prompts
+    ]
+    moves = [
+      random.Random(int(self.params["w"][0]) + seed).choice(("[up]", "[down]", "[left]", "[right]"))
+      for seed in seeds
+    ]
     return [self.tokenizer.put(TEXTS[0] if wanted else move) for wanted, move in zip(lesson, moves)]
 
 
@@ -38,14 +44,20 @@ def fixture_make_loop(tmp_path):
     def make(**changes) -> rounds.Loop:
       config = short_config()
       config.evaluation.retention = 0
-      config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+      config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+      )
       return rounds.Loop(config, tmp_path, metrics, None)
 
     yield make
 
 
 def bits(folder, pattern="**/*"):
-  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.glob(pattern)
+    if path.is_file()
+  }
 
 
 def play_a_round(loop, player):
@@ -64,31 +76,55 @@ def test_stages_found_whole_are_checked_and_not_done_again(make_loop, tmp_path):
   loop.check(player)
   play_a_round(loop, player)
   assert bits(tmp_path, "round_*/**/*") == before and not player.asked
-  for name in ("trajectories", "prefix_trajectories", "gate_with", "gate_without", "evaluation", "evaluation_in_context"):
-    assert f"user/{name}.jsonl" in json.loads((tmp_path / "round_1/manifest.json").read_text())["files"]
+  for name in (
+    "trajectories",
+    "prefix_trajectories",
+    "gate_with",
+    "gate_without",
+    "evaluation",
+    "evaluation_in_context",
+  ):
+    assert (
+      f"user/{name}.jsonl" in json.loads((tmp_path / "round_1/manifest.json").read_text())["files"]
+    )
 
 
 @pytest.mark.parametrize("changes, weights, told", [
     ({"evaluation__top_k": 7}, 0, "settings"), ({"deployment__max_turns": 4}, 0, "settings"), ({"seed": 1}, 0, "settings"),
     ({}, 5, "weights, weights before"),
 ])  # fmt: skip
-def test_held_out_games_are_played_again_where_what_they_show_has_changed(make_loop, tmp_path, caplog, changes, weights, told):
+def test_held_out_games_are_played_again_where_what_they_show_has_changed(
+  make_loop, tmp_path, caplog, changes, weights, told
+):
   make_loop().evaluate(0, Player(), Player(), [])
   before = bits(tmp_path / "round_0")
   player = Player(weights)
   make_loop(**changes).evaluate(0, player, player, [])
   now = bits(tmp_path / "round_0")
-  assert player.asked and "kept as evaluation.json.replaced-" in caplog.text and f"it was measured with other {told}" in caplog.text
+  assert (
+    player.asked
+    and "kept as evaluation.json.replaced-" in caplog.text
+    and f"it was measured with other {told}" in caplog.text
+  )
   for name in ("evaluation.json", "user/evaluation.jsonl"):
     [aside] = [other for other in now if other.startswith(f"{name}.replaced-")]
     assert now[aside] == before[name]
   fresh = rounds.Loop(make_loop(**changes).config, tmp_path / "fresh", make_loop().metrics, None)
   fresh.evaluate(0, Player(weights), Player(weights), [])
   assert {name: now[name] for name in ("evaluation.json", "user/evaluation.jsonl")} == {
-      name: (tmp_path / "fresh/round_0" / name).read_bytes() for name in ("evaluation.json", "user/evaluation.jsonl")}
+    name: (tmp_path / "fresh/round_0" / name).read_bytes()
+    for name in ("evaluation.json", "user/evaluation.jsonl")
+  }
 
 
-@pytest.mark.parametrize("changes", [{"deployment__slots": 2}, {"consolidation__learning_rate": 0.5}, {"deployment__temperature": 1.0}])
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"deployment__slots": 2},
+    {"consolidation__learning_rate": 0.5},
+    {"deployment__temperature": 1.0},
+  ],
+)
 def test_what_held_out_games_do_not_depend_on_changes_nothing(make_loop, tmp_path, changes):
   make_loop().evaluate(0, Player(), Player(), [])
   before, player = bits(tmp_path / "round_0"), Player()
@@ -101,11 +137,20 @@ def test_one_more_point_of_the_curve_leaves_the_other_games_as_they_are(make_loo
   before = bits(tmp_path / "round_1/user")
   make_loop(evaluation__accumulation=(2,)).evaluate(1, Player(), Player(), texts)
   after = bits(tmp_path / "round_1/user")
-  assert {name for name in after if before.get(name) != after[name]} == {"evaluation_after_002_trajectories.jsonl"}
-  assert json.loads((tmp_path / "round_1/evaluation.json").read_text())["accumulation"][0]["trajectories"] == 2
+  assert {name for name in after if before.get(name) != after[name]} == {
+    "evaluation_after_002_trajectories.jsonl"
+  }
+  assert (
+    json.loads((tmp_path / "round_1/evaluation.json").read_text())["accumulation"][0][
+      "trajectories"
+    ]
+    == 2
+  )
 
 
-def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(make_loop, tmp_path, monkeypatch):
+def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(
+  make_loop, tmp_path, monkeypatch
+):
   class Cut(Exception):
     pass
 
@@ -123,7 +168,10 @@ def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(make_loop
   make_loop().evaluate(0, Player(1), Player(1), [])
   [aside] = (tmp_path / "round_0/user").glob("evaluation.jsonl.partial.replaced-*")
   assert aside.read_text() == "half of the games"
-  with pytest.raises(ValueError, match="round_1/user/trajectories.jsonl: made from other weights than round 1 has now"):
+  with pytest.raises(
+    ValueError,
+    match="round_1/user/trajectories.jsonl: made from other weights than round 1 has now",
+  ):
     make_loop().extract(1, Player(1))
 
 
@@ -134,7 +182,10 @@ def test_rounds_of_other_weights_are_refused_before_anything_is_changed(make_loo
       lambda loop: loop.check(player), lambda loop: loop.extract(1, player), lambda loop: loop.gate(1, player, texts),
       lambda loop: loop.gate(1, Player(), ["other"])
   ):  # fmt: skip
-    with pytest.raises(ValueError, match=f"{tmp_path}/round_1/.* other (weights|knowledge) than .* remove the (folders round_1|round's)"):
+    with pytest.raises(
+      ValueError,
+      match=f"{tmp_path}/round_1/.* other (weights|knowledge) than .* remove the (folders round_1|round's)",
+    ):
       stage(make_loop())
   assert bits(tmp_path) == before and not player.asked
 
@@ -149,7 +200,10 @@ def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
   entries = json.loads(manifest.read_text())
   entries["files"].pop("user/trajectories.jsonl"), entries.pop("digest")
   manifest.write_text(json.dumps(entries))
-  with pytest.raises(ValueError, match="knowledge/00.jsonl: made from other user/trajectories.jsonl than round 1 has now"):
+  with pytest.raises(
+    ValueError,
+    match="knowledge/00.jsonl: made from other user/trajectories.jsonl than round 1 has now",
+  ):
     make_loop().check(Player())
 
 
@@ -158,7 +212,9 @@ def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
     (lambda found: [found[1], found[0], *found[2:]], 0, 1, 0), (lambda found: [*found[:2], found[3], found[3], *found[4:]], 2, 3, 2),
     (lambda found: [Prefix(found[0].id, (Message("user", "x"),)), *found[1:]], 0, 0, 0),
 ])  # fmt: skip
-def test_prefixes_are_those_of_the_games_even_where_no_manifest_says_so(make_loop, tmp_path, change, place, has, wants):
+def test_prefixes_are_those_of_the_games_even_where_no_manifest_says_so(
+  make_loop, tmp_path, change, place, has, wants
+):
   loop = make_loop(deployment__episodes=8)
   loop.collect_prefixes(1, Player())
   path = tmp_path / "round_1/prefixes.jsonl"
@@ -170,7 +226,9 @@ def test_prefixes_are_those_of_the_games_even_where_no_manifest_says_so(make_loo
   name = lambda index: "nothing" if index is None else found[index].id
   with pytest.raises(ValueError) as error:
     loop.collect_prefixes(1, None)
-  assert str(error.value).startswith(f"{path}: its {len(change(found))} prefixes are not the {len(found)} of {tmp_path}/round_1/user")
+  assert str(error.value).startswith(
+    f"{path}: its {len(change(found))} prefixes are not the {len(found)} of {tmp_path}/round_1/user"
+  )
   assert f"number {number} is {name(has)}, and must be {name(wants)};" in str(error.value)
 
 
@@ -186,17 +244,27 @@ def test_more_steps_are_for_the_last_round(make_loop, tmp_path, caplog, noted):
   assert bits(tmp_path / "round_1") == before
   longer = make_loop(consolidation__steps=6)
   write_jsonl(tmp_path / "round_2/user/trajectories.jsonl", [])
-  with pytest.raises(ValueError, match="steps is 6, round 1 has been trained for 4, and round 2 was built on those weights: set it to 4"):
+  with pytest.raises(
+    ValueError,
+    match="steps is 6, round 1 has been trained for 4, and round 2 was built on those weights: set it to 4",
+  ):
     longer.check(Player())
   assert bits(tmp_path / "round_1") == before
   shutil.rmtree(tmp_path / "round_2")
   longer.check(Player())
-  assert not (tmp_path / "round_1/evaluation.json").exists() and len(list((tmp_path / "round_1").glob("evaluation.json.replaced-*"))) == 1
+  assert (
+    not (tmp_path / "round_1/evaluation.json").exists()
+    and len(list((tmp_path / "round_1").glob("evaluation.json.replaced-*"))) == 1
+  )
 
 
-def test_a_checkpoint_that_was_lost_is_trained_again_whatever_was_built_on_it(make_loop, tmp_path, caplog):
+def test_a_checkpoint_that_was_lost_is_trained_again_whatever_was_built_on_it(
+  make_loop, tmp_path, caplog
+):
   play_a_round(make_loop(), Player())
-  (tmp_path / "round_1/checkpoints/2").mkdir(parents=True)  # that of step 4 was damaged and set aside
+  (tmp_path / "round_1/checkpoints/2").mkdir(
+    parents=True
+  )  # that of step 4 was damaged and set aside
   make_loop()._note_trained(1, {"w": np.ones(2)})
   write_jsonl(tmp_path / "round_2/user/trajectories.jsonl", [])
   make_loop().check(Player())
@@ -211,10 +279,20 @@ def test_a_run_of_a_version_without_digests_is_read(make_loop, tmp_path, caplog)
     path.unlink()
   for path in tmp_path.rglob("*.json*"):
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    values = [{name: value for name, value in json.loads(line).items() if name not in ("digest", "made_from")} for line in lines]
+    values = [
+      {
+        name: value
+        for name, value in json.loads(line).items()
+        if name not in ("digest", "made_from")
+      }
+      for line in lines
+    ]
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
   player = Player()
   loop = make_loop()
   loop.check(player)
   assert play_a_round(loop, player) == texts and not player.asked
-  assert f"{tmp_path / 'round_1'}: made before runs had a manifest.json: its files are taken as they stand" in caplog.text
+  assert (
+    f"{tmp_path / 'round_1'}: made before runs had a manifest.json: its files are taken as they stand"
+    in caplog.text
+  )

@@ -29,7 +29,9 @@ def fixture_make(tmp_path, monkeypatch):
 
   monkeypatch.setattr(export.rounds, "load_policy", load)
   monkeypatch.setattr(export.train, "trained_params", trained)
-  monkeypatch.setattr(export.huggingface, "save", lambda target, params, shape, **how: saved.append((params, shape)))
+  monkeypatch.setattr(
+    export.huggingface, "save", lambda target, params, shape, **how: saved.append((params, shape))
+  )
 
   def run(*steps):
     config = config_lib.default()
@@ -42,15 +44,24 @@ def fixture_make(tmp_path, monkeypatch):
   return run, saved
 
 
-@pytest.mark.parametrize("steps, number", [((20, 20, 20), 3), ((20, 20, 10), 2), ((20, 20), 2), ((20,), 1)])
+@pytest.mark.parametrize(
+  "steps, number", [((20, 20, 20), 3), ((20, 20, 10), 2), ((20, 20), 2), ((20,), 1)]
+)
 def test_the_newest_whole_round_by_the_runs_own_configuration(make, steps, number, capsys, caplog):
   run, saved = make
   config, folder = run(*steps)
-  config.rounds, config.consolidation.steps = 1, 10  # what the command now says; the run knows better
+  config.rounds, config.consolidation.steps = (
+    1,
+    10,
+  )  # what the command now says; the run knows better
   assert export.run(config, str(folder)) == folder / "export"
   assert saved == [(f"round_{number}", config.policy.weights)]
-  assert f"exported: weights of round {number} of {folder}, after 20 steps" in capsys.readouterr().out
-  assert "what was given for config.consolidation, config.rounds differs and is not used" in caplog.text
+  assert (
+    f"exported: weights of round {number} of {folder}, after 20 steps" in capsys.readouterr().out
+  )
+  assert (
+    "what was given for config.consolidation, config.rounds differs and is not used" in caplog.text
+  )
   assert ("round 3 has been consolidated for 10 of 20 steps only" in caplog.text) == (10 in steps)
 
 
@@ -59,7 +70,9 @@ def test_nothing_to_export_is_one_line(make, tmp_path):
   config, folder = run(10)
   with pytest.raises(ValueError, match="no round has been consolidated to the end"):
     export.run(config, str(folder))
-  with pytest.raises(ValueError, match=f"{tmp_path}: not a run directory: it has no config.json") as error:
+  with pytest.raises(
+    ValueError, match=f"{tmp_path}: not a run directory: it has no config.json"
+  ) as error:
     export.run(config, str(tmp_path))
   assert main._is_told_in_one_line(error.value) and not saved
 
@@ -72,7 +85,10 @@ def test_weights_that_have_been_moved_are_taken_and_others_are_refused(make, tmp
   export.run(config, str(folder))
   assert saved == [("round_1", str(moved))]
   (moved / "config.json").write_text('{"model_type": "other"}')
-  with pytest.raises(ValueError, match="config.policy.weights is .*/moved': the run began with .*/model', and these are not the same"):
+  with pytest.raises(
+    ValueError,
+    match="config.policy.weights is .*/moved': the run began with .*/model', and these are not the same",
+  ):
     export.run(config, str(folder))
 
 

@@ -12,7 +12,11 @@ def test_a_digest_is_of_the_value_and_not_of_how_it_is_written():
   value = {"b": [1, 2.5, None, True], "a": {"ü": "\u2028", 2: "x", 10: "y"}, "tuple": (1, 2)}
   other = json.loads(json.dumps({name: value[name] for name in ("tuple", "a", "b")}, indent=7))
   assert schema.digest(value) == schema.digest(other) and len(schema.digest(value)) == 16
-  changed = [value | {"b": [1, 2.5, None, False]}, value | {"b": [2.5, 1, None, True]}, value | {"c": 0}]
+  changed = [
+    value | {"b": [1, 2.5, None, False]},
+    value | {"b": [2.5, 1, None, True]},
+    value | {"c": 0},
+  ]
   assert len({schema.digest(found) for found in [value, *changed]}) == 4
   assert schema.digest(1) != schema.digest(1.0) != schema.digest(True)
 
@@ -56,7 +60,11 @@ def test_what_is_not_strict_json_is_one_line_that_names_the_file(tmp_path, text,
 
 def test_the_ends_of_the_ranges_are_read():
   assert schema.loads(b"[9223372036854775807, -9223372036854775808, 1e308, 5e-324]") == [
-      2**63 - 1, -(2**63), 1e308, 5e-324]
+    2**63 - 1,
+    -(2**63),
+    1e308,
+    5e-324,
+  ]
 
 
 def test_counts_and_means_as_they_are_made_pass_and_contradictions_are_named():

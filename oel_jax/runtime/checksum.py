@@ -34,8 +34,12 @@ def checksums(tree: Any) -> dict[str, str]:
 def fingerprint(tree: Any) -> str:
   """Returns 16 hexadecimal digits that name the arrays of a pytree: paths, shapes, types and every bit."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  kinds = {jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
-  return hashlib.sha256(repr((sorted(kinds.items()), sorted(checksums(tree).items()))).encode()).hexdigest()[:16]
+  kinds = {
+    jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves
+  }
+  return hashlib.sha256(
+    repr((sorted(kinds.items()), sorted(checksums(tree).items()))).encode()
+  ).hexdigest()[:16]
 
 
 def _sum(array: Any) -> Any:
@@ -53,16 +57,24 @@ def _sum_on_device(array: jax.Array) -> jax.Array:
   """The checksum as a uint32 scalar; XLA fuses all of it into the reduction, so nothing of the array's size is stored."""
   if array.dtype == bool:
     array = array.astype(jnp.uint8)
-  words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")).astype(jnp.uint32)
+  words = jax.lax.bitcast_convert_type(
+    array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+  ).astype(jnp.uint32)
   index = jnp.zeros(words.shape, jnp.uint32)
-  for axis in range(words.ndim):  # not a reshape, which would gather an array that is spread over devices
+  for axis in range(
+    words.ndim
+  ):  # not a reshape, which would gather an array that is spread over devices
     stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
     index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
   return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)
 
 
 def _sum_on_host(array: np.ndarray) -> int:
-  words = np.ascontiguousarray(array).reshape(-1).view(np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
+  words = (
+    np.ascontiguousarray(array)
+    .reshape(-1)
+    .view(np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
+  )
   total = 0
   for start in range(0, words.size, _BLOCK):
     block = words[start : start + _BLOCK].astype(np.uint32)

@@ -35,7 +35,9 @@ class Manifest:
     """
     if not (self.folder / NAME).exists():
       if any(self.folder.rglob("*.jsonl")):
-        logging.warning("%s: made before runs had a %s: its files are taken as they stand", self.folder, NAME)
+        logging.warning(
+          "%s: made before runs had a %s: its files are taken as they stand", self.folder, NAME
+        )
       return
     for name, entry in self._entries().items():
       path = self.folder / name
@@ -52,7 +54,11 @@ class Manifest:
     path, before = self.folder / name, self.made_from(name)
     if before is None or not (path.exists() or path.with_name(f"{path.name}.partial").exists()):
       return []
-    return [key for key in sorted(before.keys() | made_from.keys()) if before.get(key) != made_from.get(key)]
+    return [
+      key
+      for key in sorted(before.keys() | made_from.keys())
+      if before.get(key) != made_from.get(key)
+    ]
 
   def announce(self, name: str, made_from: dict[str, str]) -> None:
     """Enters a file that is about to be made; one that is there, whole, and made from the same stays as it is."""
@@ -66,7 +72,11 @@ class Manifest:
     new = {}
     for name in names:
       data = (self.folder / name).read_bytes()
-      new[name] = {"sha256": files.sha256(self.folder / name), "records": data.count(b"\n"), "made_from": made_from}
+      new[name] = {
+        "sha256": files.sha256(self.folder / name),
+        "records": data.count(b"\n"),
+        "made_from": made_from,
+      }
     self._write(entries, new)
 
   def _write(self, entries: dict[str, Any], new: dict[str, Any]) -> None:
@@ -77,17 +87,26 @@ class Manifest:
   def _entries(self) -> dict[str, Any]:
     if not (self.folder / NAME).exists():
       return {}
-    advice = "restore it from a copy, or remove it to have the folder's other files taken as they stand"
+    advice = (
+      "restore it from a copy, or remove it to have the folder's other files taken as they stand"
+    )
     return files.read_json(self.folder / NAME, _parse, advice)
 
 
 def _parse(value: Any) -> dict[str, Any]:
-  schema.need(schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA))
+  schema.need(
+    schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA)
+  )
   entries = schema.get(value, "files", schema.TOP, dict)
   for name, entry in entries.items():
     for field, kind in (("sha256", str), ("records", int)):
       found = schema.get(entry, field, name)
-      schema.need(found is None or type(found) is kind, f"{name}.{field}", found, f"of type {kind.__name__}, or null")
+      schema.need(
+        found is None or type(found) is kind,
+        f"{name}.{field}",
+        found,
+        f"of type {kind.__name__}, or null",
+      )
     made_from = schema.get(entry, "made_from", name, dict)
     strings = all(type(text) is str for text in made_from.values())
     schema.need(strings, f"{name}.made_from", made_from, "an object of strings")

@@ -19,8 +19,12 @@ def digest(value: Any) -> str:
   Raises:
     TypeError, ValueError: the value holds something that JSON has not, such as NaN or an array.
   """
-  text = json.dumps(json.loads(_dumps(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-  return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]  # a lone surrogate is written as "?", too
+  text = json.dumps(
+    json.loads(_dumps(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+  )
+  return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[
+    :16
+  ]  # a lone surrogate is written as "?", too
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -38,14 +42,22 @@ def loads(data: bytes) -> Any:
   """
   try:
     value = json.loads(
-        data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_object
+      data.decode("utf-8"),
+      parse_constant=_refuse_constant,
+      parse_float=_float,
+      parse_int=_int,
+      object_pairs_hook=_object,
     )
   except UnicodeDecodeError as error:
-    raise ValueError(f"not UTF-8 at byte {error.start}: {data[error.start : error.start + 4]!r}") from error
+    raise ValueError(
+      f"not UTF-8 at byte {error.start}: {data[error.start : error.start + 4]!r}"
+    ) from error
   except RecursionError as error:
     raise ValueError("nested too deeply (recursion)") from error
   if isinstance(value, dict) and DIGEST in value and value[DIGEST] != sealed(value)[DIGEST]:
-    raise ValueError(f'damaged, or edited: the rest of it is not what its field "{DIGEST}" was made of; if it was edited, remove that field')
+    raise ValueError(
+      f'damaged, or edited: the rest of it is not what its field "{DIGEST}" was made of; if it was edited, remove that field'
+    )
   return value
 
 
@@ -61,7 +73,12 @@ def get(value: Any, field: str, where: str, kind: type | None = None) -> Any:
   if field not in value:
     raise ValueError(f"{where} has no field {field!r}")
   if kind is not None:
-    need(type(value[field]) is kind, f"{where}.{field}" if where != TOP else field, value[field], f"of type {kind.__name__}")
+    need(
+      type(value[field]) is kind,
+      f"{where}.{field}" if where != TOP else field,
+      value[field],
+      f"of type {kind.__name__}",
+    )
   return value[field]
 
 
@@ -86,7 +103,9 @@ def share(value: Any, where: str) -> None:
   need(hits <= of, f"{where}.hits", hits, f"at most {where}.of ({of})")
   rate = _measured(value, "rate", of, where)
   if rate is not None:  # a share that contradicts its own counts must not be printed as a result
-    need(of > 0 and abs(rate - hits / of) <= 1e-3, f"{where}.rate", rate, f"hits / of ({hits} / {of})")
+    need(
+      of > 0 and abs(rate - hits / of) <= 1e-3, f"{where}.rate", rate, f"hits / of ({hits} / {of})"
+    )
 
 
 def mean(value: Any, where: str) -> None:
@@ -98,8 +117,18 @@ def _measured(value: Any, name: str, of: int, where: str) -> float | None:
   number, interval = get(value, name, where), value.get("interval")
   need(is_number(number) or (number is None and of == 0), f"{where}.{name}", number, "a number")
   if interval is not None:
-    pair = isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)) and interval[0] <= interval[1]
-    need(pair or (of == 0 and interval == [None, None]), f"{where}.interval", interval, "two numbers, low and high")
+    pair = (
+      isinstance(interval, list)
+      and len(interval) == 2
+      and all(map(is_number, interval))
+      and interval[0] <= interval[1]
+    )
+    need(
+      pair or (of == 0 and interval == [None, None]),
+      f"{where}.interval",
+      interval,
+      "two numbers, low and high",
+    )
   return number
 
 
