@@ -265,7 +265,7 @@ def test_another_scaling_of_positions_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     "field, value, right",
     [("hidden_size", "2560", "whole number"), ("head_dim", 16.0, "whole number"), ("num_key_value_heads", 0, "whole number"),
-     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"), ("rope_theta", "1e6", "number above 0"),
+     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"), ("max_position_embeddings", "4k", "whole number"), ("rope_theta", "1e6", "number above 0"),
      ("rope_parameters", LLAMA3 | dict(factor="8"), "number above 0"), ("tie_word_embeddings", "false", "true or false")],
 )  # fmt: skip
 def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, value, right):
@@ -277,6 +277,15 @@ def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, valu
 def test_heads_follow_from_the_width_where_they_are_not_given(folder, tmp_path):
   found = huggingface.read_architecture(changed(folder, tmp_path, num_key_value_heads=None, head_dim=None))
   assert (found.kv_heads, found.head_size) == (4, 12)
+
+
+def test_the_longest_sequence_is_read_and_changes_no_architecture(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  found = huggingface.read_architecture(changed(folder, tmp_path, max_position_embeddings=777))
+  assert (shape.max_positions, found.max_positions) == (256, 777)
+  assert found == shape and hash(found) == hash(shape)
+  unknown = changed(folder, tmp_path / "unknown", max_position_embeddings=None)
+  assert huggingface.read_architecture(unknown).max_positions is None
 
 
 YARN, PLAIN = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}

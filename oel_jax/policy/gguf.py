@@ -39,9 +39,9 @@ NAMES = {path: functools.reduce(lambda name, pair: name.replace(*pair), RENAMED,
 # Metadata below the family's name that is read here, or changes nothing of the forward pass. Any other is refused.
 READ = {
     "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "context_length",
 }  # fmt: skip
-HARMLESS = {"context_length", "vocab_size"}
+HARMLESS = {"vocab_size"}
 FIXED = {"rope.scaling.type": "none", "rope.scale_linear": 1.0}
 
 # How text is cut before the merges, by tokenizer.ggml.pre. Qwen2's and Llama 3's patterns differ in how many digits go together.
@@ -125,6 +125,7 @@ def read_architecture(file: File) -> Architecture:
       kv_heads=given.get("attention.head_count_kv", heads), head_size=size, feedforward=need("feed_forward_length"), rope_theta=theta,
       rope_scaling=_scaling(file, size, theta) if family == "llama" else None, norm_eps=_plain(need("attention.layer_norm_rms_epsilon")),
       qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=NAMES["head/kernel"] not in file.tensors,
+      max_positions=given.get("context_length"),
   )  # fmt: skip
 
 

@@ -50,12 +50,12 @@ FIXED = {
 READ = {
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
-    "layer_types",
+    "layer_types", "max_position_embeddings",
 }  # fmt: skip
 # Fields that change nothing of the forward pass.
 HARMLESS = {
     "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_llama_config", "label2id", "max_position_embeddings", "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
+    "is_llama_config", "label2id", "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
     "problem_type", "return_dict", "sliding_window", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
@@ -90,11 +90,13 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     raise ValueError(f'{path}: "tie_word_embeddings" is {tied!r}: it must be true or false')
   theta, scaling = _rope(path, config)
   heads, width = need("num_attention_heads"), need("hidden_size")
+  longest = None if config.get("max_position_embeddings") is None else need("max_position_embeddings")
   return Architecture(
       vocabulary=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
       kv_heads=need("num_key_value_heads", default=heads), head_size=need("head_dim", default=width // heads),
       feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps", float),
       qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=tied,
+      max_positions=longest,
   )  # fmt: skip
 
 
