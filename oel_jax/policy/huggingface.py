@@ -314,7 +314,8 @@ def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
     scaling = dataclasses.asdict(a.rope_scaling)
     rope |= scaling | {"rope_type": "llama3", "original_max_position_embeddings": int(scaling["original_max_position_embeddings"])}
   # Both spellings: engines built on older versions read rope_theta, rope_scaling and torch_dtype.
-  return {
+  longest = {} if a.max_positions is None else {"max_position_embeddings": a.max_positions}
+  return longest | {
       "architectures": [f"{name}ForCausalLM"], "model_type": family, "vocab_size": a.vocabulary, "hidden_size": a.width,
       "num_hidden_layers": a.layers, "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_size,
       "intermediate_size": a.feedforward, "rms_norm_eps": a.norm_eps, "tie_word_embeddings": a.tied_head, "hidden_act": "silu",
