@@ -1,6 +1,6 @@
-"""GGUF models as llama.cpp writes them: metadata → `Architecture`, tensors → parameters, vocabulary → tokenizer.
+"""GGUF models: metadata → `Architecture`, tensors → parameters, vocabulary → tokenizer.
 
-`gguf_file` reads the file itself. Needs the extra `hf`.
+They are as llama.cpp writes them; `gguf_file` reads the file itself. Needs the extra `hf`.
 """
 
 import functools
@@ -34,12 +34,13 @@ NAMES = {path: functools.reduce(lambda name, pair: name.replace(*pair), RENAMED,
 # Metadata below the family's name that is read here, or changes nothing of the forward pass. Any other is refused.
 READ = {
     "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "context_length",
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
+    "context_length",
 }  # fmt: skip
 HARMLESS = {"vocab_size"}
 FIXED = {"rope.scaling.type": "none", "rope.scale_linear": 1.0, "attention.causal": True}
 
-# How text is cut before the merges. Qwen's and Llama 3's ways differ in how many digits go together.
+# How text is cut before the merges. Qwen and Llama 3 differ in how many digits go together.
 CUTS = {
     name: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     + digits
@@ -56,15 +57,15 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Control tokens that end a response wherever they exist. A folder lists them in its
-# generation_config.json, a GGUF file has no key for more than one; llama.cpp knows them by name, too.
+# generation_config.json, a GGUF file has no key for them; llama.cpp goes by their names, too.
 END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
 def read_architecture(file: File) -> Architecture:
   """The shapes that the metadata give; the vocabulary and whether the head is tied come from the tensors.
 
-  The head is tied if the file has none of its own, or one with the embedding's numbers. Qwen's files
-  have one that is quantised in another way than the embedding, so with other numbers: it counts.
+  The head is tied if the file has none of its own, or one with the embedding's numbers. Qwen's
+  files have one that is quantised in another way, so with other numbers: it counts.
 
   Raises:
     ValueError: metadata are missing, or say something that this decoder does not do; names the key and its value.
@@ -72,8 +73,8 @@ def read_architecture(file: File) -> Architecture:
   kind = file.metadata.get("general.type", "model")
   if kind != "model":
     raise ValueError(
-        f'{file.path}: "general.type" is {kind!r}: it must be "model"; an adapter must be merged into '
-        "its base model first"
+        f'{file.path}: "general.type" is {kind!r}: it must be "model"; an adapter must be merged '
+        "into its base model first"
     )
   family = file.metadata.get("general.architecture")
   if family not in FAMILIES:
@@ -100,7 +101,8 @@ def read_architecture(file: File) -> Architecture:
       raise ValueError(f'{file.path}: "{family}.{name}" is {value!r:.100}: this decoder does not know it')
   theta = _plain(given.get("rope.freq_base", 10000.0))
   return Architecture(
-      vocabulary=file.tensors[NAMES["embed/embedding"]].shape[0], width=width, layers=need("block_count"), heads=heads,
+      vocabulary=file.tensors[NAMES["embed/embedding"]].shape[0],
+      width=width, layers=need("block_count"), heads=heads,
       kv_heads=given.get("attention.head_count_kv", heads), head_size=size, feedforward=need("feed_forward_length"), rope_theta=theta,
       rope_scaling=_scaling(file, size, theta) if family == "llama" else None, norm_eps=_plain(need("attention.layer_norm_rms_epsilon")),
       qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=_is_tied(file),
@@ -133,7 +135,7 @@ def _scaling(file: File, size: int, theta: float) -> Llama3Scaling | None:
 
 
 def config_fields(file: File) -> dict[str, int]:
-  """What the metadata say for a Hugging Face config.json beyond the architecture: first and last token."""
+  """What the metadata say for a config.json beyond the architecture: first and last token."""
   keys = {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")}
   return {name: file.metadata[key] for name, key in keys.items() if key in file.metadata}
 
@@ -176,7 +178,7 @@ def load(file: File, architecture: Architecture, *, dtype: Any = np.float32, sha
 
 
 def eos_ids(file: File) -> list[int]:
-  """The ids that end a response: those that the metadata name, and control tokens that always do."""
+  """The ids that end a response: those that the metadata name, and tokens that always do."""
   prefix = "tokenizer.ggml."
   named = [file.metadata[prefix + key] for key in END_KEYS if prefix + key in file.metadata]
   kinds = zip(file.metadata[prefix + "tokens"], file.metadata[prefix + "token_type"], strict=True)
@@ -188,13 +190,13 @@ def tokenizer(file: File) -> transformers.PreTrainedTokenizerFast:
   """The file's byte-level BPE vocabulary, with its chat template, as a `transformers` tokenizer.
 
   Built here rather than by `transformers`, whose reader of GGUF wants torch and cuts SmolLM's digits wrongly. A token that the file
-  marks as control is special, one that it marks as the user's is an added token, one that it marks as
-  unused is none; nothing is put before or after an encoded text. Text for Qwen is brought to
+  marks as control is special, one that it marks as the user's is an added token, one that it marks
+  as unused is none; nothing is put before or after an encoded text. Text for Qwen is brought to
   Unicode's normal form C as by its tokenizer.json, though the file says nothing of it.
 
   Raises:
-    ValueError: another kind of vocabulary or of cutting text, or metadata are missing or do not fit one another; names the key and
-      its value.
+    ValueError: another kind of vocabulary or of cutting text, or metadata are missing or do not fit
+      one another; names the key and its value.
   """
   prefix = "tokenizer.ggml."
   given = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
@@ -220,7 +222,7 @@ def tokenizer(file: File) -> transformers.PreTrainedTokenizerFast:
   spare = {i for i, kind in enumerate(kinds) if kind == UNUSED} - set(named.values())
   ids = {token: i for i, token in enumerate(tokens) if i not in spare}
   merges = [tuple(merge.split(" ", 1)) for merge in given["merges"]]
-  whole = cut == "llama-3"  # Llama 3 takes a word that is a token as that token, whatever the merges make of it
+  whole = cut == "llama-3"  # a word that is a token is that token, whatever the merges make of it
   try:
     model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=whole)
   except Exception as error:  # the library raises nothing more special
@@ -244,8 +246,10 @@ def tokenizer(file: File) -> transformers.PreTrainedTokenizerFast:
 
 def _cut(path: pathlib.Path, name: str | None) -> str:
   if name not in PRE:
-    known = ", ".join(map(repr, PRE))
-    raise ValueError(f'{path}: "tokenizer.ggml.pre" is {name!r}: of the ways to cut text, only {known} are supported')
+    raise ValueError(
+        f'{path}: "tokenizer.ggml.pre" is {name!r}: of the ways to cut text, only '
+        f"{', '.join(map(repr, PRE))} are supported"
+    )
   return PRE[name]
 
 

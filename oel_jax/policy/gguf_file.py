@@ -53,7 +53,7 @@ class Tensor:
   data: np.ndarray = dataclasses.field(repr=False)
 
   def slices(self) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields (rows, their numbers in float32 [rows, in]), at most about `SLICE` numbers at a time."""
+    """Yields (rows, their numbers in float32 [rows, in]), about `SLICE` numbers at a time."""
     step = max(1, SLICE // self.shape[-1])
     for start in range(0, len(self.data), step):
       rows = slice(start, min(start + step, len(self.data)))
@@ -125,8 +125,8 @@ def read(path: str | os.PathLike) -> File:
   if wrong:
     shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
     raise ValueError(
-        f"{file.path}: {shown}: the gguf package cannot turn this type into numbers; give a file of "
-        "another quantisation, such as Q8_0 or Q4_K_M"
+        f"{file.path}: {shown}: the gguf package cannot turn this type into numbers; give a file "
+        "of another quantisation, such as Q8_0 or Q4_K_M"
     )
   return file
 
@@ -141,7 +141,8 @@ def _join(given: File) -> File:
     )
   missing = [path for path in paths if not path.is_file()]
   if missing:
-    shown = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+    more = f" and {len(missing) - 5} more" if missing[5:] else ""
+    shown = ", ".join(map(str, missing[:5])) + more
     raise FileNotFoundError(f"{shown}: no such file, a part of the split file {given.path}")
   files = [_read_one(path) for path in paths]
   tensors: dict[str, Tensor] = {}
@@ -175,8 +176,9 @@ def _read_one(path: pathlib.Path) -> File:
     return _parse(path, np.memmap(path, np.uint8, "r"))
   except (ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
     hint = weights.pointer_hint(path)
+    said = f"{type(error).__name__}: {error}"
     raise ValueError(
-        f"{path}: damaged, cut, or newer than the gguf package ({type(error).__name__}: {error})" + hint
+        f"{path}: damaged, cut, or newer than the gguf package ({said}){hint}"
     ) from error
 
 
@@ -250,7 +252,9 @@ def _parse(path: pathlib.Path, content: np.ndarray) -> File:
   return File(path, metadata, tensors)
 
 
-def _mapped(content: np.ndarray, name: str, shape: tuple[int, ...], kind: Type, at: int) -> np.ndarray:
+def _mapped(
+    content: np.ndarray, name: str, shape: tuple[int, ...], kind: Type, at: int
+) -> np.ndarray:
   """The bytes of a tensor, [rows, bytes of a row]."""
   numbers, size = BLOCKS[kind]
   if not shape or 0 in shape or shape[-1] % numbers:

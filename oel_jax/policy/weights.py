@@ -15,7 +15,7 @@ from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 from oel_jax.runtime import files
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS has not fetched
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a pointer begins
 
 
 def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None) -> None:
