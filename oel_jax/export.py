@@ -100,10 +100,20 @@ def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> d
       shutil.copyfile(path, target / path.name)
   else:
     tokenizer.save(target)
-  if not (target / GENERATION).exists():
+    _name_known_class(target / "tokenizer_config.json")
+  if not (source / GENERATION).is_file():
     files.write_json(target / GENERATION, {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id})
   if source.is_dir():
     return files.read_json(source / "config.json", advice="restore the model's folder")
   from oel_jax.policy import gguf  # here, for it needs packages of the extra "hf"
 
   return gguf.config_fields(gguf.read(source))
+
+
+def _name_known_class(path: pathlib.Path) -> None:
+  """Names the tokenizer's class as every version of `transformers` knows it.
+
+  The class that version 5 writes is unknown to version 4, and the name of version 4 known to both.
+  """
+  fields = json.loads(path.read_text(encoding="utf-8"))
+  files.write_json(path, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -102,7 +102,8 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
     from oel_jax.policy import gguf  # here, for it needs packages of the extra "hf"
 
     file = gguf.read(path)
-    shape, tokenizer = gguf.read_architecture(file), HuggingFaceTokenizer(gguf.tokenizer(file))
+    shape = gguf.read_architecture(file)
+    tokenizer = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
     read = functools.partial(gguf.load, file, shape)
   else:
     return _load_own(config, path, devices, jnp.dtype(dtype))

@@ -118,6 +118,30 @@ def test_a_folder_gives_every_end_of_a_response_and_takes_the_tokenizer_back(fam
   assert again.vocabulary == len(own)
 
 
+@pytest.mark.parametrize("generation, config, right", [
+    (None, [7, 8], [7, 8]), (None, 9, [9]), (None, None, []), ({}, [7], [7]),
+    ({"eos_token_id": None}, 7, [7]),
+    ({"eos_token_id": 5}, [7, 8], [5]),  # config.json may hold a family's default
+])  # fmt: skip
+def test_the_ends_are_of_the_first_file_that_declares_any(generation, config, right, tmp_path):
+  wrapped("qwen3").save(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "eos_token_id": config}))
+  if generation is not None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+  found = HuggingFaceTokenizer.from_folder(tmp_path).eos_ids
+  assert found == tuple(right) + wrapped("qwen3").eos_ids
+
+
+@pytest.mark.parametrize("value", ["<|im_end|>", [7, "8"], 7.0, True, -1])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_id_is_named(name, value, tmp_path):
+  wrapped("qwen3").save(tmp_path)
+  (tmp_path / name).write_text(json.dumps({"model_type": "qwen3", "eos_token_id": value}))
+  with pytest.raises(ValueError, match=f'{name}: "eos_token_id" is ') as error:
+    HuggingFaceTokenizer.from_folder(tmp_path)
+  assert repr(value) in str(error.value)
+
+
 def test_the_end_of_an_answer_is_the_templates_though_the_tokenizer_names_another(tmp_path):
   wrapped("qwen3").save(tmp_path)
   fields = json.loads((tmp_path / "tokenizer_config.json").read_text())

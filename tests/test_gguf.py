@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from oel_jax import export
-from oel_jax.policy import architecture, generate, gguf, huggingface, model
+from oel_jax.policy import architecture, generate, gguf, gguf_file, huggingface, model
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import mesh
 
@@ -40,8 +40,12 @@ def make(family, size=SMALL):
   return families.model(name, **size, **fields)
 
 
-def write(path, theirs, kind="F32", change=lambda tensors, metadata: None):
-  """The model as llama.cpp's converter writes it: the package's names, a llama's q and k rows interleaved. Vectors stay float32."""
+def write(path, theirs, kind="F32", change=lambda tensors, metadata: None, **split):
+  """The model as llama.cpp's converter writes it: its names, a llama's q and k rows interleaved.
+
+  Vectors stay float32. `change` may take tensors and metadata away, and put others in; metadata
+  with a dot in front are not the family's.
+  """
   config, family = theirs.config, theirs.config.model_type
   size = config.head_dim if family != "qwen2" else config.hidden_size // config.num_attention_heads
   names = package.get_tensor_name_map(package.MODEL_ARCH[family.upper()], config.num_hidden_layers)
@@ -65,10 +69,11 @@ def write(path, theirs, kind="F32", change=lambda tensors, metadata: None):
       "vocab_size": config.vocab_size,
   }  # fmt: skip
   change(tensors, metadata)
-  writer = package.GGUFWriter(path, metadata.pop("architecture", family))
+  writer = package.GGUFWriter(path, metadata.pop("architecture", family), **split)
   for key, value in metadata.items():
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}[type(value)]
-    add(f"{family}.{key}", value)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+           list: writer.add_array, bool: writer.add_bool}[type(value)]  # fmt: skip
+    add(key[1:] if key.startswith(".") else f"{family}.{key}", value)
   for name, value in tensors.items():
     add_tensor(writer, name, value, "F32" if value.ndim == 1 else kind)
   finish(writer)
@@ -109,14 +114,15 @@ def test_a_float_file_gives_what_the_folder_of_the_same_model_gives(family, tmp_
   theirs.save_pretrained(tmp_path / "folder")
   write(tmp_path / "model.gguf", theirs)
   file, shape = gguf.read(tmp_path / "model.gguf"), huggingface.read_architecture(tmp_path / "folder")
-  assert gguf.read_architecture(file) == shape
+  found = gguf.read_architecture(file)
+  assert found == shape and found.max_positions == shape.max_positions == 256
   right, found = huggingface.load(tmp_path / "folder", shape), gguf.load(file, shape)
   assert jax.tree.structure(right) == jax.tree.structure(found)
   jax.tree.map(np.testing.assert_array_equal, found, right)
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in gguf.TYPES])
-def test_every_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"])
+def test_a_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path):
   write(tmp_path / "model.gguf", make("smollm2", WIDE), kind)
   file = gguf.read(tmp_path / "model.gguf")
   shape, tokens = gguf.read_architecture(file), np.random.default_rng(1).integers(0, SMALL["vocab_size"], (2, 30))
@@ -136,7 +142,7 @@ def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
   devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
   places = mesh.param_shardings(devices, model.abstract(shape))
   whole = gguf.load(file, shape)
-  monkeypatch.setattr(gguf, "SLICE", 1000)  # several slices of rows, and a last one that is shorter
+  monkeypatch.setattr(gguf_file, "SLICE", 1000)  # several slices of rows, the last one shorter
   found = gguf.load(file, shape, dtype=jnp.bfloat16, shardings=places)
   for leaf, place, right in zip(*map(jax.tree.leaves, (found, places, whole)), strict=True):
     assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -145,12 +151,140 @@ def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
   assert up.addressable_shards[0].data.size == up.size // 4  # split over "fsdp" and "tensor"
 
 
+# Every type, and files in parts.
+
+KINDS = [kind for kind in package.GGMLQuantizationType if gguf_file.is_read(kind)]
+
+
+def blocks(kind, rows, columns, seed=0):
+  """Rows of a quantised matrix: numbers that the package quantises, or any bytes if it cannot."""
+  rng = np.random.default_rng(seed)
+  try:
+    return package.quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
+  except NotImplementedError:
+    numbers, size = package.GGML_QUANT_SIZES[kind]
+    return rng.integers(0, 256, (rows, columns // numbers * size), np.uint8)
+
+
+def test_the_types_are_those_that_the_package_dequantises():
+  plain = {package.GGMLQuantizationType.F32, package.GGMLQuantizationType.F16}
+  assert set(KINDS) == plain | package.quants._type_traits.keys()
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # any bytes are any scales
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_tensor_of_each_type_has_the_packages_numbers(kind, tmp_path, monkeypatch):
+  monkeypatch.setattr(gguf_file, "SLICE", 1100)  # two rows at a time, and a last one
+  data = blocks(kind, 7, 512)
+  writer = package.GGUFWriter(tmp_path / "model.gguf", "llama")
+  writer.add_tensor("first", np.ones(3, np.float32))
+  writer.add_tensor("matrix", data, raw_dtype=kind)
+  writer.add_tensor("vector", data[:1].reshape(-1), raw_dtype=kind)
+  finish(writer)
+  tensors = gguf.read(tmp_path / "model.gguf").tensors
+  right = package.dequantize(data, kind)
+  assert tensors["matrix"].shape == right.shape == (7, 512) and tensors["vector"].shape == (512,)
+  np.testing.assert_array_equal(tensors["matrix"].values(), right)
+  np.testing.assert_array_equal(tensors["vector"].values(), right[0])
+
+
+def test_a_block_of_q5_0_by_hand():
+  """A float16 scale, 32 fifth bits, then 16 bytes with the lower bits of two numbers each."""
+  data = blocks(package.GGMLQuantizationType.Q5_0, 3, 64)
+  right = []
+  for block in data.reshape(-1, 22):
+    scale, high = block[:2].view(np.float16)[0], int(block[2:6].view(np.uint32)[0])
+    low = [int(byte) & 15 for byte in block[6:]] + [int(byte) >> 4 for byte in block[6:]]
+    right += [float(scale) * ((low[i] | (high >> i & 1) << 4) - 16) for i in range(32)]
+  tensor = gguf_file.Tensor("x", package.GGMLQuantizationType.Q5_0, (3, 64), data)
+  np.testing.assert_array_equal(tensor.values().reshape(-1), np.float32(right))
+
+
+def test_the_parts_of_a_split_file_are_one_model(tmp_path):
+  theirs = make("smollm2")
+  write(tmp_path / "whole.gguf", theirs)
+  write(tmp_path / "model.gguf", theirs, split_max_tensors=8)
+  paths = sorted(tmp_path.glob("model-*.gguf"))
+  assert len(paths) == 3 and paths == gguf_file.parts(paths[1])
+  right = gguf.read(tmp_path / "whole.gguf")
+  for path in (paths[0], paths[2]):  # the first, as llama.cpp wants it, or any other
+    found = gguf.read(path)
+    assert found.path == paths[0] and found.tensors.keys() == right.tensors.keys()
+    assert gguf.read_architecture(found) == gguf.read_architecture(right)
+    for name, tensor in right.tensors.items():
+      np.testing.assert_array_equal(found.tensors[name].values(), tensor.values())
+
+
+def test_a_part_that_is_missing_or_does_not_belong_is_named(tmp_path):
+  write(tmp_path / "model.gguf", make("smollm2"), split_max_tensors=8)
+  first, second, third = sorted(tmp_path.glob("model-*.gguf"))
+  content = second.read_bytes()
+  second.write_bytes(third.read_bytes())
+  told = '00002-of-00003.gguf: "split.no" and "split.count" are 2 and 3: .* 1 and 3'
+  with pytest.raises(ValueError, match=told):
+    gguf.read(first)
+  second.unlink()
+  for path in (first, third):
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.gguf: .* a part of"):
+      gguf.read(path)
+  second.write_bytes(content)
+  with pytest.raises(ValueError, match='"split.count" is 3: the names .*-00001-of-00003.gguf'):
+    gguf.read(first.rename(tmp_path / "renamed.gguf"))
+
+
+# The head.
+
+
+@pytest.mark.parametrize(
+    "kinds", [("F32", "F32"), ("Q8_0", "Q8_0"), ("F32", "Q8_0"), ("Q4_0", "Q8_0")]
+)
+def test_a_head_counts_if_its_numbers_are_not_the_embeddings(kinds, tmp_path):
+  """Qwen's files hold a tied head once more, which llama.cpp quantises in a better type."""
+
+  def change(tensors, metadata):
+    tensors["output.weight"] = tensors["token_embd.weight"].copy()
+
+  theirs = make("qwen2.5")
+  write(tmp_path / "model.gguf", theirs, change=change)
+  tensors = gguf.read(tmp_path / "model.gguf").tensors
+  writer = package.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+  embedding = tensors["token_embd.weight"].values()
+  for name, kind in zip(("token_embd.weight", "output.weight"), kinds, strict=True):
+    add_tensor(writer, name, embedding, kind)
+  finish(writer)
+  found = gguf.read(tmp_path / "model.gguf")
+  assert gguf._is_tied(found) is (kinds[0] == kinds[1])
+
+
+@pytest.mark.parametrize("value", [None, 0.0, 1.0])
+def test_the_head_of_the_file_is_the_head_of_the_model(value, tmp_path):
+  """None: no head there; else what is added to the last number of the embedding."""
+
+  def change(tensors, metadata):
+    if value is not None:
+      tensors["output.weight"] = tensors["token_embd.weight"].copy()
+      tensors["output.weight"][-1, -1] += value
+
+  theirs = make("qwen2.5")
+  write(tmp_path / "model.gguf", theirs, change=change)
+  file = gguf.read(tmp_path / "model.gguf")
+  shape = gguf.read_architecture(file)
+  assert shape.tied_head is (value != 1.0)
+  right = theirs.model.embed_tokens.weight.detach().numpy().copy()
+  right[-1, -1] += value or 0.0
+  np.testing.assert_array_equal(model.head(gguf.load(file, shape)), right)
+
+
 # What a file may not hold.
 
 
 def test_a_type_that_is_not_read_is_named_with_its_tensor(tmp_path):
-  write(tmp_path / "model.gguf", make("smollm2"), "Q5_0")
-  with pytest.raises(ValueError, match=r"token_embd.weight is Q5_0.* and 10 more: .*Q8_0"):
+  writer = package.GGUFWriter(tmp_path / "model.gguf", "llama")
+  for name in ("a", "b"):
+    writer.add_tensor(name, np.zeros((2, 4), np.int32))
+  writer.add_tensor("c", np.zeros((2, 4), np.float32))
+  finish(writer)
+  with pytest.raises(ValueError, match="model.gguf: a is I32, b is I32: .*Q8_0"):
     gguf.read(tmp_path / "model.gguf")
 
 
@@ -194,7 +328,8 @@ def test_missing_unknown_and_misshaped_tensors_are_listed_together(tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [("architecture", "gemma"), ("expert_count", 8), ("rope.scaling.type", "yarn"), ("attention.value_length", 8),
-     ("rope.dimension_count", 8), ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
+     (".general.type", "adapter"), ("attention.causal", False), ("rope.dimension_count", 8),
+     ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
 )  # fmt: skip
 def test_metadata_that_are_not_built_are_named_with_their_value(key, value, tmp_path):
   def change(tensors, metadata):
@@ -205,7 +340,7 @@ def test_metadata_that_are_not_built_are_named_with_their_value(key, value, tmp_
   write(tmp_path / "model.gguf", make("smollm2"), change=change)
   with pytest.raises(ValueError, match=key) as error:
     gguf.read_architecture(gguf.read(tmp_path / "model.gguf"))
-  assert (repr(value) if value else "missing") in str(error.value)
+  assert ("missing" if value is None else repr(value)) in str(error.value)
 
 
 def test_another_scaling_of_positions_is_refused(tmp_path):
@@ -244,7 +379,7 @@ def vocabulary(path, pre, **changed):
   finish(writer)
 
 
-@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["qwen2", "deepseek-r1-qwen", "llama-bpe", "llama3"])
 def test_text_becomes_the_ids_that_transformers_gives(pre, tmp_path):
   vocabulary(tmp_path / "model.gguf", pre)
   found = gguf.tokenizer(gguf.read(tmp_path / "model.gguf"))
@@ -255,6 +390,49 @@ def test_text_becomes_the_ids_that_transformers_gives(pre, tmp_path):
   assert found.all_special_tokens == ["<|end|>"] and found.encode("a<|end|><think>")[-2:] == [500, 501]
   chat = [{"role": "user", "content": "Hello"}]
   assert found.apply_chat_template(chat, tokenize=False) == right.apply_chat_template(chat, tokenize=False) == "Hello<|end|>"
+
+
+COMPOSED = "na\u00efve caf\u00e9 \uac00"
+DECOMPOSED = "nai\u0308ve cafe\u0301 \u1100\u1161"
+
+
+@pytest.mark.parametrize(
+    "pre, same",
+    [("qwen2", True), ("deepseek-r1-qwen", True), ("llama-bpe", False), ("smollm", False)],
+)
+def test_qwen_reads_decomposed_letters_as_composed_ones(pre, same, tmp_path):
+  """As Qwen's tokenizer.json has it; Llama 3's and SmolLM's have no normal form."""
+  vocabulary(tmp_path / "model.gguf", pre)
+  found = gguf.tokenizer(gguf.read(tmp_path / "model.gguf"))
+  assert (found.encode(DECOMPOSED) == found.encode(COMPOSED)) is same
+  assert found.decode(found.encode(DECOMPOSED)) == (COMPOSED if same else DECOMPOSED)
+
+
+def test_an_unused_token_decodes_to_nothing(tmp_path):
+  vocabulary(tmp_path / "model.gguf", "qwen2")
+  given = gguf.read(tmp_path / "model.gguf").metadata
+  tokens, kinds = given["tokenizer.ggml.tokens"], given["tokenizer.ggml.token_type"]
+  more = dict(tokens=["[SPARE]", *tokens, "[PAD503]"], token_type=[5, *kinds, 5])
+  vocabulary(tmp_path / "more.gguf", "qwen2", **more, eos_token_id=501, padding_token_id=501)
+  plain = HuggingFaceTokenizer(gguf.tokenizer(gguf.read(tmp_path / "model.gguf")))
+  found = HuggingFaceTokenizer(gguf.tokenizer(gguf.read(tmp_path / "more.gguf")))
+  text = "[PAD503] and [SPARE] too"
+  ids = found.encode(text)
+  assert ids == [i + 1 for i in plain.encode(text)]
+  assert found.decode([503, *ids[:3], 0, *ids[3:]]) == text
+
+
+def test_whatever_the_file_declares_ends_a_response(tmp_path):
+  vocabulary(tmp_path / "model.gguf", "qwen2")
+  given = gguf.read(tmp_path / "model.gguf").metadata
+  ends = ["<|end|>", "<turn>", "<tool>", "<|endoftext|>", "<|im_end|>"]
+  tokens = given["tokenizer.ggml.tokens"][:500] + ends
+  fields = dict(tokens=tokens, token_type=[1] * 500 + [3, 3, 3, 3, 1])
+  vocabulary(tmp_path / "more.gguf", "qwen2", **fields, eot_token_id=501, eom_token_id=502)
+  file = gguf.read(tmp_path / "more.gguf")
+  assert gguf.eos_ids(file) == [500, 501, 502, 503]  # a text may hold the last: no control token
+  found = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
+  assert set(found.eos_ids) == {500, 501, 502, 503}
 
 
 def test_a_word_that_is_a_token_stays_whole_in_llama_3(tmp_path):
@@ -285,14 +463,24 @@ def test_an_export_has_the_files_context_length_and_special_tokens(tmp_path):
   huggingface.save(target, gguf.load(file, shape), shape, dtype=np.float32, config=fields)
   found, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(target), transformers.AutoTokenizer.from_pretrained(target)
   config = found.config
-  assert (config.max_position_embeddings, config.bos_token_id, config.eos_token_id) == (8, 501, 500)
+  assert config.max_position_embeddings == 256
+  assert (config.bos_token_id, config.eos_token_id) == (501, 500)
   assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (501, 500, 500)
   assert found.generation_config.eos_token_id == list(words.eos_ids)
+  written = json.loads((target / "tokenizer_config.json").read_text())
+  assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # known to versions 4 and 5
+  assert str(tmp_path) not in json.dumps(written)
+  assert json.loads((target / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
+  assert tokenizer.encode(DECOMPOSED) == words.encode(DECOMPOSED) == words.encode(COMPOSED)
   for right, value in zip(theirs.parameters(), found.parameters(), strict=True):
     torch.testing.assert_close(value, right, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("key, value", [("pre", "chatglm"), ("model", "llama"), ("merges", None)])
+@pytest.mark.parametrize("key, value", [
+    ("pre", "chatglm-bpe"), ("pre", None), ("model", "llama"), ("merges", None),
+    ("merges", ["no such"]), ("token_type", [1, 3]),
+    ("eos_token_id", 10**6), ("padding_token_id", 502),
+])  # fmt: skip
 def test_a_vocabulary_that_is_not_built_is_named(key, value, tmp_path):
   vocabulary(tmp_path / "model.gguf", **{"pre": "qwen2", key: value})
   with pytest.raises(ValueError, match=f"tokenizer.ggml.{key}"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import architecture, decode, generate, huggingface, model
+from oel_jax.policy import architecture, decode, generate, huggingface, model, safetensors_folder
 from oel_jax.policy.attention import frequencies
 from oel_jax.runtime import mesh
 
@@ -265,7 +265,9 @@ def test_another_scaling_of_positions_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     "field, value, right",
     [("hidden_size", "2560", "whole number"), ("head_dim", 16.0, "whole number"), ("num_key_value_heads", 0, "whole number"),
-     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"), ("rope_theta", "1e6", "number above 0"),
+     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"),
+     ("max_position_embeddings", "4k", "whole number"),
+     ("rope_theta", "1e6", "number above 0"),
      ("rope_parameters", LLAMA3 | dict(factor="8"), "number above 0"), ("tie_word_embeddings", "false", "true or false")],
 )  # fmt: skip
 def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, value, right):
@@ -277,6 +279,15 @@ def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, valu
 def test_heads_follow_from_the_width_where_they_are_not_given(folder, tmp_path):
   found = huggingface.read_architecture(changed(folder, tmp_path, num_key_value_heads=None, head_dim=None))
   assert (found.kv_heads, found.head_size) == (4, 12)
+
+
+def test_the_longest_sequence_is_read_and_changes_no_architecture(folder, tmp_path):
+  shape = huggingface.read_architecture(folder)
+  found = huggingface.read_architecture(changed(folder, tmp_path, max_position_embeddings=777))
+  assert (shape.max_positions, found.max_positions) == (256, 777)
+  assert found == shape and hash(found) == hash(shape)
+  unknown = changed(folder, tmp_path / "unknown", max_position_embeddings=None)
+  assert huggingface.read_architecture(unknown).max_positions is None
 
 
 YARN, PLAIN = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}
@@ -328,6 +339,200 @@ def test_a_head_stored_twice_and_old_frequencies_change_nothing(tmp_path_factory
   found = huggingface.load(copy, shape)
   assert jax.tree.structure(found) == jax.tree.structure(model.abstract(shape)) and "head" not in found
   np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
+
+
+# Which file and which tensor counts.
+
+
+def tensors_of(folder):
+  return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def saved(folder, tmp_path, tensors, *extra, name="model.safetensors"):
+  """A copy of the folder with these tensors; with further ones as shards, and an index of all."""
+  copy = shutil.copytree(folder, tmp_path / f"copy{len(list(tmp_path.iterdir()))}")
+  (copy / "model.safetensors").unlink()
+  for i, part in enumerate((tensors, *extra)):
+    safetensors.numpy.save_file(part, copy / (f"shard-{i}.safetensors" if extra else name))
+  if extra:
+    parts = enumerate((tensors, *extra))
+    write_index(copy, {name: f"shard-{i}.safetensors" for i, part in parts for name in part})
+  return copy
+
+
+def write_index(folder, weight_map):
+  (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def check_holds(folder, tensors):
+  found = safetensors_folder.open_folder(folder)
+  assert found.keys() == tensors.keys()
+  for name, right in tensors.items():
+    np.testing.assert_array_equal(found[name].read(), right)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+  """A folder with a tied head, one layer, and its architecture."""
+  folder = tmp_path_factory.mktemp("model") / "tied"
+  fields = SMALL | dict(num_hidden_layers=1, tie_word_embeddings=True)
+  families.model("Qwen2", **fields).save_pretrained(folder)
+  return folder, huggingface.read_architecture(folder)
+
+
+@pytest.mark.parametrize("changed_row", [None, 96])
+def test_a_head_beside_a_tied_flag_counts_if_it_differs(tied, tmp_path, monkeypatch, changed_row):
+  """As version 5 of transformers has it."""
+  monkeypatch.setattr(safetensors_folder, "SLICE", 10 * 48)  # ten slices
+  folder, shape = tied
+  tensors = tensors_of(folder)
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  if changed_row is not None:
+    tensors["lm_head.weight"][changed_row, -1] += 1
+  copy = saved(folder, tmp_path, tensors)
+  found = huggingface.read_architecture(copy)
+  assert shape.tied_head and found.tied_head is (changed_row is None)
+  loaded = huggingface.load(copy, found)
+  np.testing.assert_array_equal(model.head(loaded), tensors["lm_head.weight"])
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+  np.testing.assert_array_equal(model.head(loaded), theirs.lm_head.weight.detach().numpy())
+  config = json.loads((copy / "config.json").read_text())
+  huggingface.save(tmp_path / "out", loaded, found, dtype=np.float32, config=config)
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert written["tie_word_embeddings"] is found.tied_head
+
+
+def test_a_tied_matrix_under_the_heads_name_is_the_embedding(tied, tmp_path):
+  """safetensors.torch.save_model keeps one of two names for a matrix, the alphabet's first."""
+  folder, shape = tied
+  tensors = tensors_of(folder)
+  tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+  copy = saved(folder, tmp_path, tensors)
+  assert huggingface.read_architecture(copy).tied_head
+  found = huggingface.load(copy, shape)
+  assert jax.tree.structure(found) == jax.tree.structure(model.abstract(shape))
+  np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
+
+
+def test_a_model_without_a_head_has_no_prefix(tied, tmp_path):
+  folder, shape = tied
+  tensors = {name.removeprefix("model."): value for name, value in tensors_of(folder).items()}
+  copy = saved(folder, tmp_path, tensors)
+  assert huggingface.read_architecture(copy) == shape
+  check_holds(copy, tensors_of(folder))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["language_model.", "model.language_model.", "module.model.", "base_model.model.model."],
+)
+def test_another_prefix_is_named(tied, tmp_path, prefix):
+  folder, shape = tied
+  usual = tensors_of(folder)
+  tensors = {prefix + name.removeprefix("model."): value for name, value in usual.items()}
+  with pytest.raises(ValueError, match=f"with '{prefix}' in front of"):
+    huggingface.load(saved(folder, tmp_path, tensors), shape)
+
+
+def test_a_whole_file_counts_before_an_index(tied, tmp_path):
+  folder, _ = tied
+  tensors = tensors_of(folder)
+  copy = saved(folder, tmp_path, tensors)
+  write_index(copy, dict.fromkeys(tensors, "old.safetensors"))
+  check_holds(copy, tensors)
+  other = {name: value + 1 for name, value in tensors.items()}
+  safetensors.numpy.save_file(other, copy / "old.safetensors")
+  safetensors.numpy.save_file(other, copy / "consolidated.safetensors")
+  check_holds(copy, tensors)
+
+
+def test_of_a_tensor_in_two_shards_the_indexed_one_counts(tied, tmp_path):
+  folder, _ = tied
+  tensors = tensors_of(folder)
+  other = {"model.norm.weight": tensors["model.norm.weight"] + 1}
+  for shards in ((tensors, other), (other, tensors)):
+    copy = saved(folder, tmp_path, *shards)
+    right, wrong = (f"shard-{shards.index(part)}.safetensors" for part in (tensors, other))
+    write_index(copy, dict.fromkeys(tensors, right))
+    check_holds(copy, tensors)
+    write_index(copy, dict.fromkeys(tensors, right) | {"model.norm.weight": wrong})
+    check_holds(copy, tensors | other)
+    write_index(copy, dict.fromkeys(tensors, wrong))
+    with pytest.raises(ValueError, match=f"index.json: .* should lie in {wrong}, .*; nor 12 more"):
+      safetensors_folder.open_folder(copy)
+
+
+@pytest.mark.parametrize("text, told", [
+    ("{", "JSONDecodeError"), ("{}", "KeyError"), ('{"weight_map": {"a": 3}}', "'a' lies in 3"),
+    ('{"weight_map": {"a": "../b.safetensors"}}', "'a' lies in '../b.safetensors'"),
+    ('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "'a' is there twice: 'b.*'c"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+])  # fmt: skip
+def test_an_index_that_is_none_is_told(tied, tmp_path, text, told):
+  folder, shape = tied
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  (copy / "model.safetensors").unlink()
+  (copy / huggingface.INDEX).write_text(text)
+  with pytest.raises(ValueError, match=f"index.json: not an index of safetensors shards .*{told}"):
+    huggingface.load(copy, shape)
+
+
+@pytest.mark.parametrize("names, told", [
+    (["pytorch_model.bin"], "there is pytorch_model.bin: pickled weights are not read"),
+    (["pytorch_model-00001-of-00002.bin"], "pickled weights are not read"),
+    (["model-00001-of-00002.safetensors"], "index.json: no such file, though there are shards"),
+    (["consolidated.safetensors"], "there is consolidated.safetensors: it is named in another way"),
+    (["model.fp16.safetensors"], "there is model.fp16.safetensors: it is named in another way"),
+    (["model-q4_k_m.gguf"], "there is model-q4_k_m.gguf: give the path of this file"),
+    ([], "model.safetensors: no such file: the folder must hold"),
+])  # fmt: skip
+def test_a_folder_with_other_weights_says_which(tied, tmp_path, names, told):
+  folder, shape = tied
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  (copy / "model.safetensors").unlink()
+  for name in names:
+    (copy / name).touch()
+  for read in (lambda: huggingface.read_architecture(copy), lambda: huggingface.load(copy, shape)):
+    with pytest.raises(FileNotFoundError, match=told):
+      read()
+
+
+def test_a_quantised_tensor_is_named_with_its_type(tied, tmp_path):
+  folder, shape = tied
+  tensors = tensors_of(folder)
+  name = "model.layers.0.mlp.up_proj.weight"
+  for kind, tag in ((ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8"), (np.uint8, "U8")):
+    tensors[name] = np.zeros(tensors[name].shape, kind)
+    with pytest.raises(ValueError, match=f"{name} is {tag}: quantised"):
+      huggingface.load(saved(folder, tmp_path, tensors), shape)
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "quantization", "compression_config"])
+def test_a_quantised_folder_is_told(folder, tmp_path, field):
+  value = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+  with pytest.raises(ValueError, match=f'"{field}" is .*fp8.*: the weights are quantised'):
+    huggingface.read_architecture(changed(folder, tmp_path, **{field: value}))
+
+
+def test_an_adapter_is_told(folder, tmp_path):
+  for copy in (shutil.copytree(folder, tmp_path / "both"), tmp_path):  # with a model, and alone
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="adapter_config.json: the folder holds an adapter"):
+      huggingface.read_architecture(copy)
+
+
+@pytest.mark.parametrize("fields", [
+    {"unsloth_fixed": True, "unsloth_version": "2026.1.1", "_name_or_path": "some/model",
+     "use_cache": False, "transformers_version": "4.51.3", "_attn_implementation_autoset": True,
+     "torch_dtype": "bfloat16", "dtype": "float16"},
+    {"pruned_heads": {}, "max_length": 20, "num_beams": 1, "num_beam_groups": 1, "temperature": 1.0,
+     "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
+     "num_return_sequences": 1, "mlp_only_layers": []},
+])  # fmt: skip
+def test_fields_that_change_nothing_pass(folder, tmp_path, fields):
+  """Those of mirrors, and all that transformers 4 writes beside the shapes."""
+  found = huggingface.read_architecture(changed(folder, tmp_path, **fields))
+  assert found == huggingface.read_architecture(folder)
 
 
 def test_missing_unknown_and_misshaped_tensors_are_listed_together(folder, tmp_path):

@@ -132,7 +132,7 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 def test_a_file_of_another_kind_is_named(tmp_path):
   path = tmp_path / "w.safetensors"
   path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-  with pytest.raises(ValueError, match="w.safetensors.*not a whole safetensors file"):
+  with pytest.raises(ValueError, match="w.safetensors.*not a whole safetensors file.*git lfs pull"):
     weights.load(path, TINY)
 
 

@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
+from oel_jax.policy.safetensors_folder import FLOATS, INDEX, SINGLE, Tensor, open_folder
 from oel_jax.runtime import files
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 4 * 2**30
 FAMILIES = ("qwen3", "qwen2", "llama")
 
@@ -50,24 +49,51 @@ FIXED = {
 READ = {
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
-    "layer_types",
+    "layer_types", "max_position_embeddings",
 }  # fmt: skip
-# Fields that change nothing of the forward pass.
+# Fields that change nothing of the forward pass, nor do those whose names begin with a mark.
 HARMLESS = {
-    "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_llama_config", "label2id", "max_position_embeddings", "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
-    "problem_type", "return_dict", "sliding_window", "torch_dtype", "transformers_version", "use_cache",
+    "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
+    "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+    "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
+    "mask_token_id", "max_window_layers", "output_attentions", "output_hidden_states",
+    "pad_token_id", "prefix", "problem_type", "return_dict", "sep_token_id", "sliding_window",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "unk_token_id",
+    "use_bfloat16", "use_cache",
 }  # fmt: skip
+MARKS = ("_", "transformers", "unsloth_")
+# Settings of sampling, which `transformers` 4 kept in config.json; ours are config.policy's.
+SAMPLING = {
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
+    "temperature", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+QUANTISED = ("quantization_config", "quantization", "compression_config")
+HEAD, EMBEDDING = NAMES["head/kernel"], NAMES["embed/embedding"]
+FREQUENCIES = "rotary_emb.inv_freq"  # of old files; they follow from config.json
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
-  """The shapes that the folder's config.json gives.
+  """The shapes that the folder's config.json gives, and whether the head is tied.
+
+  A head that lies beside the embedding although "tie_word_embeddings" is true counts if its numbers
+  differ, as in version 5 of `transformers`. The files of weights are opened to see that.
 
   Raises:
-    FileNotFoundError: there is no config.json.
-    ValueError: it is damaged, a field is missing, or says something that this decoder does not do; names the field and its value.
+    FileNotFoundError: there is no config.json; or the head is tied and there are no weights.
+    ValueError: the folder holds an adapter; or config.json is damaged, a field is missing, or says
+      something that this decoder does not do; names the field and its value.
   """
   path = pathlib.Path(folder) / "config.json"
+  adapter = path.with_name("adapter_config.json")
+  if adapter.is_file():
+    raise ValueError(
+        f"{adapter}: the folder holds an adapter (LoRA), not a model: merge it into its base, with "
+        "PEFT's merge_and_unload, and give that; remove the file if this has been done"
+    )
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file; config.policy.weights must be a folder with a Hugging Face model")
   try:
@@ -90,11 +116,14 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     raise ValueError(f'{path}: "tie_word_embeddings" is {tied!r}: it must be true or false')
   theta, scaling = _rope(path, config)
   heads, width = need("num_attention_heads"), need("hidden_size")
+  longest = config.get("max_position_embeddings")
   return Architecture(
       vocabulary=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
       kv_heads=need("num_key_value_heads", default=heads), head_size=need("head_dim", default=width // heads),
       feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps", float),
-      qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=tied,
+      qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
+      tied_head=tied and _is_tied(open_folder(path.parent)),
+      max_positions=longest if longest is None else need("max_position_embeddings"),
   )  # fmt: skip
 
 
@@ -112,8 +141,13 @@ def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
       raise ValueError(f'{path}: "{name}" is {value!r}: only {fixed[name]!r} is supported')
     if name == "layer_types" and value is not None and set(value) - {"full_attention"}:
       raise ValueError(f'{path}: "layer_types" holds {sorted(set(value) - {"full_attention"})}: only "full_attention" is supported')
-    known = name in READ or name in FIXED or name in HARMLESS or name.startswith(("_", "transformers"))
-    if not known and value not in (None, False):
+    if name in QUANTISED and value:
+      raise ValueError(
+          f'{path}: "{name}" is {value!r:.100}: the weights are quantised, and only floating-point '
+          "ones are read; give the folder of the model before it was quantised, or a GGUF file"
+      )
+    known = name in READ | FIXED.keys() | HARMLESS | SAMPLING or name.startswith(MARKS)
+    if not known and value not in (None, False, "", [], {}):
       raise ValueError(f'{path}: "{name}" is {value!r:.100}: this decoder does not know the field; remove it only if it changes nothing')
 
 
@@ -185,9 +219,18 @@ def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = 
     ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists them all.
   """
   folder = pathlib.Path(folder)
-  tensors = {name: file for name, file in _open(folder).items() if not _is_ignored(name, architecture)}
-  shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
-  read = lambda name: tensors[name].get_tensor(name)
+  found = open_folder(folder)
+  tensors = {name: tensor for name, tensor in found.items() if not name.endswith(FREQUENCIES)}
+  if architecture.tied_head and HEAD in tensors:
+    # The embedding once more, or in its place: of two names some programs keep but one.
+    tensors.setdefault(EMBEDDING, tensors.pop(HEAD))
+  kinds = {name: tensor.kind for name, tensor in tensors.items()}
+  wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in FLOATS]
+  if wrong:
+    shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    raise ValueError(f"{folder}: {shown}: quantised or packed; only {', '.join(FLOATS)} are read")
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  read = lambda name: tensors[name].read()
   return assemble(f"{folder}: the weights do not fit config.json", shapes, read, architecture, NAMES, dtype=dtype, shardings=shardings)
 
 
@@ -239,30 +282,11 @@ def assemble(
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _is_ignored(name: str, architecture: Architecture) -> bool:
-  """Tensors that carry nothing of their own: a tied head stored twice, and frequencies that old files keep."""
-  return name.endswith("rotary_emb.inv_freq") or (architecture.tied_head and name == NAMES["head/kernel"])
-
-
-def _open(folder: pathlib.Path) -> dict[str, Any]:
-  """Tensor name → the open file that holds it."""
-  if (folder / INDEX).is_file():
-    try:
-      names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f"{folder / INDEX}: not an index of safetensors shards ({type(error).__name__}: {error})") from error
-  else:
-    names = [SINGLE]
-  found = {}
-  for name in names:
-    if not (folder / name).is_file():
-      raise FileNotFoundError(f"{folder / name}: no such file; the folder must hold {SINGLE}, or {INDEX} and every shard it names")
-    try:
-      file = safetensors.safe_open(folder / name, framework="np")  # straight from the file: the flax face would visit the default device
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{folder / name}: not a whole safetensors file ({error})") from error
-    found |= dict.fromkeys(file.keys(), file)
-  return found
+def _is_tied(tensors: dict[str, Tensor]) -> bool:
+  """Whether there is but one matrix for embedding and head, or the same twice."""
+  if HEAD not in tensors or EMBEDDING not in tensors:
+    return True
+  return tensors[HEAD].holds_what(tensors[EMBEDDING])
 
 
 def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, dtype: Any = ml_dtypes.bfloat16,
@@ -312,7 +336,8 @@ def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
     scaling = dataclasses.asdict(a.rope_scaling)
     rope |= scaling | {"rope_type": "llama3", "original_max_position_embeddings": int(scaling["original_max_position_embeddings"])}
   # Both spellings: engines built on older versions read rope_theta, rope_scaling and torch_dtype.
-  return {
+  longest = {} if a.max_positions is None else {"max_position_embeddings": a.max_positions}
+  return longest | {
       "architectures": [f"{name}ForCausalLM"], "model_type": family, "vocab_size": a.vocabulary, "hidden_size": a.width,
       "num_hidden_layers": a.layers, "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_size,
       "intermediate_size": a.feedforward, "rms_norm_eps": a.norm_eps, "tie_word_embeddings": a.tied_head, "hidden_act": "silu",

@@ -162,7 +162,7 @@ class HuggingFaceTokenizer:
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike) -> "HuggingFaceTokenizer":
-    """Reads tokenizer.json and its companions, and the ends of a response from generation_config.json if there is one.
+    """Reads tokenizer.json and its companions, and the ends of a response that the folder declares.
 
     Raises:
       ImportError: `transformers` is not installed.
@@ -170,11 +170,12 @@ class HuggingFaceTokenizer:
     """
     transformers = _transformers()
     folder = pathlib.Path(folder)
+    ends = _ends(folder)
     try:
       tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises almost anything here
       raise ValueError(f"{folder}: no tokenizer could be read there ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
-    return cls(tokenizer, _ends(folder / "generation_config.json"))
+    return cls(tokenizer, ends)
 
   def encode(self, text: str) -> list[int]:
     """Plain text to ids. `decode` gives the text back, in the tokenizer's Unicode normal form; half a surrogate pair becomes "?"."""
@@ -295,12 +296,22 @@ def _without_added_tokens(tokenizer: Any) -> Any:
   return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": [], "post_processor": None}))
 
 
-def _ends(path: pathlib.Path) -> list[int]:
-  """The end-of-sequence ids of a generation_config.json; [] if there is no such file."""
-  if not path.is_file():
-    return []
-  try:
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-    return [int(i) for i in (found if isinstance(found, list) else [found])]
-  except (ValueError, TypeError, AttributeError) as error:
-    raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+def _ends(folder: pathlib.Path) -> list[int]:
+  """The end-of-sequence ids of generation_config.json or, if it has none, of config.json, or [].
+
+  In this order, as in `transformers`: config.json may hold a family's default, which is an ordinary
+  token here.
+  """
+  for path in (folder / "generation_config.json", folder / "config.json"):
+    if not path.is_file():
+      continue
+    try:
+      given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    found = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(i) is not int or i < 0 for i in found):
+      raise ValueError(f'{path}: "eos_token_id" is {given!r}: it must be an id or a list of ids')
+    if found:
+      return found
+  return []

@@ -15,6 +15,8 @@ from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
 from oel_jax.runtime import files
 
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a pointer begins
+
 
 def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None) -> None:
   """Writes the parameters, whole or not at all.
@@ -52,7 +54,8 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
   try:
     found = safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, ValueError) as error:
-    raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    hint = pointer_hint(path)
+    raise ValueError(f"{path}: not a whole safetensors file ({error}){hint}") from error
   wanted = flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/")
   wrong = [f"{name}: missing" for name in wanted if name not in found] + [f"{name}: unknown" for name in found if name not in wanted]
   wrong += [f"{n}: {found[n].shape} instead of {w.shape}" for n, w in wanted.items() if n in found and found[n].shape != w.shape]
@@ -68,6 +71,13 @@ def metadata(path: str | os.PathLike) -> dict[str, str]:
       return file.metadata() or {}
   except safetensors.SafetensorError as error:
     raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def pointer_hint(path: str | os.PathLike) -> str:
+  """What an error about a damaged file should add: that it is a Git LFS pointer, or nothing."""
+  with open(path, "rb") as file:
+    is_pointer = file.read(len(POINTER)) == POINTER
+  return "; it is a Git LFS pointer: fetch the file itself, with git lfs pull" if is_pointer else ""
 
 
 def digest(path: str | os.PathLike) -> str:
