@@ -14,7 +14,6 @@ import numpy as np
 try:
   import gguf
   import tokenizers
-  import transformers
 except ImportError as error:
   raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
 from gguf import GGMLQuantizationType as Type
@@ -22,6 +21,9 @@ from gguf import GGMLQuantizationType as Type
 from oel_jax.policy import huggingface
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
+from oel_jax.policy.tokenizer import import_transformers
+
+transformers = import_transformers()
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K)
