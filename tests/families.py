@@ -3,7 +3,6 @@
 import functools
 
 import tokenizers
-import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -66,8 +65,10 @@ def tokenizer(family: str) -> transformers.PreTrainedTokenizerFast:
   return made
 
 
-def model(name: str, **fields) -> transformers.PreTrainedModel:
+def model(name: str, **fields) -> "transformers.PreTrainedModel":
   """A random model of the class that begins with `name`, with norms and biases that can be told from ones and zeros."""
+  import torch  # here, for the tokenizers are used where it is not installed
+
   torch.manual_seed(0)
   made = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields)).eval()
   with torch.no_grad():

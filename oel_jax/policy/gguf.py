@@ -11,7 +11,6 @@ import numpy as np
 
 try:
   import tokenizers
-  import transformers
 except ImportError as error:
   raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
 
@@ -19,6 +18,9 @@ from oel_jax.policy import huggingface
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
 from oel_jax.policy.gguf_file import File, read  # noqa: F401  (read is called as gguf.read)
+from oel_jax.policy.tokenizer import import_transformers
+
+transformers = import_transformers()
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"

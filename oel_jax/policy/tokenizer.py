@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -168,7 +169,7 @@ class HuggingFaceTokenizer:
       ImportError: `transformers` is not installed.
       ValueError: no tokenizer there, or one of the kinds that `__init__` refuses.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     folder = pathlib.Path(folder)
     ends = _ends(folder)
     try:
@@ -280,12 +281,23 @@ class HuggingFaceTokenizer:
     raise ValueError(f"tokenizer {self._name}: no system message can follow its template's own, {self._default_system!r}, without changing it")
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+  """The module `transformers`, without its warning that there is no PyTorch: only its tokenizers are used here.
+
+  Raises:
+    ImportError: it is not installed, or Jinja, which it renders chat templates with, is not.
+  """
+  logging.getLogger("transformers").addFilter(_is_not_about_pytorch)  # it warns while it is imported
   try:
+    import jinja2  # noqa: F401  transformers itself asks for it at the first template only
     import transformers
   except ImportError as error:
-    raise ImportError('Hugging Face tokenizers need `transformers`: pip install "oel_jax[hf]"') from error
+    raise ImportError(f'a Hugging Face folder or GGUF file needs the extra "hf": pip install "oel_jax[hf]" ({error})') from error
   return transformers
+
+
+def _is_not_about_pytorch(record: logging.LogRecord) -> bool:
+  return not record.getMessage().startswith("PyTorch was not found")
 
 
 def _without_added_tokens(tokenizer: Any) -> Any:
