@@ -22,12 +22,18 @@ _QWEN = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{{ THINK }}{% endif %}"""
 _LLAMA = """{{- bos_token }}
+{%- if date_string is not defined %}{%- set date_string = TODAY %}{%- endif %}
 {%- set own = messages[0].content | trim if messages[0].role == 'system' else '' %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date_string + '\\n\\n' + own + '<|eot_id|>' }}
 {%- for message in (messages[1:] if messages[0].role == 'system' else messages) %}
 {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+_ONE_SYSTEM = """{%- for message in messages %}
+{%- if message.role == 'system' and not loop.first %}{{ raise_exception('one system message, at the beginning') }}{% endif %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 _NO_THINKING = "'<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking else ''"
 
 
@@ -44,7 +50,9 @@ FAMILIES = {
     "qwen3-thinking": (_qwen("", "'<think>\\n'"), _CHATML, ("<think>", "</think>"), None, "<|im_end|>", "<|endoftext|>"),
     "qwen2.5": (_qwen("You are a helpful assistant."), _CHATML, (), None, "<|im_end|>", "<|endoftext|>"),
     "smollm2": (_qwen("You are a helpful assistant, said Nobody"), _CHATML, (), "<|im_start|>", "<|im_end|>", "<|im_end|>"),
-    "llama3": (_LLAMA, _HEADERS, (), "<|begin_of_text|>", "<|eot_id|>", None),
+    "qwen3.5": (_ONE_SYSTEM, _CHATML, (), None, "<|im_end|>", "<|endoftext|>"),
+    "llama3.1": (_LLAMA.replace("TODAY", "'26 Jul 2024'"), _HEADERS, (), "<|begin_of_text|>", "<|eot_id|>", None),
+    "llama3": (_LLAMA.replace("TODAY", "strftime_now('%d %b %Y')"), _HEADERS, (), "<|begin_of_text|>", "<|eot_id|>", None),
 }
 
 
