@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from oel_jax import config as config_lib
 from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
 from oel_jax.policy import architecture, model, weights
 from oel_jax.policy.generate import Policy
@@ -90,6 +91,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     ValueError: the architecture is unknown, or `workdir` belongs to another configuration.
   """
   shape, model_file = architecture.named(config.architecture), vocabulary.build()
+  config_lib.check_finite(config)
   folder = open_workdir(config, workdir, resume_anyway)
   files.write_bytes(folder / load.TOKENIZER, model_file)
   with locked(folder), Metrics(folder) as metrics, Checkpoints(folder / "checkpoints") as checkpoints:
