@@ -33,7 +33,7 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
   config_lib.validate(config)
   devices = mesh.make_mesh(config.mesh)
   policy = rounds.load_policy(config.policy, devices)
-  folder = pathlib.Path(workdir).expanduser().absolute()
+  folder = files.local(workdir, "--workdir").absolute()
   if not hasattr(policy.tokenizer, "save"):
     raise ValueError(f"config.policy.weights is {config.policy.weights!r}: only a model that came from Hugging Face can go back there")
   for number in range(config.rounds, 0, -1):

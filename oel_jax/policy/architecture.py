@@ -38,6 +38,8 @@ class Architecture:
     qkv_bias: a bias on query, key and value (Qwen2.5).
     rope_scaling: of the rotary frequencies (Llama 3.1 and later); None for none.
     tied_head: the head is the embedding.
+    max_positions: context length in tokens, as the model's files say; None: they do not. It changes
+      no shape, and architectures that differ in nothing else are equal.
   """
 
   vocabulary: int
@@ -53,6 +55,7 @@ class Architecture:
   tied_head: bool = True
   qkv_bias: bool = False
   rope_scaling: Llama3Scaling | None = None
+  max_positions: int | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     if self.heads % self.kv_heads:

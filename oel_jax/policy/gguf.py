@@ -125,6 +125,7 @@ def read_architecture(file: File) -> Architecture:
       kv_heads=given.get("attention.head_count_kv", heads), head_size=size, feedforward=need("feed_forward_length"), rope_theta=theta,
       rope_scaling=_scaling(file, size, theta) if family == "llama" else None, norm_eps=_plain(need("attention.layer_norm_rms_epsilon")),
       qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=NAMES["head/kernel"] not in file.tensors,
+      max_positions=given.get("context_length"),
   )  # fmt: skip
 
 

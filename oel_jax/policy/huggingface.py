@@ -90,11 +90,15 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     raise ValueError(f'{path}: "tie_word_embeddings" is {tied!r}: it must be true or false')
   theta, scaling = _rope(path, config)
   heads, width = need("num_attention_heads"), need("hidden_size")
+  context = config.get("max_position_embeddings")
+  if context is not None:
+    _number(path, "max_position_embeddings", context, int)
   return Architecture(
       vocabulary=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
       kv_heads=need("num_key_value_heads", default=heads), head_size=need("head_dim", default=width // heads),
       feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps", float),
       qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tied_head=tied,
+      max_positions=context,
   )  # fmt: skip
 
 

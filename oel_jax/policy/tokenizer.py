@@ -2,8 +2,9 @@
 
 Untrusted text stays plain text: `encode` never yields a control token, whatever the text holds; only `chat` places them.
 
-What enters a prompt is decided here alone. A conversation is what its template makes of it: its own system message replaces the
-template's default one. Knowledge stands behind that system text, own or default, so that teacher and student differ in nothing else.
+What enters a prompt is decided here alone. A conversation is what its template makes of it: its own
+system message replaces the template's default one. Knowledge stands behind that system text, own or
+default, so that teacher and student differ in nothing else.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ class SentencePieceTokenizer:
 
   A message is `<|role|>` text `<|end|>`; a prompt ends with `<|assistant|>`, after which the policy writes, thinking between
   `<think>` and `</think>` if it likes, and stops with `<|end|>`. Messages are encoded one by one, so the ids of a conversation are
-  those of its parts joined. Knowledge is a system message of its own, behind the conversation's own one if it has one.
+  those of its parts joined. Knowledge is a system message by itself, behind the conversation's own
+  one if it has one.
 
   Attributes:
     vocabulary: number of pieces.
@@ -67,12 +69,13 @@ class SentencePieceTokenizer:
     del thinking
     knowledge, own, rest = _front(messages)
     placed = [message for message in (own, knowledge, *rest) if message is not None]
-    return [i for message in placed for i in self._message(message)] + [self._control[ROLES["assistant"]]]
+    ids = [i for message in placed for i in self._message(message)]
+    return ids + [self._control[ROLES["assistant"]]]
 
   def knowledge_prefix(
       self, message: Message, *, system: Message | None = None, thinking: bool = True
   ) -> tuple[int, list[int]]:
-    """(skip, ids) of a knowledge message before any conversation that begins with `system`, or without a system message.
+    """(skip, ids) of knowledge before conversations that begin with `system`, or with none.
 
     For messages = [system, *rest]: chat([message, *messages]) == ids + chat(messages)[skip:].
     """
@@ -98,8 +101,10 @@ class SentencePieceTokenizer:
     return [self._control[ROLES[role]], *self.encode(message.content), *self.eos_ids]
 
 
-def _front(messages: Sequence[Message]) -> tuple[Message | None, Message | None, tuple[Message, ...]]:
-  """(knowledge, the conversation's own system message, all other messages); None for what is not there."""
+def _front(
+    messages: Sequence[Message],
+) -> tuple[Message | None, Message | None, tuple[Message, ...]]:
+  """(knowledge, the conversation's own system message, all others); None for what is not there."""
   knowledge = own = None
   rest = tuple(messages)
   if rest and rest[0].role == KNOWLEDGE:
@@ -110,7 +115,7 @@ def _front(messages: Sequence[Message]) -> tuple[Message | None, Message | None,
 
 
 def _inserted_at(plain: Sequence[int], informed: Sequence[int]) -> int | None:
-  """Where ids must be put into `plain` to get `informed`; None if that is not the only difference."""
+  """Where ids are put into `plain` to get `informed`; None if that is not the only difference."""
   pairs = enumerate(zip(plain, informed))
   same = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(plain), len(informed)))
   end = same + len(informed) - len(plain)
@@ -126,11 +131,13 @@ def _split(ids: list[int], opening: int, close: int, opened: bool, decode: Calla
 
 
 SPACE = "\t \t"  # around a stand-in for a message: if it is gone from what the template makes, the template trims
-DAY = datetime.date(2025, 1, 1)  # for templates that ask for today: a prompt must not change over night
-# Put before a template that asks for today: it defines anew the function of that name. A date that a template has by itself stays.
+# For templates that ask for today: a prompt must not change over night. Their own dates stay.
+DAY = datetime.date(2025, 1, 1)
+DAY_CODES = "%-d %-m %d %m %Y %y %B %b %A %a %j %H %M %S %F".split()
+# Put before such a template, whose function of this name it defines anew.
 TODAY = (
     "{%- macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('{code}', '{DAY.strftime(code)}')" for code in "%-d %-m %d %m %Y %y %B %b %A %a %j %H %M %S %F".split())
+    + "".join(f" | replace('{code}', '{DAY.strftime(code)}')" for code in DAY_CODES)
     + " }}{% endmacro %}{{ '' }}"
 )
 JOINTS = ("\n\n", "\n", " ")
@@ -157,8 +164,9 @@ class HuggingFaceTokenizer:
   never becomes one and never steers it (traps, 40). Text between two control tokens is encoded in one piece: the ids are those of
   `apply_chat_template` wherever no message holds the name of a control token.
 
-  A conversation's own system message replaces the template's default one, as wherever the model is served. Knowledge stands behind the
-  system text, own or default, in the one system message that every template has room for: it adds to the prompt and takes nothing from it.
+  A conversation's own system message replaces the template's default one, as wherever the model is
+  served. Knowledge stands behind the system text, own or default, in the one system message that
+  every template has room for: it adds to the prompt and takes nothing from it.
 
   Attributes:
     vocabulary: one more than the highest id.
@@ -237,14 +245,16 @@ class HuggingFaceTokenizer:
     if knowledge is not None:
       own = Message("system", self._with_knowledge(own, knowledge.content))
     placed = rest if own is None else (own, *rest)
-    return self._ids([message.role for message in placed], [message.content for message in placed], thinking)
+    roles, contents = [message.role for message in placed], [message.content for message in placed]
+    return self._ids(roles, contents, thinking)
 
   def _with_knowledge(self, own: Message | None, knowledge: str) -> str:
-    """The content of the system message: the conversation's own system text or the template's default one, then knowledge."""
+    """The content of the system message: the own or default system text, then knowledge."""
     system = self._default_system
     if own is not None:
-      slot = next(piece for piece in self._layout(("system", "user"), True) if isinstance(piece, _Slot))
-      system = slot.fill(own.content)  # what the template trims without knowledge, it must not keep with it
+      layout = self._layout(("system", "user"), True)
+      slot = next(piece for piece in layout if isinstance(piece, _Slot))
+      system = slot.fill(own.content)  # what is trimmed without knowledge must not stand before it
     return system + self._joint(system) + knowledge if system else knowledge
 
   def _ids(self, roles: Sequence[str], contents: Sequence[str], thinking: bool) -> list[int]:
@@ -262,7 +272,7 @@ class HuggingFaceTokenizer:
   def knowledge_prefix(
       self, message: Message, *, system: Message | None = None, thinking: bool = True
   ) -> tuple[int, list[int]]:
-    """(skip, ids) of a knowledge message before any conversation that begins with `system`, or without a system message.
+    """(skip, ids) of knowledge before conversations that begin with `system`, or with none.
 
     For messages = [system, *rest]: chat([message, *messages]) == ids + chat(messages)[skip:].
 
@@ -270,10 +280,14 @@ class HuggingFaceTokenizer:
       ValueError: the template changes more than that when there is knowledge.
     """
     asked = (Message("user", "?"),) if system is None else (system, Message("user", "?"))
-    plain, informed = self.chat(asked, thinking=thinking), self.chat((message, *asked), thinking=thinking)
+    plain = self.chat(asked, thinking=thinking)
+    informed = self.chat((message, *asked), thinking=thinking)
     skip = _inserted_at(plain, informed)
     if skip is None:
-      raise ValueError(f"tokenizer {self._name}: its chat template changes the prompt when knowledge stands in its system message")
+      raise ValueError(
+          f"tokenizer {self._name}: its chat template changes the prompt when knowledge stands in "
+          "its system message"
+      )
     return skip, informed[: skip + len(informed) - len(plain)]
 
   def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
@@ -339,8 +353,8 @@ class HuggingFaceTokenizer:
       if _inserted_at(plain, self._ids(roles, (system + joint + "Rule 1", "?"), True)) is not None:
         return joint
     raise ValueError(
-        f"tokenizer {self._name}: no knowledge can follow the system text {system!r:.200} without changing its ids: "
-        "end it with a letter or a full stop"
+        f"tokenizer {self._name}: no knowledge can follow the system text {system!r:.200} without "
+        "changing its ids: end it with a letter or a full stop"
     )
 
 

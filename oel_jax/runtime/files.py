@@ -4,7 +4,29 @@ import errno
 import json
 import os
 import pathlib
+import re
 from typing import Any
+
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")  # two letters at least: C:/ is a disk
+
+
+def local(path: str | os.PathLike, field: str) -> pathlib.Path:
+  """Returns the path of a file or folder of this machine, with ~ for the home folder.
+
+  Args:
+    path: as the user gave it.
+    field: what gave it, for the error: "--workdir", "config.policy.weights".
+
+  Raises:
+    ValueError: it is an address of another store: gs://bucket/run would be a folder named gs: here.
+  """
+  scheme = _SCHEME.match(str(path))
+  if scheme:
+    raise ValueError(
+        f"{field} is {str(path)!r}: files are read and written on this machine only, so it must be "
+        f"a path here; copy it, or mount the {scheme[1]}: store as a folder"
+    )
+  return pathlib.Path(path).expanduser()
 
 
 def explained(error: OSError, path: str | os.PathLike) -> OSError:

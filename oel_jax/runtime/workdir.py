@@ -36,10 +36,11 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     `workdir` as an absolute path.
 
   Raises:
-    ValueError: the configuration differs (each field is listed with both values), or config.json is damaged or of another schema.
+    ValueError: the configuration differs (each field is listed with both values); config.json is
+      damaged or of another schema; or `workdir` is on another store.
     OSError: the directory cannot be made or written.
   """
-  path = pathlib.Path(workdir).expanduser().absolute()
+  path = files.local(workdir, "--workdir").absolute()
   if jax.process_index() == 0:
     try:
       path.mkdir(parents=True, exist_ok=True)
