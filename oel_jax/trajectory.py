@@ -27,8 +27,8 @@ class Message:
   """One chat message.
 
   Attributes:
-    role: "system", "user" or "assistant"; or KNOWLEDGE, which only the first message may have: nobody said
-      it, and where it stands in the prompt is for the tokenizer to say (`policy/tokenizer.py`).
+    role: "system", "user" or "assistant"; or KNOWLEDGE, which only the first message may have:
+      nobody said it, and where it stands in a prompt is for `policy/tokenizer.py` to say.
     content: an assistant's is what stands after its thinking.
   """
 
@@ -95,7 +95,7 @@ EMPTY = " "  # a knowledge text with nothing in it: `knowledge_message` of it is
 
 
 def knowledge_message(knowledge: str) -> Message:
-  """The message that puts knowledge before a conversation; without it the prompt is, token for token, the same."""
+  """The message that gives a conversation knowledge; nothing else of its prompt changes."""
   return Message(KNOWLEDGE, f"Experience from earlier games:\n{knowledge}")
 
 

@@ -43,7 +43,8 @@ def test_the_ids_are_the_templates(family, length, thinking):
 
 
 OWN = (
-    "Know this.", "Be kind", "You are a pirate!", "Rules:\n- one\n- two", "東京", "ends in a space ", "and in a line\n", "two lines \n\n", "  ", "",
+    "Know this.", "Be kind", "You are a pirate!", "Rules:\n- one\n- two", "東京", "ends in a space ",
+    "and in a line\n", "two lines \n\n", "  ", "",
 )  # fmt: skip
 
 
@@ -65,23 +66,29 @@ def test_knowledge_stands_behind_the_system_text_in_one_system_message(family, o
     skip, ids = tokenizer.knowledge_prefix(knowledge, system=system)
     assert teacher == ids + student[skip:] and ids[:skip] == student[:skip]
     said = tokenizer.decode(teacher)
-    assert said.count("system") == tokenizer.decode(student).count("system")  # no second system message
+    assert said.count("system") == tokenizer.decode(student).count("system")  # no second one
     assert said.index(own.strip()) <= said.index("Experience from earlier games:")
 
 
 @pytest.mark.parametrize("name, default", [
-    ("qwen2.5", "You are a helpful assistant."), ("smollm2", "You are a helpful assistant, said Nobody"), ("qwen3", ""), ("qwen3.5", ""),
+    ("qwen2.5", "You are a helpful assistant."),
+    ("smollm2", "You are a helpful assistant, said Nobody"),
+    ("qwen3", ""),
+    ("qwen3.5", ""),
 ])
 def test_knowledge_stands_behind_the_templates_default_text(name, default):
   student = wrapped(name).decode(wrapped(name).chat(PLAYED[:1]))
   assert student.startswith(f"system\n{default}\n" if default else "user\n")
-  teacher = wrapped(name).decode(wrapped(name).chat((knowledge_message("H is a hole."), *PLAYED[:1])))
-  assert teacher.startswith(f"system\n{default}") and "Experience from earlier games:\nH is a hole.\n" in teacher
+  given = (knowledge_message("H is a hole."), *PLAYED[:1])
+  teacher = wrapped(name).decode(wrapped(name).chat(given))
+  assert teacher.startswith(f"system\n{default}")
+  assert "Experience from earlier games:\nH is a hole.\n" in teacher
 
 
 def test_a_date_is_given_only_where_the_template_asks_for_today(monkeypatch):
-  """Llama 3.1's template has a day of its own, 3.2's asks for today's; a prompt must not change over night."""
-  said = {name: wrapped(name).decode(wrapped(name).chat(PLAYED[:1])) for name in ("llama3.1", "llama3")}
+  """Llama 3.1's template has a day of its own, 3.2's asks for today: a prompt must not change."""
+  names = "llama3.1", "llama3"
+  said = {name: wrapped(name).decode(wrapped(name).chat(PLAYED[:1])) for name in names}
   assert "Today: 26 Jul 2024\n" in said["llama3.1"] and "Today: 01 Jan 2025\n" in said["llama3"]
 
   class Later(datetime.datetime):
@@ -98,14 +105,14 @@ def test_a_date_is_given_only_where_the_template_asks_for_today(monkeypatch):
 @pytest.mark.parametrize("name", ["llama3", "llama3.1"])
 def test_a_template_that_writes_the_beginning_of_text_gets_no_second_one(name):
   begin = families.tokenizer(name).bos_token_id
-  for conversation in (PLAYED, (Message("system", "Be kind."), *PLAYED), (knowledge_message("H is a hole."), *PLAYED)):
-    ids = wrapped(name).chat(conversation)
+  for front in ((), (Message("system", "Be kind."),), (knowledge_message("H is a hole."),)):
+    ids = wrapped(name).chat((*front, *PLAYED))
     assert ids[0] == begin and ids.count(begin) == 1
 
 
 def test_a_second_system_message_is_the_templates_to_refuse():
   later = (*PLAYED[:2], Message("system", "Be kind."), PLAYED[2])
-  with pytest.raises(ValueError, match="refuses the roles user, assistant, system, user: one system message, at the beginning"):
+  with pytest.raises(ValueError, match="refuses the roles user, assistant, system, user: one"):
     wrapped("qwen3.5").chat(later)
   assert wrapped("qwen3").chat(later) == by_template("qwen3", later)
 

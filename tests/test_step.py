@@ -151,7 +151,8 @@ def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeyp
   monkeypatch.setattr(cudnn, "dot_product_attention", _xla_flash)
   samples, params = _samples(seed=2), _params(1)
   begun = [[7, 8][:n] for n in skip]
-  prompts, known, responses = zip(*[(b + x, b + e, y) for b, (x, e, y) in zip(begun, samples, strict=True)])
+  pairs = zip(begun, samples, strict=True)
+  prompts, known, responses = zip(*[(b + x, b + e, y) for b, (x, e, y) in pairs])
   batch = _batch(list(zip(prompts, known, responses)), prompt=12, pack=False)
   teacher = teacher_lib.prepare(params, ARCHITECTURE, known, dtype=jnp.float32, skip=skip)
   found = jax.jit(lambda teacher: teacher_lib.teacher_hidden(teacher, ARCHITECTURE, batch, dtype=jnp.float32, path="flash"))(teacher)
@@ -448,7 +449,7 @@ def test_importing_the_step_pulls_in_jax_and_flax_only():
 
 
 def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
-  """System texts that open both, of each prompt its own: the teacher reads knowledge + prompt[skip:]."""
+  """Prompt and knowledge begin with a system text: the teacher reads knowledge + prompt[skip:]."""
   samples, student, params, skip = _samples(), _params(0), _params(1), [3, 1, 0, 3]
   heads = [[7, 8, 9][:n] for n in skip]
   begun = [[head + x, head + e, y] for head, (x, e, y) in zip(heads, samples, strict=True)]

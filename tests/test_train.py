@@ -85,17 +85,22 @@ def test_bad_tasks_are_refused(policy):
 
 OWN_SYSTEMS = (
     Prefix("kind", (Message("system", "Be kind."), Message("user", "go"))),
-    Prefix("short", (Message("system", "Be short"), Message("user", "go"), Message("assistant", "no"), Message("user", "go"))),
+    Prefix("short", (
+        Message("system", "Be short"), Message("user", "go"),
+        Message("assistant", "no"), Message("user", "go"),
+    )),
     Prefix("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, "pocket"])
 def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_them(family, policy):
-  tokenizer = policy.tokenizer if family == "pocket" else HuggingFaceTokenizer(families.tokenizer(family))
+  tokenizer = policy.tokenizer
+  if family != "pocket":
+    tokenizer = HuggingFaceTokenizer(families.tokenizer(family))
   prefixes = (*PREFIXES, *OWN_SYSTEMS)
   task = train.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
-  assert len(task.knowledge) == len(task.skip) == 3 * len(TEXTS)  # no system text of their own, and two
+  assert len(task.knowledge) == len(task.skip) == 3 * len(TEXTS)  # no own system text, and two
   assert task.given[5] == task.given[7] != task.given[6] and len(set(task.given)) == 3
   for prefix, prompt, entries in zip(prefixes, task.prompts, task.given, strict=True):
     assert list(prompt) == tokenizer.chat(prefix.messages)
@@ -105,28 +110,35 @@ def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_th
 
 
 def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
-  """Which of the texts a prompt is given does not depend on whether prompts have system messages."""
+  """Which of the texts a prompt is given does not depend on system messages."""
   task, plain = (
       train.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
       for prefixes in ((*OWN_SYSTEMS, *PREFIXES), (*PREFIXES[:3], *PREFIXES))
   )
   drawn = {}
   for name, made in (("own", task), ("plain", plain)):
-    batch, _ = train.sample_batch(made, policy, policy, range(8), range(8), _config(pack=False), 8, "consolidate")
-    prompts = [tuple(row[segments > 0].tolist()) for row, segments in zip(batch.tokens, batch.segments, strict=True)]
-    drawn[name] = [
-        (i, int(batch.texts[row, 0])) for i in range(8) for row in range(8) if prompts[row][: len(made.prompts[i])] == made.prompts[i]
-    ]
-  texts = dict(drawn["own"])
+    how = _config(pack=False)
+    batch, _ = train.sample_batch(made, policy, policy, range(8), range(8), how, 8, "consolidate")
+    rows = [tuple(row.tolist()) for row in batch.tokens]
+    drawn[name] = {
+        i: int(given[0])
+        for i, prompt in enumerate(made.prompts)
+        for row, given in zip(rows, batch.texts, strict=True)
+        if row[: len(prompt)] == prompt
+    }
+  texts = drawn["own"]
   assert sorted(texts) == list(range(8))
   assert all(text in task.given[i] for i, text in texts.items())
   assert {text - task.given[i].start for i, text in texts.items()} == {0, 1}
-  assert [texts[i] - task.given[i].start for i in range(3, 8)] == [dict(drawn["plain"])[i] for i in range(3, 8)]
+  for i in range(3, 8):
+    assert texts[i] - task.given[i].start == drawn["plain"][i]
 
 
 def test_many_system_texts_are_told(policy, caplog):
-  prefixes = [Prefix(f"p{i}", (Message("system", f"Rule {i}"), Message("user", "go"))) for i in range(17)]
-  make = lambda prefixes: train.make_task(policy.tokenizer, prefixes, TEXTS, seed=0, round=1, thinking=True, limit=256)
+  own = [Message("system", f"Rule {i}") for i in range(17)]
+  prefixes = [Prefix(f"p{i}", (message, Message("user", "go"))) for i, message in enumerate(own)]
+  how = dict(seed=0, round=1, thinking=True, limit=256)
+  make = lambda prefixes: train.make_task(policy.tokenizer, prefixes, TEXTS, **how)
   make(prefixes[:16])
   assert "different system texts" not in caplog.text
   make(prefixes)
@@ -145,7 +157,8 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
 
   user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
   make = lambda *prefixes: train.make_task(
-      Plain(), prefixes, ["It is G."], seed=0, round=1, thinking=True, limit=1024, message=lambda text: Message(KNOWLEDGE, text)
+      Plain(), prefixes, ["It is G."], seed=0, round=1, thinking=True, limit=1024,
+      message=lambda text: Message(KNOWLEDGE, text),
   )
   make(user(0, "go"), user(1, "2"))
   with pytest.raises(ValueError, match="prefix p1, of the roles user: the chat template"):

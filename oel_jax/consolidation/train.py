@@ -81,9 +81,9 @@ def make_task(
   own_size, known_size = len(prompts[longest]), sizes[longest]
   if own_size + known_size > limit:
     raise ValueError(
-        f"config.policy.max_prompt_tokens is {limit}, but prefix {prefixes[longest].id} has {own_size} "
-        f"tokens and the longest knowledge {known_size}: raise it, or shorten prompts or knowledge "
-        "(which a run of rounds limits by extraction.max_knowledge_tokens)"
+        f"config.policy.max_prompt_tokens is {limit}, but prefix {prefixes[longest].id} has "
+        f"{own_size} tokens and the longest knowledge {known_size}: raise it, or shorten prompts "
+        "or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
     )
   seen = set()
   for prefix, prompt, entries in zip(prefixes, prompts, given, strict=True):
@@ -94,14 +94,15 @@ def make_task(
       whole = tokenizer.chat((message(text), *prefix.messages), thinking=thinking)
       if tuple(whole) != (*known, *prompt[skip:]) or tuple(known[:skip]) != prompt[:skip]:
         raise ValueError(
-            f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the prompt when "
-            "knowledge stands in its system message: teacher and student would differ in more than the knowledge"
+            f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the "
+            "prompt when knowledge stands in its system message: teacher and student would differ "
+            "in more than the knowledge"
         )
     seen.add(roles)
   if len(systems) > MANY_SYSTEMS:
     logging.warning(
-        "consolidation: the prompts have %d different system texts: with %d knowledge texts, %d beginnings "
-        "of up to %d tokens are kept for the teacher",
+        "consolidation: the prompts have %d different system texts: with %d knowledge texts, "
+        "%d beginnings of up to %d tokens are kept for the teacher",
         len(systems), len(texts), len(found), max(len(known) for _, known in found),
     )  # fmt: skip
   knowledge = tuple(tuple(known) for _, known in found)
