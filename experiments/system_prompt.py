@@ -30,6 +30,7 @@ def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
         knowledge=str(HERE / "data/system_prompt.txt"), prompts=str(HERE / "data/train.txt"), held_out=str(HERE / "data/held_out.txt"),
         unrelated=str(HERE / "data/unrelated.txt"), obeys=str(HERE / "data/obedience.py") + ":is_very_short",
     )
+    config.policy.max_prompt_tokens = 2048
     config.deployment.max_response_tokens = 96
     config.evaluation.update(top_p=1.0, top_k=0)
     config.consolidation.update(steps=60, batch_size=32, learning_rate=1e-4, checkpoint_every=20)

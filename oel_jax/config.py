@@ -4,6 +4,10 @@ The values are the paper's common constants (arXiv 2603.16856, section 4 and app
 A file in `experiments/` starts from `default()` and overrides what its figure or table needs.
 """
 
+import math
+import pathlib
+from typing import Any
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -38,6 +42,7 @@ def default() -> ml_collections.ConfigDict:
           actions="[up], [down], [left], [right]",  # the allowed actions, in the words of the prompt
           action_pattern=r"\[\s*(up|down|left|right)\s*\]",  # regular expression, case ignored; group 1 goes to the game in brackets
           episodes=64,  # games whose turns become consolidation's prompts (prefixes)
+          passed_reward=1.0,  # a game is passed that ends by its own word with at least this reward
           max_turns=5,  # moves; a game that goes on after them is stopped and not passed
           max_response_tokens=1024,  # a turn
           temperature=0.7,  # sampling of the turns
@@ -105,8 +110,15 @@ def default() -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError naming the field, the value seen and what would be right. Checks fields alone and against each other."""
+def validate(
+    config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict | None = None
+) -> None:
+  """Raises ValueError naming the field, the value seen and what would be right.
+
+  Checks that each field of `expected` (None: of `default()`) is there and of its type, and fields
+  alone and against each other.
+  """
+  _check_types(config, default() if expected is None else expected)
 
   def need(ok: bool, field: str, value, right: str) -> None:
     if not ok:
@@ -128,6 +140,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
   one_of("policy.compute_dtype", ("auto", "bfloat16", "float32"))
   if config.policy.weights == "pocket":
     need(config.policy.architecture in ("auto", "pocket"), "policy.architecture", config.policy.architecture, '"pocket", as policy.weights is')
+  weights = config.policy.weights or ""
+  # Weights that are not set are told of when they are to be read.
+  embedded = weights in ("", "pocket") or pathlib.Path(weights).suffix == ".safetensors"
+  need(
+      embedded or config.extraction.source != "swapped",
+      "extraction.source", config.extraction.source,
+      'another: it knows the words of the embedded policy alone (policy.weights = "pocket")',
+  )  # fmt: skip
+  need(
+      embedded or config.evaluation.retention <= 0,
+      "evaluation.retention", config.evaluation.retention,
+      '0: its tasks are the embedded policy\'s (policy.weights = "pocket")',
+  )  # fmt: skip
   one_of("extraction.form", ("items", "text"))
   one_of("extraction.start_from", ("nothing", "previous_round"))
   one_of("extraction.source", ("extracted", "trajectories", "swapped", "empty"))
@@ -159,5 +184,48 @@ def validate(config: ml_collections.ConfigDict) -> None:
        f"at most extraction.trajectories ({config.extraction.trajectories})")
   need(config.consolidation.attention != "flash" or not config.consolidation.pack, "consolidation.pack", config.consolidation.pack,
        'False, as consolidation.attention = "flash" does not keep a row\'s samples apart')
-  need(config.extraction.max_knowledge_tokens < config.policy.max_prompt_tokens, "extraction.max_knowledge_tokens",
-       config.extraction.max_knowledge_tokens, f"below policy.max_prompt_tokens ({config.policy.max_prompt_tokens})")
+  if config.get("task") != "distill":  # which extracts nothing
+    known, limit = config.extraction.max_knowledge_tokens, config.policy.max_prompt_tokens
+    right = f"below policy.max_prompt_tokens ({limit})"
+    need(known < limit, "extraction.max_knowledge_tokens", known, right)
+  check_finite(config)
+
+
+def _check_types(config: Any, expected: ml_collections.ConfigDict, above: str = "") -> None:
+  """Raises ValueError at the first field that is missing or not of the type of the expected one.
+
+  ml_collections lets a bool into an int field, and anything into a field that was None once.
+  """
+  for name, right in expected.items():
+    field = f"config.{above}{name}"
+    if name not in config:
+      raise ValueError(f"{field} is missing: start from the default of oel_jax/config.py")
+    value, kind = config[name], expected.get_type(name)
+    if kind is ml_collections.ConfigDict:
+      if not isinstance(value, kind):
+        raise ValueError(f"{field} is {value!r}: it must be a group of fields")
+      if name != "game_args":  # each game has its own
+        _check_types(value, right, f"{above}{name}.")
+      continue
+    types = {float: (int, float), tuple: (tuple, list)}.get(kind, (kind,))
+    fits = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+    if not fits and not (value is None and right is None):
+      raise ValueError(f"{field} is {value!r}: it must be of type {kind.__name__}")
+
+
+def check_finite(config: Any, above: str = "config") -> None:
+  """Raises ValueError at the first number, at any depth, that is infinite, NaN or beyond floats."""
+  inner = ()
+  if hasattr(config, "items"):
+    inner = config.items()
+  elif isinstance(config, (tuple, list)):
+    inner = enumerate(config)
+  for name, value in inner:
+    check_finite(value, f"{above}.{name}")
+  if isinstance(config, (int, float)):
+    try:
+      finite = math.isfinite(config)
+    except OverflowError:  # a whole number of more than 308 digits
+      finite = False
+    if not finite:
+      raise ValueError(f"{above} is {config!r:.100}: it must be a finite number")

@@ -1,10 +1,11 @@
-"""Consolidation alone: a text that you have, on prompts that you have; no game, no extraction (OPCD, arXiv 2602.12275, is this with a system prompt).
+"""Consolidation alone: a text that you have, on prompts that you have; no game, no extraction.
 
-The text becomes the teacher's system message. Measured before, with the text in context, and after, on prompts held out: the share of
-answers of the wanted form, response length, and on unrelated prompts the divergence from the model as it was.
+OPCD (arXiv 2602.12275) is this with a system prompt. The text stands behind the system text of the
+teacher's prompts. Measured before, with the text in context, and after, on prompts held out: the
+share of answers of the wanted form, response length, and on unrelated prompts the divergence from
+the model as it was.
 """
 
-import importlib.util
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,8 @@ from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import opened
-from oel_jax.trajectory import Message, Prefix, read_prefixes
-
+from oel_jax.trajectory import KNOWLEDGE, Message, Prefix
+from oel_jax.userfiles import read_check, read_prompts, read_text
 
 CHECKPOINTS = "round_1/checkpoints"
 
@@ -38,8 +39,8 @@ def default() -> ml_collections.ConfigDict:
     config.task = "distill"
     config.distill = ml_collections.ConfigDict(
         dict(
-            knowledge="",  # file with the text that becomes the teacher's system message
-            prompts="",  # what the student answers in training: a .jsonl of prefixes, or a .txt with one user message a line
+            knowledge="",  # file with the text that only the teacher's prompts hold
+            prompts="",  # what is answered in training: .txt, .jsonl or .json (`userfiles.py`)
             held_out="",  # the same, to measure on
             unrelated="",  # the same, to measure what else has changed; "": not measured
             obeys="",  # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
@@ -59,17 +60,21 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a prompt is too long.
     OSError: a file is missing, another process runs in `workdir`, or it cannot be written.
   """
-  config_lib.validate(config)
+  config_lib.validate(config, default())
   devices = mesh.make_mesh(config.mesh)
-  policy = rounds.load_policy(config.policy, devices)
-  obeys, text = read_check(config.distill.obeys), _read(config.distill.knowledge, "knowledge").strip()
-  if not text:
+  # Line ends around the text are the file's.
+  text = read_text(config.distill.knowledge, "knowledge").strip("\n")
+  if not text.strip():
     raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
+  obeys = read_check(config.distill.obeys)
+  obeys("")  # a model may say nothing; and a check that cannot run shows before anything is sampled
   prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
   unrelated = read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
+  longest = config.deployment.max_response_tokens
+  policy = rounds.load_policy(config.policy, devices, response_tokens=longest)
   task = train.make_task(
       policy.tokenizer, prompts, [text], seed=config.seed, round=1, thinking=config.policy.thinking, limit=config.policy.max_prompt_tokens,
-      message=_system,
+      message=_knowledge,
   )  # fmt: skip
   train.unroll(config.consolidation, policy, devices)
   _check_lengths(config, policy, held_out, text, "held_out")
@@ -108,61 +113,12 @@ def _check(config: Any, folder: pathlib.Path) -> None:
     files.set_aside(folder / name, f"config.consolidation.steps is {planned}, the weights have been trained for {steps}")
 
 
-def read_prompts(path: str, field: str) -> list[Prefix]:
-  """The prompts of config.distill.`field`: a .jsonl of prefixes (`trajectory.read_prefixes`), or a text file, one user message a line.
-
-  Raises:
-    ValueError: the file is not set, damaged, or holds no prompts.
-    OSError: there is no such file.
-  """
-  if str(path).endswith(".jsonl"):
-    found = read_prefixes(pathlib.Path(path).expanduser())
-  else:
-    lines = [line.strip() for line in _read(path, field).splitlines()]
-    found = [Prefix(f"{field}-{number}", (Message("user", line),)) for number, line in enumerate(lines, start=1) if line]
-  if not found:
-    raise ValueError(f"config.distill.{field}: {path} holds no prompts")
-  return found
-
-
-def read_check(name: str) -> Callable[[str], bool]:
-  """The function that config.distill.obeys names.
-
-  Raises:
-    ValueError: it is not written FILE.py:FUNCTION, or the file has no such function.
-    OSError: there is no such file.
-  """
-  path, _, function = name.rpartition(":")
-  if not path.endswith(".py") or not function:
-    raise ValueError(f"config.distill.obeys is {name!r}: it must be FILE.py:FUNCTION")
-  spec = importlib.util.spec_from_file_location("obeys", pathlib.Path(path).expanduser())
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except OSError:
-    raise
-  except Exception as error:  # whatever is wrong in the user's file
-    raise ValueError(f"config.distill.obeys is {name!r}: the file cannot be run ({type(error).__name__}: {error})") from error
-  if not callable(getattr(module, function, None)):
-    raise ValueError(f"config.distill.obeys is {name!r}: the file has no function {function}")
-  return getattr(module, function)
-
-
-def _read(path: str, field: str) -> str:
-  if not path:
-    raise ValueError(f"config.distill.{field} is not set: it must be the path of a file")
-  try:
-    return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"config.distill.{field}: {path} is not a text in UTF-8 ({error})") from error
-
-
-def _system(text: str) -> Message:
-  return Message("system", text)
+def _knowledge(text: str) -> Message:
+  return Message(KNOWLEDGE, text)
 
 
 def _prompts(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None) -> list[list[int]]:
-  before = (_system(text),) if text else ()
+  before = (_knowledge(text),) if text else ()
   return [policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking) for prefix in prefixes]
 
 
@@ -208,7 +164,7 @@ def _measure(
   sampled = _answers(config, policy, prefixes, text, "held out")
   answers = [policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled]
   measured = {
-      "obeys": statistics.count(sum(bool(obeys(answer)) for answer in answers), len(answers)),
+      "obeys": statistics.count(sum(obeys(answer) for answer in answers), len(answers)),
       "response_tokens": statistics.mean([len(ids) for ids in sampled]),
   }
   kept = [{"prompt": prefix.messages[-1].content, "answer": answer} for prefix, answer in zip(prefixes, answers, strict=True)]

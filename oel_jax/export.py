@@ -34,7 +34,7 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
       Hugging Face family.
     OSError: another process is running in the directory, or a file cannot be read or written.
   """
-  folder = pathlib.Path(workdir).expanduser().absolute()
+  folder = files.local(workdir, "--workdir").absolute()
   if not (folder / "config.json").is_file():
     raise ValueError(f"{folder}: not a run directory: it has no config.json")
   with locked(folder):

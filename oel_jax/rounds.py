@@ -29,7 +29,7 @@ from oel_jax import config as config_lib
 from oel_jax import report
 from oel_jax._report import run as records
 from oel_jax.consolidation import train
-from oel_jax.deployment.games import game_spec, open_game
+from oel_jax.deployment.games import game_spec, try_game
 from oel_jax.deployment.play import Episode, play_to_file
 from oel_jax.evaluation import evaluate, statistics
 from oel_jax.extraction import knowledge as knowledge_lib
@@ -61,9 +61,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   config_lib.validate(config)
   # What can be wrong with the configuration shows here, before the directory belongs to it.
   devices = mesh.make_mesh(config.mesh)
-  policy = load_policy(config.policy, devices)
+  try_game(game_spec(config.deployment))
+  longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
+  policy = load_policy(config.policy, devices, response_tokens=longest)
   train.unroll(config.consolidation, policy, devices)
-  open_game(game_spec(config.deployment), 0)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
     loop = Loop(config, folder, metrics, devices)
     loop.check(policy)
@@ -81,10 +82,18 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   return results
 
 
-def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
+def load_policy(
+    config: Any, devices: jax.sharding.Mesh, *, response_tokens: int | None = None
+) -> Policy:
   """The policy that config.policy names, its parameters in float32 and placed as training leaves them.
 
+  Args:
+    config: config.policy.
+    devices: the mesh.
+    response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
+
   Raises:
+    ValueError: prompts and responses may be longer than the model's context.
     ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture; or too small for the
       tokenizer, which shows before they are read.
     OSError: a file is missing in the folder.
@@ -94,7 +103,7 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   if config.weights is None:
     raise ValueError('config.policy.weights is not set: it must be a Hugging Face folder, a .gguf file, a .safetensors file of ours, or "pocket"')
-  path = pathlib.Path(config.weights).expanduser()
+  path = files.local(config.weights, "config.policy.weights")
   if path.is_dir():
     shape, tokenizer = huggingface.read_architecture(path), HuggingFaceTokenizer.from_folder(path)
     read = functools.partial(huggingface.load, path, shape)
@@ -108,6 +117,8 @@ def load_policy(config: Any, devices: jax.sharding.Mesh) -> Policy:
   else:
     return _load_own(config, path, devices, jnp.dtype(dtype))
   _agree(config, shape, tokenizer)
+  if response_tokens is not None:
+    _check_context(config, shape.max_positions, response_tokens)
   return Policy(shape, read(shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
 
 
@@ -141,6 +152,21 @@ def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> Non
 # Files of a round, below its folder.
 DEPLOYED, PREFIX_GAMES, PREFIXES = "user/trajectories.jsonl", "user/prefix_trajectories.jsonl", "prefixes.jsonl"
 TRAINED = "checkpoints"  # the manifest's entry of the finished training
+
+
+def _check_context(config: Any, context: int | None, response_tokens: int) -> None:
+  """Raises ValueError if a prompt that is allowed and its response are longer than the context."""
+  together = config.max_prompt_tokens + response_tokens
+  if context is not None and together > context:
+    limit = context - response_tokens
+    right = f"it must be at most {limit}"
+    if limit <= 0:
+      right = "max_response_tokens must be far smaller"
+    raise ValueError(
+        f"config.policy.max_prompt_tokens is {config.max_prompt_tokens}, with up to "
+        f"{response_tokens} tokens of a response {together}, but the context length "
+        f"(max_position_embeddings) of {config.weights} is {context}: {right}"
+    )
 
 
 @dataclasses.dataclass

@@ -20,11 +20,18 @@ from oel_jax.runtime.files import explained, write_text
 SCHEMA = 1
 MAX_DAMAGED = 0.05  # share of unreadable lines above which a file is refused
 ENDED = ("passed", "lost", "invalid", "turn_limit")
+KNOWLEDGE = "knowledge"  # the role of a message that holds knowledge
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-  """One chat message. `role` is "system", "user" or "assistant"; an assistant's content is what stands after its thinking."""
+  """One chat message.
+
+  Attributes:
+    role: "system", "user" or "assistant"; or KNOWLEDGE, which only the first message may have:
+      nobody said it, and where it stands in a prompt is for `policy/tokenizer.py` to say.
+    content: an assistant's is what stands after its thinking.
+  """
 
   role: str
   content: str
@@ -60,7 +67,7 @@ class Trajectory:
     turns: in order.
     outcome: what the game said last; the turn limit is said in our words.
     reward: the game's own, 1.0 for a win.
-    passed: reward >= 1.0, the paper's rule.
+    passed: reward >= config.deployment.passed_reward, by the game's own end.
     ended: one of ENDED.
   """
 
@@ -89,8 +96,8 @@ EMPTY = " "  # a knowledge text with nothing in it: `knowledge_message` of it is
 
 
 def knowledge_message(knowledge: str) -> Message:
-  """The system message that puts knowledge before a conversation. Everything after it is, token for token, the prompt without knowledge."""
-  return Message("system", f"Experience from earlier games:\n{knowledge}")
+  """The message that gives a conversation knowledge; nothing else of its prompt changes."""
+  return Message(KNOWLEDGE, f"Experience from earlier games:\n{knowledge}")
 
 
 def messages(turns: Iterable[Turn]) -> tuple[Message, ...]:

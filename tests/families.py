@@ -21,12 +21,19 @@ _QWEN = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{{ THINK }}{% endif %}"""
 _LLAMA = """{{- bos_token }}
+{%- if date_string is not defined %}{%- set date_string = TODAY %}{%- endif %}
 {%- set own = messages[0].content | trim if messages[0].role == 'system' else '' %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date_string + '\\n\\n' + own + '<|eot_id|>' }}
 {%- for message in (messages[1:] if messages[0].role == 'system' else messages) %}
 {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+_ONE_SYSTEM = """{%- for message in messages %}
+{%- if message.role == 'system' and not loop.first %}
+{{- raise_exception('one system message, at the beginning') }}{% endif %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 _NO_THINKING = "'<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking else ''"
 
 
@@ -35,15 +42,22 @@ def _qwen(default: str, think: str = "''") -> str:
   return _QWEN.replace("DEFAULT", system).replace("THINK", think)
 
 
+def _llama(today: str) -> str:
+  return _LLAMA.replace("TODAY", today)
+
+
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_ENDS = ("<|begin_of_text|>", "<|eot_id|>", None)
 # Template, special tokens, added tokens that are not special, bos, eos, pad.
 FAMILIES = {
     "qwen3": (_qwen("", _NO_THINKING), _CHATML, ("<think>", "</think>"), None, "<|im_end|>", "<|endoftext|>"),
     "qwen3-thinking": (_qwen("", "'<think>\\n'"), _CHATML, ("<think>", "</think>"), None, "<|im_end|>", "<|endoftext|>"),
     "qwen2.5": (_qwen("You are a helpful assistant."), _CHATML, (), None, "<|im_end|>", "<|endoftext|>"),
     "smollm2": (_qwen("You are a helpful assistant, said Nobody"), _CHATML, (), "<|im_start|>", "<|im_end|>", "<|im_end|>"),
-    "llama3": (_LLAMA, _HEADERS, (), "<|begin_of_text|>", "<|eot_id|>", None),
+    "qwen3.5": (_ONE_SYSTEM, _CHATML, (), None, "<|im_end|>", "<|endoftext|>"),
+    "llama3.1": (_llama("'26 Jul 2024'"), _HEADERS, (), *_ENDS),
+    "llama3": (_llama("strftime_now('%d %b %Y')"), _HEADERS, (), *_ENDS),
 }
 
 

@@ -1,12 +1,14 @@
 """Hugging Face tokenizers: ids as the template makes them, knowledge that changes nothing else, and text that stays text (traps 13 to 16, 40)."""
 
 import copy
+import datetime
+import functools
 import json
 
 import families
 import pytest
 
-from oel_jax.policy.tokenizer import DATE, HuggingFaceTokenizer
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.trajectory import Message, knowledge_message
 
 PLAYED = (
@@ -22,13 +24,15 @@ def family(request):
   return request.param
 
 
+@functools.cache
 def wrapped(family: str) -> HuggingFaceTokenizer:
   return HuggingFaceTokenizer(families.tokenizer(family))
 
 
 def by_template(family, messages, thinking=True):
   conversation = [{"role": message.role, "content": message.content} for message in messages]
-  options = dict(add_generation_prompt=True, enable_thinking=thinking, date_string=DATE)
+  options = dict(add_generation_prompt=True, enable_thinking=thinking)
+  options |= {"date_string": "01 Jan 2025"} if family == "llama3" else {}
   return families.tokenizer(family).apply_chat_template(conversation, tokenize=True, return_dict=False, **options)
 
 
@@ -38,11 +42,79 @@ def test_the_ids_are_the_templates(family, length, thinking):
   assert wrapped(family).chat(PLAYED[:length], thinking=thinking) == by_template(family, PLAYED[:length], thinking)
 
 
-def test_a_system_message_follows_the_templates_own(family):
-  system = Message("system", "Know this.")
-  own = {"qwen2.5": "You are a helpful assistant. ", "smollm2": "You are a helpful assistant, said Nobody\n\n"}.get(family, "")
-  expected = by_template(family, (Message("system", own + "Know this."), *PLAYED))
-  assert wrapped(family).chat((system, *PLAYED)) == expected
+OWN = (
+    "Know this.", "Be kind", "You are a pirate!", "Rules:\n- one\n- two", "東京", "ends in a space ",
+    "and in a line\n", "two lines \n\n", "  ", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_system_message_of_the_conversations_own_replaces_the_templates(family, own):
+  conversation = (Message("system", own), *PLAYED)
+  assert wrapped(family).chat(conversation) == by_template(family, conversation)
+  assert "helpful assistant" not in wrapped(family).decode(wrapped(family).chat(conversation))
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("length", [1, 3])
+def test_knowledge_stands_behind_the_system_text_in_one_system_message(family, own, length):
+  tokenizer, system = wrapped(family), Message("system", own)
+  student = tokenizer.chat((system, *PLAYED[:length]))
+  for text in TEXTS:
+    knowledge = knowledge_message(text)
+    teacher = tokenizer.chat((knowledge, system, *PLAYED[:length]))
+    skip, ids = tokenizer.knowledge_prefix(knowledge, system=system)
+    assert teacher == ids + student[skip:] and ids[:skip] == student[:skip]
+    said = tokenizer.decode(teacher)
+    assert said.count("system") == tokenizer.decode(student).count("system")  # no second one
+    assert said.index(own.strip()) <= said.index("Experience from earlier games:")
+
+
+@pytest.mark.parametrize("name, default", [
+    ("qwen2.5", "You are a helpful assistant."),
+    ("smollm2", "You are a helpful assistant, said Nobody"),
+    ("qwen3", ""),
+    ("qwen3.5", ""),
+])
+def test_knowledge_stands_behind_the_templates_default_text(name, default):
+  student = wrapped(name).decode(wrapped(name).chat(PLAYED[:1]))
+  assert student.startswith(f"system\n{default}\n" if default else "user\n")
+  given = (knowledge_message("H is a hole."), *PLAYED[:1])
+  teacher = wrapped(name).decode(wrapped(name).chat(given))
+  assert teacher.startswith(f"system\n{default}")
+  assert "Experience from earlier games:\nH is a hole.\n" in teacher
+
+
+def test_a_date_is_given_only_where_the_template_asks_for_today(monkeypatch):
+  """Llama 3.1's template has a day of its own, 3.2's asks for today: a prompt must not change."""
+  names = "llama3.1", "llama3"
+  said = {name: wrapped(name).decode(wrapped(name).chat(PLAYED[:1])) for name in names}
+  assert "Today: 26 Jul 2024\n" in said["llama3.1"] and "Today: 01 Jan 2025\n" in said["llama3"]
+
+  class Later(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+      return cls(2031, 7, 8)
+
+  monkeypatch.setattr(datetime, "datetime", Later)
+  for name, before in said.items():
+    anew = HuggingFaceTokenizer(families.tokenizer(name))
+    assert anew.decode(anew.chat(PLAYED[:1])) == before
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama3.1"])
+def test_a_template_that_writes_the_beginning_of_text_gets_no_second_one(name):
+  begin = families.tokenizer(name).bos_token_id
+  for front in ((), (Message("system", "Be kind."),), (knowledge_message("H is a hole."),)):
+    ids = wrapped(name).chat((*front, *PLAYED))
+    assert ids[0] == begin and ids.count(begin) == 1
+
+
+def test_a_second_system_message_is_the_templates_to_refuse():
+  later = (*PLAYED[:2], Message("system", "Be kind."), PLAYED[2])
+  with pytest.raises(ValueError, match="refuses the roles user, assistant, system, user: one"):
+    wrapped("qwen3.5").chat(later)
+  assert wrapped("qwen3").chat(later) == by_template("qwen3", later)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -73,8 +145,9 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
       ids = tokenizer.chat(said)
       assert turns(ids) == turns(tokenizer.chat(plain))
       assert tokenizer.decode(ids).count(text) >= len(plain)
-      skip, prefix = tokenizer.knowledge_prefix(said[0])
-      assert prefix + tokenizer.chat(said[1:])[skip:] == ids
+      knowledge = knowledge_message(text)
+      skip, prefix = tokenizer.knowledge_prefix(knowledge, system=said[0])
+      assert prefix + ids[skip:] == tokenizer.chat((knowledge, *said))
 
 
 def test_a_control_token_that_its_name_spells_is_refused():  # trap 40
@@ -162,7 +235,7 @@ def test_templates_that_cannot_be_followed_are_refused(template, told, tmp_path)
   path = tmp_path / "chat_template.jinja"
   path.unlink() if template is None else path.write_text(template)
   with pytest.raises(ValueError, match=told):
-    HuggingFaceTokenizer.from_folder(tmp_path).knowledge_prefix(Message("system", "x"))
+    HuggingFaceTokenizer.from_folder(tmp_path).knowledge_prefix(knowledge_message("x"))
 
 
 def test_a_folder_without_a_tokenizer_is_told(tmp_path):

@@ -10,6 +10,7 @@ import tokenize
 import pytest
 
 from oel_jax import config as config_lib
+from oel_jax import distill
 from oel_jax.policy.architecture import ARCHITECTURES
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
@@ -117,6 +118,92 @@ def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
     config_lib.validate(config)
   assert str(error.value).startswith(f"config.{field} is {value!r}: it must be ") and right in str(error.value)
   assert "\n" not in str(error.value)
+
+
+FIELDS = {name: value for name, value in leaves(config_lib.default()).items()}
+FLOATS = [name for name, value in FIELDS.items() if type(value) is float]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_value_of_another_type_is_refused_for_every_field(field):
+  """ml_collections lets a bool into an int field, and anything into a field that was None once."""
+  kind = type(FIELDS[field]) if FIELDS[field] is not None else str
+  wrong = [b"x", {"a": 1}]
+  wrong += [True] if kind in (int, str, tuple) else []
+  wrong += ["1"] if kind is not str else []
+  wrong += [1] if kind not in (int, float) else []
+  wrong += [1.5] if kind is int else []
+  wrong += [None] if FIELDS[field] is not None else []
+  for value in wrong:
+    config = config_lib.default()
+    group, _, name = field.rpartition(".")
+    inner = config[group] if group else config
+    with inner.ignore_type():
+      inner[name] = value
+    with pytest.raises(ValueError) as error:
+      config_lib.validate(config)
+    assert str(error.value).startswith(f"config.{field} is ")
+    assert f"must be of type {kind.__name__}" in str(error.value)
+
+
+@pytest.mark.parametrize("field", [*FLOATS, "seed", "deployment.top_k"])
+def test_a_number_that_is_none_or_has_no_end_is_refused_for_every_field(field):
+  for value in (float("inf"), float("-inf"), float("nan")) if field in FLOATS else (10**400,):
+    config = config_lib.default()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError) as error:
+      config_lib.validate(config)
+    assert str(error.value).startswith(f"config.{field} is ") and len(str(error.value)) < 200
+
+
+def test_numbers_inside_the_arguments_of_a_game_are_looked_at_too():
+  config = config_lib.default()
+  with config.unlocked():
+    config.deployment.game_args = {"size": 3, "odds": {"left": [0.5, float("nan")]}}
+  told = "config.deployment.game_args.odds.left.1 is nan: it must be a finite number"
+  with pytest.raises(ValueError, match=told):
+    config_lib.validate(config)
+
+
+def test_a_field_that_is_missing_and_a_whole_number_for_a_float():
+  config = config_lib.default()
+  config.consolidation.clip_norm = 2
+  config_lib.validate(config)
+  with config.unlocked():
+    del config.consolidation.clip_norm
+  with pytest.raises(ValueError, match="config.consolidation.clip_norm is missing: start from"):
+    config_lib.validate(config)
+
+
+def test_the_fields_of_distillation_are_looked_at_too():
+  config = distill.default()
+  config_lib.validate(config, distill.default())
+  with config.distill.ignore_type():
+    config.distill.held_out = None
+  with pytest.raises(ValueError, match="config.distill.held_out is None: it must be of type str"):
+    config_lib.validate(config, distill.default())
+
+
+def test_distillation_extracts_nothing_and_so_needs_no_room_for_it():
+  config = distill.default()
+  config.policy.max_prompt_tokens = 512  # below extraction.max_knowledge_tokens
+  config_lib.validate(config, distill.default())
+
+
+@pytest.mark.parametrize(
+    "field, value", [("extraction.source", "swapped"), ("evaluation.retention", 8)]
+)
+def test_what_needs_the_embedded_policy_is_refused_elsewhere(field, value):
+  config = config_lib.default()
+  config.update_from_flattened_dict({field: value})
+  for weights in ("/models/Qwen3-1.7B", "model.gguf"):
+    config.policy.weights = weights
+    told = f"config.{field} is {value!r}: it must be .* the embedded policy"
+    with pytest.raises(ValueError, match=told):
+      config_lib.validate(config)
+  for weights in ("pocket", "runs/pretrain/pocket.safetensors"):
+    config.policy.weights = weights
+    config_lib.validate(config)
 
 
 def test_the_embedded_weights_have_one_architecture():

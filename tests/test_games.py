@@ -14,7 +14,7 @@ import textarena
 from textarena.envs.registration import ENV_REGISTRY, register
 
 from oel_jax import config
-from oel_jax.deployment.games import GameSpec, game_spec, open_game, parse_action
+from oel_jax.deployment.games import GameSpec, game_spec, open_game, parse_action, try_game
 
 DIRECTIONS = {"[up]": (-1, 0), "[down]": (1, 0), "[left]": (0, -1), "[right]": (0, 1)}
 MOVES = list(DIRECTIONS)
@@ -83,7 +83,8 @@ def test_a_random_policy_sees_what_textarena_says_and_no_rules(name):
     ends[last.ended] += 1
     assert last.reward == pytest.approx(reward) and isinstance(last.reward, float)
     assert last.outcome == (heard[-1] + "\n" + reason if heard[-1] else reason)
-    assert last.ended == ("passed" if reward >= 1.0 else "invalid" if reason.startswith("Invalid Move") else "lost")
+    invalid = reason.startswith("Invalid Move") and "hit a mine" not in reason
+    assert last.ended == ("passed" if reward >= 1.0 else "invalid" if invalid else "lost")
   assert ends
 
 
@@ -161,6 +162,39 @@ class Chance(textarena.Env):
     return self.state.step()
 
 
+class Ends(Chance):
+  """A game that ends at the first move, with results of any kind."""
+
+  def __init__(self, rewards=(), info=(), done=True, said=None):
+    super().__init__()
+    rewards = {0: 1.0} if rewards == () else rewards
+    info = {0: {"reason": "The end."}} if info == () else info
+    self._results, self._done, self._said = (rewards, info), done, said
+
+  def step(self, action):
+    self._draw()
+    return self._done, {}
+
+  def close(self):
+    return self._results
+
+  def get_observation(self):
+    found = super().get_observation()
+    return (0, self._said) if self._said is not None and len(found[1]) == 1 else found
+
+
+class Loud(Chance):
+  """A game that prints, as LogicPuzzle and RushHour do."""
+
+  def reset(self, num_players, seed=None):
+    print("reset")
+    super().reset(num_players, seed)
+
+  def step(self, action):
+    print("step")
+    return super().step(action)
+
+
 class Leaky(Chance):
   said = "Hint: the king moves if you ask."
 
@@ -180,7 +214,7 @@ class Untyped(Chance):
 
 @pytest.fixture
 def own_games():
-  classes = (Chance, Leaky, LeakyLater, Untyped)
+  classes = (Chance, Ends, Loud, Leaky, LeakyLater, Untyped)
   for cls in classes:
     register(f"{cls.__name__}-v0", cls)
   yield
@@ -222,6 +256,97 @@ def test_rules_that_reach_the_player_are_an_error(own_games):
 def test_a_game_that_fails_names_itself(own_games):
   with pytest.raises(RuntimeError, match=r"Chance-v0, seed 5: the game failed at the move '\[crash\]': KeyError"):
     open_game(spec("Chance-v0"), 5).play("[crash]")
+
+
+# What a game returns, and what it prints.
+
+
+@pytest.mark.parametrize("reward", [0.5, 1, np.float32(0.25), np.int64(0), -2.0, 20])
+def test_any_finite_number_is_a_reward(own_games, reward):
+  step = open_game(spec("Ends-v0", {"rewards": {0: reward}}), 5).play("[x]")
+  assert step.reward == float(reward) and type(step.reward) is float
+  assert step.ended == ("passed" if reward >= 1 else "lost")
+
+
+@pytest.mark.parametrize("results, told", [
+    ({"rewards": {0: None}}, r"its rewards at the end are \{0: None\}: they must hold a finite"),
+    ({"rewards": {0: "1.0"}}, r"its rewards at the end are \{0: '1.0'\}"),
+    ({"rewards": {0: float("nan")}}, r"its rewards at the end are \{0: nan\}"),
+    ({"rewards": {0: float("inf")}}, r"its rewards at the end are \{0: inf\}"),
+    ({"rewards": {1: 1.0}}, r"its rewards at the end are \{1: 1.0\}"),
+    ({"rewards": None}, "its rewards at the end are None"),
+    ({"rewards": 1.0}, "its rewards at the end are 1.0"),
+    ({"info": None}, "its facts at the end are None: they must hold a dictionary"),
+    ({"info": {0: "lost"}}, "its facts at the end are {0: 'lost'}"),
+    ({"info": {0: {"reason": 3}}}, "its reason for the end is 3: it must be a text"),
+    ({"done": None}, "whether it is over is None: it must be True or False"),
+    ({"done": "no"}, "whether it is over is 'no': it must be True or False"),
+    ({"said": 3}, "its observations are no list of sender, text and type"),
+    ({"said": ["board"]}, "its observations are no list of sender, text and type"),
+    ({"said": [(0, 3, textarena.ObservationType.GAME_BOARD)]}, "the observation 3 has no type"),
+])
+def test_results_of_other_types_are_an_error_that_names_the_game(own_games, results, told):
+  with pytest.raises(RuntimeError, match=f"^Ends-v0.*: {told}.*: take another game$"):
+    open_game(spec("Ends-v0", results), 5).play("[x]")
+
+
+def test_what_a_game_prints_is_kept_from_the_user(own_games, capsys):
+  open_game(spec("Loud-v0"), 5).play("[x]")
+  print("ours")
+  assert capsys.readouterr().out == "ours\n"
+
+
+def test_a_game_that_cannot_be_played_is_told_when_it_is_tried(own_games):
+  try_game(spec())
+  with pytest.raises(RuntimeError, match="Ends-v0.*its rewards at the end are None"):
+    try_game(spec("Ends-v0", {"rewards": None}))
+  with pytest.raises(ValueError, match="config.deployment.game is 'quux'"):
+    try_game(spec("quux"))
+
+
+@pytest.mark.parametrize("reward, passed_reward, ended", [
+    (0.5, 0.5, "passed"), (0.5, 0.6, "lost"), (7, 8.0, "lost"), (-1, -1.0, "passed"),
+])
+def test_what_is_passed_is_a_field(own_games, reward, passed_reward, ended):
+  deployment = config.default().deployment
+  deployment.game, deployment.passed_reward = "Ends-v0", passed_reward
+  given = game_spec(deployment)
+  assert given.passed_reward == passed_reward
+  own = GameSpec(given.name, {"rewards": {0: reward}}, "", "", "(.)", 5, given.passed_reward)
+  assert open_game(own, 5).play("[x]").ended == ended
+
+
+def test_a_turn_limit_passes_nothing_however_low_the_reward_that_passes(own_games):
+  step = open_game(GameSpec("Chance-v0", {}, "", "", "(.)", 1, -1.0), 5).play("[x]")
+  assert (step.reward, step.ended) == (0.0, "turn_limit")
+
+
+@pytest.mark.parametrize("name, args, move, said", [
+    ("Countdown-v0-raw", {"numbers": [2, 3, 4], "target": 5}, "[0 1 +]", "Found exact target: 5"),
+    ("Cryptarithm-v0-raw", {}, "[S 9]", "S → 9"),
+    ("Slitherlink-v0-raw", {}, "[h 0 0]", "Clues satisfied"),
+])
+def test_games_with_another_order_of_arguments(name, args, move, said):
+  """They hand over sender, text and type of observations, reward and reason of invalid moves."""
+  game = open_game(spec(name, args), 3)
+  step = game.play(move)
+  assert said in f"{step.observation}\n{step.outcome}" and move not in step.observation
+  game = open_game(spec(name, args), 3)
+  first, second = game.play("dance"), game.play("dance")
+  assert re.search("Reason: (Invalid action|Bad action) format", first.observation)
+  assert "dance" not in first.observation
+  assert second.ended == "invalid" and "format. Use" in second.outcome and 0 <= second.reward < 1
+
+
+def test_a_mine_is_a_loss_and_no_invalid_move():
+  """The game calls both an invalid move, and forgives the first of either."""
+  ends = collections.Counter()
+  for seed in range(12):
+    game = open_game(spec("Minesweeper-v0-small-raw", max_turns=200), seed)
+    moves = random.Random(seed).choices(CELLS, k=200)
+    step = next(step for step in map(game.play, moves) if step.done)
+    ends["mine" if "You hit a mine" in step.outcome else "other", step.ended] += 1
+  assert set(ends) == {("mine", "lost"), ("other", "invalid")}
 
 
 # How Frozen Lake ends, from its board alone.
@@ -364,3 +489,33 @@ def test_actions_of_several_words(answer, action):
 
 def test_an_optional_group_that_took_no_part_is_no_action():
   assert parse_action("pass", r"pass|\[(up)\]") == ""
+
+
+BANDIT = r"\[\s*(Left|Right)\s*\]"
+
+
+@pytest.mark.parametrize("answer, pattern, offered, action", [
+    ("[Left]", BANDIT, "", "[Left]"),
+    ("[left]", BANDIT, "", "[Left]"),  # as the pattern has it
+    ("[ LEFT ]", BANDIT, "[Left], [Right]", "[Left]"),
+    ("[turnleft]", r"\[(turnLeft|turnRight)\]", "[turnLeft]", "[turnLeft]"),  # as it is offered
+    ("Action: [UP]", r"action:\s*\[(up|down)\]", "[up], [down]", "[up]"),
+    ("[W]", r"\[([a-z])\]", "[w], [W]", "[W]"),  # two actions that differ in nothing else
+    ("[w]", r"\[([a-z])\]", "[W], [w]", "[w]"),
+    ("[Apple]", r"\[([A-Za-z]+)\]", "[word]", "[Apple]"),  # as it was written
+    ("[APPLE]", r"\[([a-z]+)\]", "[word]", "[apple]"),
+    ("[e2E4]", r"\[(\w+)\]", "", "[e2E4]"),
+    ("[ A \n 5 ]", r"\[\s*([a-z]\s+\d)\s*\]", "[LETTER DIGIT]", "[a 5]"),
+    ("[A 5]", r"\[\s*([A-Z]\s+\d)\s*\]", "", "[A 5]"),
+    ("[up]", r"\[(up|down)\]", "[cup] [down]", "[up]"),  # offered is the word, not a part of one
+])
+def test_an_action_keeps_the_case_that_the_game_offers(answer, pattern, offered, action):
+  assert parse_action(answer, pattern, offered) == action
+
+
+def test_a_game_that_tells_cases_apart_gets_the_action_that_it_offers():
+  args, pattern = {"buttons": ["Left", "right"]}, r"\[(left|right)\]"
+  given = GameSpec("Bandit-v0-raw", args, "", "[Left], [right]", pattern, 5)
+  for answer, button in (("[left]", "Left"), ("[Left]", "Left"), ("[RIGHT]", "right")):
+    step = open_game(given, 1).play(parse_action(answer, given.action_pattern, given.actions))
+    assert f"You pressed the {button} button" in step.observation

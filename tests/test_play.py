@@ -1,14 +1,18 @@
 """Play: what each prompt holds, which action is taken, limits, fixed groups, and files that survive any interruption."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
+import logging
 import random
+import time
 
 import pytest
 from fakes import in_turns
 
 from oel_jax import config
-from oel_jax.deployment import Episode, game_spec, open_game, play, play_to_file
+from oel_jax.deployment import Episode, Step, game_spec, open_game, play, play_to_file
 from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import Message, append_jsonl, knowledge_message, messages, read_trajectories
 
@@ -288,3 +292,52 @@ def test_several_words_of_a_game_go_through_play():
   policy = Policy(lambda chat, seed, batch: "</think>I open [ 2   2 ]")
   (trajectory,) = play(policy, game_spec(deployment), episodes=episodes(1), slots=1, **HOW)
   assert trajectory.turns[0].action == "[2 2]" and "You revealed the cell at (2, 2)." in trajectory.turns[1].observation
+
+
+# What is told.
+
+
+class Given:
+  """A game that ends at its first move with a reward; `open_with` for `play`."""
+
+  observation = "board"
+
+  def __init__(self, reward):
+    self.reward = reward
+
+  def play(self, action):
+    return Step("", True, self.reward, "The end.", "passed" if self.reward >= 5 else "lost")
+
+
+def test_rewards_that_are_no_shares_are_told_once_with_what_passed_means(tmp_path, caplog):
+  rewards = itertools.cycle([0.0, 7.0, -1.0, 0.5])
+  own = dataclasses.replace(SPEC, name="Set-v0-raw", passed_reward=5.0)
+  how = HOW | {"open_with": lambda spec, seed: Given(next(rewards))}
+  policy = scripted("</think>[up]")
+  played = play_to_file(tmp_path / "a.jsonl", policy, own, episodes=episodes(8), slots=2, **how)
+  assert [trajectory.passed for trajectory in played] == [False, True, False, False] * 2
+  [told] = [record.message for record in caplog.records if "rewards" in record.message]
+  assert f"{tmp_path}/a.jsonl: the rewards of Set-v0-raw are no shares" in told
+  assert "they go from -1 to 7" in told
+  assert "with 5 or more (config.deployment.passed_reward)" in told
+  caplog.clear()
+  uninterrupted(tmp_path)  # Frozen Lake's are
+  assert "rewards" not in caplog.text
+
+
+def test_boards_that_take_long_to_make_are_told_before_the_first_answer(monkeypatch, caplog):
+  clock = iter(range(0, 10_000, 3))  # a board takes three seconds
+  monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+  said = []
+
+  def answer(chat, seed, batch):
+    said.append([record.message for record in caplog.records])
+    return "</think>[up]"
+
+  how = HOW | {"open_with": lambda spec, seed: Given(0.0)}
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    play(Policy(answer), SPEC, episodes=episodes(3), slots=3, **how)  # nine seconds are none
+    assert said[-1] == []
+    play(Policy(answer), SPEC, episodes=episodes(8), slots=8, **how)
+  told = "FrozenLake-v0-raw: the boards of 8 games are being made, which takes about 24 s"
+  assert said[-1] == [told] == said[3]

@@ -503,7 +503,7 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
       return Fake(params)
 
   monkeypatch.setattr(rounds, "Loop", Quiet)
-  monkeypatch.setattr(rounds, "load_policy", lambda config, devices: Fake({}))
+  monkeypatch.setattr(rounds, "load_policy", lambda config, devices, **how: Fake({}))
   monkeypatch.setattr(rounds.report, "write", lambda folder: {})
   monkeypatch.setattr(rounds.report, "rows", lambda results: [])
   rounds.run(make_loop(rounds=3).config, make_loop().folder / "run")

@@ -144,19 +144,21 @@ def _xla_flash(q, k, v, *, scale, mask_type, return_residual, q_seqlen=None, kv_
   return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
 
-@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("skip", [(0, 0, 0, 0), (2, 2, 2, 2), (2, 0, 1, 2)])
 def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeypatch, skip):  # trap 17, on the path of cuDNN's flash attention
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   monkeypatch.setattr(cudnn, "dot_product_attention", _xla_flash)
-  begun, samples, params = [7, 8][:skip], _samples(seed=2), _params(1)
-  prompts, known, responses = zip(*[(begun + prompt, begun + knowledge, response) for prompt, knowledge, response in samples])
+  samples, params = _samples(seed=2), _params(1)
+  begun = [[7, 8][:n] for n in skip]
+  pairs = zip(begun, samples, strict=True)
+  prompts, known, responses = zip(*[(b + x, b + e, y) for b, (x, e, y) in pairs])
   batch = _batch(list(zip(prompts, known, responses)), prompt=12, pack=False)
   teacher = teacher_lib.prepare(params, ARCHITECTURE, known, dtype=jnp.float32, skip=skip)
   found = jax.jit(lambda teacher: teacher_lib.teacher_hidden(teacher, ARCHITECTURE, batch, dtype=jnp.float32, path="flash"))(teacher)
   for s in range(len(samples)):
     [i] = _texts(batch, s)
-    ids = known[i] + prompts[i][skip:] + responses[i]
+    ids = known[i] + prompts[i][skip[i] :] + responses[i]
     tokens = np.zeros((1, 32), np.int32)
     tokens[0, : len(ids)] = ids
     expected = _hidden(params, tokens)[0, len(ids) - len(responses[i]) - 1 :][: len(responses[i])]
@@ -447,9 +449,10 @@ def test_importing_the_step_pulls_in_jax_and_flax_only():
 
 
 def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
-  """A chat template that opens both with words of its own: the teacher reads knowledge + prompt[skip:] (traps, 11)."""
-  samples, student, params, head, skip = _samples(), _params(0), _params(1), [7, 8, 9], 3
-  begun = [[head + prompt, head + knowledge, response] for prompt, knowledge, response in samples]
+  """Prompt and knowledge begin with a system text: the teacher reads knowledge + prompt[skip:]."""
+  samples, student, params, skip = _samples(), _params(0), _params(1), [3, 1, 0, 3]
+  heads = [[7, 8, 9][:n] for n in skip]
+  begun = [[head + x, head + e, y] for head, (x, e, y) in zip(heads, samples, strict=True)]
   expected = 0.0
   for (prompt, knowledge, response), (rest, _, _) in zip(begun, samples, strict=True):
     p = _log_probabilities(student, prompt + response, 0.7)[len(prompt) - 1 : -1]
@@ -461,7 +464,9 @@ def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
   # What the path without segments does: the skipped tokens stand behind the others.
   rows = _batch(begun, prompt=12, pack=False)
   hidden = teacher_lib.teacher_hidden(teacher, ARCHITECTURE, rows, dtype=jnp.float32, path="xla")
-  moved = teacher_lib.to_the_end(rows._replace(segments=np.where(rows.positions < skip, 0, rows.segments)), skip)
-  shifted = moved._replace(positions=np.maximum(np.asarray(moved.positions) - skip, 0))
+  own = np.int32(skip)[rows.texts[:, 0]]
+  skipped = rows._replace(segments=np.where(rows.positions < own[:, None], 0, rows.segments))
+  moved = teacher_lib.to_the_end(skipped, own)
+  shifted = moved._replace(positions=np.maximum(np.asarray(moved.positions) - own[:, None], 0))
   found = teacher_lib.teacher_hidden(teacher._replace(skip=jnp.int32(0)), ARCHITECTURE, shifted, dtype=jnp.float32, path="xla")
   np.testing.assert_allclose(np.asarray(found)[rows.mask], np.asarray(hidden)[rows.mask], atol=1e-5)

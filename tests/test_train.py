@@ -21,7 +21,7 @@ from oel_jax.policy.generate import Policy
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.trajectory import Message, Prefix, knowledge_message
+from oel_jax.trajectory import KNOWLEDGE, Message, Prefix, knowledge_message
 
 TEXTS = ("- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard.\n- EXPERIENCE ITEM: Aim for G.")
 PREFIXES = tuple(Prefix(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5))
@@ -72,30 +72,77 @@ def test_bad_tasks_are_refused(policy):
   with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
     train.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
 
-  class Shifty:  # a template that says something else when there is a system message
+  class Shifty:  # a template that says something else when there is knowledge
     def chat(self, messages, thinking=True):
-      return [1, 2, 3] if messages[0].role == "system" else [9, 3]
+      return [1, 2, 3] if messages[0].role == KNOWLEDGE else [9, 3]
 
-    def knowledge_prefix(self, message, thinking=True):
+    def knowledge_prefix(self, message, system=None, thinking=True):
       return 0, [1, 2]
 
   with pytest.raises(ValueError, match="chat template changes the prompt"):
     train.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)
 
 
-@pytest.mark.parametrize("family, fits", [("qwen3", True), ("qwen2.5", False), ("smollm2", False), ("llama3", False)])
-def test_a_later_prefix_that_the_template_changes_is_refused(family, fits):  # traps 13, 14
-  """A system message of the prompt's own stands second behind the knowledge: Qwen 3 keeps it as it is, the others do not."""
-  tokenizer = HuggingFaceTokenizer(families.tokenizer(family))
-  own = Prefix("own", (Message("system", "Be kind."), Message("user", "go")))
-  make = lambda prefixes: train.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
-  assert make(PREFIXES).prompts == tuple(tuple(tokenizer.chat(prefix.messages)) for prefix in PREFIXES)
-  if fits:
-    made = make((*PREFIXES, own))
-    assert [*made.knowledge[1], *made.prompts[-1][made.skip :]] == tokenizer.chat((knowledge_message(TEXTS[1]), *own.messages))
-  else:
-    with pytest.raises(ValueError, match="prefix own, of the roles system, user: the chat template changes the prompt"):
-      make((*PREFIXES, own))
+OWN_SYSTEMS = (
+    Prefix("kind", (Message("system", "Be kind."), Message("user", "go"))),
+    Prefix("short", (
+        Message("system", "Be short"), Message("user", "go"),
+        Message("assistant", "no"), Message("user", "go"),
+    )),
+    Prefix("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, "pocket"])
+def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_them(family, policy):
+  tokenizer = policy.tokenizer
+  if family != "pocket":
+    tokenizer = HuggingFaceTokenizer(families.tokenizer(family))
+  prefixes = (*PREFIXES, *OWN_SYSTEMS)
+  task = train.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  assert len(task.knowledge) == len(task.skip) == 3 * len(TEXTS)  # no own system text, and two
+  assert task.given[5] == task.given[7] != task.given[6] and len(set(task.given)) == 3
+  for prefix, prompt, entries in zip(prefixes, task.prompts, task.given, strict=True):
+    assert list(prompt) == tokenizer.chat(prefix.messages)
+    for text, entry in zip(TEXTS, entries, strict=True):
+      informed = [*task.knowledge[entry], *prompt[task.skip[entry] :]]
+      assert informed == tokenizer.chat((knowledge_message(text), *prefix.messages))
+
+
+def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
+  """Which of the texts a prompt is given does not depend on system messages."""
+  task, plain = (
+      train.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
+      for prefixes in ((*OWN_SYSTEMS, *PREFIXES), (*PREFIXES[:3], *PREFIXES))
+  )
+  drawn = {}
+  for name, made in (("own", task), ("plain", plain)):
+    how = _config(pack=False)
+    batch, _ = train.sample_batch(made, policy, policy, range(8), range(8), how, 8, "consolidate")
+    rows = [tuple(row.tolist()) for row in batch.tokens]
+    drawn[name] = {
+        i: int(given[0])
+        for i, prompt in enumerate(made.prompts)
+        for row, given in zip(rows, batch.texts, strict=True)
+        if row[: len(prompt)] == prompt
+    }
+  texts = drawn["own"]
+  assert sorted(texts) == list(range(8))
+  assert all(text in task.given[i] for i, text in texts.items())
+  assert {text - task.given[i].start for i, text in texts.items()} == {0, 1}
+  for i in range(3, 8):
+    assert texts[i] - task.given[i].start == drawn["plain"][i]
+
+
+def test_many_system_texts_are_told(policy, caplog):
+  own = [Message("system", f"Rule {i}") for i in range(17)]
+  prefixes = [Prefix(f"p{i}", (message, Message("user", "go"))) for i, message in enumerate(own)]
+  how = dict(seed=0, round=1, thinking=True, limit=256)
+  make = lambda prefixes: train.make_task(policy.tokenizer, prefixes, TEXTS, **how)
+  make(prefixes[:16])
+  assert "different system texts" not in caplog.text
+  make(prefixes)
+  assert "17 different system texts: with 2 knowledge texts, 34 beginnings of up to" in caplog.text
 
 
 def test_a_prompt_that_melts_into_the_knowledge_is_refused():
@@ -105,12 +152,13 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
     def chat(self, messages, thinking=True):
       return [ord(c) for c in "".join(message.content for message in messages).replace(".1", "1")]
 
-    def knowledge_prefix(self, message, thinking=True):
+    def knowledge_prefix(self, message, system=None, thinking=True):
       return 0, self.chat([message])
 
   user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
   make = lambda *prefixes: train.make_task(
-      Plain(), prefixes, ["It is G."], seed=0, round=1, thinking=True, limit=1024, message=lambda text: Message("system", text)
+      Plain(), prefixes, ["It is G."], seed=0, round=1, thinking=True, limit=1024,
+      message=lambda text: Message(KNOWLEDGE, text),
   )
   make(user(0, "go"), user(1, "2"))
   with pytest.raises(ValueError, match="prefix p1, of the roles user: the chat template"):
@@ -162,7 +210,7 @@ def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
 
   Spy.tokenizer = tokenizer
   task = train.make_task(tokenizer, PREFIXES, TEXTS, seed=3, round=1, thinking=True, limit=1024)
-  assert task.skip > 0  # what prompt and knowledge both begin with, once only
+  assert min(task.skip) > 0  # what prompt and knowledge both begin with, once only
   train.sample_batch(task, Spy(), Spy(), [0, 1, 2, 3], [0, 1, 2, 3], _config(data="teacher"), 8, "x")
   chats = [[tokenizer.chat((knowledge_message(text), *prefix.messages)) for text in TEXTS] for prefix in PREFIXES]
   assert len(asked) == 4 and all(list(ids) in chats[i] for i, ids in enumerate(asked))

@@ -180,3 +180,17 @@ def test_seeds_are_stable_and_apart():
   for part in (1.0, True, None):
     with pytest.raises(TypeError, match="int or str"):
       seeds.derive(part)
+
+
+@pytest.mark.parametrize("place", ["gs://b/run", "s3://b/run", "hdfs://h/run", "gs:/b/run"])
+def test_an_address_of_another_store_is_refused_and_makes_no_folder(place, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  told = f"--workdir is '{place}': .*on this machine only, so it must be a path here"
+  with pytest.raises(ValueError, match=told):
+    open_workdir(default_config.default(), place)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_colon_makes_no_address(tmp_path):
+  for name in ("run:1", "a/b:c", "C:/runs"):
+    assert (open_workdir(default_config.default(), f"{tmp_path}/{name}") / "config.json").exists()

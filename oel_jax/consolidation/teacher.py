@@ -30,7 +30,8 @@ class Teacher(NamedTuple):
     params: in the type of the computation, stacked or joined (`joined.join`).
     keys, values: [L, G, K, P, H], of each text.
     length: [G] int32, tokens of each.
-    skip: int32, how many tokens at the beginning of a sample the texts begin with, too: the teacher does not read them again.
+    skip: [G] int32, or one for all: how many tokens at the beginning of a sample stand at the
+      beginning of the text, too; the teacher does not read them again.
   """
 
   params: Any
@@ -46,7 +47,8 @@ def unrolled(teacher: Teacher | None) -> bool:
 
 
 def prepare(
-    params: Any, architecture: Architecture, knowledge: Sequence[Sequence[int]], *, dtype: Any, skip: int = 0, path: str = "xla",
+    params: Any, architecture: Architecture, knowledge: Sequence[Sequence[int]], *, dtype: Any,
+    skip: int | Sequence[int] = 0, path: str = "xla",
     shardings: Any = None, on_host: bool = False, unroll: bool = False,
 ) -> Teacher:  # fmt: skip
   """Reads each knowledge text once.
@@ -84,7 +86,8 @@ def prepare(
   else:
     keys, values = read(tokens, length)
   params = jax.jit(joined.join, static_argnums=1)(params, dtype) if unroll and not on_host else params
-  return Teacher(params, keys, values, jnp.asarray(length), jnp.int32(skip))
+  skip_G = jnp.broadcast_to(jnp.int32(skip), length.shape)
+  return Teacher(params, keys, values, jnp.asarray(length), skip_G)
 
 
 def room(knowledge: Sequence[Sequence[int]]) -> int:
@@ -133,15 +136,25 @@ def teacher_hidden(teacher: Teacher, architecture: Architecture, batch: batch_li
   if not teacher.keys.shape[3]:
     return jax.lax.stop_gradient(student_hidden(teacher.params, architecture, batch, dtype=dtype, remat="none", path=path))
   prefix = model.Prefix(teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots)
-  positions = batch.positions - teacher.skip + jnp.take_along_axis(teacher.length[batch.texts], batch.slots, axis=1)
+  skip_SxM = jnp.broadcast_to(teacher.skip, teacher.length.shape)[batch.texts]
+  skip_SxT = jnp.take_along_axis(skip_SxM, batch.slots, axis=1)
+  length_SxT = jnp.take_along_axis(teacher.length[batch.texts], batch.slots, axis=1)
+  positions = batch.positions - skip_SxT + length_SxT
   # What is skipped becomes padding; for the path that sees no segments, padding behind the row's one sample.
-  rest = batch._replace(segments=jnp.where(batch.positions < teacher.skip, 0, batch.segments), positions=jnp.maximum(positions, 0))
+  segments = jnp.where(batch.positions < skip_SxT, 0, batch.segments)
+  rest = batch._replace(segments=segments, positions=jnp.maximum(positions, 0))
   if path == "flash":
-    rest = to_the_end(rest, teacher.skip)
+    rest = to_the_end(rest, skip_SxM[:, 0])
   return jax.lax.stop_gradient(_hidden(teacher.params, architecture, rest, dtype=dtype, remat="none", path=path, prefix=prefix))
 
 
 def to_the_end(batch: batch_lib.Batch, count: Array) -> batch_lib.Batch:
-  """Puts the first `count` tokens of each row behind its others; rows hold one sample each, and `count` is within its prompt."""
-  moved = {name: jnp.roll(getattr(batch, name), -count, axis=1) for name in ("tokens", "positions", "segments")}
-  return batch._replace(**moved, at=jnp.maximum(batch.at - count, 0))
+  """Puts the first tokens of each row behind its others, `count` of them, [S] or one for all.
+
+  A row holds one sample, and the tokens are of its prompt.
+  """
+  count_S = jnp.broadcast_to(count, batch.at.shape[:1])
+  roll = jax.vmap(lambda row, n: jnp.roll(row, -n))
+  names = "tokens", "positions", "segments"
+  moved = {name: roll(getattr(batch, name), count_S) for name in names}
+  return batch._replace(**moved, at=jnp.maximum(batch.at - count_S[:, None], 0))

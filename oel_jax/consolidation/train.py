@@ -30,6 +30,8 @@ from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import Message, Prefix, knowledge_message
 
+MANY_SYSTEMS = 16  # system texts of a round's prompts; more are told: each is read with each text
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -37,15 +39,19 @@ class Task:
 
   Attributes:
     prompts: one a prefix.
-    knowledge: one a text; what the teacher reads before a prompt.
-    skip: so many ids at the beginning of a prompt stand at the beginning of every knowledge; the teacher reads prompt[skip:].
+    knowledge: what the teacher reads before a prompt, one a text and system text of the prompts:
+      knowledge stands behind the system text.
+    skip: one a knowledge: so many ids at its beginning are the prompt's, too; after it, the teacher
+      reads prompt[skip:].
+    given: one a prompt: which knowledge it may be given, one a text.
     seed: of the run; with the round it names every draw.
     round: counted from 1.
   """
 
   prompts: tuple[tuple[int, ...], ...]
   knowledge: tuple[tuple[int, ...], ...]
-  skip: int
+  skip: tuple[int, ...]
+  given: tuple[range, ...]
   seed: int
   round: int
 
@@ -54,37 +60,55 @@ def make_task(
     tokenizer: Any, prefixes: Sequence[Prefix], texts: Sequence[str], *, seed: int, round: int, thinking: bool, limit: int,
     message: Callable[[str], Message] = knowledge_message,
 ) -> Task:  # fmt: skip
-  """Turns prefixes and knowledge texts into ids; `message` makes the system message of a text.
+  """Turns prefixes and knowledge texts into ids; `message` makes the knowledge message of a text.
 
   Raises:
     ValueError: there is none of either; a prompt with its knowledge is over `limit` (config.policy.max_prompt_tokens); or the chat
-      template does not put knowledge before an otherwise unchanged prompt (traps, 13 and 14).
+      template does not leave the prompt otherwise unchanged when there is knowledge.
   """
   if not prefixes or not texts:
     raise ValueError(f"consolidation got {len(prefixes)} prefixes and {len(texts)} knowledge texts: it needs at least one of each")
   prompts = tuple(tuple(tokenizer.chat(prefix.messages, thinking=thinking)) for prefix in prefixes)
-  found = [tokenizer.knowledge_prefix(message(text), thinking=thinking) for text in texts]
-  skip, knowledge = found[0][0], tuple(tuple(ids) for _, ids in found)
-  longest, length = max(zip(prefixes, prompts, strict=True), key=lambda pair: len(pair[1]))
-  most = max(map(len, knowledge))
-  if len(length) + most > limit:
+  own = [prefix.messages[0] if prefix.messages[0].role == "system" else None for prefix in prefixes]
+  systems = {system: i for i, system in enumerate(dict.fromkeys(own))}
+  found = [
+      tokenizer.knowledge_prefix(message(text), system=system, thinking=thinking)
+      for system in systems
+      for text in texts
+  ]
+  first = [systems[system] * len(texts) for system in own]
+  given = tuple(range(entry, entry + len(texts)) for entry in first)
+  sizes = [max(len(found[entry][1]) - found[entry][0] for entry in entries) for entries in given]
+  longest = max(range(len(prompts)), key=lambda i: len(prompts[i]) + sizes[i])
+  own_size, known_size = len(prompts[longest]), sizes[longest]
+  if own_size + known_size > limit:
     raise ValueError(
-        f"config.policy.max_prompt_tokens is {limit}, but prefix {longest.id} has {len(length)} tokens and the longest knowledge {most}: "
-        "raise it, or shorten prompts or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
+        f"config.policy.max_prompt_tokens is {limit}, but prefix {prefixes[longest].id} has "
+        f"{own_size} tokens and the longest knowledge {known_size}: raise it, or shorten prompts "
+        "or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
     )
   seen = set()
-  for prefix, prompt in zip(prefixes, prompts, strict=True):
+  for prefix, prompt, entries in zip(prefixes, prompts, given, strict=True):
     # The template goes by the roles: the first of each sequence of them is looked at with every text, which takes long, others with one.
     roles = tuple(message.role for message in prefix.messages)
-    for text, (own_skip, known) in list(zip(texts, found, strict=True))[: 1 if roles in seen else None]:
+    for text, entry in list(zip(texts, entries, strict=True))[: 1 if roles in seen else None]:
+      skip, known = found[entry]
       whole = tokenizer.chat((message(text), *prefix.messages), thinking=thinking)
-      if own_skip != skip or tuple(whole) != (*known, *prompt[skip:]) or tuple(known[:skip]) != prompt[:skip]:
+      if tuple(whole) != (*known, *prompt[skip:]) or tuple(known[:skip]) != prompt[:skip]:
         raise ValueError(
-            f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the prompt when a system message with "
-            "knowledge stands before it: teacher and student would differ in more than the knowledge"
+            f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the "
+            "prompt when knowledge stands in its system message: teacher and student would differ "
+            "in more than the knowledge"
         )
     seen.add(roles)
-  return Task(prompts, knowledge, skip, seed, round)
+  if len(systems) > MANY_SYSTEMS:
+    logging.warning(
+        "consolidation: the prompts have %d different system texts: with %d knowledge texts, "
+        "%d beginnings of up to %d tokens are kept for the teacher",
+        len(systems), len(texts), len(found), max(len(known) for _, known in found),
+    )  # fmt: skip
+  knowledge = tuple(tuple(known) for _, known in found)
+  return Task(prompts, knowledge, tuple(skip for skip, _ in found), given, seed, round)
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -110,13 +134,15 @@ def sample_batch(
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the teacher from knowledge and prompt.
   """
   prompts = [task.prompts[i] for i in prefixes]
-  texts = [derive(task.seed, task.round, stage, "knowledge", int(n)) % len(task.knowledge) for n in numbers]
+  lots = [derive(task.seed, task.round, stage, "knowledge", int(n)) for n in numbers]
+  texts = [task.given[i][lot % len(task.given[i])] for i, lot in zip(prefixes, lots, strict=True)]
   seeds = [derive(task.seed, task.round, stage, int(n)) for n in numbers]
   sampling = Sampling(temperature=config.temperature)
   if config.data == "student":
     responses = student.sample(prompts, seeds, sampling=sampling, max_new_tokens=limit)
   else:
-    informed = [task.knowledge[text] + prompt[task.skip :] for text, prompt in zip(texts, prompts, strict=True)]
+    pairs = zip(texts, prompts, strict=True)
+    informed = [task.knowledge[text] + prompt[task.skip[text] :] for text, prompt in pairs]
     responses = teacher.sample(informed, seeds, sampling=sampling, max_new_tokens=limit)
   # Few shapes: the room for prompts is that of the longest in the round, and responses have one of three.
   rows = next(room for room in (-(-limit // 4), -(-limit // 2), limit) if max(map(len, responses)) <= room)

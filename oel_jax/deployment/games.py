@@ -10,6 +10,9 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import io
+import math
+import numbers
 import random
 import re
 from collections.abc import Mapping
@@ -18,9 +21,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 import textarena
+from absl import logging
 from textarena.envs.registration import ENV_REGISTRY
 
 _RULE_WORDS = 3  # fewer are no sentence: a board and the rules may share a label
+# Reasons that a game gives for an invalid move, but which are the end of a game that was lost.
+_LOST = re.compile(r"You hit a mine at ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,7 @@ class GameSpec:
   actions: str
   action_pattern: str
   max_turns: int
+  passed_reward: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +80,44 @@ def game_spec(deployment: ml_collections.ConfigDict) -> GameSpec:
       actions=deployment.actions,
       action_pattern=deployment.action_pattern,
       max_turns=deployment.max_turns,
+      passed_reward=deployment.passed_reward,
   )
 
 
-def parse_action(answer: str, pattern: str) -> str:
+def parse_action(answer: str, pattern: str, offered: str = "") -> str:
   """The last action in an answer, as the game wants it: "[up]"; "" if there is none.
 
   The last, because answers often list the allowed actions before they choose.
 
   Args:
     answer: what stands after the thinking; an action named in the thinking was not taken.
-    pattern: regular expression, case ignored; its group 1 is lowered, its spaces are squeezed, and brackets are put around it.
+    pattern: regular expression, case ignored; the spaces in its group 1 are squeezed, and brackets
+      are put around it.
+    offered: the actions in the words of the prompt. An action is spelled as it stands there; or
+      else as the pattern has it; or else as it was written.
   """
   matches = list(re.finditer(pattern, answer, re.IGNORECASE))
-  action = " ".join((matches[-1].group(1) or "").lower().split()) if matches else ""
-  return f"[{action}]" if action else ""
+  written = _words(matches[-1].group(1) or "") if matches else ""
+  return f"[{_spelled(written, matches[-1], offered)}]" if written else ""
+
+
+def _spelled(written: str, match: re.Match, offered: str) -> str:
+  """The action with the case that the game offers, since games may tell [Left] from [left]."""
+  for flags in (0, re.IGNORECASE):
+    listed = re.search(rf"(?<!\w){re.escape(written)}(?!\w)", offered, flags)
+    if listed:
+      return listed.group()
+  start, end = match.span(1)
+  raw, exact = match.group(1), re.compile(match.re.pattern)
+  for form in (raw, raw.lower(), raw.upper(), raw.capitalize()):
+    found = exact.match(match.string[:start] + form + match.string[end:], match.start())
+    if found and found.group(1) == form:
+      return _words(form)
+  return written
+
+
+def _words(text: str) -> str:
+  return " ".join(text.split())
 
 
 class Game:
@@ -96,6 +126,7 @@ class Game:
   def __init__(self, spec: GameSpec, seed: int):
     self._name = spec.name
     self._max_turns = spec.max_turns
+    self._passed_reward = spec.passed_reward
     self._seed = seed
     self._random = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
     self._rules: list[str] = []
@@ -109,33 +140,58 @@ class Game:
     """Makes one move; "" is a move too, which the game takes as an invalid one.
 
     Raises:
-      RuntimeError: the game is over already, fails by itself, or shows its rules.
+      RuntimeError: the game is over already, fails by itself, shows its rules, or returns what no
+        game may return.
     """
     if self._done:
       raise RuntimeError(f"{self._name}, seed {self._seed}: the game is over, there is no move left to make")
     with self._own_random():
       try:
         done, _ = self._env.step(answer_action)
+        rewards, info = self._env.close() if done else ({}, {})
       except Exception as error:
         raise RuntimeError(f"{self._name}, seed {self._seed}: the game failed at the move {answer_action!r}: {error!r}") from error
+      if not isinstance(done, (bool, np.bool_)):
+        raise self._wrong(f"whether it is over is {done!r}: it must be True or False")
       observation = self._observe()
-      rewards, info = self._env.close() if done else (None, {})
     self._turns += 1
     self._done = bool(done) or self._turns >= self._max_turns
     if not self._done:
       return Step(observation, done=False)
     if done:
-      facts = info.get(0, {})
-      reward, last = float((rewards or {}).get(0, 0.0)), facts.get("reason")
-      ended = "passed" if reward >= 1.0 else "invalid" if facts.get("invalid_move") else "lost"
+      reward, last, invalid = self._outcome(rewards, info)
+      ended = "passed" if reward >= self._passed_reward else "invalid" if invalid else "lost"
     else:
       reward, last, ended = 0.0, f"The game was stopped after {self._turns} turns.", "turn_limit"
     return Step(observation, True, reward, "\n".join(part for part in (observation, last) if part), ended)
 
+  def _outcome(self, rewards: Any, info: Any) -> tuple[float, str | None, bool]:
+    """The player's reward, the game's reason, and whether an invalid move ended the game."""
+    reward = rewards.get(0) if isinstance(rewards, Mapping) else None
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+      right = "they must hold a finite number for player 0"
+      raise self._wrong(f"its rewards at the end are {rewards!r}: {right}")
+    facts = info.get(0, {}) if isinstance(info, Mapping) else None
+    if not isinstance(facts, Mapping):
+      right = "they must hold a dictionary for player 0"
+      raise self._wrong(f"its facts at the end are {info!r}: {right}")
+    last = facts.get("reason")
+    if not isinstance(last, (str, type(None))):
+      raise self._wrong(f"its reason for the end is {last!r}: it must be a text")
+    return float(reward), last, bool(facts.get("invalid_move")) and not _LOST.search(last or "")
+
+  def _wrong(self, what: str) -> RuntimeError:
+    return RuntimeError(f"{self._name}, seed {self._seed}: {what}: take another game")
+
   def _observe(self) -> str:
     """Everything the game said since the last time, but the rules and the player's own move."""
+    try:
+      said = [(text, kind) for _, text, kind in self._env.get_observation()[1]]
+    except (TypeError, ValueError, LookupError) as error:
+      what = f"its observations are no list of sender, text and type ({error})"
+      raise self._wrong(what) from error
     shown = []
-    for _, text, kind in self._env.get_observation()[1]:
+    for text, kind in said:
       if not isinstance(text, str) or not isinstance(kind, textarena.ObservationType):
         raise RuntimeError(f"{self._name}: the observation {text!r} has no type ({kind!r}), its rules cannot be hidden: take another game")
       if kind is textarena.ObservationType.PROMPT:
@@ -150,13 +206,21 @@ class Game:
 
   @contextlib.contextmanager
   def _own_random(self):
-    """Puts this game's generator states in place, and the caller's back afterwards. They are global, so this is not for threads."""
+    """Puts this game's generator states in place, and the caller's back afterwards.
+
+    What the game prints meanwhile is kept from the user. Generators and standard output are global,
+    so this is not for threads.
+    """
     outside = random.getstate(), np.random.get_state()
     random.setstate(self._random[0])
     np.random.set_state(self._random[1])
+    printed = io.StringIO()
     try:
-      yield
+      with contextlib.redirect_stdout(printed):
+        yield
     finally:
+      if printed.getvalue():
+        logging.debug("%s printed: %s", self._name, printed.getvalue())
       self._random = random.getstate(), np.random.get_state()
       random.setstate(outside[0])
       np.random.set_state(outside[1])
@@ -182,6 +246,15 @@ def open_game(spec: GameSpec, seed: int) -> Game:
   return Game(spec, seed)
 
 
+def try_game(spec: GameSpec) -> None:
+  """Opens a game and makes an invalid move: what cannot be played shows before a model is loaded.
+
+  Raises:
+    ValueError, RuntimeError: as `open_game` and `Game.play`.
+  """
+  open_game(spec, 0).play("")
+
+
 def _start(spec: GameSpec, seed: int) -> textarena.Env:
   """Makes and resets the environment; whatever it objects to becomes a ValueError that names the configuration's field."""
   entry = ENV_REGISTRY[spec.name].entry_point
@@ -204,7 +277,30 @@ def _start(spec: GameSpec, seed: int) -> textarena.Env:
     ) from error
   if not isinstance(env.state, textarena.SinglePlayerState):
     raise ValueError(several)
+  _take_any_order(env.state)
   return env
+
+
+def _take_any_order(state: textarena.SinglePlayerState) -> None:
+  """Lets the state take arguments in the order in which some games hand them over.
+
+  Countdown, Cryptarithm and Slitherlink give sender, text and type of an observation, and reward
+  and reason of an invalid move; the state declares other orders.
+  """
+  add, invalid = state.add_observation, state.set_invalid_move
+
+  def add_observation(*args, **named):
+    if len(args) == 3 and isinstance(args[2], textarena.ObservationType):
+      order = "from_id", "message", "observation_type"
+      args, named = (), named | dict(zip(order, args, strict=True))
+    add(*args, **named)
+
+  def set_invalid_move(*args, **named):
+    if len(args) == 2 and isinstance(args[1], str):  # reward, reason
+      args = args[::-1]
+    invalid(*args, **named)
+
+  state.add_observation, state.set_invalid_move = add_observation, set_invalid_move
 
 
 def _sentences(rules: str) -> list[str]:

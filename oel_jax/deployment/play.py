@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from oel_jax.trajectory import Message, Trajectory, Turn, append_jsonl, knowledg
 
 if TYPE_CHECKING:
   from oel_jax.policy.generate import Sampling
+
+SLOW = 10.0  # seconds before a group's first answer; more are told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +111,28 @@ def play(
     return None
 
   for group in _groups(episodes, slots):
-    seats = []
-    for episode in group:
-      game = open_with(spec, episode.map_seed)
-      seats.append(_Seat(episode, game, prompts.first_message(game.observation, player=spec.player, actions=spec.actions)))
+    seats = _seats(spec, group, open_with)
     first_prompts, seeds = zip(*map(ask, seats), strict=True)
     policy.sample(first_prompts, seeds, sampling=sampling, max_new_tokens=max_response_tokens, reply=functools.partial(reply, seats))
   by_id = {trajectory.id: trajectory for trajectory in finished}
   return [by_id[episode.id] for episode in episodes]
+
+
+def _seats(
+    spec: GameSpec, group: Sequence[Episode], open_with: Callable[[GameSpec, int], Any]
+) -> list[_Seat]:
+  """The games of a group, opened one by one; a game whose boards take long to make says so."""
+  seats, started, told = [], time.monotonic(), False
+  for episode in group:
+    game = open_with(spec, episode.map_seed)
+    first = prompts.first_message(game.observation, player=spec.player, actions=spec.actions)
+    seats.append(_Seat(episode, game, first))
+    expected = (time.monotonic() - started) / len(seats) * len(group)
+    if expected > SLOW and not told:
+      line = "%s: the boards of %d games are being made, which takes about %.0f s"
+      logging.warning(line, spec.name, len(group), expected)
+      told = True
+  return seats
 
 
 def play_to_file(
@@ -172,6 +189,13 @@ def play_to_file(
     if any(episode.id not in done for episode in group):
       play(policy, spec, episodes=group, slots=slots, on_finished=keep, **how)
   result = [done[episode.id] for episode in episodes]
+  rewards = [trajectory.reward for trajectory in result]
+  if rewards and not 0 <= min(rewards) <= max(rewards) <= 1:
+    logging.warning(
+        "%s: the rewards of %s are no shares, they go from %g to %g: passed is a game that ends "
+        "with %g or more (config.deployment.passed_reward)",
+        path, spec.name, min(rewards), max(rewards), spec.passed_reward,
+    )  # fmt: skip
   write_jsonl(path, result)
   partial.unlink(missing_ok=True)
   return result
@@ -199,7 +223,7 @@ def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
 def _move(policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool) -> None:
   """Puts one sampled response to the game; fills `seat.trajectory` when that ends it."""
   thinking, answer = policy.tokenizer.split_response(response, thinking=thinking_on)
-  action = parse_action(answer, spec.action_pattern)
+  action = parse_action(answer, spec.action_pattern, spec.actions)
   step = seat.game.play(action)
   seat.turns.append(Turn(seat.waiting.content, thinking, answer, action, len(response)))
   seat.waiting = prompts.next_message(step.observation)
@@ -211,7 +235,7 @@ def _move(policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thi
         turns=tuple(seat.turns),
         outcome=step.outcome,
         reward=step.reward,
-        passed=step.reward >= 1.0,
+        passed=step.ended == "passed",
         ended=step.ended,
     )
 

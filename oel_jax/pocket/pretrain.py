@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from oel_jax import config as config_lib
 from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
 from oel_jax.policy import architecture, model, weights
 from oel_jax.policy.generate import Policy
@@ -90,6 +91,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   Raises:
     ValueError: the architecture is unknown, or `workdir` belongs to another configuration.
   """
+  config_lib.check_finite(config)
   shape, model_file = architecture.named(config.architecture), vocabulary.build()
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(opened(config, workdir, resume_anyway))

@@ -1,9 +1,14 @@
 """Text ↔ token ids and the chat template, behind one small face: SentencePiece for the embedded policy, Hugging Face for all others.
 
 Untrusted text stays plain text: `encode` never yields a control token, whatever the text holds; only `chat` places them.
+
+What enters a prompt is decided here alone. A conversation is what its template makes of it: its own
+system message replaces the template's default one. Knowledge stands behind that system text, own or
+default, so that teacher and student differ in nothing else.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -16,7 +21,7 @@ from typing import Any
 
 import sentencepiece
 
-from oel_jax.trajectory import Message
+from oel_jax.trajectory import KNOWLEDGE, Message
 
 PAD, END, THINK, END_THINK = "<|pad|>", "<|end|>", "<think>", "</think>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -28,7 +33,8 @@ class SentencePieceTokenizer:
 
   A message is `<|role|>` text `<|end|>`; a prompt ends with `<|assistant|>`, after which the policy writes, thinking between
   `<think>` and `</think>` if it likes, and stops with `<|end|>`. Messages are encoded one by one, so the ids of a conversation are
-  those of its parts joined, and a system message in front changes nothing behind it.
+  those of its parts joined. Knowledge is a system message by itself, behind the conversation's own
+  one if it has one.
 
   Attributes:
     vocabulary: number of pieces.
@@ -62,12 +68,21 @@ class SentencePieceTokenizer:
   def chat(self, messages: Sequence[Message], *, thinking: bool = True) -> list[int]:
     """The whole prompt, ending with the assistant's header. `thinking` is the policy's own choice here and changes nothing."""
     del thinking
-    return [i for message in messages for i in self._message(message)] + [self._control[ROLES["assistant"]]]
+    knowledge, own, rest = _front(messages)
+    placed = [message for message in (own, knowledge, *rest) if message is not None]
+    ids = [i for message in placed for i in self._message(message)]
+    return ids + [self._control[ROLES["assistant"]]]
 
-  def knowledge_prefix(self, message: Message, *, thinking: bool = True) -> tuple[int, list[int]]:
-    """(skip, ids) of a system message: chat([message, *rest]) == ids + chat(rest)[skip:]; here it stands before all, and skip is 0."""
+  def knowledge_prefix(
+      self, message: Message, *, system: Message | None = None, thinking: bool = True
+  ) -> tuple[int, list[int]]:
+    """(skip, ids) of knowledge before conversations that begin with `system`, or with none.
+
+    For messages = [system, *rest]: chat([message, *messages]) == ids + chat(messages)[skip:].
+    """
     del thinking
-    return 0, self._message(message)
+    before = [] if system is None else self._message(system)
+    return len(before), before + self._message(message)
 
   def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
     """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer."""
@@ -81,9 +96,31 @@ class SentencePieceTokenizer:
     return [*thought, *self.encode(answer), *self.eos_ids]
 
   def _message(self, message: Message) -> list[int]:
-    if message.role not in ROLES:
-      raise ValueError(f"message role is {message.role!r}: it must be one of {', '.join(ROLES)}")
-    return [self._control[ROLES[message.role]], *self.encode(message.content), *self.eos_ids]
+    role = "system" if message.role == KNOWLEDGE else message.role
+    if role not in ROLES:
+      raise ValueError(f"message role is {role!r}: it must be one of {', '.join(ROLES)}")
+    return [self._control[ROLES[role]], *self.encode(message.content), *self.eos_ids]
+
+
+def _front(
+    messages: Sequence[Message],
+) -> tuple[Message | None, Message | None, tuple[Message, ...]]:
+  """(knowledge, the conversation's own system message, all others); None for what is not there."""
+  knowledge = own = None
+  rest = tuple(messages)
+  if rest and rest[0].role == KNOWLEDGE:
+    knowledge, *rest = rest
+  if rest and rest[0].role == "system":
+    own, *rest = rest
+  return knowledge, own, tuple(rest)
+
+
+def _inserted_at(plain: Sequence[int], informed: Sequence[int]) -> int | None:
+  """Where ids are put into `plain` to get `informed`; None if that is not the only difference."""
+  pairs = enumerate(zip(plain, informed))
+  same = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(plain), len(informed)))
+  end = same + len(informed) - len(plain)
+  return same if end >= same and plain[same:] == informed[end:] else None
 
 
 def _split(ids: list[int], opening: int, close: int, opened: bool, decode: Callable[[list[int]], str]) -> tuple[str, str]:
@@ -95,7 +132,15 @@ def _split(ids: list[int], opening: int, close: int, opened: bool, decode: Calla
 
 
 SPACE = "\t \t"  # around a stand-in for a message: if it is gone from what the template makes, the template trims
-DATE = "01 Jan 2025"  # for templates that name the day: a prompt must not change over night
+# For templates that ask for today: a prompt must not change over night. Their own dates stay.
+DAY = datetime.date(2025, 1, 1)
+DAY_CODES = "%-d %-m %d %m %Y %y %B %b %A %a %j %H %M %S %F".split()
+# Put before such a template, whose function of this name it defines anew.
+TODAY = (
+    "{%- macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{DAY.strftime(code)}')" for code in DAY_CODES)
+    + " }}{% endmacro %}{{ '' }}"
+)
 JOINTS = ("\n\n", "\n", " ")
 GREETING = (Message("user", "How are you?"), Message("assistant", "I am well."), Message("user", "Good!"))
 
@@ -120,8 +165,9 @@ class HuggingFaceTokenizer:
   never becomes one and never steers it (traps, 40). Text between two control tokens is encoded in one piece: the ids are those of
   `apply_chat_template` wherever no message holds the name of a control token.
 
-  If the template has words of its own for a conversation without a system message, they stay in front of one: knowledge adds to the
-  prompt and takes nothing from it (traps, 13).
+  A conversation's own system message replaces the template's default one, as wherever the model is
+  served. Knowledge stands behind the system text, own or default, in the one system message that
+  every template has room for: it adds to the prompt and takes nothing from it.
 
   Attributes:
     vocabulary: one more than the highest id.
@@ -141,6 +187,8 @@ class HuggingFaceTokenizer:
     if not getattr(tokenizer, "is_fast", False):
       raise ValueError(f"tokenizer {self._name} is not one of the `tokenizers` library: the folder needs a tokenizer.json")
     self._tokenizer = tokenizer
+    template = tokenizer.get_chat_template()
+    self._template = TODAY + template if "strftime_now" in template else template
     self._control = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     self._control_ids = frozenset(self._control.values())
     self._plain = _without_added_tokens(tokenizer)
@@ -149,8 +197,10 @@ class HuggingFaceTokenizer:
       raise ValueError(f"tokenizer {self._name} makes a control token of {spelled[0]!r} in any text: a user's text could steer the model")
     self.vocabulary = 1 + max(tokenizer.get_vocab().values())
     self._layout = functools.lru_cache(maxsize=1024)(self._make_layout)
+    self._joint = functools.lru_cache(maxsize=1024)(self._find_joint)
     self._default_system = self._find_default_system()
-    self._joint = self._find_joint() if self._default_system else ""
+    if self._default_system:
+      self._joint(self._default_system)  # a template that knowledge cannot follow is refused here
     ids, template_ids = self.chat(GREETING), self._render([dataclasses.asdict(message) for message in GREETING], True, tokenize=True)
     if ids != template_ids:
       raise ValueError(f"tokenizer {self._name}: a greeting has the ids {ids} message by message but {template_ids} as a whole")
@@ -193,33 +243,54 @@ class HuggingFaceTokenizer:
     Raises:
       ValueError: the template refuses such a conversation.
     """
-    contents = [message.content for message in messages]
-    if self._default_system and messages and messages[0].role == "system":
-      contents[0] = self._default_system + self._joint + contents[0]
+    knowledge, own, rest = _front(messages)
+    if knowledge is not None:
+      own = Message("system", self._with_knowledge(own, knowledge.content))
+    placed = rest if own is None else (own, *rest)
+    roles, contents = [message.role for message in placed], [message.content for message in placed]
+    return self._ids(roles, contents, thinking)
+
+  def _with_knowledge(self, own: Message | None, knowledge: str) -> str:
+    """The content of the system message: the own or default system text, then knowledge."""
+    system = self._default_system
+    if own is not None:
+      layout = self._layout(("system", "user"), True)
+      slot = next(piece for piece in layout if isinstance(piece, _Slot))
+      system = slot.fill(own.content)  # what is trimmed without knowledge must not stand before it
+    return system + self._joint(system) + knowledge if system else knowledge
+
+  def _ids(self, roles: Sequence[str], contents: Sequence[str], thinking: bool) -> list[int]:
     ids: list[int] = []
     run = ""  # text since the last control token
-    for piece in (*self._layout(tuple(message.role for message in messages), thinking), None):
+    for piece in (*self._layout(tuple(roles), thinking), None):
       if isinstance(piece, str):
         run += piece
       elif isinstance(piece, _Slot):
-        run += piece.fill(contents[len(messages) - 1 - piece.index])
+        run += piece.fill(contents[len(contents) - 1 - piece.index])
       else:
         ids, run = ids + self.encode(run) + ([] if piece is None else [piece]), ""
     return ids
 
-  def knowledge_prefix(self, message: Message, *, thinking: bool = True) -> tuple[int, list[int]]:
-    """(skip, ids) of a system message: chat([message, *rest]) == ids + chat(rest)[skip:].
+  def knowledge_prefix(
+      self, message: Message, *, system: Message | None = None, thinking: bool = True
+  ) -> tuple[int, list[int]]:
+    """(skip, ids) of knowledge before conversations that begin with `system`, or with none.
+
+    For messages = [system, *rest]: chat([message, *messages]) == ids + chat(messages)[skip:].
 
     Raises:
-      ValueError: the template changes more than that when a system message stands in front.
+      ValueError: the template changes more than that when there is knowledge.
     """
-    question = Message("user", "?")
-    plain, informed = self.chat((question,), thinking=thinking), self.chat((message, question), thinking=thinking)
-    same = next((i for i, pair in enumerate(zip(plain, informed)) if pair[0] != pair[1]), min(len(plain), len(informed)))
-    end = same + len(informed) - len(plain)
-    if end < same or plain[same:] != informed[end:]:
-      raise ValueError(f"tokenizer {self._name}: its chat template changes the prompt when a system message stands before it")
-    return same, informed[:end]
+    asked = (Message("user", "?"),) if system is None else (system, Message("user", "?"))
+    plain = self.chat(asked, thinking=thinking)
+    informed = self.chat((message, *asked), thinking=thinking)
+    skip = _inserted_at(plain, informed)
+    if skip is None:
+      raise ValueError(
+          f"tokenizer {self._name}: its chat template changes the prompt when knowledge stands in "
+          "its system message"
+      )
+    return skip, informed[: skip + len(informed) - len(plain)]
 
   def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
     """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer; `thinking` as given to `chat`."""
@@ -235,7 +306,12 @@ class HuggingFaceTokenizer:
   def _render(self, conversation: list[dict[str, str]], thinking: bool, tokenize: bool = False) -> Any:
     try:
       return self._tokenizer.apply_chat_template(
-          conversation, tokenize=tokenize, return_dict=False, add_generation_prompt=True, enable_thinking=thinking, date_string=DATE
+          conversation,
+          tokenize=tokenize,
+          return_dict=False,
+          add_generation_prompt=True,
+          enable_thinking=thinking,
+          chat_template=self._template,
       )
     except Exception as error:  # templates refuse by raising errors of Jinja's
       roles = ", ".join(message["role"] for message in conversation)
@@ -270,15 +346,18 @@ class HuggingFaceTokenizer:
     middle = plain[len(head)] if fits else ""
     return middle.removeprefix(words) if isinstance(middle, str) and middle.startswith(words) else ""
 
-  def _find_joint(self) -> str:
-    """What between those words and a system message leaves the ids of both as they are alone."""
-    for self._joint in JOINTS:
-      try:
-        self.knowledge_prefix(Message("system", "Rule 1"))  # ends unlike what stands before it, so that no chance hides a merge
-        return self._joint
-      except ValueError:
-        continue
-    raise ValueError(f"tokenizer {self._name}: no system message can follow its template's own, {self._default_system!r}, without changing it")
+  def _find_joint(self, system: str) -> str:
+    """What between a system text and knowledge leaves the ids of the text as they are alone."""
+    roles = ("system", "user")
+    plain = self._ids(roles, (system, "?"), True)
+    for joint in JOINTS:
+      # The probe ends unlike what stands before it, so that no chance hides a merge.
+      if _inserted_at(plain, self._ids(roles, (system + joint + "Rule 1", "?"), True)) is not None:
+        return joint
+    raise ValueError(
+        f"tokenizer {self._name}: no knowledge can follow the system text {system!r:.200} without "
+        "changing its ids: end it with a letter or a full stop"
+    )
 
 
 def import_transformers() -> Any:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,27 @@ from typing import Any
 from absl import logging
 
 from oel_jax.runtime import schema
+
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")  # two letters at least: C:/ is a disk
+
+
+def local(path: str | os.PathLike, field: str) -> pathlib.Path:
+  """Returns the path of a file or folder of this machine, with ~ for the home folder.
+
+  Args:
+    path: as the user gave it.
+    field: what gave it, for the error: "--workdir", "config.policy.weights".
+
+  Raises:
+    ValueError: it is an address of another store: gs://bucket/run would be a folder named gs: here.
+  """
+  scheme = _SCHEME.match(str(path))
+  if scheme:
+    raise ValueError(
+        f"{field} is {str(path)!r}: files are read and written on this machine only, so it must be "
+        f"a path here; copy it, or mount the {scheme[1]}: store as a folder"
+    )
+  return pathlib.Path(path).expanduser()
 
 
 def explained(error: OSError, path: str | os.PathLike) -> OSError:

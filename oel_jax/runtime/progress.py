@@ -1,6 +1,7 @@
 """What a person at the terminal sees: bars with the time left, and tables. In a log file: one line where a stage ends."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,9 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
   Yields:
     advance(n=1): tells that n more pieces are done.
   """
-  console = rich.console.Console()  # made here, since stdout may have been redirected after the import
+  # Made here, since stdout may have been redirected after the import; and of this stdout, since a
+  # game's is redirected.
+  console = rich.console.Console(file=sys.stdout)
   done = 0
   start = time.monotonic()
   with contextlib.ExitStack() as stack:

@@ -43,11 +43,11 @@ def opened(config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume
     `workdir` as an absolute path.
 
   Raises:
-    ValueError: the configuration differs (each field is listed with both values), a file that it names has changed, or config.json is
-      damaged or of another schema.
+    ValueError: the configuration differs (each field is listed with both values), a file that it names has changed, config.json is
+      damaged or of another schema, or `workdir` is on another store.
     OSError: another process on this machine is running in it, or the directory cannot be made or written.
   """
-  path = pathlib.Path(workdir).expanduser().absolute()
+  path = files.local(workdir, "--workdir").absolute()
   if jax.process_index() == 0:
     try:
       path.mkdir(parents=True, exist_ok=True)

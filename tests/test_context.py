@@ -1,0 +1,136 @@
+"""A model's context length: read from its files, and compared with what may be asked of it."""
+
+import json
+
+import families
+import jax
+import ml_collections
+import pytest
+import test_gguf
+
+from oel_jax import config as config_lib
+from oel_jax import distill, rounds
+from oel_jax.policy import gguf, huggingface
+from oel_jax.runtime import mesh as mesh_lib
+
+FIELDS = dict(
+    model_type="qwen2", vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-6, rope_theta=1e6,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["folder", "gguf"], name="weights")
+def fixture_weights(request, tmp_path, monkeypatch):
+  """A model of 256 tokens of context, whose weights nobody may read."""
+  path, tokenizer = (
+    tmp_path / ("model.gguf" if request.param == "gguf" else "model"),
+    families.tokenizer("qwen2.5"),
+  )
+  if request.param == "gguf":
+    test_gguf.write(
+      path, families.model("Qwen2", **test_gguf.SMALL | {"vocab_size": len(tokenizer)})
+    )
+    monkeypatch.setattr(gguf, "tokenizer", lambda file: tokenizer)  # the file has none
+  else:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(FIELDS | {"max_position_embeddings": 256}))
+    tokenizer.save_pretrained(path)
+  for module in (gguf, huggingface):
+    monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("the weights are read"))
+  return path
+
+
+def read(weights, prompt_tokens, response_tokens):
+  config = config_lib.default().policy
+  config.weights, config.max_prompt_tokens = str(weights), prompt_tokens
+  devices = mesh_lib.make_mesh(
+    ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
+  )
+  return rounds.load_policy(config, devices, response_tokens=response_tokens)
+
+
+def test_longer_prompts_and_responses_are_told_before_the_weights_are_read(weights):
+  told = "config.policy.max_prompt_tokens is 250, .* 100 .* 350, .* context length .* is 256: "
+  with pytest.raises(ValueError, match=told + "it must be at most 156"):
+    read(weights, 250, 100)
+  with pytest.raises(
+    ValueError,
+    match="is 10, .*max_position_embeddings.* is 256: max_response_tokens must be far smaller",
+  ):
+    read(weights, 10, 300)
+  for fits in ((156, 100), (16384, None)):
+    with pytest.raises(pytest.fail.Exception, match="the weights are read"):
+      read(weights, *fits)
+
+
+@pytest.mark.parametrize(
+  "value, right", [(0, "above 0"), ("long", "above 0"), (True, "above 0"), (4096.5, "above 0")]
+)
+def test_a_context_length_that_is_none_is_told(tmp_path, value, right):
+  (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"max_position_embeddings": value}))
+  with pytest.raises(
+    ValueError, match=f'"max_position_embeddings" is {value!r}: it must be a whole number {right}'
+  ):
+    huggingface.read_architecture(tmp_path)
+
+
+def test_a_model_that_names_no_context_length_has_none_and_equals_one_that_does(tmp_path):
+  found = []
+  for fields in ({}, {"max_position_embeddings": None}, {"max_position_embeddings": 256}):
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS | fields))
+    found.append(huggingface.read_architecture(tmp_path))
+  assert [shape.max_positions for shape in found] == [None, None, 256]
+  assert len(set(found)) == 1  # no program is compiled anew for it
+
+
+@pytest.mark.parametrize(
+  "run, config", [(rounds.run, config_lib.default()), (distill.run, distill.default())]
+)
+def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch):
+  asked = []
+
+  def load(config, devices, *, response_tokens):
+    asked.append(response_tokens)
+    raise ValueError("enough")
+
+  monkeypatch.setattr(rounds, "load_policy", load)
+  (tmp_path / "a.txt").write_text("Be brief.\n")
+  (tmp_path / "a.py").write_text("def f(answer):\n  return True\n")
+  config.deployment.max_response_tokens, config.extraction.max_response_tokens = 70, 90
+  if "distill" in config:
+    config.distill.update(
+      {name: f"{tmp_path}/a.txt" for name in ("knowledge", "prompts", "held_out")}
+      | {"obeys": f"{tmp_path}/a.py:f"}
+    )
+  with pytest.raises(ValueError, match="enough"):
+    run(config, str(tmp_path / "run"))
+  assert asked == [70 if "distill" in config else 90] and not (tmp_path / "run").exists()
+
+
+def test_what_shows_without_the_model_is_told_before_it_is_loaded(tmp_path, monkeypatch):
+  monkeypatch.setattr(rounds, "load_policy", lambda *_, **__: pytest.fail("the model is loaded"))
+  config = config_lib.default()
+  config.deployment.game = "FrozenLak-v0-raw"
+  with pytest.raises(ValueError, match="config.deployment.game is 'FrozenLak-v0-raw'"):
+    rounds.run(config, str(tmp_path / "run"))
+  (tmp_path / "a.txt").write_text("Be brief.\n")
+  (tmp_path / "a.py").write_text("def f(answer):\n  return answer[0] == 'x'\n")
+  config = distill.default()
+  config.distill.update(
+    {name: f"{tmp_path}/a.txt" for name in ("knowledge", "prompts", "held_out")}
+    | {"obeys": f"{tmp_path}/a.py:f"}
+  )
+  with pytest.raises(
+    ValueError, match="config.distill.obeys is .*a.py:f': it fails for the answer '' "
+  ):
+    distill.run(config, str(tmp_path / "run"))
+
+
+def test_weights_on_another_store_are_refused():
+  config = config_lib.default().policy
+  config.weights = "gs://bucket/Qwen3-1.7B"
+  with pytest.raises(
+    ValueError, match="config.policy.weights is 'gs://bucket/Qwen3-1.7B': .* it must be a path here"
+  ):
+    rounds.load_policy(config, None)
