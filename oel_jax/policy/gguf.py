@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType as Type
 from oel_jax.policy import huggingface
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
+from oel_jax.runtime import finite
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K)
@@ -178,7 +179,8 @@ def load(file: File, architecture: Architecture, *, dtype: Any = np.float32, sha
     The parameter tree of `model.init`, layers stacked.
 
   Raises:
-    ValueError: tensors are missing, unknown or misshaped: one error lists them all.
+    ValueError: tensors are missing, unknown or misshaped: one error lists them all; or one holds
+      numbers that are not finite.
   """
   interleaved = {
       NAMES[f"layers/attention/{x}/kernel"].format(layer): heads
@@ -187,7 +189,7 @@ def load(file: File, architecture: Architecture, *, dtype: Any = np.float32, sha
   }  # fmt: skip
 
   def take(name: str) -> np.ndarray:
-    found = _values(file.tensors[name], dtype)
+    found = finite.checked(file.path, name, _values(file.tensors[name], dtype))
     if name not in interleaved:
       return found
     # llama.cpp rotates neighbouring rows of a llama's heads against each other, we the two halves of a head.

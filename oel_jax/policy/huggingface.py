@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
-from oel_jax.runtime import files
+from oel_jax.runtime import files, finite
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 4 * 2**30
@@ -182,12 +182,13 @@ def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = 
 
   Raises:
     FileNotFoundError: no weights in the folder, or a shard is missing.
-    ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists them all.
+    ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists
+      them all; or one holds numbers that are not finite.
   """
   folder = pathlib.Path(folder)
   tensors = {name: file for name, file in _open(folder).items() if not _is_ignored(name, architecture)}
   shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
-  read = lambda name: tensors[name].get_tensor(name)
+  read = lambda name: finite.checked(folder, name, tensors[name].get_tensor(name))
   return assemble(f"{folder}: the weights do not fit config.json", shapes, read, architecture, NAMES, dtype=dtype, shardings=shardings)
 
 
