@@ -1,6 +1,8 @@
 """Sampling whole responses, against a naive loop that runs the whole forward for every token; single draws: test_sampling.py."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from oel_jax.policy import decode, model, ring
 from oel_jax.policy.architecture import named
 from oel_jax.policy.generate import Policy, generate
 from oel_jax.policy.sampling import Sampling
+from oel_jax.runtime.finite import NotFiniteError
 
 TINY = named("pocket-tiny")
 GREEDY, FREE = Sampling(1e-6), Sampling(1.0)
@@ -384,3 +387,57 @@ def test_policy_samples_with_its_own_parts_and_refuses_a_foreign_tokenizer():
   assert other.sample(prompts, range(4), sampling=FREE, max_new_tokens=LIMIT) != sample(prompts)
   with pytest.raises(ValueError, match=f"{TINY.vocabulary + 1}.*{TINY.vocabulary}"):  # trap 16
     Policy(TINY, params(), Words(TINY.vocabulary + 1))
+
+
+# Logits that are not finite
+
+UNTIED = dataclasses.replace(TINY, tied_head=False)
+
+
+def _poisoned(place, value):
+  """Parameters with a head of their own, whose embedding or head holds `value` in row `place[1]`."""
+  name, row = place
+  made = {**params(), "head": {"kernel": params()["embed"]["embedding"].copy()}}
+  made["embed"] = {"embedding": params()["embed"]["embedding"].copy()}
+  table = made[name]["embedding" if name == "embed" else "kernel"]
+  table[row] = value
+  return made
+
+
+@pytest.mark.parametrize("cores", [False, True])
+def test_logits_that_are_not_finite_stop_sampling_where_they_turn_up(monkeypatch, cores):
+  """The id that response 2 draws third has an embedding of NaN: all that it is read for is NaN."""
+  if cores:
+    monkeypatch.setattr(generate_lib, "PROMPTS_CORE", 1)
+    monkeypatch.setattr(generate_lib, "_cores", lambda mesh: 2)
+  prompts = random_prompts(9, 14, 7, 11, seed=21)
+  whole = sample(prompts)
+  poison = whole[2][2]
+  first = min(ids.index(poison) for ids in whole if poison in ids)
+  assert first <= 2 and not any(poison in prompt for prompt in prompts)
+  others = [i for i, ids in enumerate(whole) if poison in ids[:-1]]
+  told = r"logits of the prompt at index (\d) .* not finite after (\d+) tokens of its response"
+  run = functools.partial(
+      generate, _poisoned(("embed", poison), np.nan), UNTIED, prompts, range(4), sampling=FREE,
+      max_new_tokens=LIMIT, pad_id=1,
+  )  # fmt: skip
+  with pytest.raises(NotFiniteError, match=told) as raised:
+    run(eos_ids=(510, 511))
+  assert raised.value.prompts and set(raised.value.prompts) <= set(others)
+  index, tokens = map(int, re.search(told, str(raised.value)).groups())
+  assert index in others and tokens == whole[index].index(poison) + 1
+  # A row that has ended goes on being computed beside others: what comes of it is not looked at.
+  assert run(eos_ids=(poison, 511)) == sample(prompts, eos_ids=(poison, 511))
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38, -3e38])
+@pytest.mark.parametrize("sampling", [FREE, Sampling(0.7, top_p=0.8, top_k=20)])
+def test_one_logit_of_a_prompt_that_is_not_finite_is_enough(value, sampling):
+  """Of a whole row of the vocabulary. What a filter makes -inf itself is no fault."""
+  run = lambda held: generate(
+      _poisoned(("head", 77), held), UNTIED, random_prompts(5, 5, seed=2), range(2),
+      sampling=sampling, max_new_tokens=LIMIT, eos_ids=(510, 511), pad_id=1,
+  )  # fmt: skip
+  assert all(run(0.0))
+  with pytest.raises(NotFiniteError, match="index 0 .* after 0 tokens .*, and those of 1 more"):
+    run(value)

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import attention, huggingface, model
+from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 
 ARCHITECTURE = architecture_lib.Architecture(32, 16, 2, 4, 2, 8, 24, rope_theta=1e4)  # vocabulary and all heads can be shared out over two
@@ -218,7 +220,9 @@ def test_the_metrics_of_a_step_match_float64(monkeypatch, kind, support, micro_t
   expected = _mean_statistics(_params(0), _params(1), samples, buckets, 4)
   if support == "full":
     del expected["topk_mass"]
-  assert expected.keys() == metrics.keys() - {"loss", "gradient_norm", "tokens"}
+  others = {"loss", "gradient_norm", "tokens", "not_finite"}
+  others |= {name for name in metrics if name.startswith(step_lib.GRADIENT)}
+  assert expected.keys() == metrics.keys() - others
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
   probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=1.3, chunk=7)(_params(0), teacher, batch)
@@ -259,7 +263,13 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
   assert mesh is None or mesh.shape["tensor"] != 2 or teacher.keys.sharding.spec[2] == "tensor"
   assert teacher.keys.sharding.memory_kind == teacher.values.sharding.memory_kind == ("pinned_host" if on_host else "device")
   state, metrics = step(state, teacher, batch)
-  return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student), {k: float(v) for k, v in metrics.items()}
+  gradient = jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student)
+  assert metrics.pop("not_finite") == 0
+  # Each parameter's own norm is looked at here, where what is compared is the gradient itself.
+  for path, leaf in flax.traverse_util.flatten_dict(gradient, sep="/").items():
+    norm = np.linalg.norm(leaf.astype(np.float64).ravel())
+    np.testing.assert_allclose(metrics.pop(step_lib.GRADIENT + path), norm, rtol=1e-3, atol=1e-6)
+  return gradient, {k: float(v) for k, v in metrics.items()}
 
 
 @pytest.mark.parametrize(
@@ -405,6 +415,32 @@ def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):  # trap 41
     state, _ = step(state, teacher, batch)
   assert float(probe(state.params, teacher, batch)["kl"]) < 0.5 * first
   assert int(state.step) == 20
+
+
+@pytest.mark.parametrize("broken", ["parameter", "moment"])
+def test_a_step_counts_the_arrays_that_are_not_finite(monkeypatch, broken):
+  """Loss and gradient are finite, and one update, or what the optimizer keeps, is not."""
+  # The loss is cut out: without it a step compiles at once.
+  loss = lambda params, teacher, batch, **how: (
+      sum(map(jnp.sum, jax.tree.leaves(params))), (batch.mask.sum(), {}))
+  monkeypatch.setattr(step_lib, "loss_sum", loss)
+  params = {"norm": {"scale": jnp.ones(4)}, "head": {"kernel": jnp.ones((3, 4))}}
+
+  def update(gradient, state, params):
+    del params
+    scale = gradient["norm"]["scale"].at[3].set(jnp.inf)
+    wrong, still = gradient | {"norm": {"scale": scale}}, jax.tree.map(jnp.zeros_like, state)
+    return (wrong, state) if broken == "parameter" else (still, wrong)
+
+  init = lambda params: jax.tree.map(jnp.zeros_like, params)
+  optimizer = optax.GradientTransformation(init, update)
+  step = step_lib.make_step(ARCHITECTURE, optimizer, kind="imitation")
+  batch = _batch(_samples())
+  state, metrics = step(step_lib.init_state(params, optimizer), None, batch)
+  assert metrics["not_finite"] == 1
+  assert all(np.isfinite(value) for value in metrics.values())
+  assert finite.not_finite(state.params) == (["norm/scale"] if broken == "parameter" else [])
+  assert metrics["gradient_norm/head/kernel"] == pytest.approx(12**0.5 / batch.mask.sum())
 
 
 def test_a_sample_that_does_not_fit_is_an_error_not_cut():

@@ -14,6 +14,8 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import joined, model
 from oel_jax.policy.architecture import Architecture
 
+GRADIENT = "gradient_norm/"  # begins the name of a metric that is one parameter's
+
 
 class State(NamedTuple):
   """What training changes: optimizer steps done (int32), float32 parameters, optimizer state."""
@@ -79,7 +81,9 @@ def make_step(
   Returns:
     step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means over the tokens: kl (exact and reverse,
     whatever the loss), the same in each of `measures.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass where
-    the top k are found for the loss. "imitation" has the first three only.
+    the top k are found for the loss. "imitation" has the first three only. Beside them stand
+    gradient_norm/PATH of each parameter, and not_finite (int32): how many arrays of the new
+    parameters and of the optimizer's state hold a number that is not finite.
   """
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
   shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -121,8 +125,14 @@ def make_step(
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)))
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
+    norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
     metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count} | measures.means(sums)
+    for path, square in jax.tree_util.tree_leaves_with_path(squares):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      metrics[GRADIENT + name] = jnp.sqrt(square)
+    broken = [~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, optimizer_state))]
+    metrics["not_finite"] = sum(flag.astype(jnp.int32) for flag in broken)
     return State(state.step + 1, params, optimizer_state), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

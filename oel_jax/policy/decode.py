@@ -22,6 +22,9 @@ from oel_jax.policy import attention, joined, model, ring, thin
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling, sample_token
 
+# In place of an id: the logits to draw it from are not finite; the row has ended.
+NOT_FINITE = -2
+
 
 class Slots(NamedTuple):
   """The state of B rows that decode side by side over a ring of S columns.
@@ -162,7 +165,7 @@ def enter(
       within its part of them.
 
   Returns:
-    The slots, and the ids drawn [R] (with their log-probabilities [R]).
+    The slots, and the ids drawn [R], or NOT_FINITE (with their log-probabilities [R]).
   """
   run = functools.partial(_enter, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path)
   return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
@@ -173,7 +176,7 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  axes = {"keys": columns(path), "values": 2}
+  axes, dtype = {"keys": columns(path), "values": 2}, weights["norm"]["scale"].dtype
   if shared:  # the columns of each prompt's beginning in its source, the first of them at 0
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
 
@@ -188,10 +191,10 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
     if shared is None:
-      return attention.causal(q, keys[-1], values[-1], _prefill_path(weights))
+      return attention.causal(q, keys[-1], values[-1], prefill_path(dtype))
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
     seen = jnp.concatenate([jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1)
-    if _prefill_path(weights) == "xla":
+    if prefill_path(dtype) == "xla":
       return ring.attend_many(q, keys[-1], values[-1], seen)
     return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
 
@@ -241,7 +244,8 @@ def decode(
     mesh: where the slots lie.
 
   Returns:
-    The slots, and the ids drawn [B, chunk], -1 where none was (with their log-probabilities [B, chunk]).
+    The slots, and the ids drawn [B, chunk], -1 where none was, or NOT_FINITE (with their
+    log-probabilities [B, chunk]).
   """
   run = functools.partial(
       _decode, architecture=architecture, sampling=sampling, chunk=chunk, logprobs=logprobs, path=path, axes=row_axes(mesh)
@@ -300,8 +304,9 @@ def _on_gpu() -> bool:
   return jax.default_backend() == "gpu"
 
 
-def _prefill_path(weights) -> str:
-  return "cudnn" if _on_gpu() and weights["embed"]["embedding"].dtype == jnp.bfloat16 else "xla"
+def prefill_path(dtype: Any) -> str:
+  """The attention that reads prompts: "cudnn" on a GPU in bfloat16, or "xla"."""
+  return "cudnn" if _on_gpu() and dtype == jnp.bfloat16 else "xla"
 
 
 def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Array, "B T D"]:
@@ -358,10 +363,13 @@ def _draw(weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs) -
   """Each row's next id, from the stream of its seed and position, and its log-probability under the model as it is, if asked for."""
   logits = model.logits(hidden_BxD, model.head(weights))
   token = sample_token(logits, jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B), sampling, active_B)
+  # The model's own logits, before any filter makes some of them -inf. The mark goes with the ids:
+  # the loop carries nothing more.
+  token = jnp.where(jnp.isfinite(logits).all(-1), token, NOT_FINITE)
   if not logprobs:
     return token, ()
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)
 
 
 def _ended(token_B, drawn_B, limits_B, ends_BxE) -> Bool[Array, "B"]:
-  return (token_B[:, None] == ends_BxE).any(-1) | (drawn_B >= limits_B)
+  return (token_B[:, None] == ends_BxE).any(-1) | (drawn_B >= limits_B) | (token_B == NOT_FINITE)

@@ -22,6 +22,7 @@ import numpy as np
 from oel_jax.policy import decode, ring
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import Sampling
+from oel_jax.runtime.finite import NotFiniteError
 
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)  # a few shapes, so that little is compiled (traps, 20)
 ENTRIES = (1, 4, 32, 256)  # prompts that enter together; more than half of a batch is filled, unless it is one of FEW
@@ -118,6 +119,8 @@ def generate(
   Raises:
     ValueError: an empty prompt, an id that the weights have no row for, a limit or slots below 1, or not one seed, limit or list a prompt;
       a reply's prompt is checked when it comes.
+    NotFiniteError: a prompt's logits are not finite, and nothing is drawn from them. It names the
+      prompt's index and how many tokens its response had.
   """
   if slots is not None and slots < 1:
     raise ValueError(f"generate got slots {slots}: it must be at least 1, or None")
@@ -142,8 +145,9 @@ def generate(
       return following
 
     run = _Run(
-        weights, [prompts[i] for i in own], [array[own] for array in requests], how, pad_id=pad_id, dtype=dtype,
-        slots=slots and slots // parts, cache_bytes=CACHE_BYTES // parts, reply=reply and answer,
+        weights, [prompts[i] for i in own], [array[own] for array in requests], how, indices=own,
+        pad_id=pad_id, dtype=dtype, slots=slots and slots // parts,
+        cache_bytes=CACHE_BYTES // parts, reply=reply and answer,
     )  # fmt: skip
     while not stopped.is_set() and (run.waiting or run.seated or run.ended):
       run.advance()
@@ -234,9 +238,11 @@ class _Run:
   On a mesh slot r is on device home[r], and a prompt is read where its slot is: it takes a beginning only from slots there.
   """
 
-  def __init__(self, weights, prompts, requests, how, *, pad_id, dtype, slots, cache_bytes, reply):
+  def __init__(
+      self, weights, prompts, requests, how, *, indices, pad_id, dtype, slots, cache_bytes, reply
+  ):  # fmt: skip
     self.weights, self.prompts, self.requests, self.how = weights, list(map(list, prompts)), requests, how
-    self.pad_id, self.reply = pad_id, reply
+    self.indices, self.pad_id, self.reply = indices, pad_id, reply
     self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     self.seated: dict[int, int] = {}  # the prompt in each slot that is taken
     self.ended: dict[int, int] = {}  # the prompt in each slot that is kept until its response is replied to
@@ -418,7 +424,22 @@ class _Run:
     return _Entry([taken[k] for k in those], rows, source, shared, self.home[source] * batch + np.array(nth)[those], (batch, length))
 
   def _keep(self, numbers, drawn) -> None:
-    """Adds what was drawn for each of these prompts; -1 is nothing."""
+    """Adds what was drawn for each of these prompts; -1 is nothing.
+
+    Raises:
+      NotFiniteError: logits were not finite.
+    """
+    broken = np.flatnonzero((drawn[0] == decode.NOT_FINITE).any(1))
+    if len(broken):
+      i, row = numbers[broken[0]], drawn[0][broken[0]]
+      more = f", and those of {len(broken) - 1} more prompts" if len(broken) > 1 else ""
+      raise NotFiniteError(
+          "sampling has stopped: the logits of the prompt at index "
+          f"{self.indices[i]} ({len(self.prompts[i])} tokens) are not finite after "
+          f"{len(self.ids[i]) + (row >= 0).sum()} tokens of its response{more}: the weights, or "
+          f"what {self.weights['norm']['scale'].dtype} makes of them, are no numbers to draw from",
+          prompts=[self.indices[numbers[place]] for place in broken],
+      )
     for kept, rows in zip((self.ids, self.scores), drawn, strict=False):
       for i, row, ids in zip(numbers, rows, drawn[0], strict=True):
         kept[i].extend(row[ids >= 0].tolist())

@@ -19,6 +19,7 @@ from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
 from oel_jax.policy.gguf_file import File, read  # noqa: F401  (read is called as gguf.read)
 from oel_jax.policy.tokenizer import import_transformers
+from oel_jax.runtime import finite
 
 transformers = import_transformers()
 
@@ -155,7 +156,8 @@ def load(file: File, architecture: Architecture, *, dtype: Any = np.float32, sha
     The parameter tree of `model.init`, layers stacked.
 
   Raises:
-    ValueError: tensors are missing, unknown or misshaped: one error lists them all.
+    ValueError: tensors are missing, unknown or misshaped: one error lists them all; or one holds
+      numbers that are not finite.
   """
   interleaved = {
       NAMES[f"layers/attention/{x}/kernel"].format(layer): heads
@@ -164,7 +166,7 @@ def load(file: File, architecture: Architecture, *, dtype: Any = np.float32, sha
   }  # fmt: skip
 
   def take(name: str) -> np.ndarray:
-    found = file.tensors[name].values(dtype)
+    found = finite.checked(file.path, name, file.tensors[name].values(dtype))
     if name not in interleaved:
       return found
     # llama.cpp rotates neighbouring rows of a llama's heads against each other, we the two halves of a head.

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.safetensors_folder import FLOATS, INDEX, SINGLE, Tensor, open_folder
-from oel_jax.runtime import files
+from oel_jax.runtime import files, finite
 
 SHARD_BYTES = 4 * 2**30
 FAMILIES = ("qwen3", "qwen2", "llama")
@@ -216,7 +216,8 @@ def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = 
 
   Raises:
     FileNotFoundError: no weights in the folder, or a shard is missing.
-    ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists them all.
+    ValueError: a file is damaged; or tensors are missing, unknown or misshaped: one error lists
+      them all; or one holds numbers that are not finite.
   """
   folder = pathlib.Path(folder)
   found = open_folder(folder)
@@ -230,7 +231,7 @@ def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = 
     shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
     raise ValueError(f"{folder}: {shown}: quantised or packed; only {', '.join(FLOATS)} are read")
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  read = lambda name: tensors[name].read()
+  read = lambda name: finite.checked(folder, name, tensors[name].read())
   return assemble(f"{folder}: the weights do not fit config.json", shapes, read, architecture, NAMES, dtype=dtype, shardings=shardings)
 
 

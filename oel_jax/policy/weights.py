@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from oel_jax.policy import model
 from oel_jax.policy.architecture import Architecture
-from oel_jax.runtime import files
+from oel_jax.runtime import files, finite
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a pointer begins
 
@@ -46,7 +46,8 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is damaged, or tensors are missing, unknown or misshaped; all of them are named.
+    ValueError: the file is damaged, or tensors are missing, unknown or misshaped; all of
+      them are named. Or a number is not finite.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -61,7 +62,9 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
   wrong += [f"{n}: {found[n].shape} instead of {w.shape}" for n, w in wanted.items() if n in found and found[n].shape != w.shape]
   if wrong:
     raise ValueError(f"{path}: does not fit the architecture: {'; '.join(wrong)}")
-  return flax.traverse_util.unflatten_dict({name: found[name].astype(np.float32) for name in wanted}, sep="/")
+  good = {name: finite.checked(path, name, found[name]) for name in wanted}
+  params = {name: tensor.astype(np.float32) for name, tensor in good.items()}
+  return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
