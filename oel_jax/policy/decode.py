@@ -176,7 +176,7 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  axes, dtype = {"keys": columns(path), "values": 2}, weights["norm"]["scale"].dtype
+  axes, dtype = {"keys": columns(path), "values": 2}, weights["embed"]["embedding"].dtype
   if shared:  # the columns of each prompt's beginning in its source, the first of them at 0
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
 
