@@ -93,9 +93,9 @@ def load_policy(
     response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
 
   Raises:
-    ValueError: prompts and responses may be longer than the model's context.
-    ValueError: no such weights, or damaged ones; or they are of another architecture than config.policy.architecture; or too small for the
-      tokenizer, which shows before they are read.
+    ValueError: no such weights, or damaged ones; or they are of another architecture than
+      config.policy.architecture; or, which shows before they are read: they are too small for the
+      tokenizer, or prompts and responses may be longer than the model's context.
     OSError: a file is missing in the folder.
   """
   dtype = config.compute_dtype

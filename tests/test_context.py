@@ -13,28 +13,31 @@ from oel_jax import distill, rounds
 from oel_jax.policy import gguf, huggingface
 from oel_jax.runtime import mesh as mesh_lib
 
-FIELDS = dict(
-    model_type="qwen2", vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-6, rope_theta=1e6,
-    tie_word_embeddings=True,
-)  # fmt: skip
+@pytest.fixture(scope="module", name="theirs")
+def fixture_theirs():
+  """A small random model with a row for each id of the tokenizer."""
+  size = len(families.tokenizer("qwen2.5"))
+  return families.model("Qwen2", **test_gguf.SMALL | {"vocab_size": size}, tie_word_embeddings=True)
+
+
+def folder(path, theirs, **fields):
+  """The model's folder, with these fields in its config.json; None: without the field."""
+  theirs.save_pretrained(path)
+  config = json.loads((path / "config.json").read_text()) | fields
+  (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+  return path
 
 
 @pytest.fixture(params=["folder", "gguf"], name="weights")
-def fixture_weights(request, tmp_path, monkeypatch):
+def fixture_weights(request, tmp_path, theirs, monkeypatch):
   """A model of 256 tokens of context, whose weights nobody may read."""
-  path, tokenizer = (
-    tmp_path / ("model.gguf" if request.param == "gguf" else "model"),
-    families.tokenizer("qwen2.5"),
-  )
+  path, tokenizer = tmp_path / f"model.{request.param}", families.tokenizer("qwen2.5")
   if request.param == "gguf":
-    test_gguf.write(
-      path, families.model("Qwen2", **test_gguf.SMALL | {"vocab_size": len(tokenizer)})
-    )
+    test_gguf.write(path, theirs)
     monkeypatch.setattr(gguf, "tokenizer", lambda file: tokenizer)  # the file has none
+    monkeypatch.setattr(gguf, "eos_ids", lambda file: ())
   else:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(FIELDS | {"max_position_embeddings": 256}))
+    folder(path, theirs, max_position_embeddings=256)
     tokenizer.save_pretrained(path)
   for module in (gguf, huggingface):
     monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("the weights are read"))
@@ -64,23 +67,20 @@ def test_longer_prompts_and_responses_are_told_before_the_weights_are_read(weigh
       read(weights, *fits)
 
 
-@pytest.mark.parametrize(
-  "value, right", [(0, "above 0"), ("long", "above 0"), (True, "above 0"), (4096.5, "above 0")]
-)
-def test_a_context_length_that_is_none_is_told(tmp_path, value, right):
-  (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"max_position_embeddings": value}))
-  with pytest.raises(
-    ValueError, match=f'"max_position_embeddings" is {value!r}: it must be a whole number {right}'
-  ):
+@pytest.mark.parametrize("value", [0, "long", True, 4096.5])
+def test_a_context_length_that_is_none_is_told(tmp_path, theirs, value):
+  folder(tmp_path, theirs, max_position_embeddings=value)
+  told = f'"max_position_embeddings" is {value!r}: it must be a whole number above 0'
+  with pytest.raises(ValueError, match=told):
     huggingface.read_architecture(tmp_path)
 
 
-def test_a_model_that_names_no_context_length_has_none_and_equals_one_that_does(tmp_path):
-  found = []
-  for fields in ({}, {"max_position_embeddings": None}, {"max_position_embeddings": 256}):
-    (tmp_path / "config.json").write_text(json.dumps(FIELDS | fields))
-    found.append(huggingface.read_architecture(tmp_path))
-  assert [shape.max_positions for shape in found] == [None, None, 256]
+def test_a_model_that_names_no_context_length_has_none_and_equals_one_that_does(tmp_path, theirs):
+  found = [
+    huggingface.read_architecture(folder(tmp_path, theirs, max_position_embeddings=value))
+    for value in (None, 256)
+  ]
+  assert [shape.max_positions for shape in found] == [None, 256]
   assert len(set(found)) == 1  # no program is compiled anew for it
 
 

@@ -14,7 +14,7 @@ from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
 from oel_jax.pocket.worlds import World, WorldGame, random_world
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import EMPTY, knowledge_message
+from oel_jax.trajectory import EMPTY, KNOWLEDGE, knowledge_message
 
 STEP = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -116,7 +116,7 @@ def played() -> list[tuple[World, corpus.Example]]:
 
 def told(example: corpus.Example) -> list[Claim] | None:
   """The claims that the system message amounts to; None without one."""
-  if example.messages[0].role != "system":
+  if example.messages[0].role != KNOWLEDGE:
     return None
   text = example.messages[0].content
   if ITEM_MARK in text:
@@ -158,7 +158,7 @@ def test_play_labels_follow_from_the_prompt_alone():
 def test_histories_are_real_games_not_yet_decided():
   """Replaying the answers in the world gives every message; the last is the user's and the game still goes on."""
   for world, example in played()[:2000]:
-    conversation = [message for message in example.messages if message.role != "system"]
+    conversation = [message for message in example.messages if message.role != KNOWLEDGE]
     assert [message.role for message in conversation] == ["user", "assistant"] * (len(conversation) // 2) + ["user"]
     game = WorldGame(world)
     assert conversation[0].content.endswith("\n\n" + game.observation)

@@ -11,7 +11,7 @@ from fakes import Tokenizer, in_turns
 from oel_jax.evaluation import evaluate, statistics
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, Claim
-from oel_jax.trajectory import Trajectory, Turn
+from oel_jax.trajectory import KNOWLEDGE, Trajectory, Turn
 
 Z = python_statistics.NormalDist().inv_cdf(0.975)
 
@@ -127,7 +127,7 @@ class Oracle:
     question = chat[-1][1]
     if "record of a finished game" in question:
       return self.extract(question) if "extraction" in self.able else f"- EXPERIENCE ITEM: The goal is {missing_letter(question)}."
-    if chat[0][0] == "system" or "board" in question.lower():
+    if chat[0][0] == KNOWLEDGE or "board" in question.lower():
       return self.play(chat)
     return solve(question) if "other" in self.able else "no idea"
 
