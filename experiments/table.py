@@ -58,7 +58,10 @@ def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list
     if not path.exists():
       sys.exit(f"error: {path} does not exist: the run has no report yet")
   try:
-    return [files.read_json(path, advice="run the same command, or python -m oel_jax.report, again") for path in paths]
+    return [
+      files.read_json(path, advice="run the same command, or python -m oel_jax.report, again")
+      for path in paths
+    ]
   except ValueError as error:
     sys.exit(f"error: {error}")
 

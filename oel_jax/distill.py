@@ -86,7 +86,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     result["in_context"] = _measure(config, policy, obeys, held_out, text, folder / "in_context.json")
     with progress.bar("consolidate", config.consolidation.steps) as advance:
       params, _ = train.consolidate(
-          config.consolidation, task, policy, limit=config.deployment.max_response_tokens, directory=folder / CHECKPOINTS,
+          config.consolidation, task, policy, limit=config.deployment.max_response_tokens,
+          directory=folder / CHECKPOINTS,
           mesh=devices, metrics=metrics, advance=advance,
       )  # fmt: skip
     result["after"] = _measure(config, policy.replace(params), obeys, held_out, None, folder / "after.json")
@@ -100,7 +101,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
 
 def _check(config: Any, folder: pathlib.Path) -> None:
-  """Reads what is in the directory, before any work is done, and sets aside what was measured of weights that will be trained on.
+  """Reads what is in the directory, before any work is done, and sets aside what was measured of
+  weights that will be trained on.
 
   Raises:
     ValueError: a file is damaged; names it and the field.
@@ -110,7 +112,10 @@ def _check(config: Any, folder: pathlib.Path) -> None:
       files.read_json(folder / f"{name}.json", _measurement)
   steps, planned = train.steps_done(folder / CHECKPOINTS), config.consolidation.steps
   for name in ("after.json", "results.json") if 0 < steps < planned else ():
-    files.set_aside(folder / name, f"config.consolidation.steps is {planned}, the weights have been trained for {steps}")
+    files.set_aside(
+      folder / name,
+      f"config.consolidation.steps is {planned}, the weights have been trained for {steps}",
+    )
 
 
 def _knowledge(text: str) -> Message:
@@ -145,12 +150,22 @@ def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str 
 def _measure(
     config: Any, policy: Policy, obeys: Callable[[str], bool], prefixes: Sequence[Prefix], text: str | None, path: pathlib.Path
 ) -> dict[str, Any]:
-  """Answers to the held-out prompts, kept in `path`, and what they are like; measured anew where weights or texts are not the present ones."""
+  """Answers to the held-out prompts, kept in `path`, and what they are like; measured anew where
+  weights or texts are not the present ones.
+  """
   how = config.evaluation
-  settings = [config.seed, how.temperature, how.top_p, how.top_k, config.deployment.max_response_tokens, config.policy.thinking]
+  settings = [
+    config.seed,
+    how.temperature,
+    how.top_p,
+    how.top_k,
+    config.deployment.max_response_tokens,
+    config.policy.thinking,
+  ]
   check, _, function = config.distill.obeys.rpartition(":")
   made_from = {
-      "weights": fingerprint(policy.params), "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
+      "weights": fingerprint(policy.params),
+      "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
       "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
       "settings": schema.digest(settings),
   }  # fmt: skip
@@ -168,18 +183,28 @@ def _measure(
       "response_tokens": statistics.mean([len(ids) for ids in sampled]),
   }
   kept = [{"prompt": prefix.messages[-1].content, "answer": answer} for prefix, answer in zip(prefixes, answers, strict=True)]
-  files.write_sealed(path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept})
+  files.write_sealed(
+    path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept}
+  )
   return measured
 
 
 def _measurement(value: Any) -> dict[str, Any]:
   """Returns the value of a file of `_measure`, checked; raises ValueError naming the field."""
   schema.need(schema.get(value, "schema", schema.TOP) == 1, "schema", value["schema"], "1")
-  measured, answers = schema.get(value, "measured", schema.TOP), schema.get(value, "answers", schema.TOP, list)
+  measured, answers = (
+    schema.get(value, "measured", schema.TOP),
+    schema.get(value, "answers", schema.TOP, list),
+  )
   schema.share(schema.get(measured, "obeys", "measured"), "measured.obeys")
   schema.mean(schema.get(measured, "response_tokens", "measured"), "measured.response_tokens")
   for name in ("obeys", "response_tokens"):
-    schema.need(measured[name]["of"] == len(answers), f"measured.{name}.of", measured[name]["of"], f"{len(answers)}, as there are answers")
+    schema.need(
+      measured[name]["of"] == len(answers),
+      f"measured.{name}.of",
+      measured[name]["of"],
+      f"{len(answers)}, as there are answers",
+    )
   return value
 
 

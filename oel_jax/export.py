@@ -21,17 +21,18 @@ COMPANIONS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", 
 
 
 def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
-  """Writes the weights of the run's newest consolidated round into `workdir`/export, and prints which it is; returns that folder.
+  """Writes the weights of the run's newest consolidated round into `workdir`/export, and prints
+  which it is; returns that folder.
 
   Args:
-    config: its `mesh` says where the weights are held, and its policy.weights where they lie if they have been moved since; all else goes by
-      the run's own config.json.
+    config: its `mesh` says where the weights are held, and its policy.weights where they lie if
+      they have been moved since; all else goes by the run's own config.json.
     workdir: the run's directory.
     dtype: of the tensors written: "bfloat16", "float16" or "float32".
 
   Raises:
-    ValueError: no run, or no round that has been consolidated; config.policy.weights are others than the run's; or the policy is of no
-      Hugging Face family.
+    ValueError: no run, or no round that has been consolidated; config.policy.weights are others
+      than the run's; or the policy is of no Hugging Face family.
     OSError: another process is running in the directory, or a file cannot be read or written.
   """
   folder = files.local(workdir, "--workdir").absolute()
@@ -42,38 +43,54 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
     devices = mesh.make_mesh(config.mesh)
     policy = rounds.load_policy(own.policy, devices)
     if not hasattr(policy.tokenizer, "save"):
-      raise ValueError(f"config.policy.weights is {own.policy.weights!r}: only a model that came from Hugging Face can go back there")
+      raise ValueError(
+        f"config.policy.weights is {own.policy.weights!r}: only a model that came from Hugging "
+        "Face can go back there"
+      )
     number, params = _newest(own, policy, folder, devices)
     source, target = pathlib.Path(own.policy.weights).expanduser(), folder / "export"
     target.mkdir(exist_ok=True)
     fields = _companions(source, target, policy.tokenizer)
     huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
-  print(f"exported: weights of round {number} of {folder}, after {own.consolidation.steps} steps", flush=True)
+  print(
+    f"exported: weights of round {number} of {folder}, after {own.consolidation.steps} steps",
+    flush=True,
+  )
   return target
 
 
 def _own_config(config: Any, folder: pathlib.Path) -> ml_collections.ConfigDict:
-  """The run's own configuration, with a warning where the one given differs; policy.weights are the run's, wherever they lie now."""
+  """The run's own configuration, with a warning where the one given differs; policy.weights are the
+  run's, wherever they lie now.
+  """
   found = read_config(folder / "config.json")
   own = ml_collections.ConfigDict(_over(config.to_dict(), found["config"]))
   config_lib.validate(own)
   names = ("policy", "consolidation", "rounds")
-  different = [name for name in names if name in config and config.to_dict()[name] != own.to_dict()[name]]
+  different = [
+    name for name in names if name in config and config.to_dict()[name] != own.to_dict()[name]
+  ]
   if different:
-    logging.warning("%s: goes by the run's own config.json; what was given for config.%s differs and is not used",
-                    folder, ", config.".join(different))
+    logging.warning(
+      "%s: goes by the run's own config.json; what was given for config.%s differs and is not used",
+      folder,
+      ", config.".join(different),
+    )
   weights = config.policy.weights if "policy" in config else None
   if weights and weights != own.policy.weights:
     given, digest = file_digests(config).get("policy.weights"), found["files"].get("policy.weights")
     if given is None or given != digest:
-      raise ValueError(f"config.policy.weights is {weights!r}: the run began with {own.policy.weights!r}, and these are not the same files: "
-                       "leave it out, or give the folder or file that holds them now")
+      raise ValueError(
+        f"config.policy.weights is {weights!r}: the run began with {own.policy.weights!r}, and "
+        "these are not the same files: "
+        "leave it out, or give the folder or file that holds them now"
+      )
     own.policy.weights = weights
   return own
 
 
 def _over(fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-  """`own` over `fields`, group by group: a run of an earlier version lacks fields that came since."""
+  """`own` over `fields`, group by group: an earlier version's run lacks fields that came since."""
   merged = dict(fields)
   for name, value in own.items():
     nested = isinstance(value, dict) and isinstance(fields.get(name), dict)
@@ -82,15 +99,26 @@ def _over(fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _newest(own: Any, policy: Any, folder: pathlib.Path, devices: Any) -> tuple[int, Any]:
-  """Number and parameters of the newest round that has been consolidated to the end; says so where a newer one has only begun."""
+  """Number and parameters of the newest round that has been consolidated to the end; says so where
+  a newer one has only begun.
+  """
   for number in range(own.rounds, 0, -1):
     checkpoints = folder / f"round_{number}" / "checkpoints"
     params = train.trained_params(own.consolidation, policy, checkpoints, devices)
     if params is not None:
       return number, params
     if steps := train.steps_done(checkpoints):
-      logging.warning("%s: round %d has been consolidated for %d of %d steps only: not exported", folder, number, steps, own.consolidation.steps)
-  raise ValueError(f"{folder}: no round has been consolidated to the end, so there are no new weights: run it without --stage first")
+      logging.warning(
+        "%s: round %d has been consolidated for %d of %d steps only: not exported",
+        folder,
+        number,
+        steps,
+        own.consolidation.steps,
+      )
+  raise ValueError(
+    f"{folder}: no round has been consolidated to the end, so there are no new weights: run it "
+    "without --stage first"
+  )
 
 
 def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """The online loop: deploy → extract → consolidate → evaluate, round after round (OEL section 3).
 
-Each stage leaves whole files or none, a stage found whole is not done again, and every draw is named by (seed, round, stage, index), or by
-all but the round for held-out games: a run that is killed at any moment goes on when the same command is given, and ends with the same bits
-on one machine.
+Each stage leaves whole files or none, a stage found whole is not done again, and every draw is
+named by (seed, round, stage, index), or by all but the round for held-out games: a run that is
+killed at any moment goes on when the same command is given, and ends with the same bits on one
+machine.
 
-What is found is compared with what was written and with what it was made from (`runtime.manifest`): weights, knowledge, settings. A
-measurement of other weights or settings than the present ones is made again, and the old one kept aside; games and knowledge that other
-weights made are refused, for whatever was trained on them would have to go, too.
+What is found is compared with what was written and with what it was made from (`runtime.manifest`):
+weights, knowledge, settings. A measurement of other weights or settings than the present ones is
+made again, and the old one kept aside; games and knowledge that other weights made are refused, for
+whatever was trained on them would have to go, too.
 
-Maps come from seeds: held-out maps have odd ones, every other stage has even ones. This keeps the seeds apart, not the boards: of the
-default game's, 3 × 3 with two holes, there are only 19, and a held-out one comes up in the other stages, too, under another seed.
+Maps come from seeds: held-out maps have odd ones, every other stage has even ones. This keeps the
+seeds apart, not the boards: of the default game's, 3 × 3 with two holes, there are only 19, and a
+held-out one comes up in the other stages, too, under another seed.
 """
 
 import contextlib
@@ -54,8 +57,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   Returns what report/results.json holds.
 
   Raises:
-    ValueError: the configuration is wrong or differs from the run's; a file of the run is damaged, or was made from something else than
-      this run has; no knowledge came out; or on_no_gain = "stop" and there was no gain.
+    ValueError: the configuration is wrong or differs from the run's; a file of the run is damaged,
+      or was made from something else than this run has; no knowledge came out; or on_no_gain =
+      "stop" and there was no gain.
     OSError: another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config)
@@ -150,7 +154,11 @@ def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> Non
 
 
 # Files of a round, below its folder.
-DEPLOYED, PREFIX_GAMES, PREFIXES = "user/trajectories.jsonl", "user/prefix_trajectories.jsonl", "prefixes.jsonl"
+DEPLOYED, PREFIX_GAMES, PREFIXES = (
+  "user/trajectories.jsonl",
+  "user/prefix_trajectories.jsonl",
+  "prefixes.jsonl",
+)
 TRAINED = "checkpoints"  # the manifest's entry of the finished training
 
 
@@ -219,25 +227,33 @@ class Loop:
   mesh: jax.sharding.Mesh
 
   def check(self, policy: Policy) -> None:
-    """Compares what is in the directory with what was written, before any work is done; `policy` is the one that the run begins with.
+    """Compares what is in the directory with what was written, before any work is done; `policy` is
+    the one that the run begins with.
 
     Raises:
-      ValueError: a file is damaged; or a round was built on weights that the run no longer has, or that would now be trained further.
+      ValueError: a file is damaged; or a round was built on weights that the run no longer has, or
+        that would now be trained further.
     """
     records.read(self.folder)
     for path in self.folder.glob("round_*/user/extraction.json"):
-      files.read_json(path, advice="restore it from a copy, or delete it to extract anew where that has not ended")
+      files.read_json(
+        path, advice="restore it from a copy, or delete it to extract anew where that has not ended"
+      )
     self._refuse_other_weights(1, policy)
     for number in range(1, self.config.rounds + 1):
       steps = train.steps_done(self._round(number) / "checkpoints")
       trained = self._manifest(number).made_from(TRAINED)  # by an earlier version, unknown
       steps = int(trained["steps"]) if trained else steps
       if 0 < steps < self.config.consolidation.steps:
-        why = f"config.consolidation.steps is {self.config.consolidation.steps}, round {number} has been trained for {steps}"
+        planned = self.config.consolidation.steps
+        why = (
+          f"config.consolidation.steps is {planned}, round {number} has been trained for {steps}"
+        )
         if any(self._round(number + 1).rglob("*.jsonl")):
           raise ValueError(
-              f"{why}, and round {number + 1} was built on those weights: set it to {steps}, choose another --workdir, or remove the folders "
-              f"round_{number + 1} and later ones to have these rounds done again"
+            f"{why}, and round {number + 1} was built on those weights: set it to {steps}, choose "
+            f"another --workdir, or remove the folders round_{number + 1} and later ones to have "
+            "these rounds done again"
           )
         files.set_aside(self._round(number) / "evaluation.json", why)
 
@@ -287,7 +303,15 @@ class Loop:
       with self._stage(number, "gate", policy, 2 * count) as (meter, advance):
         for name, given in (("without", []), ("with", texts)):
           ids = [(f"r{number}-gate-{i:05d}", "gate", i) for i in range(count)]
-          played = self._play(number, f"user/gate_{name}.jsonl", meter, ids, self._sampling("evaluation"), advance, given)
+          played = self._play(
+            number,
+            f"user/gate_{name}.jsonl",
+            meter,
+            ids,
+            self._sampling("evaluation"),
+            advance,
+            given,
+          )
           passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), len(played))
       self._log(number, "gate", **{f"passed_{name}": counted["rate"] for name, counted in passed.items()})
       files.write_sealed(path, {"schema": 1, "made_from": _made_from(policy, texts), **passed})
@@ -296,14 +320,19 @@ class Loop:
     found = self._gate(number)
     if found["decision"] != "train":
       logging.warning(
-          "round %d: no gain from the knowledge: %d of %d passed with it, %d without: %s", number, found["with"]["hits"],
-          found["with"]["of"], found["without"]["hits"], "not consolidated" if found["decision"] == "skip" else "consolidated all the same",
-      )  # fmt: skip
+        "round %d: no gain from the knowledge: %d of %d passed with it, %d without: %s",
+        number,
+        found["with"]["hits"],
+        found["with"]["of"],
+        found["without"]["hits"],
+        "not consolidated" if found["decision"] == "skip" else "consolidated all the same",
+      )
       if self.config.consolidation.on_no_gain == "stop":
         report.write(self.folder)
         raise ValueError(
-            f"round {number}: with the knowledge {found['with']['hits']} of {found['with']['of']} games are passed, without it {found['without']['hits']}; "
-            'config.consolidation.on_no_gain is "stop": take "warn" or "skip", or better knowledge'
+          f"round {number}: with the knowledge {found['with']['hits']} of {found['with']['of']} "
+          f"games are passed, without it {found['without']['hits']}; "
+          'config.consolidation.on_no_gain is "stop": take "warn" or "skip", or better knowledge'
         )
     return found["decision"] != "skip"
 
@@ -311,7 +340,8 @@ class Loop:
     """Trains the knowledge into the weights; returns the new parameters. From the round's folder it reads prefixes.jsonl alone."""
     config = self.config.consolidation
     task = train.make_task(
-        policy.tokenizer, read_prefixes(self._round(number) / PREFIXES, max_damaged=0.0), texts, seed=self.config.seed, round=number,
+        policy.tokenizer, read_prefixes(self._round(number) / PREFIXES, max_damaged=0.0), texts,
+        seed=self.config.seed, round=number,
         thinking=self.config.policy.thinking, limit=self.config.policy.max_prompt_tokens,
     )  # fmt: skip
     with self._stage(number, "consolidate", policy, config.steps) as (meter, advance):
@@ -324,24 +354,40 @@ class Loop:
     return params
 
   def _note_trained(self, number: int, params: Any) -> None:
-    """Enters steps and weights of the finished training into the manifest, after a look at what stood there."""
+    """Enters steps and weights of the finished training into the manifest, after a look at what
+    stood there.
+    """
     now = {"steps": str(self.config.consolidation.steps), "weights": fingerprint(params)}
     before = self._manifest(number).made_from(TRAINED)
     if before and before["steps"] == now["steps"] and before["weights"] != now["weights"]:
-      logging.warning("round %d: trained again, to other weights than before (%s, now %s)", number, before["weights"], now["weights"])
+      logging.warning(
+        "round %d: trained again, to other weights than before (%s, now %s)",
+        number,
+        before["weights"],
+        now["weights"],
+      )
     self._manifest(number).announce(TRAINED, now)
 
   def evaluate(self, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
     """Plays the held-out maps, the same in every round, without knowledge and with it; measures what was kept. Writes evaluation.json."""
     path, config = self._round(number) / "evaluation.json", self.config.evaluation
-    first = self._said(self._knowledge(1), self._round(1)) if number > 1 and config.in_context and texts else []
+    first = (
+      self._said(self._knowledge(1), self._round(1))
+      if number > 1 and config.in_context and texts
+      else []
+    )
     gate = self._gate(number)
-    # The base is the round before, whose policy wrote this round's knowledge; not the policy that the run began with.
-    base = records.read_evaluation(self._round(number - 1) / "evaluation.json", number - 1).without.passed.value if number else None
+    base = None
+    if number:  # the round before, whose policy wrote this round's knowledge; not the run's first
+      measured = self._round(number - 1) / "evaluation.json"
+      base = records.read_evaluation(measured, number - 1).without.passed.value
     made_from = _made_from(policy, texts) | {
-        "weights before": fingerprint(before.params), "first knowledge": schema.digest(first), "gate": schema.digest(gate and gate["decision"]),
-        "base": schema.digest(base), "settings": self._settings(all_of_it=True),
-    }  # fmt: skip
+      "weights before": fingerprint(before.params),
+      "first knowledge": schema.digest(first),
+      "gate": schema.digest(gate and gate["decision"]),
+      "base": schema.digest(base),
+      "settings": self._settings(all_of_it=True),
+    }
     if path.exists():
       measured = records.read_evaluation(path, number).made_from
       changed = [name for name in made_from if measured and measured.get(name) != made_from[name]]
@@ -354,7 +400,8 @@ class Loop:
     if config.in_context and texts:
       plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)}
       plays |= {"first_knowledge": (policy, first)} if first else {}
-    curve = {step: self._knowledge_at(step, policy) for step in config.accumulation} if number == 1 else {}
+    steps = config.accumulation if number == 1 else ()
+    curve = {step: self._knowledge_at(step, before) for step in steps}
     total = config.episodes * (len(plays) + len(curve)) + len(evaluate.RETENTION) * config.retention
     with self._stage(number, "evaluate", policy, total) as (meter, advance):
       for name, (player, given) in plays.items():
@@ -391,7 +438,11 @@ class Loop:
     path = self._round(number) / "gate.json"
     if not path.exists():
       return None
-    found = {name: value for name, value in records.read_gate(path).items() if name not in ("made_from", schema.DIGEST)}
+    found = {
+      name: value
+      for name, value in records.read_gate(path).items()
+      if name not in ("made_from", schema.DIGEST)
+    }
     gain = found["with"]["rate"] - found["without"]["rate"]
     skips = self.config.consolidation.on_no_gain == "skip" and gain < 0
     return found | {"decision": "train" if gain > 0 else "skip" if skips else "warn"}
@@ -411,55 +462,94 @@ class Loop:
     return Manifest(self._round(number))
 
   def _refuse_other_weights(self, number: int, policy: Policy) -> None:
-    """Raises ValueError if the round's games or knowledge were made by, or from, something else than the run now has."""
+    """Raises ValueError if the round's games or knowledge were made by, or from, something else
+    than the run now has.
+    """
     manifest, weights = self._manifest(number), fingerprint(policy.params)
     for name in (DEPLOYED, PREFIX_GAMES, PREFIXES, "knowledge/00.jsonl"):
       made_from = manifest.made_from(name)
       if made_from is None:
         continue
       now = {"weights": weights} | {
-          file: files.sha256(self._round(number) / file)[:16] for file in made_from if (self._round(number) / file).is_file()
+        file: files.sha256(self._round(number) / file)[:16]
+        for file in made_from
+        if (self._round(number) / file).is_file()
       }
       if number > 1 and "previous knowledge" in made_from:
-        now["previous knowledge"] = schema.digest([text.text for text in self._knowledge(number - 1)])
+        now["previous knowledge"] = schema.digest(
+          [text.text for text in self._knowledge(number - 1)]
+        )
       changed = [key for key in manifest.changed(name, made_from | now)]
       if changed:
         raise ValueError(
-            f"{self._round(number) / name}: made from other {', '.join(changed)} than round {number} has now: give the configuration that it "
-            f"was made with, choose another --workdir, or remove the folders round_{number} and later ones to have these rounds done again"
+          f"{self._round(number) / name}: made from other {', '.join(changed)} than round {number} "
+          "has now: give the configuration that it "
+          f"was made with, choose another --workdir, or remove the folders round_{number} and "
+          "later ones to have these rounds done again"
         )
 
   def _refuse_other_gate(self, path: pathlib.Path, policy: Policy, texts: Sequence[str]) -> None:
-    """Raises ValueError if gate.json compares play with other weights or knowledge than the round's."""
+    """Raises ValueError if gate.json compares play with other weights or knowledge than the
+    round's.
+    """
     before, now = records.read_gate(path).get("made_from"), _made_from(policy, texts)
     changed = [name for name in now if before and before.get(name) != now[name]]
     if changed:
-      raise ValueError(f"{path}: measured with other {', '.join(changed)} than the round has now: remove the round's folder, and later ones, "
-                       "to have these rounds done again, or choose another --workdir")
+      raise ValueError(
+        f"{path}: measured with other {', '.join(changed)} than the round has now: remove the "
+        "round's folder, and later ones, "
+        "to have these rounds done again, or choose another --workdir"
+      )
 
   def _settings(self, all_of_it: bool = False) -> str:
-    """A digest of the configuration that held-out games depend on; of all that evaluation.json depends on, too."""
+    """A digest of the configuration that held-out games depend on; of all that evaluation.json
+    depends on, too.
+    """
     config = json.loads(self.config.to_json())
     evaluation = config["evaluation"]
     if not all_of_it:
-      evaluation = {name: value for name, value in evaluation.items() if name not in ("in_context", "accumulation", "retention")}
+      evaluation = {
+        name: value
+        for name, value in evaluation.items()
+        if name not in ("in_context", "accumulation", "retention")
+      }
     # How the prompts of training were sampled says nothing about held-out games.
-    game = {name: value for name, value in config["deployment"].items() if name not in ("episodes", "slots", "temperature", "top_p", "top_k")}
-    return schema.digest([config["seed"], evaluation, game, config["policy"]["thinking"], config["policy"]["max_prompt_tokens"]])
+    game = {
+      name: value
+      for name, value in config["deployment"].items()
+      if name not in ("episodes", "slots", "temperature", "top_p", "top_k")
+    }
+    return schema.digest(
+      [
+        config["seed"],
+        evaluation,
+        game,
+        config["policy"]["thinking"],
+        config["policy"]["max_prompt_tokens"],
+      ]
+    )
 
-  def _play(self, number, name, meter, ids, sampling, advance, texts=(), held_out=False) -> list[Trajectory]:
-    """Plays the episodes of (id, stage, index) into the file `name`, each with one of the texts by lot if there are any.
+  def _play(
+    self, number, name, meter, ids, sampling, advance, texts=(), held_out=False
+  ) -> list[Trajectory]:
+    """Plays the episodes of (id, stage, index) into the file `name`, each with one of the texts by
+    lot if there are any.
 
-    The round has no part in the draws of held-out games: game i has the same map and the same random stream in every round, with knowledge
-    and without. Streams in common lower the noise of a comparison; they do not remove it.
+    The round has no part in the draws of held-out games: game i has the same map and the same
+    random stream in every round, with knowledge and without. Streams in common lower the noise of a
+    comparison; they do not remove it.
 
-    A file of held-out games that were played with other weights, knowledge or settings is set aside; another such file is refused.
+    A file of held-out games that were played with other weights, knowledge or settings is set
+    aside; another such file is refused.
     """
     path, manifest = self._round(number) / name, self._manifest(number)
     made_from = _made_from(meter, texts) | ({"settings": self._settings()} if held_out else {})
     changed = manifest.changed(name, made_from)
     if changed and not held_out:
-      raise ValueError(f"{path}: played with other {', '.join(changed)} than the round has now: remove it, and it is played again")
+      raise ValueError(
+        f"{path}: played with other {', '.join(changed)} than the round has now: remove it, and it "
+        "is played again"
+      )
     for file in (path, path.with_name(f"{path.name}.partial")) if changed else ():
       files.set_aside(file, f"it was played with other {', '.join(changed)}")
     manifest.announce(name, made_from)
@@ -467,7 +557,9 @@ class Loop:
     manifest.record([name], made_from)
     return result
 
-  def _play_episodes(self, path, policy, number, ids, sampling, advance, texts, held_out) -> list[Trajectory]:
+  def _play_episodes(
+    self, path, policy, number, ids, sampling, advance, texts, held_out
+  ) -> list[Trajectory]:
     config = self.config.deployment
     episodes = []
     for name, stage, i in ids:
@@ -490,7 +582,9 @@ class Loop:
   def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
     file = "user/evaluation.jsonl" if name == "without" else f"user/evaluation_{name}.jsonl"
     ids = [(f"r{number}-{name}-{i:05d}", "held out", i) for i in range(self.config.evaluation.episodes)]
-    return self._play(number, file, policy, ids, self._sampling("evaluation"), advance, texts, held_out=True)
+    return self._play(
+      number, file, policy, ids, self._sampling("evaluation"), advance, texts, held_out=True
+    )
 
   def _knowledge(self, number: int) -> list[knowledge_lib.Knowledge]:
     """The round's K texts as they lie on the disk; [] if they are not all there."""
@@ -504,9 +598,14 @@ class Loop:
     texts = self._limited(whole, config.use, policy)
     for i, text in enumerate(texts):
       knowledge_lib.write(folder, i, text)
-    made_from = {"weights": fingerprint(policy.params), DEPLOYED: files.sha256(self._round(number) / DEPLOYED)[:16]}
+    made_from = {
+      "weights": fingerprint(policy.params),
+      DEPLOYED: files.sha256(self._round(number) / DEPLOYED)[:16],
+    }
     if config.start_from == "previous_round" and number > 1:
-      made_from["previous knowledge"] = schema.digest([text.text for text in self._knowledge(number - 1)])
+      made_from["previous knowledge"] = schema.digest(
+        [text.text for text in self._knowledge(number - 1)]
+      )
     names = [f"knowledge/{i:02d}.{kind}" for i in range(len(texts)) for kind in ("jsonl", "md")]
     self._manifest(number).record(names, made_from)
     self._log_play(number, "deploy", trajectories)
@@ -515,8 +614,12 @@ class Loop:
     return texts
 
   def _knowledge_at(self, step: int, policy: Policy) -> list[str]:
-    """Round 1's texts as they stood after `step` trajectories; read back from the accumulation, nothing is sampled."""
-    whole = self._accumulate(1, policy, read_trajectories(self._round(1) / DEPLOYED, max_damaged=0.0), lambda n: None)
+    """Round 1's texts as they stood after `step` trajectories; read back from the accumulation,
+    nothing is sampled. `policy` is the one that wrote them.
+    """
+    whole = self._accumulate(
+      1, policy, read_trajectories(self._round(1) / DEPLOYED, max_damaged=0.0), lambda n: None
+    )
     return [text.text for text in self._limited(whole, step, policy) if text.text] or [EMPTY]
 
   def _limited(self, whole: list[knowledge_lib.Knowledge], step: int, policy: Policy) -> list[knowledge_lib.Knowledge]:
@@ -540,7 +643,8 @@ class Loop:
         policy, trajectories, texts=config.texts, form=config.form, see_previous=config.see_previous, sampling=self._sampling("extraction"),
         max_response_tokens=config.max_response_tokens, max_knowledge_tokens=config.max_knowledge_tokens,
         max_prompt_tokens=self.config.policy.max_prompt_tokens, seed=self.config.seed, round=number, thinking=self.config.policy.thinking,
-        start=carried, state_path=self._round(number) / "user/extraction.json", weights=fingerprint(policy.params), advance=advance,
+        start=carried, state_path=self._round(number) / "user/extraction.json",
+        weights=fingerprint(policy.params), advance=advance,
     )  # fmt: skip
 
   @contextlib.contextmanager
@@ -568,11 +672,22 @@ def _made_from(policy: Policy, texts: Sequence[str]) -> dict[str, str]:
 
 
 def _compare_prefixes(path: pathlib.Path, games: pathlib.Path) -> None:
-  """Raises ValueError unless the prefixes are the prompts of the turns of those games, all of them and in order."""
+  """Raises ValueError unless the prefixes are the prompts of the turns of those games, all of them
+  and in order.
+  """
   found = read_prefixes(path, max_damaged=0.0)
-  right = [prefix for trajectory in read_trajectories(games, max_damaged=0.0) for prefix in prefixes(trajectory)]
-  place = next((i for i, (a, b) in enumerate(zip(found, right)) if a != b), min(len(found), len(right)))
+  right = [
+    prefix
+    for trajectory in read_trajectories(games, max_damaged=0.0)
+    for prefix in prefixes(trajectory)
+  ]
+  place = next(
+    (i for i, (a, b) in enumerate(zip(found, right)) if a != b), min(len(found), len(right))
+  )
   if found != right:
     has, wants = (side[place].id if place < len(side) else "nothing" for side in (found, right))
-    raise ValueError(f"{path}: its {len(found)} prefixes are not the {len(right)} of {games}: number {place + 1} is {has}, and must be {wants}; "
-                     f"restore the file that is wrong, or remove {path.name} to have it made again")
+    raise ValueError(
+      f"{path}: its {len(found)} prefixes are not the {len(right)} of {games}: number {place + 1} "
+      f"is {has}, and must be {wants}; "
+      f"restore the file that is wrong, or remove {path.name} to have it made again"
+    )

@@ -1,7 +1,9 @@
-"""What crosses between the stages: messages, turns, trajectories and prefixes, with their JSONL files.
+"""What crosses between the stages: messages, turns, trajectories and prefixes, with their JSONL
+files.
 
-A trajectory never leaves the user side of a run directory. What crosses to the server side are prefixes (the prompt of one turn, as
-chat messages) and knowledge texts. Every line of a file carries its schema version and a digest of itself; nothing is pickled.
+A trajectory never leaves the user side of a run directory. What crosses to the server side are
+prefixes (the prompt of one turn, as chat messages) and knowledge texts. Every line of a file
+carries its schema version and a digest of itself; nothing is pickled.
 """
 
 import dataclasses
@@ -123,15 +125,17 @@ def transcript(trajectory: Trajectory) -> str:
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
-  """Writes a file whole, under a temporary name that is then renamed: `path` is the old file or the new one, also after a crash.
+  """Writes a file whole, under a temporary name that is then renamed: `path` is the old file or the
+  new one, also after a crash.
 
   Args:
     path: its folder is made if it does not exist.
-    records: trajectories, prefixes or plain dictionaries of JSON values; one line each, with the schema version in front and a digest
-      of the line at its end.
+    records: trajectories, prefixes or plain dictionaries of JSON values; one line each, with the
+      schema version in front and a digest of the line at its end.
 
   Raises:
-    OSError: among others on a full disk, in words that name the file and what to do; what stood at `path` before still does.
+    OSError: among others on a full disk, in words that name the file and what to do; what stood at
+      `path` before still does.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,9 +167,11 @@ def append_jsonl(path: str | os.PathLike, record: Record) -> None:
 
 
 def read_trajectories(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> list[Trajectory]:
-  """Reads trajectories in file order. Damaged lines are skipped and logged with file and line number.
+  """Reads trajectories in file order. Damaged lines are skipped and logged with file and line
+  number.
 
-  A line that carries a digest is damaged if it is not what the digest was made of, a line without one if it is no trajectory.
+  A line that carries a digest is damaged if it is not what the digest was made of, a line without
+  one if it is no trajectory.
 
   Args:
     path: file of `write_jsonl` or `append_jsonl`.
@@ -190,7 +196,9 @@ def _line(record: Record) -> str:
   elif isinstance(record, Prefix):
     record = dataclasses.asdict(record)
   # A policy may sample half a surrogate pair, which UTF-8 cannot hold: one "?" rather than a lost episode.
-  text = json.dumps(schema.sealed({"schema": SCHEMA, **record}), ensure_ascii=False, allow_nan=False)
+  text = json.dumps(
+    schema.sealed({"schema": SCHEMA, **record}), ensure_ascii=False, allow_nan=False
+  )
   return text.encode("utf-8", "replace").decode("utf-8") + "\n"
 
 
@@ -261,7 +269,9 @@ def _trajectory(data: dict[str, Any]) -> Trajectory:
   )
   for number, turn in enumerate(turns):
     if turn.response_tokens < 0:
-      raise ValueError(f"field 'response_tokens' of turn {number} is {turn.response_tokens}: it must be 0 or more")
+      raise ValueError(
+        f"field 'response_tokens' of turn {number} is {turn.response_tokens}: it must be 0 or more"
+      )
   if _field(data, "ended", str) not in ENDED:
     raise ValueError(f"field 'ended' is {data['ended']!r}: it must be one of {', '.join(map(repr, ENDED))}")
   return Trajectory(

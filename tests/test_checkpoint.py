@@ -144,7 +144,9 @@ def test_any_damaged_file_gives_the_same_bits_or_the_checkpoint_before(tmp_path,
           assert "unfinished or damaged checkpoint skipped" in caplog.text and str(directory / "20") in caplog.text
           assert list(directory.glob("20.damaged-*")), "damaged data is kept"
   assert {("_METADATA", "cut"), ("_METADATA", "gone"), ("metadata", "cut"), ("metadata", "gone")} <= skipped
-  assert any(len(name) == 32 and damage.startswith("flip") for name, damage in skipped), "array data was damaged too"
+  assert any(len(name) == 32 and damage.startswith("flip") for name, damage in skipped), (
+    "array data was damaged too"
+  )
 
 
 def test_goes_on_after_a_skipped_checkpoint(tmp_path):
@@ -235,7 +237,9 @@ def test_restores_onto_a_placement_across_devices(tmp_path):
 
 
 def checksum_by_hand(array) -> int:
-  """From the description, in Python's integers, which have no width that could wrap around by chance."""
+  """From the description, in Python's integers, which have no width that could wrap around by
+  chance.
+  """
 
   def mix(word):
     word ^= word >> 16
@@ -251,8 +255,14 @@ def checksum_by_hand(array) -> int:
 
 
 @pytest.mark.parametrize("array", [
-    np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32), np.arange(70001, dtype=np.int32),
-    np.array(jnp.arange(9, dtype=jnp.bfloat16)), np.array([True, False, True]), np.array(7, np.int32), np.zeros((0, 3), np.float32),
+    np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32),
+    np.arange(70001, dtype=np.int32),
+    np.array(jnp.arange(9, dtype=jnp.bfloat16)),
+    np.array([True, False, True]),
+    np.array(7,
+    np.int32),
+    np.zeros((0, 3),
+    np.float32),
     np.arange(6.0).reshape(2, 3),
 ], ids=lambda array: f"{array.dtype}{list(array.shape)}")
 def test_a_checksum_is_its_description_on_the_host_and_on_a_device(array):
@@ -268,9 +278,16 @@ def test_a_checksum_does_not_depend_on_the_placement_and_sees_every_bit():
   wanted = checksum_by_hand(array)
   for spec in (P("data", "tensor"), P("tensor"), P(None, "tensor"), P()):
     spread = jax.device_put(array, NamedSharding(mesh, spec))
-    assert int(checksum._sum_on_device(spread)) == wanted and checksum.checksums([spread]) == {"0": f"{wanted:08x}"}
-  found = {checksum.fingerprint({"w": array}), checksum.fingerprint({"v": array}), checksum.fingerprint({"w": array.reshape(6, 8)}),
-           checksum.fingerprint({"w": array.view(np.int32)}), checksum.fingerprint({"w": array[::-1]})}
+    assert int(checksum._sum_on_device(spread)) == wanted and checksum.checksums([spread]) == {
+      "0": f"{wanted:08x}"
+    }
+  found = {
+    checksum.fingerprint({"w": array}),
+    checksum.fingerprint({"v": array}),
+    checksum.fingerprint({"w": array.reshape(6, 8)}),
+    checksum.fingerprint({"w": array.view(np.int32)}),
+    checksum.fingerprint({"w": array[::-1]}),
+  }
   flipped = array.view(np.uint32)
   for bit in range(32):
     flipped[3, 1] ^= np.uint32(1 << bit)

@@ -102,22 +102,37 @@ def test_what_is_kept_is_measured_again_where_it_shows_something_else(tmp_path, 
 
   def measure(weights=1, prompts=prompts, text=None):
     policy = Answers(weights)
-    found = distill._measure(config, policy, distill.read_check(config.distill.obeys), prompts, text, path)
+    found = distill._measure(
+      config, policy, distill.read_check(config.distill.obeys), prompts, text, path
+    )
     return found["obeys"]["hits"], policy.asked
 
   assert measure() == (2, 1) and measure() == (2, 0)
   assert measure(weights=2) == (0, 1) and "it was measured with other weights" in caplog.text
-  assert measure(prompts=prompts[::-1]) == (2, 1) and measure(prompts=prompts[::-1], text="be kind") == (2, 1)
-  assert caplog.text.count("it was measured with other prompts") == 1 and "other prompts, weights" not in caplog.text
+  assert measure(prompts=prompts[::-1]) == (2, 1) and measure(
+    prompts=prompts[::-1], text="be kind"
+  ) == (2, 1)
+  assert (
+    caplog.text.count("it was measured with other prompts") == 1
+    and "other prompts, weights" not in caplog.text
+  )
   config.evaluation.top_k = 3
   assert measure(text="be kind") == (2, 1) and "other prompts, settings" in caplog.text
   (tmp_path / "check.py").write_text("def low(answer):\n  return answer < '11'\n")
   assert measure(text="be kind") == (1, 1) and "it was measured with other obeys" in caplog.text
-  kept = [json.loads(found.read_text())["measured"]["obeys"]["hits"] for found in sorted(tmp_path.glob("after.json.replaced-*"))]
+  kept = [
+    json.loads(found.read_text())["measured"]["obeys"]["hits"]
+    for found in sorted(tmp_path.glob("after.json.replaced-*"))
+  ]
   assert kept == [2, 0, 2, 2, 2]
   value = json.loads(path.read_text())
-  for change, told in (({"answers": value["answers"][:2]}, "measured.obeys.of is 3: it must be 2"), ({"measured": []}, "measured is ")):
-    path.write_text(json.dumps({name: field for name, field in (value | change).items() if name != "digest"}))
+  for change, told in (
+    ({"answers": value["answers"][:2]}, "measured.obeys.of is 3: it must be 2"),
+    ({"measured": []}, "measured is "),
+  ):
+    path.write_text(
+      json.dumps({name: field for name, field in (value | change).items() if name != "digest"})
+    )
     with pytest.raises(ValueError, match=f"{path}: damaged, .*{told}"):
       measure()
 
@@ -126,8 +141,15 @@ def test_training_on_sets_aside_what_was_measured_of_the_weights_before(tmp_path
   config = distill.default()
   config.consolidation.steps = 6
   for name in ("base", "in_context", "after", "results"):
-    (tmp_path / f"{name}.json").write_text(json.dumps({
-        "schema": 1, "answers": [{}], "measured": {"obeys": statistics.count(1, 1), "response_tokens": statistics.mean([3])}}))
+    (tmp_path / f"{name}.json").write_text(
+      json.dumps(
+        {
+          "schema": 1,
+          "answers": [{}],
+          "measured": {"obeys": statistics.count(1, 1), "response_tokens": statistics.mean([3])},
+        }
+      )
+    )
   distill._check(config, tmp_path)
   (tmp_path / "round_1/checkpoints/6").mkdir(parents=True)
   distill._check(config, tmp_path)
@@ -135,7 +157,10 @@ def test_training_on_sets_aside_what_was_measured_of_the_weights_before(tmp_path
   (tmp_path / "round_1/checkpoints/6").rename(tmp_path / "round_1/checkpoints/4")
   distill._check(config, tmp_path)
   assert {path.name.split(".")[0] for path in tmp_path.glob("*.json")} == {"base", "in_context"}
-  assert {path.name.split(".")[0] for path in tmp_path.glob("*.json.replaced-*")} == {"after", "results"}
+  assert {path.name.split(".")[0] for path in tmp_path.glob("*.json.replaced-*")} == {
+    "after",
+    "results",
+  }
 
 
 @pytest.mark.slow

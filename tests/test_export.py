@@ -1,4 +1,6 @@
-"""Which weights --stage=export writes: those of the run's own configuration and its newest whole round."""
+"""Which weights --stage=export writes: those of the run's own configuration and its newest whole
+round.
+"""
 
 import json
 import pathlib
@@ -13,7 +15,9 @@ from oel_jax.runtime.workdir import locked, open_workdir
 
 @pytest.fixture(name="make")
 def fixture_make(tmp_path, monkeypatch):
-  """Makes a run of three rounds trained for these numbers of steps; exporting it notes whose weights were saved, and of which model."""
+  """Makes a run of three rounds trained for these numbers of steps; exporting it notes whose
+  weights were saved, and of which model.
+  """
   saved = []
   model = tmp_path / "model"
   model.mkdir()
@@ -87,7 +91,7 @@ def test_weights_that_have_been_moved_are_taken_and_others_are_refused(make, tmp
   (moved / "config.json").write_text('{"model_type": "other"}')
   with pytest.raises(
     ValueError,
-    match="config.policy.weights is .*/moved': the run began with .*/model', and these are not the same",
+    match="policy.weights is .*/moved': the run began with .*/model', and these are not the same",
   ):
     export.run(config, str(folder))
 

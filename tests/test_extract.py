@@ -258,7 +258,9 @@ def test_partial_file_of_another_extraction(tmp_path, changes, field):
 
 def damage(state, **fields):
   """With the fields changed, and no digest that would tell."""
-  return json.dumps({name: value for name, value in (json.loads(state) | fields).items() if name != "digest"})
+  return json.dumps(
+    {name: value for name, value in (json.loads(state) | fields).items() if name != "digest"}
+  )
 
 
 def items_of(state):
@@ -270,10 +272,22 @@ def items_of(state):
     (lambda state: "[]", '"schema"'),
     (lambda state: damage(state, schema=2), '"schema"'),
     (lambda state: damage(state, done=N + 1), '"done" is 6'),
-    (lambda state: state.replace(f"{MARK} second", f"{MARK} third", 1), 'is not what its field "digest" was made of'),
-    (lambda state: damage(state, done=N - 1), 'text 0, item 8: "step" is 5: it must be from 4 to "done" (4)'),
-    (lambda state: damage(state, items=[items_of(state)[0][::-1], *items_of(state)[1:]]), 'item 2: "step" is 4: it must be from 5'),
-    (lambda state: damage(state, items=[items_of(state)[1], *items_of(state)[1:]]), 'text 0, item 2: "trajectory" is'),
+    (
+        lambda state: state.replace(f"{MARK} second", f"{MARK} third", 1),
+        'is not what its field "digest" was made of',
+    ),
+    (
+        lambda state: damage(state, done=N - 1),
+        'text 0, item 8: "step" is 5: it must be from 4 to "done" (4)',
+    ),
+    (
+        lambda state: damage(state, items=[items_of(state)[0][::-1], *items_of(state)[1:]]),
+        'item 2: "step" is 4: it must be from 5',
+    ),
+    (
+        lambda state: damage(state, items=[items_of(state)[1], *items_of(state)[1:]]),
+        'text 0, item 2: "trajectory" is',
+    ),
     (lambda state: damage(state, items=[[]]), '"items" must hold 3 lists'),
     (lambda state: damage(state, items=[[], [{"text": 1}], []]), 'text 1: "text" is 1'),
 ])
@@ -290,12 +304,23 @@ def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_p
   state = tmp_path / "state.json"
   with pytest.raises(KeyboardInterrupt):
     run(Policy(broken_at=2), state_path=state, weights="aa")
-  for changes in (dict(weights="bb"), dict(weights="aa", games=[GAMES[0], *map(game, range(2, N + 1))])):
-    games = [Trajectory(g.id, *dataclasses.astuple(played)[1:3], played.turns, played.outcome, 0.0, False, "lost")
-             for g, played in zip(GAMES, changes.pop("games", GAMES), strict=True)]
-    with pytest.raises(ValueError, match='"made_from" of the partial extraction is .* delete the file'):
+  for changes in (
+    dict(weights="bb"),
+    dict(weights="aa", games=[GAMES[0], *map(game, range(2, N + 1))]),
+  ):
+    games = [
+      Trajectory(
+        g.id, *dataclasses.astuple(played)[1:3], played.turns, played.outcome, 0.0, False, "lost"
+      )
+      for g, played in zip(GAMES, changes.pop("games", GAMES), strict=True)
+    ]
+    with pytest.raises(
+      ValueError, match='"made_from" of the partial extraction is .* delete the file'
+    ):
       run(Policy(), games, state_path=state, **changes)
-  state.write_text(re.sub(r'"made_from": [^}]*},', "", damage(state.read_text())))  # as an earlier version wrote it
+  state.write_text(
+    re.sub(r'"made_from": [^}]*},', "", damage(state.read_text()))
+  )  # as an earlier version wrote it
   assert run(Policy(), state_path=state, weights="aa") == run(Policy())
 
 

@@ -123,9 +123,18 @@ def test_files_are_what_the_design_says(tmp_path):
   lib.write(tmp_path, 0, HARD)
   lines = (tmp_path / "00.jsonl").read_bytes().decode().split("\n")
   assert lines.pop() == ""
-  assert [{name: value for name, value in json.loads(line).items() if name != "digest"} for line in lines] == [
-      {"schema": 1, "text": HARD.items[0].text, "trajectory": "r1-deploy-00001", "step": -1, "round": 1},
-      {"schema": 1, "text": HARD.items[1].text, "trajectory": "b", "step": 2, "round": 2}]
+  assert [
+    {name: value for name, value in json.loads(line).items() if name != "digest"} for line in lines
+  ] == [
+    {
+      "schema": 1,
+      "text": HARD.items[0].text,
+      "trajectory": "r1-deploy-00001",
+      "step": -1,
+      "round": 1,
+    },
+    {"schema": 1, "text": HARD.items[1].text, "trajectory": "b", "step": 2, "round": 2},
+  ]
   assert (tmp_path / "00.md").read_bytes() == (HARD.items[0].text + "\n" + HARD.items[1].text + "\n").encode()
 
 
@@ -140,7 +149,10 @@ GOOD = {"schema": 1, "text": "b", "trajectory": "t1", "step": 1, "round": 1}
 
 @pytest.mark.parametrize("line, words_of_error", [
     ('{"schema": 1, "text": "b"', "damaged (Expecting ',' delimiter"),
-    (json.dumps({**GOOD, "digest": "0123456789abcdef"}), 'is not what its field "digest" was made of'),
+    (
+        json.dumps({**GOOD, "digest": "0123456789abcdef"}),
+        'is not what its field "digest" was made of',
+    ),
     (json.dumps({**GOOD, "step": 2**70}), "is beyond 64 bits"),
     ("[]", '"schema": 1'),
     (json.dumps({**GOOD, "schema": 2}), '"schema": 1'),

@@ -1,4 +1,4 @@
-"""manifest.json: every way in which a file can change is told, and a file cut off by a kill is not."""
+"""manifest.json: each way in which a file can change is told; a file cut off by a kill is not."""
 
 import json
 
@@ -32,10 +32,15 @@ def test_a_file_that_is_as_it_was_passes_and_nothing_is_written_again(manifest):
   assert entry["records"] == 4 and entry["made_from"] == INPUTS
 
 
-@pytest.mark.parametrize("order, told", [
-    ((0, 1, 2), "4 lines then, 3 now"), ((0, 1, 2, 3, 3), "4 lines then, 5 now"), ((1, 0, 2, 3), "4 lines then, 4 now"),
+@pytest.mark.parametrize(
+  "order, told",
+  [
+    ((0, 1, 2), "4 lines then, 3 now"),
+    ((0, 1, 2, 3, 3), "4 lines then, 5 now"),
+    ((1, 0, 2, 3), "4 lines then, 4 now"),
     ((0, 1, 1, 3), "4 lines then, 4 now"),
-])  # fmt: skip
+  ],
+)
 def test_lines_lost_doubled_or_moved(manifest, order, told):
   path = manifest.folder / "user/a.jsonl"
   write_jsonl(path, [LINES[i] for i in order])
@@ -85,13 +90,26 @@ def test_a_folder_of_a_version_without_manifests_is_taken_as_it_stands(tmp_path,
   assert Manifest(tmp_path).changed("user/a.jsonl", {}) == ["knowledge", "weights"]
 
 
-@pytest.mark.parametrize("change, told", [
-    (lambda text: text[:-30], "damaged"), (lambda text: text.replace('"aa"', '"ab"'), 'its field "digest"'),
-    (lambda text: "[]", "the file is []: it must be an object"), (lambda text: '{"schema": 2}', "schema is 2: it must be 1"),
+@pytest.mark.parametrize(
+  "change, told",
+  [
+    (lambda text: text[:-30], "damaged"),
+    (lambda text: text.replace('"aa"', '"ab"'), 'its field "digest"'),
+    (lambda text: "[]", "the file is []: it must be an object"),
+    (lambda text: '{"schema": 2}', "schema is 2: it must be 1"),
     (lambda text: '{"schema": 1, "files": {"a": 3}}', "a is 3: it must be an object"),
-    (lambda text: '{"schema": 1, "files": {"a": {"sha256": 3, "records": 1, "made_from": {}}}}', "a.sha256 is 3"),
-    (lambda text: '{"schema": 1, "files": {"a": {"sha256": null, "records": 1, "made_from": {"w": 1}}}}', "a.made_from"),
-])  # fmt: skip
+    (
+      lambda text: '{"schema": 1, "files": {"a": {"sha256": 3, "records": 1, "made_from": {}}}}',
+      "a.sha256 is 3",
+    ),
+    (
+      lambda text: (
+        '{"schema": 1, "files": {"a": {"sha256": null, "records": 1, "made_from": {"w": 1}}}}'
+      ),
+      "a.made_from",
+    ),
+  ],
+)
 def test_a_damaged_manifest_is_named(manifest, change, told):
   path = manifest.folder / "manifest.json"
   path.write_text(change(path.read_text()))

@@ -44,27 +44,47 @@ def test_lines_types_and_tensorboard(tmp_path):
   assert type(first["tokens"]) is int and type(first["last"]) is bool and second["loss"] == 0.25
   assert (third["round"], third["step"]) == (2, 1)
   curves = events(tmp_path / "new" / "run")
-  assert curves["consolidation/loss"] == [(1, 0.5), (2, 0.25), (3, 0.125)]  # rounds one after the other
+  assert curves["consolidation/loss"] == [
+    (1, 0.5),
+    (2, 0.25),
+    (3, 0.125),
+  ]  # rounds one after the other
   assert curves["consolidation/tokens"] == [(1, 7.0), (2, 8.0)]
 
 
 def test_tensorboard_counts_the_optimizers_steps_through_all_rounds(tmp_path):
-  """As consolidation writes them: a line for step 0, then one a step; in a process that begins with round 2, too."""
+  """As consolidation writes them: a line for step 0, then one a step; in a process that begins with
+  round 2, too.
+  """
   for number in (1, 2):
     with Metrics(tmp_path) as metrics:
       for step in range(17):
-        metrics.write("consolidate", step, round=number, **({"loss": step} if step else {"probe": 0}))
+        metrics.write(
+          "consolidate", step, round=number, **({"loss": step} if step else {"probe": 0})
+        )
       metrics.write("gate", 0, round=number, at=number, passed=0.5)
-    curves = {name: curves.get(name, []) + points for name, points in events(tmp_path).items()} if number == 2 else events(tmp_path)
+    curves = (
+      {name: curves.get(name, []) + points for name, points in events(tmp_path).items()}
+      if number == 2
+      else events(tmp_path)
+    )
     for path in tmp_path.glob("events*"):
-      path.unlink()  # the second process's file would have the same name, of this second and this process
-  assert curves["consolidate/loss"] == [(begin + step, step) for begin in (0, 16) for step in range(1, 17)]
-  assert curves["consolidate/probe"] == [(0, 0), (16, 0)] and curves["gate/passed"] == [(1, 0.5), (2, 0.5)]
+      path.unlink()  # the second one's would have the same name: of this second and this process
+  assert curves["consolidate/loss"] == [
+    (begin + step, step) for begin in (0, 16) for step in range(1, 17)
+  ]
+  assert curves["consolidate/probe"] == [(0, 0), (16, 0)] and curves["gate/passed"] == [
+    (1, 0.5),
+    (2, 0.5),
+  ]
 
 
 @pytest.mark.parametrize("damage", [
-    lambda line: line.replace(b"0.5", b"0.7"), lambda line: line[:9] + b"\xff" + line[10:], lambda line: b"[" * 100_000 + b"\n",
-    lambda line: line.replace(b'"step": 1', b'"step": 1e999'), lambda line: b'{"round": 1, "stage": [], "step": 0}\n',
+    lambda line: line.replace(b"0.5", b"0.7"),
+    lambda line: line[:9] + b"\xff" + line[10:],
+    lambda line: b"[" * 100_000 + b"\n",
+    lambda line: line.replace(b'"step": 1', b'"step": 1e999'),
+    lambda line: b'{"round": 1, "stage": [], "step": 0}\n',
 ])
 def test_a_damaged_line_is_told_and_kept(tmp_path, caplog, damage):
   with Metrics(tmp_path) as metrics:
@@ -76,7 +96,10 @@ def test_a_damaged_line_is_told_and_kept(tmp_path, caplog, damage):
   path.write_bytes(b"".join(lines))
   with Metrics(tmp_path) as metrics:
     metrics.drop_after(1, "s", 0)
-  assert f"{path}:2: not a line of metrics; kept as it is" in caplog.text and path.read_bytes() == b"".join(lines[:2])
+  assert (
+    f"{path}:2: not a line of metrics; kept as it is" in caplog.text
+    and path.read_bytes() == b"".join(lines[:2])
+  )
 
 
 def test_not_a_number_is_null_with_a_warning(tmp_path, caplog):
@@ -116,7 +139,9 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
   again = [("c", round, step, step) for round, last in ((1, 5), (2, 3)) for step in range(1, last + 1)]
   wanted = [("e", 1, 5, 1.0), *again, ("c", 2, 4, 40)]
   assert [(line["stage"][0], line["round"], line["step"], line["x"]) for line in kept] == wanted
-  assert (9, 40.0) in events(tmp_path)["consolidation/x"]  # where the dropped step 4 of round 2 stood: after 5 steps of round 1
+  assert (9, 40.0) in events(tmp_path)[
+    "consolidation/x"
+  ]  # where the dropped step 4 of round 2 stood: after 5 steps of round 1
   with Metrics(tmp_path) as metrics:
     metrics.drop_after(2, "consolidation", -1)
   assert [line["round"] for line in map(json.loads, (line for line in path.read_text().splitlines() if line != "not ours"))] == [1] * 6

@@ -210,12 +210,19 @@ def test_play_to_file_writes_in_order_and_reads_what_is_there(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["whole.jsonl"] and (tmp_path / "whole.jsonl").read_bytes() == data
 
 
-@pytest.mark.parametrize("order, played", [((0, 1, 2, 3, 5, 4, 6, 7), 0), ((0, 1, 2, 2, 4, 5, 6, 7), 1), ((0, 1, 2, 3, 4, 5, 6, 7, 7), 0)])
+@pytest.mark.parametrize("order, played", [
+    ((0, 1, 2, 3, 5, 4, 6, 7), 0),
+    ((0, 1, 2, 2, 4, 5, 6, 7), 1),
+    ((0, 1, 2, 3, 4, 5, 6, 7, 7), 0),
+])
 def test_lines_that_are_moved_lost_or_doubled_are_put_right(tmp_path, order, played):
   data, result, _ = uninterrupted(tmp_path)
   lines, policy = data.splitlines(keepends=True), Policy(careful)
   (tmp_path / "whole.jsonl").write_bytes(b"".join(lines[i] for i in order))
-  assert play_to_file(tmp_path / "whole.jsonl", policy, SPEC, episodes=episodes(8), slots=3, **HOW) == result
+  assert (
+    play_to_file(tmp_path / "whole.jsonl", policy, SPEC, episodes=episodes(8), slots=3, **HOW)
+    == result
+  )
   assert (tmp_path / "whole.jsonl").read_bytes() == data and bool(policy.calls) == bool(played)
 
 

@@ -312,14 +312,26 @@ def test_steps_that_were_done_again_count_once_and_damaged_lines_not_at_all(run)
 
 
 def test_losses_stand_at_the_optimizers_own_steps(run):
-  """Lines as a run has them: step 0 with the probe alone, and one that is missing, which is told."""
+  """Lines as a run has them: step 0 with the probe alone; and one is missing."""
   (run / "metrics.jsonl").unlink()
-  lines = [{"schema": 1, "round": number, "stage": "consolidate", "step": step, "loss" if step else "probe_kl": float(step)}
-           for number in (1, 2) for step in range(17) if (number, step) != (1, 7)]
+  lines = [
+    {
+      "schema": 1,
+      "round": number,
+      "stage": "consolidate",
+      "step": step,
+      "loss" if step else "probe_kl": float(step),
+    }
+    for number in (1, 2)
+    for step in range(17)
+    if (number, step) != (1, 7)
+  ]
   (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   steps = report.read(run).steps
   points = [point for point in plots._curve(steps, "loss") if math.isfinite(point[1])]
-  assert points == [(begin + step, step) for begin in (0, 16) for step in range(1, 17) if begin + step != 7]
+  assert points == [
+    (begin + step, step) for begin in (0, 16) for step in range(1, 17) if begin + step != 7
+  ]
   assert [x for x, value in plots._curve(steps, "loss") if math.isnan(value)] == [16.5]
   assert plots._curve(steps, "probe_kl")[-1] == (16, 0.0)
 
@@ -327,8 +339,9 @@ def test_losses_stand_at_the_optimizers_own_steps(run):
 @pytest.mark.parametrize("change, told", [
     (lambda lines: lines[:7] + lines[8:], "round 1 has no line for steps 8"),
     (lambda lines: lines[:19] + lines[20:], "round 1 has no line for steps 20"),
-    (lambda lines: lines[:20], "round 2 has no line for steps 1, 2, 3"), (lambda lines: [], "round 1 has no line for steps 1, 2"),
-])  # fmt: skip
+    (lambda lines: lines[:20], "round 2 has no line for steps 1, 2, 3"),
+    (lambda lines: [], "round 1 has no line for steps 1, 2"),
+])
 def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
   for number in (1, 2):
     (run / f"round_{number}/checkpoints").mkdir()
@@ -341,18 +354,35 @@ def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
 
 
 @pytest.mark.parametrize("name, change, told", [
-    ("round_1/evaluation.json", lambda value: value["without"]["ended"].update(lost=9), "without.ended is "),
-    ("round_1/evaluation.json", lambda value: value["in_context"]["moves"].update(of=9), "in_context.moves.of is 9: it must be 128 in all"),
-    ("round_1/evaluation.json", lambda value: value["without"]["leaks"].update(count(1, 7)), "without.leaks.of is 7: it must be 384 in all"),
-    ("round_1/cost.json", lambda value: value["stages"][0].update(seconds=-1), "stages[0].seconds is -1: it must be a number, 0 or more"),
+    (
+        "round_1/evaluation.json", lambda value: value["without"]["ended"].update(lost=9),
+        "without.ended is ",
+    ),
+    (
+        "round_1/evaluation.json", lambda value: value["in_context"]["moves"].update(of=9),
+        "in_context.moves.of is 9: it must be 128 in all",
+    ),
+    (
+        "round_1/evaluation.json", lambda value: value["without"]["leaks"].update(count(1, 7)),
+        "without.leaks.of is 7: it must be 384 in all",
+    ),
+    (
+        "round_1/cost.json", lambda value: value["stages"][0].update(seconds=-1),
+        "stages[0].seconds is -1: it must be a number, 0 or more",
+    ),
     ("round_1/cost.json", lambda value: value["stages"][0].update(flops=10**400), "beyond 64 bits"),
-    ("round_1/gate.json", lambda value: value["with"].update(count(3, 60)), "with.of is 60: it must be without.of (64)"),
+    (
+        "round_1/gate.json", lambda value: value["with"].update(count(3, 60)),
+        "with.of is 60: it must be without.of (64)",
+    ),
     ("round_1/gate.json", lambda value: value.pop("without"), "the file has no field 'without'"),
     ("round_1/knowledge/01.md", None, "01.md:1: not UTF-8"),
-])  # fmt: skip
+])
 def test_counts_that_contradict_each_other_and_other_damage_are_named(run, name, change, told):
   path = run / name
-  (run / "round_1/gate.json").write_text(json.dumps({"schema": 1, "without": count(8, 64), "with": count(16, 64)}))
+  (run / "round_1/gate.json").write_text(
+    json.dumps({"schema": 1, "without": count(8, 64), "with": count(16, 64)})
+  )
   report.read(run)
   if change is None:
     path.write_bytes(b"- \xff" + path.read_bytes())

@@ -317,7 +317,11 @@ def outcome(folder: pathlib.Path, last: int) -> dict:
       continue
     place = f"metrics of round {line['round']}, {line['stage']}, step {line['step']}"
     assert place not in found, f"{place} stand there twice"
-    found[place] = {name: value for name, value in line.items() if name not in ("time", "seconds", "compiles", "digest")}
+    found[place] = {
+      name: value
+      for name, value in line.items()
+      if name not in ("time", "seconds", "compiles", "digest")
+    }
   return found
 
 
@@ -447,8 +451,19 @@ def test_the_gate_decides_by_what_was_played(make_loop, tmp_path, monkeypatch, c
   def play(path, policy, spec, *, episodes, sampling, advance, **how):
     wins = given if episodes[0].knowledge else without
     played.append([(episode.map_seed, episode.knowledge) for episode in episodes])
-    games = [Trajectory(episode.id, "g", episode.map_seed, (), "", float(i < wins), i < wins, "passed" if i < wins else "lost")
-             for i, episode in enumerate(episodes)]
+    games = [
+      Trajectory(
+        episode.id,
+        "g",
+        episode.map_seed,
+        (),
+        "",
+        float(i < wins),
+        i < wins,
+        "passed" if i < wins else "lost",
+      )
+      for i, episode in enumerate(episodes)
+    ]
     write_jsonl(path, games)
     return games
 
@@ -631,7 +646,10 @@ def test_another_configuration_goes_on_if_told_to(copy):
   before = hashes(copy, "round_*/**/*")
   rounds.run(config, copy, resume_anyway=True)
   [change] = read_json(copy / "config.json")["changes"]
-  assert change["fields"] == [{"field": "deployment.slots", "was": 4, "is": 3}] and hashes(copy, "round_*/**/*") == before
+  assert (
+    change["fields"] == [{"field": "deployment.slots", "was": 4, "is": 3}]
+    and hashes(copy, "round_*/**/*") == before
+  )
 
 
 def test_damaged_trajectories_are_refused_by_file_and_line(refused, copy):
@@ -640,14 +658,19 @@ def test_damaged_trajectories_are_refused_by_file_and_line(refused, copy):
   path.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
   before = hashes(copy, "**/*")
   told = refused(copy)
-  assert f"{path}: not as this run wrote it: 4 lines then, 4 now; line 2: " in told and f"remove {path} and the same command" in told
+  assert (
+    f"{path}: not as this run wrote it: 4 lines then, 4 now; line 2: " in told
+    and f"remove {path} and the same command" in told
+  )
   assert hashes(copy, "**/*") == before
 
 
 def test_knowledge_that_is_all_empty_is_told(refused, copy):
   for index in (0, 1):
     knowledge_lib.write(copy / "round_1/knowledge", index, knowledge_lib.Knowledge())
-  (copy / "round_1/manifest.json").unlink()  # or they would be told to be other texts than the run's
+  (
+    copy / "round_1/manifest.json"
+  ).unlink()  # or they would be told to be other texts than the run's
   before = hashes(copy, "**/*")
   told = refused(copy)
   assert f"{copy / 'round_1'}: all 2 knowledge texts are empty" in told and "extraction.form" in told

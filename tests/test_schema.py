@@ -41,14 +41,22 @@ def test_every_bit_of_a_sealed_file_is_told_or_changes_nothing(tmp_path):
   assert told > 0.7 * 8 * len(data)
 
 
-@pytest.mark.parametrize("text, told", [
-    (b"", "Expecting value"), (b'{"a": 1', "Expecting ',' delimiter"), (b"[NaN]", "NaN is not JSON"),
-    (b"[-Infinity]", "-Infinity is not JSON"), (b"[1e999]", "the number 1e999 is beyond a float"),
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    (b"", "Expecting value"),
+    (b'{"a": 1', "Expecting ',' delimiter"),
+    (b"[NaN]", "NaN is not JSON"),
+    (b"[-Infinity]", "-Infinity is not JSON"),
+    (b"[1e999]", "the number 1e999 is beyond a float"),
     (b"[-9223372036854775809]", "the number -9223372036854775809 is beyond 64 bits"),
-    (b"[" + b"7" * 5000 + b"]", "beyond 64 bits"), (b'{"a": 1, "a": 1}', "the name 'a' occurs twice"),
-    (b'"\xff"', "not UTF-8 at byte 1"), (b"[" * 100_000, "nested too deeply"),
+    (b"[" + b"7" * 5000 + b"]", "beyond 64 bits"),
+    (b'{"a": 1, "a": 1}', "the name 'a' occurs twice"),
+    (b'"\xff"', "not UTF-8 at byte 1"),
+    (b"[" * 100_000, "nested too deeply"),
     (b'{"a": 1, "digest": 5}', 'its field "digest" was made of'),
-])  # fmt: skip
+  ],
+)
 def test_what_is_not_strict_json_is_one_line_that_names_the_file(tmp_path, text, told):
   path = tmp_path / "a.json"
   path.write_bytes(text)
@@ -74,11 +82,14 @@ def test_counts_and_means_as_they_are_made_pass_and_contradictions_are_named():
     schema.mean(statistics.mean(values), "moves")
   good = statistics.count(3, 4)
   for change, told in (
-      ({"hits": 5}, "passed.hits is 5: it must be at most passed.of (4)"),
-      ({"of": -1}, "passed.of is -1: it must be a whole number"), ({"of": True}, "passed.of is True"),
-      ({"rate": 0.5}, "passed.rate is 0.5: it must be hits / of (3 / 4)"), ({"rate": "x"}, "passed.rate is 'x'"),
-      ({"interval": [1, 0]}, "passed.interval is [1, 0]"), ({"interval": 3}, "passed.interval is 3"),
-  ):  # fmt: skip
+    ({"hits": 5}, "passed.hits is 5: it must be at most passed.of (4)"),
+    ({"of": -1}, "passed.of is -1: it must be a whole number"),
+    ({"of": True}, "passed.of is True"),
+    ({"rate": 0.5}, "passed.rate is 0.5: it must be hits / of (3 / 4)"),
+    ({"rate": "x"}, "passed.rate is 'x'"),
+    ({"interval": [1, 0]}, "passed.interval is [1, 0]"),
+    ({"interval": 3}, "passed.interval is 3"),
+  ):
     with pytest.raises(ValueError) as error:
       schema.share(good | change, "passed")
     assert told in str(error.value)

@@ -40,7 +40,10 @@ def test_a_run_without_a_report_is_told(tmp_path):
     table.main([str(tmp_path)])
   (tmp_path / "report").mkdir()
   (tmp_path / "report/results.json").write_text('{"rounds": NaN}')
-  with pytest.raises(SystemExit, match=f"error: {tmp_path}/report/results.json: damaged, .*NaN is not JSON; run the same command"):
+  with pytest.raises(
+    SystemExit,
+    match=f"error: {tmp_path}/report/results.json: damaged, .*NaN is not JSON; run the same",
+  ):
     table.main([str(tmp_path)])
 
 

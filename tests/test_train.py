@@ -309,13 +309,28 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
   # What it was trained from has changed: refused, and the checkpoints stay.
   task, others = _task(policy), policy.replace(jax.tree.map(lambda p: p + 1, policy.params))
   for name, changed, player in (
-      ("prompts", dataclasses.replace(task, prompts=task.prompts[::-1]), policy),
-      ("knowledge", dataclasses.replace(task, knowledge=task.knowledge[:1]), policy), ("weights", task, others),
-  ):  # fmt: skip
-    with pytest.raises(ValueError, match=f"checkpoints: its checkpoints were trained from other {name} than this run has now"):
+    ("prompts", dataclasses.replace(task, prompts=task.prompts[::-1]), policy),
+    ("knowledge", dataclasses.replace(task, knowledge=task.knowledge[:1]), policy),
+    ("weights", task, others),
+  ):
+    with pytest.raises(
+      ValueError,
+      match=f"checkpoints: its checkpoints were trained from other {name} than this run has now",
+    ):
       train.check_inputs(tmp_path / "checkpoints", changed, player)
-    with Metrics(tmp_path) as metrics, pytest.raises(ValueError, match=f"trained from other {name} than"):
-      train.consolidate(_config(), changed, player, limit=8, directory=tmp_path / "checkpoints", mesh=_one_device(), metrics=metrics)
+    with (
+      Metrics(tmp_path) as metrics,
+      pytest.raises(ValueError, match=f"trained from other {name} than"),
+    ):
+      train.consolidate(
+        _config(),
+        changed,
+        player,
+        limit=8,
+        directory=tmp_path / "checkpoints",
+        mesh=_one_device(),
+        metrics=metrics,
+      )
   train.check_inputs(tmp_path / "checkpoints", task, policy)
   train.check_inputs(tmp_path / "nothing here", task, others)
   assert train.steps_done(tmp_path / "checkpoints") == 6

@@ -24,8 +24,16 @@ def test_a_trajectory_is_one_json_line_of_chat_messages(tmp_path):
   (line,) = (tmp_path / "new folder" / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
   written = json.loads(line)
   # By hand, from the description: SHA-256 of the rest with sorted keys and no spaces.
-  rest = json.dumps({name: value for name, value in written.items() if name != "digest"}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-  assert list(written)[-1] == "digest" and written.pop("digest") == hashlib.sha256(rest.encode()).hexdigest()[:16]
+  rest = json.dumps(
+    {name: value for name, value in written.items() if name != "digest"},
+    sort_keys=True,
+    separators=(",", ":"),
+    ensure_ascii=False,
+  )
+  assert (
+    list(written)[-1] == "digest"
+    and written.pop("digest") == hashlib.sha256(rest.encode()).hexdigest()[:16]
+  )
   assert written == {
       "schema": 1,
       "id": "r1-deploy-00007",
@@ -89,32 +97,56 @@ def changed(**fields) -> bytes:
 user, assistant = json.loads(t._line(episode(99)))["messages"][:2]
 
 DAMAGED = {
-    "not JSON": (b"{nonsense", "Expecting property name"),
-    "cut off": (changed()[:-30], "line 1 column"),
-    "not UTF-8": (b'{"schema": 1, "id": "\xff"}', "not UTF-8 at byte 21"),
-    "no object": (b"[1, 2]", "a JSON object is needed"),
-    "nested too deeply": (b"[" * 100_000, "recursion"),
-    "missing field": (changed(outcome=None), "field 'outcome' is missing"),
-    "no schema": (changed(schema=None), "field 'schema' is missing"),
-    "schema of the future": (changed(schema=2), "schema version 2, this version of oel_jax reads 1"),
-    "true is no version": (changed(schema=True), "field 'schema' is True"),
-    "text for a number": (changed(reward="1.0"), "field 'reward' is '1.0': it must be of type float or int"),
-    "number for true": (changed(passed=1), "field 'passed' is 1: it must be of type bool"),
-    "edited under its digest": (t._line(episode(98)).replace("[left]", "[lift]").encode(), 'what its field "digest" was made of'),
-    "one letter": (t._line(episode(98)).replace("hit", "hat").encode(), 'what its field "digest" was made of'),
-    "more than a float": (changed().replace(b"0.1", b"1e999"), "the number 1e999 is beyond a float"),
-    "more than 64 bits": (changed(seed=2**63), "the number 9223372036854775808 is beyond 64 bits"),
-    "more digits than Python reads": (changed().replace(b"0.1", b"1" * 5000), "is beyond 64 bits"),
-    "a name twice": (changed().replace(b'"reward"', b'"id"'), "the name 'id' occurs twice in one object"),
-    "fewer than no tokens": (changed(messages=[user, {**assistant, "response_tokens": -1}]), "'response_tokens' of turn 0 is -1"),
-    "no number": (changed().replace(b"0.1", b"NaN"), "NaN is not JSON"),
-    "unknown end": (changed(ended="won"), "field 'ended' is 'won'"),
-    "no turns": (changed(messages=[]), "must be user and assistant in turn"),
-    "an answer is missing": (changed(messages=[user, assistant, user]), "must be user and assistant in turn"),
-    "wrong order": (changed(messages=[assistant, user]), "must be user and assistant in turn"),
-    "no tokens": (changed(messages=[user, {**assistant, "response_tokens": 1.5}]), "field 'response_tokens' is 1.5"),
-    "no thinking": (changed(messages=[user, user | {"role": "assistant"}]), "field 'thinking' is missing"),
-    "message no object": (changed(messages=["hello", assistant]), "field 'role' is missing"),
+  "not JSON": (b"{nonsense", "Expecting property name"),
+  "cut off": (changed()[:-30], "line 1 column"),
+  "not UTF-8": (b'{"schema": 1, "id": "\xff"}', "not UTF-8 at byte 21"),
+  "no object": (b"[1, 2]", "a JSON object is needed"),
+  "nested too deeply": (b"[" * 100_000, "recursion"),
+  "missing field": (changed(outcome=None), "field 'outcome' is missing"),
+  "no schema": (changed(schema=None), "field 'schema' is missing"),
+  "schema of the future": (changed(schema=2), "schema version 2, this version of oel_jax reads 1"),
+  "true is no version": (changed(schema=True), "field 'schema' is True"),
+  "text for a number": (
+    changed(reward="1.0"),
+    "field 'reward' is '1.0': it must be of type float or int",
+  ),
+  "number for true": (changed(passed=1), "field 'passed' is 1: it must be of type bool"),
+  "edited under its digest": (
+    t._line(episode(98)).replace("[left]", "[lift]").encode(),
+    'what its field "digest" was made of',
+  ),
+  "one letter": (
+    t._line(episode(98)).replace("hit", "hat").encode(),
+    'what its field "digest" was made of',
+  ),
+  "more than a float": (changed().replace(b"0.1", b"1e999"), "the number 1e999 is beyond a float"),
+  "more than 64 bits": (changed(seed=2**63), "the number 9223372036854775808 is beyond 64 bits"),
+  "more digits than Python reads": (changed().replace(b"0.1", b"1" * 5000), "is beyond 64 bits"),
+  "a name twice": (
+    changed().replace(b'"reward"', b'"id"'),
+    "the name 'id' occurs twice in one object",
+  ),
+  "fewer than no tokens": (
+    changed(messages=[user, {**assistant, "response_tokens": -1}]),
+    "'response_tokens' of turn 0 is -1",
+  ),
+  "no number": (changed().replace(b"0.1", b"NaN"), "NaN is not JSON"),
+  "unknown end": (changed(ended="won"), "field 'ended' is 'won'"),
+  "no turns": (changed(messages=[]), "must be user and assistant in turn"),
+  "an answer is missing": (
+    changed(messages=[user, assistant, user]),
+    "must be user and assistant in turn",
+  ),
+  "wrong order": (changed(messages=[assistant, user]), "must be user and assistant in turn"),
+  "no tokens": (
+    changed(messages=[user, {**assistant, "response_tokens": 1.5}]),
+    "field 'response_tokens' is 1.5",
+  ),
+  "no thinking": (
+    changed(messages=[user, user | {"role": "assistant"}]),
+    "field 'thinking' is missing",
+  ),
+  "message no object": (changed(messages=["hello", assistant]), "field 'role' is missing"),
 }
 
 

@@ -82,17 +82,28 @@ def make_files(folder):
     (folder / name).write_text(f"{name}\n")
   config = distill.default()
   config.policy.weights = f"{folder}/model"
-  config.distill.update(knowledge=f"{folder}/knowledge.md", prompts=f"{folder}/prompts.txt", held_out=f"{folder}/held_out.jsonl",
-                        unrelated=f"{folder}/unrelated.txt", obeys=f"{folder}/check.py:short")
+  config.distill.update(
+    knowledge=f"{folder}/knowledge.md",
+    prompts=f"{folder}/prompts.txt",
+    held_out=f"{folder}/held_out.jsonl",
+    unrelated=f"{folder}/unrelated.txt",
+    obeys=f"{folder}/check.py:short",
+  )
   return config
 
 
 @pytest.mark.parametrize("name, field", [
-    ("model/model.safetensors", "policy.weights"), ("model/chat_template.jinja", "policy.weights"), ("knowledge.md", "distill.knowledge"),
-    ("prompts.txt", "distill.prompts"), ("held_out.jsonl", "distill.held_out"), ("unrelated.txt", "distill.unrelated"),
+    ("model/model.safetensors", "policy.weights"),
+    ("model/chat_template.jinja", "policy.weights"),
+    ("knowledge.md", "distill.knowledge"),
+    ("prompts.txt", "distill.prompts"),
+    ("held_out.jsonl", "distill.held_out"),
+    ("unrelated.txt", "distill.unrelated"),
     ("check.py", "distill.obeys"),
-])  # fmt: skip
-def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(tmp_path, name, field):
+])
+def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(
+  tmp_path, name, field
+):
   config = make_files(tmp_path)
   folder = open_workdir(config, tmp_path / "run")
   (tmp_path / "model/README.md").write_text("Another text about the same model.")
@@ -101,7 +112,10 @@ def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_n
   data = bytearray(path.read_bytes())
   data[3] ^= 1
   path.write_bytes(bytes(data))
-  with pytest.raises(ValueError, match=f"the content of config.{field} .* has changed: its digest was .* give --resume_anyway"):
+  with pytest.raises(
+    ValueError,
+    match=f"the content of config.{field} .* has changed: its digest was .* give --resume_anyway",
+  ):
     open_workdir(config, folder)
   assert (folder / "config.json").read_bytes() == before
   open_workdir(config, folder, resume_anyway=True)
@@ -145,7 +159,9 @@ def test_nothing_changes_while_another_process_holds_the_directory(tmp_path):
   open_workdir(default_config.default(), tmp_path)
   before, config = (tmp_path / "config.json").read_bytes(), default_config.default()
   config.seed = 3
-  with locked(tmp_path):  # the lock belongs to an open file: in this process a second one is refused as in another
+  with locked(
+    tmp_path
+  ):  # the lock belongs to an open file: in this process a second one is refused as in another
     with pytest.raises(OSError, match="another process is running in this directory"):
       open_workdir(config, tmp_path, resume_anyway=True)
     assert (tmp_path / "config.json").read_bytes() == before
@@ -155,7 +171,8 @@ def test_nothing_changes_while_another_process_holds_the_directory(tmp_path):
   open_workdir(config, tmp_path)
 
 
-@pytest.mark.parametrize("text, told", [("", "damaged"), ('{"schema": 1, "config"', "damaged"), ('{"schema": 9}', "schema is 9: it must be 1"),
+@pytest.mark.parametrize("text, told", [("", "damaged"), ('{"schema": 1, "config"', "damaged"),
+                                        ('{"schema": 9}', "schema is 9: it must be 1"),
                                         ("[]", "damaged"), ('{"schema": 1, "config": [], "versions": {}, "changes": []}', "damaged")])
 def test_a_damaged_file_is_named_and_kept(tmp_path, text, told):
   (tmp_path / "config.json").write_text(text)

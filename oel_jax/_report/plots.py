@@ -177,8 +177,16 @@ def _mark_rounds(axes: Axes, steps: Sequence[dict[str, Any]], theme: Theme) -> N
   for index, (number, begin) in enumerate(_begins(steps).items()):
     if index:
       axes.axvline(begin + 0.5, color=theme.dim, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"round {number}", (begin + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(5, -2), textcoords="offset points",
-                  va="top", color=theme.dim, fontsize=8)
+    axes.annotate(
+      f"round {number}",
+      (begin + 0.5, 1),
+      xycoords=("data", "axes fraction"),
+      xytext=(5, -2),
+      textcoords="offset points",
+      va="top",
+      color=theme.dim,
+      fontsize=8,
+    )
 
 
 def _begins(steps: Sequence[dict[str, Any]]) -> dict[int, int]:
@@ -192,7 +200,9 @@ def _begins(steps: Sequence[dict[str, Any]]) -> dict[int, int]:
 
 
 def _curve(steps: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-  """(step, value) of the steps that have such a number, counted through all rounds; NaN, which is drawn as a gap, between rounds."""
+  """(step, value) of the steps that have such a number, counted through all rounds; NaN, which is
+  drawn as a gap, between rounds.
+  """
   points, begins = [], _begins(steps)
   for index, step in enumerate(steps):
     begin = begins[step["round"]]

@@ -145,7 +145,9 @@ def read(workdir: pathlib.Path) -> Run:
     if (folder / "evaluation.json").exists():
       evaluations[number] = read_evaluation(folder / "evaluation.json", number)
     if (folder / "gate.json").exists():
-      read_gate(folder / "gate.json")  # the evaluation repeats it; what cannot be read stops the run, and the report says so, too
+      read_gate(
+        folder / "gate.json"
+      )  # the evaluation repeats it; what cannot be read stops the run, and the report says so, too
     if (folder / "cost.json").exists():
       costs += read_costs(folder / "cost.json", number)
     if (folder / "user" / "evaluation.jsonl").exists():
@@ -162,7 +164,11 @@ def read(workdir: pathlib.Path) -> Run:
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
   found = {}
   for name, inner in value.items():
-    found |= _flat(inner, f"{above}{name}.") if isinstance(inner, dict) and inner else {f"{above}{name}": inner}
+    found |= (
+      _flat(inner, f"{above}{name}.")
+      if isinstance(inner, dict) and inner
+      else {f"{above}{name}": inner}
+    )
   return found
 
 
@@ -170,19 +176,24 @@ def read_evaluation(path: pathlib.Path, number: int) -> Evaluation:
   """Returns the evaluation.json of a round.
 
   Raises:
-    ValueError: damaged, of another round, or its counts contradict each other; names the file and the field.
+    ValueError: damaged, of another round, or its counts contradict each other; names the file and
+      the field.
     OSError: it cannot be read.
   """
   return files.read_json(path, lambda value: _evaluation(value, number))
 
 
 def read_gate(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what gate.json holds: "without" and "with", each a share; raises as `read_evaluation` does."""
+  """Returns what gate.json holds: "without" and "with", each a share; raises as `read_evaluation`
+  does.
+  """
   return files.read_json(path, _gate)
 
 
 def read_costs(path: pathlib.Path, number: int) -> list[Cost]:
-  """Returns the entries of a round's cost.json, those of one stage added up; raises as `read_evaluation` does."""
+  """Returns the entries of a round's cost.json, those of one stage added up; raises as
+  `read_evaluation` does.
+  """
   return files.read_json(path, lambda value: _costs(value, number))
 
 
@@ -204,10 +215,21 @@ def _evaluation(value: Any, number: int) -> Evaluation:
   points = []
   for index, point in enumerate(accumulation):
     where = f"accumulation[{index}]"
-    points.append((whole(point, "trajectories", where), _share(get(point, "passed", where), f"{where}.passed")))
+    points.append(
+      (whole(point, "trajectories", where), _share(get(point, "passed", where), f"{where}.passed"))
+    )
   if gate is not None:
-    need(get(gate, "decision", "gate") in DECISIONS, "gate.decision", gate["decision"], "one of " + ", ".join(map(repr, DECISIONS)))
-    gate = Gate(_share(get(gate, "without", "gate"), "gate.without"), _share(get(gate, "with", "gate"), "gate.with"), gate["decision"])
+    need(
+      get(gate, "decision", "gate") in DECISIONS,
+      "gate.decision",
+      gate["decision"],
+      "one of " + ", ".join(map(repr, DECISIONS)),
+    )
+    gate = Gate(
+      _share(get(gate, "without", "gate"), "gate.without"),
+      _share(get(gate, "with", "gate"), "gate.with"),
+      gate["decision"],
+    )
   if value.get("recovered") is not None:
     need(schema.is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
   return Evaluation(
@@ -229,7 +251,12 @@ def _gate(value: Any) -> dict[str, Any]:
   for name in ("without", "with"):
     schema.share(get(value, name, schema.TOP), name)
     need(value[name]["of"] > 0, f"{name}.of", value[name]["of"], "more than 0")
-  need(value["with"]["of"] == value["without"]["of"], "with.of", value["with"]["of"], f"without.of ({value['without']['of']})")
+  need(
+    value["with"]["of"] == value["without"]["of"],
+    "with.of",
+    value["with"]["of"],
+    f"without.of ({value['without']['of']})",
+  )
   return value
 
 
@@ -244,7 +271,9 @@ def _play(value: Any, where: str) -> Play:
   )
   games, turns = play.passed.of, play.response_tokens.of
   for field, count, right in (
-      ("ended", sum(play.ended.values()), games), ("moves.of", play.moves.of, games), ("leaks.of", play.leaks.of or turns, turns)
+      ("ended", sum(play.ended.values()), games),
+      ("moves.of", play.moves.of, games),
+      ("leaks.of", play.leaks.of or turns, turns),
   ):  # fmt: skip
     need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
   return play
@@ -272,7 +301,12 @@ def _costs(value: Any, number: int) -> list[Cost]:
   result: dict[str, Cost] = {}
   for index, entry in enumerate(stages):
     where = f"stages[{index}]"
-    need(isinstance(get(entry, "stage", where), str), f"{where}.stage", entry["stage"], "a stage's name")
+    need(
+      isinstance(get(entry, "stage", where), str),
+      f"{where}.stage",
+      entry["stage"],
+      "a stage's name",
+    )
     for name in ("seconds", "tokens", "flops"):
       known = entry.get(name)
       ok = (schema.is_number(known) and known >= 0) or (name != "seconds" and known is None)
@@ -287,8 +321,11 @@ def _sum(a: float | None, b: float | None) -> float | None:
   return None if a is None or b is None else a + b
 
 
-def _steps(path: pathlib.Path, config: dict[str, Any], done: Collection[int]) -> list[dict[str, Any]]:
-  """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is told and left out of the curves.
+def _steps(
+  path: pathlib.Path, config: dict[str, Any], done: Collection[int]
+) -> list[dict[str, Any]]:
+  """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is
+  told and left out of the curves.
 
   `done` are the rounds that were trained to the end, of which no step's line may be missing.
   """
@@ -307,5 +344,10 @@ def _steps(path: pathlib.Path, config: dict[str, Any], done: Collection[int]) ->
     if number in done and type(planned) is int:
       last = max(last, planned)
     if missing := [step for step in range(1, last + 1) if (number, step) not in found]:
-      logging.warning("%s: round %d has no line for steps %s: the curves lack them", path, number, ", ".join(map(str, missing[:20])))
+      logging.warning(
+        "%s: round %d has no line for steps %s: the curves lack them",
+        path,
+        number,
+        ", ".join(map(str, missing[:20])),
+      )
   return [found[key] for key in sorted(found)]

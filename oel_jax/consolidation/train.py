@@ -241,23 +241,36 @@ def consolidate(
 
 def _inputs(task: Task, policy: Policy) -> dict[str, str]:
   """What a training is made from → a digest of it; kept in each checkpoint."""
-  return {"weights": fingerprint(policy.params), "prompts": schema.digest(task.prompts), "knowledge": schema.digest(task.knowledge)}
+  return {
+    "weights": fingerprint(policy.params),
+    "prompts": schema.digest(task.prompts),
+    "knowledge": schema.digest(task.knowledge),
+  }
 
 
 def check_inputs(directory: str | os.PathLike, task: Task, policy: Policy) -> None:
-  """Raises ValueError if the newest checkpoint in `directory` was trained from other weights, prompts or knowledge than these."""
+  """Raises ValueError if the newest checkpoint in `directory` was trained from other weights,
+  prompts or knowledge than these.
+  """
   if steps_done(directory):
     with Checkpoints(directory) as checkpoints:
       extra = checkpoints.extra()
     _compare_inputs(directory, (extra or {}).get("made_from"), _inputs(task, policy))
 
 
-def _compare_inputs(directory: str | os.PathLike, before: dict[str, str] | None, now: dict[str, str]) -> None:
-  """Raises ValueError if they differ; an earlier version's checkpoint (None) does not say what it was trained from."""
+def _compare_inputs(
+  directory: str | os.PathLike, before: dict[str, str] | None, now: dict[str, str]
+) -> None:
+  """Raises ValueError if they differ; an earlier version's checkpoint (None) does not say what it
+  was trained from.
+  """
   changed = [name for name in now if before and before.get(name) != now[name]]
   if changed:
-    raise ValueError(f"{directory}: its checkpoints were trained from other {', '.join(changed)} than this run has now: restore them, choose "
-                     "another --workdir, or remove the folder to train anew")
+    raise ValueError(
+      f"{directory}: its checkpoints were trained from other {', '.join(changed)} than this run "
+      "has now: restore them, choose "
+      "another --workdir, or remove the folder to train anew"
+    )
 
 
 def _begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
@@ -274,7 +287,9 @@ def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, me
 
 
 def steps_done(directory: str | os.PathLike) -> int:
-  """The step of the newest checkpoint in `directory`, whole or not; 0 if there is none. Nothing is opened or changed."""
+  """The step of the newest checkpoint in `directory`, whole or not; 0 if there is none. Nothing is
+  opened or changed.
+  """
   if not os.path.isdir(directory):
     return 0
   return max((int(name) for name in os.listdir(directory) if name.isdigit()), default=0)

@@ -45,10 +45,12 @@ def extract(
     weights: str = "",
     advance: Callable[[int], None] | None = None,
 ) -> list[Knowledge]:
-  """Accumulates `texts` knowledge texts, each over all the trajectories in a random order of its own (OEL section 3).
+  """Accumulates `texts` knowledge texts, each over all the trajectories in a random order of its
+  own (OEL section 3).
 
-  The accumulation is one after another by nature, the texts are not: each step samples all of them in one batch. Which step reads
-  which trajectory and how its answer is sampled derive from (seed, round, text, step), so a resumed run goes on as if never stopped.
+  The accumulation is one after another by nature, the texts are not: each step samples all of them
+  in one batch. Which step reads which trajectory and how its answer is sampled derive from (seed,
+  round, text, step), so a resumed run goes on as if never stopped.
 
   Args:
     policy: π_extract; its `tokenizer` and `sample` are used.
@@ -59,30 +61,45 @@ def extract(
     sampling: temperature, top_p and top_k.
     max_response_tokens: sampled tokens a step, thinking included.
     max_knowledge_tokens: the extractor sees the newest whole items that fit in so many tokens.
-    max_prompt_tokens: policy.max_prompt_tokens; to keep to it, the extractor sees fewer of the oldest items still.
+    max_prompt_tokens: policy.max_prompt_tokens; to keep to it, the extractor sees fewer of the
+      oldest items still.
     seed: config.seed.
     round: the round, from 1.
     thinking: whether the chat template opens a thinking block.
     start: e_0 of each text, the previous round's knowledge; None: empty.
-    state_path: partial file, replaced after every step and resumed from if it is there. When complete, nothing is sampled any more.
-    weights: names the policy's weights (`runtime.checksum.fingerprint`); a partial file of others is refused.
-    advance: called with the number of steps that have just ended (at once with those found in `state_path`).
+    state_path: partial file, replaced after every step and resumed from if it is there. When
+      complete, nothing is sampled any more.
+    weights: names the policy's weights (`runtime.checksum.fingerprint`); a partial file of others
+      is refused.
+    advance: called with the number of steps that have just ended (at once with those found in
+      `state_path`).
 
   Returns:
-    K accumulations with every item that was ever written, however long: `as_of` gives the text after n trajectories, within the limit.
+    K accumulations with every item that was ever written, however long: `as_of` gives the text
+      after n trajectories, within the limit.
 
   Raises:
-    ValueError: no trajectory; `start` with another number of texts; a trajectory whose prompt is over `max_prompt_tokens` without any
-      knowledge; a partial file that is damaged or of another extraction. All before anything is sampled.
+    ValueError: no trajectory; `start` with another number of texts; a trajectory whose prompt is
+      over `max_prompt_tokens` without any knowledge; a partial file that is damaged or of another
+      extraction. All before anything is sampled.
   """
   start = [Knowledge()] * texts if start is None else [text.carried() for text in start]
   if len(start) != texts:
     raise ValueError(f"extraction.texts is {texts}, but {len(start)} texts are carried over: it must be the same as in the previous round")
   encode = functools.partial(_encode, policy.tokenizer, form=form, thinking=thinking)
   _check_prompts(encode, trajectories, max_prompt_tokens)
-  identity = {"seed": seed, "round": round, "texts": texts, "form": form, "see_previous": see_previous,
-              "trajectories": [trajectory.id for trajectory in trajectories],
-              "made_from": {"weights": weights, "transcripts": schema.digest([transcript(trajectory) for trajectory in trajectories])}}
+  identity = {
+    "seed": seed,
+    "round": round,
+    "texts": texts,
+    "form": form,
+    "see_previous": see_previous,
+    "trajectories": [trajectory.id for trajectory in trajectories],
+    "made_from": {
+      "weights": weights,
+      "transcripts": schema.digest([transcript(trajectory) for trajectory in trajectories]),
+    },
+  }
   state_path = pathlib.Path(state_path) if state_path is not None else None
   orders = _orders(trajectories, texts, seed, round)
   done, found = _load(state_path, identity, start, orders) if state_path is not None else (0, start)
@@ -162,12 +179,19 @@ def _save(path: pathlib.Path, identity: dict, done: int, found: Sequence[Knowled
 
 
 def _load(
-    path: pathlib.Path, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Trajectory]]
+  path: pathlib.Path,
+  identity: dict,
+  start: Sequence[Knowledge],
+  orders: Sequence[Sequence[Trajectory]],
 ) -> tuple[int, list[Knowledge]]:
   """Steps done and the texts so far: those of the partial file, or (0, start) if there is none. Raises ValueError if it is not ours."""
   if not path.exists():
     return 0, list(start)
-  return read_json(path, functools.partial(_parse_state, identity=identity, start=start, orders=orders), "delete the file to extract anew")
+  return read_json(
+    path,
+    functools.partial(_parse_state, identity=identity, start=start, orders=orders),
+    "delete the file to extract anew",
+  )
 
 
 def _parse_state(
@@ -175,30 +199,48 @@ def _parse_state(
 ) -> tuple[int, list[Knowledge]]:
   for field, right in {"schema": SCHEMA, **identity}.items():
     seen = state.get(field) if isinstance(state, dict) else None
-    if seen != right and not (field == "made_from" and seen is None):  # an earlier version's does not say
-      raise ValueError(f'"{field}" of the partial extraction is {seen!r:.200}, this run has {right!r:.200}')
+    if seen != right and not (
+      field == "made_from" and seen is None
+    ):  # an earlier version's does not say
+      raise ValueError(
+        f'"{field}" of the partial extraction is {seen!r:.200}, this run has {right!r:.200}'
+      )
   done, items = state.get("done"), state.get("items")
   steps, texts = len(identity["trajectories"]), identity["texts"]
   if type(done) is not int or not 0 <= done <= steps:
     raise ValueError(f'"done" is {done!r}: it must be from 0 to {steps}')
   if not isinstance(items, list) or len(items) != texts or not all(isinstance(text, list) for text in items):
     raise ValueError(f'"items" must hold {texts} lists')
-  found = [Knowledge(tuple(parse_item(record, f"text {index}") for record in text)) for index, text in enumerate(items)]
+  found = [
+    Knowledge(tuple(parse_item(record, f"text {index}") for record in text))
+    for index, text in enumerate(items)
+  ]
   for index, (text, carried, order) in enumerate(zip(found, start, orders, strict=True)):
     if text.at(CARRIED) != carried:
-      raise ValueError(f"text {index} began from other knowledge ({len(text.at(CARRIED).items)} items) than this run's "
-                       f"({len(carried.items)} items)")
+      raise ValueError(
+        f"text {index} began from other knowledge ({len(text.at(CARRIED).items)} items) than this "
+        "run's "
+        f"({len(carried.items)} items)"
+      )
     _check_places(index, text, done, order)
   return done, found
 
 
 def _check_places(index: int, text: Knowledge, done: int, order: Sequence[Trajectory]) -> None:
-  """Raises ValueError unless the text's items stand in the order of their steps, none after `done`, each with its step's trajectory."""
+  """Raises ValueError unless the text's items stand in the order of their steps, none after `done`,
+  each with its step's trajectory.
+  """
   last = CARRIED
   for number, item in enumerate(text.items):
     if item.step < last or item.step > done:
-      raise ValueError(f'text {index}, item {number}: "step" is {item.step}: it must be from {max(last, 1)} to "done" ({done})')
+      raise ValueError(
+        f'text {index}, item {number}: "step" is {item.step}: it must be from {max(last, 1)} to '
+        f'"done" ({done})'
+      )
     last = item.step
     if item.step != CARRIED and item.trajectory != order[item.step - 1].id:
-      raise ValueError(f'text {index}, item {number}: "trajectory" is {item.trajectory!r}: step {item.step} of this text reads '
-                       f"{order[item.step - 1].id!r}")
+      raise ValueError(
+        f'text {index}, item {number}: "trajectory" is {item.trajectory!r}: step {item.step} of '
+        'this text reads '
+        f"{order[item.step - 1].id!r}"
+      )

@@ -156,7 +156,9 @@ def write(directory: pathlib.Path, index: int, knowledge: Knowledge) -> None:
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  records = [schema.sealed({"schema": SCHEMA, **dataclasses.asdict(item)}) for item in knowledge.items]
+  records = [
+    schema.sealed({"schema": SCHEMA, **dataclasses.asdict(item)}) for item in knowledge.items
+  ]
   lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
   write_text(directory / f"{index:02d}.jsonl", "".join(lines))
   write_text(directory / f"{index:02d}.md", _markdown(knowledge))

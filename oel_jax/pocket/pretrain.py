@@ -96,7 +96,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(opened(config, workdir, resume_anyway))
     files.write_bytes(folder / load.TOKENIZER, model_file)
-    metrics, checkpoints = stack.enter_context(Metrics(folder)), stack.enter_context(Checkpoints(folder / "checkpoints"))
+    metrics, checkpoints = (
+      stack.enter_context(Metrics(folder)),
+      stack.enter_context(Checkpoints(folder / "checkpoints")),
+    )
     params, tokens = train(config, shape, model_file, metrics, checkpoints)
   digest = SentencePieceTokenizer(model_file).digest
   header = {"architecture": config.architecture, "tokenizer": digest, "tokens": str(tokens), "seed": str(config.seed)}

@@ -1,11 +1,13 @@
-"""Train states on disk, through Orbax: saved while training goes on, restored onto any number of devices, whole or not at all.
+"""Train states on disk, through Orbax: saved while training goes on, restored onto any number of
+devices, whole or not at all.
 
-A checkpoint is DIR/STEP/state (arrays) and DIR/STEP/extra (JSON: iterator state, counters, and a checksum of each array). Orbax writes it
-as STEP.orbax-checkpoint-tmp and renames it when whole; what a killed process left under that name is removed when the directory is next
-opened.
+A checkpoint is DIR/STEP/state (arrays) and DIR/STEP/extra (JSON: iterator state, counters, and a
+checksum of each array). Orbax writes it as STEP.orbax-checkpoint-tmp and renames it when whole;
+what a killed process left under that name is removed when the directory is next opened.
 
-The checksums (`runtime.checksum`) are taken at save and compared at restore, where the arrays lie: on a CPU that costs each of the two 1.1
-to 1.3 seconds a GiB of the state (12 bytes a parameter: weights in float32 and two moments), measured on one core of a cloud machine.
+The checksums (`runtime.checksum`) are taken at save and compared at restore, where the arrays lie:
+on a CPU that costs each of the two 1.1 to 1.3 seconds a GiB of the state (12 bytes a parameter:
+weights in float32 and two moments), measured on one core of a cloud machine.
 """
 
 import contextlib
@@ -48,9 +50,16 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
 
 
 def _kinds(tree: Any) -> dict[str, str]:
-  """Path → type and shape, "float32[30, 20]", of each array. Named tuples and the dicts that Orbax makes of them give the same paths."""
+  """Path → type and shape, "float32[30, 20]", of each array. Named tuples and the dicts that Orbax
+  makes of them give the same paths.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(
+      path, simple=True, separator="/"
+    ): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+    for path, leaf in leaves
+  }
 
 
 def _not_a_traceback_of_orbax(record) -> bool:
@@ -181,18 +190,26 @@ class Checkpoints:
     return None
 
   def extra(self) -> dict[str, Any] | None:
-    """What was saved beside the arrays of the latest checkpoint; None if there is none, or it is damaged (`restore` sees to that)."""
+    """What was saved beside the arrays of the latest checkpoint; None if there is none, or it is
+    damaged (`restore` sees to that).
+    """
     self.wait()
     try:
       return self._read_extra(self.steps()[-1])[0] if self.steps() else None
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:
-      logging.warning("%s: %s", self.directory, str(error).splitlines()[0][:300] if str(error) else type(error).__name__)
+      logging.warning(
+        "%s: %s",
+        self.directory,
+        str(error).splitlines()[0][:300] if str(error) else type(error).__name__,
+      )
       return None
 
   def _read_extra(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, str]] | None]:
-    """What was saved beside the arrays, and what is known of them; None by an earlier version. Raises ValueError if it is damaged."""
+    """What was saved beside the arrays, and what is known of them; None by an earlier version.
+    Raises ValueError if it is damaged.
+    """
     read = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
     extra = schema.loads(json.dumps(read).encode())  # compares its digest
     schema.need(isinstance(extra, dict), "extra", extra, "an object")
@@ -202,11 +219,17 @@ class Checkpoints:
   def _verify(self, step: int, state: Any, arrays: dict[str, dict[str, str]] | None) -> None:
     """Raises ValueError if an array is not what was saved."""
     if arrays is None:
-      logging.warning("%s: saved without checksums, by an earlier version of oel_jax: restored unchecked", self.directory / str(step))
+      logging.warning(
+        "%s: saved without checksums, by an earlier version of oel_jax: restored unchecked",
+        self.directory / str(step),
+      )
       return
     for path, found in checksums(state).items():
       if found != arrays[path]["checksum"]:
-        raise ValueError(f"the array {path} is not what was saved: its checksum was {arrays[path]['checksum']} and is {found}")
+        raise ValueError(
+          f"the array {path} is not what was saved: its checksum was {arrays[path]['checksum']} "
+          f"and is {found}"
+        )
 
   def _compare(self, step: int, saved: dict[str, str], asked: dict[str, str]) -> None:
     """Separates a wrong config, which is an error, from a damaged file, which is not."""

@@ -1,4 +1,6 @@
-"""Whole files or none: a reader never sees half of what was being written, and what is read back is checked first."""
+"""Whole files or none: a reader never sees half of what was being written, and what is read back is
+checked first.
+"""
 
 import errno
 import hashlib
@@ -106,12 +108,15 @@ def write_sealed(path: str | os.PathLike, value: dict[str, Any]) -> None:
 AGAIN = "restore it from a copy, or remove it and the same command as before makes it again"
 
 
-def read_json(path: str | os.PathLike, parse: Callable[[Any], Any] = lambda value: value, advice: str = AGAIN) -> Any:
+def read_json(
+  path: str | os.PathLike, parse: Callable[[Any], Any] = lambda value: value, advice: str = AGAIN
+) -> Any:
   """Returns what `parse` makes of a JSON file's value.
 
   Args:
     path: the file.
-    parse: checks the value and raises ValueError, naming the field, where it is not what it must be (`runtime.schema`).
+    parse: checks the value and raises ValueError, naming the field, where it is not what it must be
+      (`runtime.schema`).
     advice: what the user can do about a damaged file.
 
   Raises:
@@ -122,7 +127,9 @@ def read_json(path: str | os.PathLike, parse: Callable[[Any], Any] = lambda valu
   try:
     return parse(schema.loads(data))
   except ValueError as error:
-    raise ValueError(f"{path}: damaged, or not written by this version of oel_jax: {error}; {advice}") from error
+    raise ValueError(
+      f"{path}: damaged, or not written by this version of oel_jax: {error}; {advice}"
+    ) from error
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -137,7 +144,9 @@ def read_text(path: str | os.PathLike) -> str:
     return data.decode("utf-8")
   except UnicodeDecodeError as error:
     line = data.count(b"\n", 0, error.start) + 1
-    raise ValueError(f"{path}:{line}: not UTF-8: {data[error.start : error.start + 8]!r}") from error
+    raise ValueError(
+      f"{path}:{line}: not UTF-8: {data[error.start : error.start + 8]!r}"
+    ) from error
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -147,7 +156,9 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def set_aside(path: str | os.PathLike, why: str) -> None:
-  """Renames a file that is to be made again to NAME.replaced-TIME, with a warning; nothing happens if there is no such file."""
+  """Renames a file that is to be made again to NAME.replaced-TIME, with a warning; nothing happens
+  if there is no such file.
+  """
   path = pathlib.Path(path)
   if path.exists():
     aside = path.with_name(f"{path.name}.replaced-{time.time_ns() // 10**6}")

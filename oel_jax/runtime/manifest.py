@@ -1,11 +1,13 @@
 """What a round's folder holds, and what it was made from: FOLDER/manifest.json.
 
-For each file of records the manifest has its SHA-256, its number of lines, and "made_from": the name of each input → a digest of it, such as
-the weights that played. JSON files carry digest and "made_from" themselves, and are not listed.
+For each file of records the manifest has its SHA-256, its number of lines, and "made_from": the
+name of each input → a digest of it, such as the weights that played. JSON files carry digest and
+"made_from" themselves, and are not listed.
 
-A file is announced, with what it is made from, before its first line is written, and its SHA-256 follows when it is whole. So a file whose
-entry has no SHA-256 was cut off by a kill, in the making or just after; and one without an entry was made by a version without manifests, and
-is taken as it stands.
+A file is announced, with what it is made from, before its first line is written, and its SHA-256
+follows when it is whole. So a file whose entry has no SHA-256 was cut off by a kill, in the making
+or just after; and one without an entry was made by a version without manifests, and is taken as it
+stands.
 """
 
 import os
@@ -28,10 +30,12 @@ class Manifest:
     self.folder = pathlib.Path(folder)
 
   def verify(self) -> None:
-    """Compares the listed files with their entries; logs a warning if there are files but no manifest. A file that is gone is no fault.
+    """Compares the listed files with their entries; logs a warning if there are files but no
+    manifest. A file that is gone is no fault.
 
     Raises:
-      ValueError: the manifest is damaged, or a file is not what was written; names the file, and the line where that can be told.
+      ValueError: the manifest is damaged, or a file is not what was written; names the file, and
+        the line where that can be told.
     """
     if not (self.folder / NAME).exists():
       if any(self.folder.rglob("*.jsonl")):
@@ -50,7 +54,9 @@ class Manifest:
     return entry and entry["made_from"]
 
   def changed(self, name: str, made_from: dict[str, str]) -> list[str]:
-    """The inputs that differ from those that the file was made from; [] if there is no such file, finished or begun, or no entry."""
+    """The inputs that differ from those that the file was made from; [] if there is no such file,
+    finished or begun, or no entry.
+    """
     path, before = self.folder / name, self.made_from(name)
     if before is None or not (path.exists() or path.with_name(f"{path.name}.partial").exists()):
       return []
@@ -61,7 +67,9 @@ class Manifest:
     ]
 
   def announce(self, name: str, made_from: dict[str, str]) -> None:
-    """Enters a file that is about to be made; one that is there, whole, and made from the same stays as it is."""
+    """Enters a file that is about to be made; one that is there, whole, and made from the same
+    stays as it is.
+    """
     entries = self._entries()
     if not ((self.folder / name).exists() and entries.get(name, {}).get("made_from") == made_from):
       self._write(entries, {name: {"sha256": None, "records": None, "made_from": made_from}})
@@ -124,4 +132,5 @@ def _damaged(path: pathlib.Path, records: int) -> str:
     except ValueError as error:
       text += f"; line {number}: {error}"
       break
-  return f"{text}; restore it from a copy, or remove {target} and the same command as before makes it again"
+  again = f"remove {target} and the same command as before makes it again"
+  return f"{text}; restore it from a copy, or {again}"

@@ -53,7 +53,9 @@ def read_line(line: bytes) -> dict[str, Any]:
     ValueError: the line is damaged, or not one of metrics.
   """
   record = schema.loads(line)
-  schema.need(type(schema.get(record, "stage", "the line")) is str, "stage", record["stage"], "a stage's name")
+  schema.need(
+    type(schema.get(record, "stage", "the line")) is str, "stage", record["stage"], "a stage's name"
+  )
   for field in ("round", "step"):
     schema.whole(record, field, "the line")
   return record
@@ -112,28 +114,36 @@ class Metrics:
     self._last[stage][round] = max(step, self._last[stage].get(round, 0))
 
   def _read(self) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Each line as (bytes, record); the record of a line that is damaged or not ours is None, and its bytes are kept."""
+    """Each line as (bytes, record); the record of a line that is damaged or not ours is None, and
+    its bytes are kept.
+    """
     found = []
     for number, line in enumerate(_lines(self._path), start=1):
       try:
         record = read_line(line)
       except ValueError as error:
-        logging.warning("%s:%d: not a line of metrics; kept as it is (%s)", self._path, number, error)
+        logging.warning(
+          "%s:%d: not a line of metrics; kept as it is (%s)", self._path, number, error
+        )
         record = None
       found.append((line, record))
     return found
 
-  def write(self, stage: str, step: int, *, round: int, at: int | None = None, **scalars: Any) -> None:
+  def write(
+    self, stage: str, step: int, *, round: int, at: int | None = None, **scalars: Any
+  ) -> None:
     """Appends one line, and one point to each of TensorBoard's "stage/name" curves.
 
-    TensorBoard's horizontal axis counts steps through all rounds: those of the rounds before, then this one's.
+    TensorBoard's horizontal axis counts steps through all rounds: those of the rounds before, then
+    this one's.
 
     Args:
       stage: e.g. "consolidation".
       step: counted within the stage and round.
       round: counted from 1; 0 where there are no rounds.
       at: the place on TensorBoard's axis, where the stage has no steps and each round is one point.
-      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities are written as null, with a warning.
+      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities are written as
+        null, with a warning.
 
     Raises:
       ValueError: a value is not one number, or its name is one of RESERVED.
@@ -149,7 +159,9 @@ class Metrics:
       if not math.isfinite(value):
         logging.warning("metrics: %s/%s is %s at round %d, step %d; written as null", stage, name, value, round, step)
         values[name] = None
-    line = schema.sealed(dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values))
+    line = schema.sealed(
+      dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values)
+    )
     if at is None:
       at = sum(last for number, last in self._last[stage].items() if number < round) + step
     try:

@@ -1,7 +1,9 @@
-"""JSON that a run reads back: parsed strictly, its digest compared, its fields checked; whatever is wrong is one ValueError.
+"""JSON that a run reads back: parsed strictly, its digest compared, its fields checked; whatever is
+wrong is one ValueError.
 
-Every object that a run writes, a whole file or one line of a file, ends with "digest", which tells damage from what was meant. An object
-without one, of an earlier version or written by hand, is taken as it stands.
+Every object that a run writes, a whole file or one line of a file, ends with "digest", which tells
+damage from what was meant. An object without one, of an earlier version or written by hand, is
+taken as it stands.
 """
 
 import hashlib
@@ -14,7 +16,8 @@ DIGEST = "digest"
 
 
 def digest(value: Any) -> str:
-  """Returns 16 hexadecimal digits that name a JSON value: of the SHA-256 of its shortest form with sorted keys.
+  """Returns 16 hexadecimal digits that name a JSON value: of the SHA-256 of its shortest form with
+  sorted keys.
 
   Raises:
     TypeError, ValueError: the value holds something that JSON has not, such as NaN or an array.
@@ -37,8 +40,9 @@ def loads(data: bytes) -> Any:
   """Returns the value of a JSON text in UTF-8; of an object with a "digest", it is compared.
 
   Raises:
-    ValueError: not UTF-8 or not JSON; NaN or an infinity; a number beyond a float64 or an int64; a name that occurs twice; nested too
-      deeply; or an object that is not what its digest was made of.
+    ValueError: not UTF-8 or not JSON; NaN or an infinity; a number beyond a float64 or an int64; a
+      name that occurs twice; nested too deeply; or an object that is not what its digest was made
+      of.
   """
   try:
     value = json.loads(
@@ -56,7 +60,8 @@ def loads(data: bytes) -> Any:
     raise ValueError("nested too deeply (recursion)") from error
   if isinstance(value, dict) and DIGEST in value and value[DIGEST] != sealed(value)[DIGEST]:
     raise ValueError(
-      f'damaged, or edited: the rest of it is not what its field "{DIGEST}" was made of; if it was edited, remove that field'
+      f'damaged, or edited: the rest of it is not what its field "{DIGEST}" was made of; if it was '
+      "edited, remove that field"
     )
   return value
 
@@ -68,7 +73,7 @@ def need(ok: bool, field: str, value: Any, right: str) -> None:
 
 
 def get(value: Any, field: str, where: str, kind: type | None = None) -> Any:
-  """Returns a field of an object, of exactly that type if one is given; `where` names the object."""
+  """Returns a field of an object, of exactly that type if one is given; `where` names it."""
   need(isinstance(value, dict), where, value, "an object")
   if field not in value:
     raise ValueError(f"{where} has no field {field!r}")

@@ -1,4 +1,6 @@
-"""The run directory: made once with its configuration, refused for another one, held by one process at a time."""
+"""The run directory: made once with its configuration, refused for another one, held by one process
+at a time.
+"""
 
 import contextlib
 import fcntl
@@ -27,12 +29,16 @@ WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
 
 
 @contextlib.contextmanager
-def opened(config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume_anyway: bool = False) -> Iterator[pathlib.Path]:
-  """Makes the run directory, or opens it again to go on with the same run, and holds it: nothing in it changes before it is held.
+def opened(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume_anyway: bool = False
+) -> Iterator[pathlib.Path]:
+  """Makes the run directory, or opens it again to go on with the same run, and holds it: nothing in
+  it changes before it is held.
 
-  DIR/config.json holds the resolved configuration, the versions it ran with, and digests of the files that the configuration names
-  (`file_digests`). When `resume_anyway` lets a changed configuration or file through, config.json is rewritten with the new one, and its
-  "changes" keep what each field was before.
+  DIR/config.json holds the resolved configuration, the versions it ran with, and digests of the
+  files that the configuration names (`file_digests`). When `resume_anyway` lets a changed
+  configuration or file through, config.json is rewritten with the new one, and its "changes" keep
+  what each field was before.
 
   Args:
     config: resolved; tuples and lists are the same thing here.
@@ -43,9 +49,11 @@ def opened(config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume
     `workdir` as an absolute path.
 
   Raises:
-    ValueError: the configuration differs (each field is listed with both values), a file that it names has changed, config.json is
-      damaged or of another schema, or `workdir` is on another store.
-    OSError: another process on this machine is running in it, or the directory cannot be made or written.
+    ValueError: the configuration differs (each field is listed with both values), a file that it
+      names has changed, config.json is damaged or of another schema, or `workdir` is on another
+      store.
+    OSError: another process on this machine is running in it, or the directory cannot be made or
+      written.
   """
   path = files.local(workdir, "--workdir").absolute()
   if jax.process_index() == 0:
@@ -61,7 +69,9 @@ def opened(config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume
     yield path
 
 
-def open_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume_anyway: bool = False) -> pathlib.Path:
+def open_workdir(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume_anyway: bool = False
+) -> pathlib.Path:
   """What `opened` does, but lets go of the directory again; returns its path."""
   with opened(config, workdir, resume_anyway) as path:
     return path
@@ -73,21 +83,32 @@ def _meet(name: str) -> None:
 
 
 def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Field → 16 hexadecimal digits, of each file or folder that the configuration names and that is there.
+  """Field → 16 hexadecimal digits, of each file or folder that the configuration names and that is
+  there.
 
-  The fields are policy.weights and those of `distill`. Up to 64 MiB a file's digest is of all its bytes; of a larger one it is of its
-  size, its first MiB (where safetensors and GGUF list their tensors), its last, and 256 blocks of 64 KiB spread evenly between. A folder's
-  is of the names and digests of the files in it that end as WEIGHTS says.
+  The fields are policy.weights and those of `distill`. Up to 64 MiB a file's digest is of all its
+  bytes; of a larger one it is of its size, its first MiB (where safetensors and GGUF list their
+  tensors), its last, and 256 blocks of 64 KiB spread evenly between. A folder's is of the names and
+  digests of the files in it that end as WEIGHTS says.
   """
   named = {"policy.weights": config.policy.weights} if "policy" in config else {}
   if "distill" in config:
-    named |= {f"distill.{name}": config.distill[name] for name in ("knowledge", "prompts", "held_out", "unrelated")}
+    named |= {
+      f"distill.{name}": config.distill[name]
+      for name in ("knowledge", "prompts", "held_out", "unrelated")
+    }
     named["distill.obeys"] = config.distill.obeys.rpartition(":")[0]  # FILE.py:FUNCTION
   found = {}
   for field, name in named.items():
     path = pathlib.Path(name or "").expanduser()
     if name and path.is_dir():
-      found[field] = schema.digest({inner.name: _digest(inner) for inner in path.iterdir() if inner.suffix in WEIGHTS and inner.is_file()})
+      found[field] = schema.digest(
+        {
+          inner.name: _digest(inner)
+          for inner in path.iterdir()
+          if inner.suffix in WEIGHTS and inner.is_file()
+        }
+      )
     elif name and path.is_file():
       found[field] = _digest(path)
   return found
@@ -119,7 +140,13 @@ def _versions() -> dict[str, str]:
 
 def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: bool) -> None:
   named = file_digests(config)
-  new = {"schema": SCHEMA, "config": json.loads(config.to_json(allow_nan=False)), "versions": _versions(), "files": named, "changes": []}
+  new = {
+    "schema": SCHEMA,
+    "config": json.loads(config.to_json(allow_nan=False)),
+    "versions": _versions(),
+    "files": named,
+    "changes": [],
+  }
   if not path.exists():
     files.write_sealed(path, new)
     return
@@ -131,42 +158,68 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
   both = [{"field": name, "was": before.get(name, "no such field"), "is": now.get(name, "no such field")} for name in sorted(before | now)]
   # Values are compared as JSON, where 1, 1.0 and true are three different things.
   changed = [field for field in both if json.dumps(field["was"]) != json.dumps(field["is"])]
-  listed = [f"config.{change['field']} was {change['was']!r} and is {change['is']!r}" for change in changed]
+  listed = [
+    f"config.{change['field']} was {change['was']!r} and is {change['is']!r}" for change in changed
+  ]
   if any(change["field"] not in before or change["field"] not in now for change in changed):
     listed[-1] += " (a field that only one of them has came or went with a version of oel_jax)"
   for field in sorted(old["files"].keys() & named.keys()):
     if old["files"][field] != named[field]:
-      listed.append(f"the content of config.{field} ({now[field]}) has changed: its digest was {old['files'][field]} and is {named[field]}")
-      changed.append({"field": f"content of {field}", "was": old["files"][field], "is": named[field]})
+      listed.append(
+        f"the content of config.{field} ({now[field]}) has changed: its digest was "
+        f"{old['files'][field]} and is {named[field]}"
+      )
+      changed.append(
+        {"field": f"content of {field}", "was": old["files"][field], "is": named[field]}
+      )
   if not changed:
     return
   if not resume_anyway:
-    raise ValueError(f"{path}: this directory belongs to a run with another configuration: {'; '.join(listed)}. "
-                     "Choose another --workdir, restore the values, or give --resume_anyway")
-  logging.warning("%s: going on with a changed configuration, as --resume_anyway says: %s", path, "; ".join(listed))
+    raise ValueError(
+      f"{path}: this directory belongs to a run with another configuration: {'; '.join(listed)}. "
+      "Choose another --workdir, restore the values, or give --resume_anyway"
+    )
+  logging.warning(
+    "%s: going on with a changed configuration, as --resume_anyway says: %s",
+    path,
+    "; ".join(listed),
+  )
   new["changes"] = old["changes"] + [{"time": time.time(), "fields": changed}]
   files.write_sealed(path, new)
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what config.json holds: "config", "versions", "files" ({} by an earlier version) and "changes".
+  """Returns what config.json holds: "config", "versions", "files" ({} by an earlier version) and
+  "changes".
 
   Raises:
     ValueError: damaged, or of another schema; names the file.
     OSError: it cannot be read.
   """
-  advice = "restore it from a copy, choose another --workdir, or remove it to go on with the configuration given then"
-  return files.read_json(path, _parse, advice)
+  others = "choose another --workdir, or remove it to go on with the configuration given then"
+  return files.read_json(path, _parse, f"restore it from a copy, {others}")
 
 
 def _parse(value: Any) -> dict[str, Any]:
-  schema.need(schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], f"{SCHEMA}, which this version of oel_jax reads")
+  schema.need(
+    schema.get(value, "schema", schema.TOP) == SCHEMA,
+    "schema",
+    value["schema"],
+    f"{SCHEMA}, which this version of oel_jax reads",
+  )
   for field in ("config", "versions"):
     schema.get(value, field, schema.TOP, dict)
   for index, change in enumerate(schema.get(value, "changes", schema.TOP, list)):
     where = f"changes[{index}]"
-    schema.need(schema.is_number(schema.get(change, "time", where)), f"{where}.time", change["time"], "seconds since 1970")
-    for field, name in itertools.product(schema.get(change, "fields", where, list), ("field", "was", "is")):
+    schema.need(
+      schema.is_number(schema.get(change, "time", where)),
+      f"{where}.time",
+      change["time"],
+      "seconds since 1970",
+    )
+    for field, name in itertools.product(
+      schema.get(change, "fields", where, list), ("field", "was", "is")
+    ):
       schema.get(field, name, f"{where}.fields")
   named = value.get("files", {})
   schema.need(isinstance(named, dict), "files", named, "an object")
