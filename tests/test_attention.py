@@ -35,7 +35,7 @@ def test_an_unknown_path_is_refused():
     attention.attend(zeros, zeros, zeros, jnp.ones((1, 1, 1), bool), "splash")
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
+@pytest.mark.gpu
 @pytest.mark.parametrize("path, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
 @pytest.mark.parametrize("peak", [1.0, 4.0])
 def test_cudnn_is_the_plain_path(path, segments, peak):  # traps 24, 24b
