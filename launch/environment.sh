@@ -1,16 +1,34 @@
-# Sourced by the launchers, from the top of the repository: a .venv with the package and the extras named in $1, made once.
-# PYTHON names the interpreter to make it with (3.11 or 3.12; python3 by default).
-installed=".venv/installed$1"
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1): oel_jax needs Python 3.11 or newer; set PYTHON=/path/to/it" >&2
-    exit 2
-  }
-  rm -rf .venv
-  "${PYTHON:-python3}" -m venv .venv || { rm -rf .venv; echo "error: could not make .venv (on Debian: apt-get install python3-venv)" >&2; exit 2; }
-fi
-if [ ! -e "$installed" ] || [ setup.cfg -nt "$installed" ]; then
-  echo "installing oel_jax$1 into .venv (once, a few minutes)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$1"
-  touch "$installed"
-fi
+# Sourced by the launchers, from the top of the repository. What can be set:
+#   PYTHON=/path/to/python3.12   makes the environments: 3.11, 3.12 or 3.13; python3 if it is not set
+#   VENV=/path/to/folder         where the environment is or will be; .venv if it is not set
+VENV=${VENV:-.venv}
+
+stop() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# environment FOLDER EXTRAS: a virtual environment that has the package with these extras as setup.cfg stands; made, or installed into, if need be.
+environment() {
+  local folder=$1 extras=$2 python=${PYTHON:-python3} version
+  if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || stop "$python does not run: set PYTHON=/path/to/python3.11, 3.12 or 3.13"
+    case $version in
+      3.11 | 3.12 | 3.13) ;;
+      *) stop "$python is Python $version: oel_jax runs on 3.11, 3.12 and 3.13; set PYTHON=/path/to/one of them" ;;
+    esac
+    clear_environment "$folder"
+    "$python" -m venv "$folder" || { clear_environment "$folder"; stop "could not make $folder (on Debian: apt-get install python3-venv)"; }
+  fi
+  if ! cmp -s setup.cfg "$folder/installed$extras"; then
+    echo "installing oel_jax$extras into $folder (once, a few minutes)"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".$extras"
+    cp setup.cfg "$folder/installed$extras"
+  fi
+}
+
+# Removes a virtual environment, whole or half made, and nothing else.
+clear_environment() {
+  [ ! -e "$1" ] || [ -e "$1/pyvenv.cfg" ] || stop "$1 is there and is no virtual environment"
+  rm -rf "$1"
+}

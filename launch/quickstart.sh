@@ -3,5 +3,6 @@
 #   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh ''
-exec .venv/bin/python -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart "$@"
+source launch/environment.sh
+environment "$VENV" ''
+exec "$VENV/bin/python" -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart "$@"

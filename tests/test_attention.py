@@ -47,7 +47,7 @@ def test_what_is_done_to_keys_for_cudnn_changes_no_softmax():
   np.testing.assert_allclose(run(q, keys, values, wider), run(q, k, v, mask), atol=2e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on NVIDIA GPUs")
+@pytest.mark.gpu
 @pytest.mark.parametrize("path, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
 @pytest.mark.parametrize("peak", [1.0, 4.0])
 def test_cudnn_is_the_plain_path(path, segments, peak):  # traps 24, 24b
