@@ -26,9 +26,9 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 ROLES = ("system", "user", "assistant")
 # What a log may hold beside a conversation that is no part of what the model reads.
 HARMLESS = {
-    "schema", "id", "messages", "metadata", "model", "created", "created_at", "timestamp", "source",
-    "dataset", "split", "tags", "language", "user", "store", "stream", "n", "seed", "temperature",
-    "top_p", "max_tokens", "max_completion_tokens",
+    "schema", "id", "messages", "digest", "metadata", "model", "created", "created_at", "timestamp",
+    "source", "dataset", "split", "tags", "language", "user", "store", "stream", "n", "seed",
+    "temperature", "top_p", "max_tokens", "max_completion_tokens",
 }  # fmt: skip
 _modules = itertools.count()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from oel_jax import userfiles
-from oel_jax.trajectory import Message, Prefix
+from oel_jax.trajectory import Message, Prefix, write_jsonl
 
 TALK = [{"role": "user", "content": "How are you?"}]
 
@@ -221,6 +221,12 @@ def test_fields_that_say_nothing_and_a_single_text_part_are_read(tmp_path):
     "Well.",
     "How are you?",
   ]
+
+
+def test_the_prompts_of_a_run_are_prompts(tmp_path):
+  prefixes = [Prefix(f"r1-{i}", (Message("user", f"Go {i}"),)) for i in range(3)]
+  write_jsonl(tmp_path / "prefixes.jsonl", prefixes)
+  assert userfiles.read_prompts(str(tmp_path / "prefixes.jsonl"), "prompts") == prefixes
 
 
 def test_the_last_message_must_be_the_users(tmp_path):
