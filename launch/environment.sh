@@ -27,8 +27,11 @@ environment() {
   fi
 }
 
-# Removes a virtual environment, whole or half made, and nothing else.
+# Removes a virtual environment, whole or half made, and nothing else. Moved away first: half removed it would be none, and in the way.
 clear_environment() {
-  [ ! -e "$1" ] || [ -e "$1/pyvenv.cfg" ] || stop "$1 is there and is no virtual environment"
-  rm -rf "$1"
+  rm -rf "$1.removed"
+  [ -e "$1" ] || return 0
+  [ -e "$1/pyvenv.cfg" ] || stop "$1 is there and is no virtual environment"
+  mv "$1" "$1.removed"
+  rm -rf "$1.removed"
 }
