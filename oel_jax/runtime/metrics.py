@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from oel_jax.runtime import files
 
 SCHEMA = 1
-RESERVED = ("schema", "round", "stage", "step", "time")
+RESERVED = ("schema", "round", "stage", "step", "time", "not_finite")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -109,10 +109,12 @@ class Metrics:
       stage: e.g. "consolidation".
       step: counted within the stage and round.
       round: counted from 1; 0 where there are no rounds.
-      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities are written as null, with a warning.
+      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities,
+        which JSON has not, are written as null, and the line's "not_finite" says which each was:
+        {"loss": "nan"}. They give TensorBoard no point.
 
     Raises:
-      ValueError: a value is not one number, or its name is one of schema and time.
+      ValueError: a value is not one number, or its name is one of RESERVED.
       OSError: the line could not be written (disk full).
     """
     if taken := set(scalars) & set(RESERVED):
@@ -121,11 +123,10 @@ class Metrics:
     if self._file is None:
       return
     now = time.time()
-    for name, value in values.items():
-      if not math.isfinite(value):
-        logging.warning("metrics: %s/%s is %s at round %d, step %d; written as null", stage, name, value, round, step)
-        values[name] = None
+    broken = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+    values |= dict.fromkeys(broken)
     line = dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values)
+    line |= {"not_finite": broken} if broken else {}
     try:
       self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
       self._file.flush()
