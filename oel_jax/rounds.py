@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from oel_jax import choices, report
 from oel_jax import config as config_lib
-from oel_jax import report
 from oel_jax.consolidation import train
 from oel_jax.deployment.games import game_spec, open_game
 from oel_jax.deployment.play import Episode, play_to_file
@@ -57,7 +57,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   train.unroll(config.consolidation, policy, devices)
   open_game(game_spec(config.deployment), 0)
   folder = open_workdir(config, workdir, resume_anyway)
+  most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
+  chosen = choices.choose(config, policy, devices, **most, exact=False)
   with locked(folder), Metrics(folder) as metrics:
+    choices.tell(folder, chosen)
     loop = Loop(config, folder, metrics, devices)
     loop.evaluate(0, policy, policy, [])
     for number in range(1, config.rounds + 1):
