@@ -6,6 +6,7 @@ share of answers of the wanted form, response length, and on unrelated prompts t
 the model as it was.
 """
 
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +14,15 @@ from typing import Any
 import jax
 import ml_collections
 
+from oel_jax import choices, rounds
 from oel_jax import config as config_lib
-from oel_jax import rounds
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation import train
 from oel_jax.evaluation import statistics
 from oel_jax.policy.generate import LENGTHS, Policy, Sampling, bucket
-from oel_jax.runtime import files, mesh, progress, schema
+from oel_jax.runtime import files, finite, mesh, progress, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
@@ -54,7 +55,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
   Returns:
     "base", "in_context" and "after", each with "obeys" and "response_tokens"; "recovered", the share of the gain in context that the
-    weights now hold; "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to the unrelated prompts.
+    weights now hold; "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to
+    the unrelated prompts; "choices", of `choices.choose`.
 
   Raises:
     ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a prompt is too long.
@@ -79,7 +81,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   train.unroll(config.consolidation, policy, devices)
   _check_lengths(config, policy, held_out, text, "held_out")
   _check_lengths(config, policy, unrelated, None, "unrelated")
+  sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
+  chosen = choices.choose(config, policy, devices, **sizes, exact=True)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
+    choices.tell(folder, chosen)
     _check(config, folder)
     train.check_inputs(folder / CHECKPOINTS, task, policy)
     result = {"schema": 1, "base": _measure(config, policy, obeys, held_out, None, folder / "base.json")}
@@ -94,6 +99,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
     result["recovered"] = statistics.recovered(*rates)
     result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
+    result["choices"] = chosen
     files.write_json(folder / "results.json", result)
   progress.table([_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder))
   print(f"recovered: {result['recovered']}, KL to the base on unrelated prompts: {result['unrelated_kl']}", flush=True)
@@ -209,7 +215,11 @@ def _measurement(value: Any) -> dict[str, Any]:
 
 
 def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Prefix]) -> float:
-  """KL(after ‖ base) a token at temperature 1, on the base's own answers to the unrelated prompts."""
+  """KL(after ‖ base) a token at temperature 1, on the base's own answers to unrelated prompts.
+
+  Raises:
+    NotFiniteError: it is not finite on some of them.
+  """
   prompts = _prompts(config, base, prefixes, None)
   responses = _answers(config, base, prefixes, None, "unrelated")
   rows = config.deployment.max_response_tokens
@@ -226,7 +236,14 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Pre
     )  # fmt: skip
     made.mask[16 - missing :] = False
     tokens = float(made.mask.sum())
-    total += tokens * float(jax.device_get(probe(params, teacher, made))["kl"])
+    kl = float(jax.device_get(probe(params, teacher, made))["kl"])
+    if not math.isfinite(kl):
+      raise finite.NotFiniteError(
+          f"config.distill.unrelated: the divergence from the base is {kl} on the prompts "
+          f"{finite.listed([prefix.id for prefix in prefixes[part]])}: one of the two models gives "
+          "numbers that are none there; nothing was written to results.json"
+      )
+    total += tokens * kl
     count += tokens
   return total / count
 

@@ -5,6 +5,12 @@ consolidation of a given text alone, or "pretrain", the pre-training of the embe
 to DIR/export, a Hugging Face folder.
 """
 
+if __name__ == "__main__":
+  # Before the imports below, which take seconds: Ctrl-C is one line from the beginning.
+  from oel_jax.runtime import signals
+
+  signals.install()
+
 import os
 import pathlib
 import re
@@ -15,6 +21,9 @@ from typing import NoReturn
 import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
+
+from oel_jax.runtime.finite import NotFiniteError
+from oel_jax.runtime.signals import Terminated
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
@@ -72,7 +81,8 @@ def _is_told_in_one_line(error: Exception) -> bool:
   if isinstance(error, jax.errors.JaxRuntimeError):  # of the device; where it was raised says nothing about whose it is
     return False
   frame = traceback.extract_tb(error.__traceback__)[-1]
-  return isinstance(error, OSError) or pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
+  known = isinstance(error, (OSError, NotFiniteError))
+  return known or pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
 
 
 def main(argv: list[str]) -> None:
@@ -95,6 +105,10 @@ def main(argv: list[str]) -> None:
     else:
       from oel_jax import rounds as task
     task.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
+  except Terminated as stopped:
+    advice = "give the same command again to go on from there"
+    print(f"stopped by SIGTERM: {stopped}; {advice}", file=sys.stderr)
+    raise
   except (ValueError, OSError, RuntimeError, ImportError) as error:
     if _DEBUG.value or not _is_told_in_one_line(error):
       raise

@@ -6,6 +6,7 @@ games, so it stays on the user side.
     python -m oel_jax.report WORKDIR
 """
 
+import json
 import os
 import pathlib
 import sys
@@ -34,13 +35,14 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
   Returns:
     What results.json holds: "base" and, for each evaluated round, an entry of "rounds". A share or mean NAME stands beside NAME_count, the
     cases that it rests on, and NAME_interval, 95%; all three are None where it was not measured. Shares and "recovered" are fractions.
+    "choices" is what the machine decided (`choices.choose`), None if the run did not say.
 
   Raises:
     ValueError: not a run directory, or a damaged file in it; names the file, the field, the value seen and what would be right.
     OSError: the report cannot be written; what stood there before still does.
   """
   run = read(pathlib.Path(workdir))
-  results = summarize(run)
+  results = summarize(run) | {"choices": _choices(pathlib.Path(workdir) / "choices.json")}
   light, dark = (plots.draw(run, theme) for theme in (plots.LIGHT, plots.DARK))
   html = page.render(run, light, dark)
   folder = pathlib.Path(workdir) / "report"
@@ -53,6 +55,27 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
   files.write_json(folder / "results.json", results)
   files.write_text(folder / "index.html", html)
   return results
+
+
+def _choices(path: pathlib.Path) -> dict[str, str] | None:
+  """What the machine decided, name → words; None if there is no such file.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  if not path.exists():
+    return None
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    words = found["choices"] if found["schema"] == SCHEMA else None
+    if not isinstance(words, dict) or not all(isinstance(value, str) for value in words.values()):
+      raise ValueError(f"it holds {found!r:.100}")
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ValueError(
+        f"{path}: damaged, or not written by this version of oel_jax ({error}): remove it, and the "
+        "same command as before makes it again"
+    ) from error
+  return words
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:

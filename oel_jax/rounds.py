@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from oel_jax import choices, report
 from oel_jax import config as config_lib
-from oel_jax import report
 from oel_jax._report import run as records
 from oel_jax.consolidation import train
 from oel_jax.deployment.games import game_spec, try_game
@@ -69,7 +69,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
   policy = load_policy(config.policy, devices, response_tokens=longest)
   train.unroll(config.consolidation, policy, devices)
+  most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
+  chosen = choices.choose(config, policy, devices, **most, exact=False)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
+    choices.tell(folder, chosen)
     loop = Loop(config, folder, metrics, devices)
     loop.check(policy)
     loop.evaluate(0, policy, policy, [])

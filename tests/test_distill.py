@@ -15,6 +15,7 @@ from oel_jax.deployment.games import game_spec, open_game
 from oel_jax.deployment.prompts import first_message
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import load as pocket
+from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.trajectory import Message, Prefix, knowledge_message, write_jsonl
 
@@ -63,8 +64,12 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
   np.testing.assert_allclose(result["recovered"], (result["after"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]) / gain)
   assert result["unrelated_kl"] > 0
   assert json.loads((tmp_path / "run/results.json").read_text()) == result
-  assert "recovered" in capsys.readouterr().out
-  before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.json") if path.name != "results.json"}
+  out = capsys.readouterr().out
+  assert "recovered" in out and out.count("chosen: ") == 1
+  assert result["choices"] == json.loads((tmp_path / "run/choices.json").read_text())["choices"]
+  assert result["choices"]["attention"] == "xla"
+  before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.json")}
+  before = {name: time for name, time in before.items() if name not in ("results.json", "choices.json")}
   assert distill.run(config, tmp_path / "run") == result  # the same command again
   assert all((tmp_path / "run" / name).stat().st_mtime_ns == time for name, time in before.items())
 
@@ -161,6 +166,18 @@ def test_training_on_sets_aside_what_was_measured_of_the_weights_before(tmp_path
     "after",
     "results",
   }
+
+
+def test_a_divergence_that_is_not_finite_is_no_result(config, monkeypatch):
+  """Of three parts of sixteen prompts, that of the second."""
+  policy, values = pocket.load(), iter([0.5, np.nan, 0.5])
+  prefixes = [Prefix(f"u{i}", (Message("user", "Repeat: A"),)) for i in range(40)]
+  monkeypatch.setattr(distill, "_answers", lambda *given: [[5]] * len(prefixes))
+  probe = lambda *given, **how: lambda *given: {"kl": next(values)}
+  monkeypatch.setattr(distill.step_lib, "make_probe", probe)
+  told = "config.distill.unrelated: .* is nan on the prompts u16, u17, u18, u19 and 12 more"
+  with pytest.raises(finite.NotFiniteError, match=told):
+    distill._unrelated_kl(config, policy, policy.params, prefixes)
 
 
 @pytest.mark.slow

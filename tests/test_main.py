@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -31,6 +32,14 @@ def run(config, workdir, resume_anyway=None):
   print("cache", jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
   if config.rate == 1.0:
     open("/nowhere/at/all")
+  if config.rate == 3.0:
+    from oel_jax.runtime import finite, signals
+    ends = [signals.Terminated("step 7 is saved in X"), finite.NotFiniteError("step 5: loss is nan")]
+    raise ends[config.seed]
+  if config.rate == 4.0:
+    import os, signal
+    os.kill(os.getpid(), config.seed)
+    raise RuntimeError("not ended by the signal")
   if config.rate == 2.0:
     jax.numpy.zeros((2, 3)).reshape(7)
 
@@ -85,6 +94,20 @@ def test_a_mistake_is_one_line(start, flag, told):
   errors = done.stderr.splitlines()
   assert done.returncode == 2 and len(errors) == 1, done.stderr
   assert errors[0].startswith("error: ") and told in errors[0]
+
+
+AGAIN = "give the same command again to go on"
+
+
+@pytest.mark.parametrize("rate, seed, status, told", [
+    (3.0, 1, 2, "error: step 5: loss is nan"),
+    (3.0, 0, 143, f"stopped by SIGTERM: step 7 is saved in X; {AGAIN} from there"),
+    (4.0, signal.SIGTERM, 143, f"stopped by SIGTERM: {AGAIN} from what is written"),
+    (4.0, signal.SIGINT, 130, f"stopped by Ctrl-C: {AGAIN} from what is written"),
+])  # fmt: skip
+def test_a_run_that_stops_says_why_in_one_line(start, rate, seed, status, told):
+  done = start(f"--config.rate={rate}", f"--config.seed={int(seed)}")
+  assert (done.returncode, done.stderr) == (status, told + "\n")
 
 
 def test_an_unknown_size_is_one_line(start):

@@ -102,13 +102,15 @@ def test_a_damaged_line_is_told_and_kept(tmp_path, caplog, damage):
   )
 
 
-def test_not_a_number_is_null_with_a_warning(tmp_path, caplog):
+def test_not_a_number_is_null_and_the_line_says_which_it_was(tmp_path):
   with Metrics(tmp_path) as metrics:
     metrics.write("s", 3, round=1, a=float("nan"), b=np.float32("inf"), c=1)
   text = (tmp_path / "metrics.jsonl").read_text()
   assert "NaN" not in text and "Infinity" not in text
-  assert lines(tmp_path)[0]["a"] is None and lines(tmp_path)[0]["b"] is None and lines(tmp_path)[0]["c"] == 1
-  assert "s/a is nan at round 1, step 3" in caplog.text and "s/b is inf" in caplog.text
+  [line] = lines(tmp_path)
+  assert (line["a"], line["b"], line["c"]) == (None, None, 1)
+  assert line["not_finite"] == {"a": "nan", "b": "inf"}
+  assert list(events(tmp_path)) == ["s/c"]
 
 
 @pytest.mark.parametrize("scalars, told", [(dict(x=np.arange(3)), "x is"), (dict(x="high"), "x is 'high'"), (dict(x=None), "x is None"),

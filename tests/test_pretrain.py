@@ -7,16 +7,22 @@ import pathlib
 import pickle
 import random
 import shutil
+import signal
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pytest
 
 from oel_jax.deployment.prompts import first_message
 from oel_jax.pocket import corpus, load, pretrain, probes, vocabulary, worlds
 from oel_jax.pocket.worlds import WorldGame, random_world
 from oel_jax.policy import architecture, model, weights
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.runtime import finite, signals
+from oel_jax.runtime.checkpoint import Checkpoints
+from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import Message
 
@@ -180,3 +186,68 @@ def test_a_run_cut_off_and_gone_on_with_ends_with_the_same_bits(tmp_path, monkey
   monkeypatch.setattr(probes, "measure_gates", between(missed=("swapped",)))
   assert not pretrain.run(short_config(), whole)["passed"] and not json.loads((whole / "gates.json").read_text())["passed"]
   jax.tree.map(np.testing.assert_array_equal, load.load(folder=whole).params, policy.params)
+
+
+class _Batches:
+  """The numbers from 1, as a dataset's iterator gives batches; at batch `kill` SIGTERM comes."""
+
+  def __init__(self, kill=0):
+    self.count, self.kill = 0, kill
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    self.count += 1
+    if self.count == self.kill:
+      signal.raise_signal(signal.SIGTERM)
+    return {"tokens_segment_ids": np.ones((2, 3), np.int32), "number": np.float32(self.count)}
+
+  def get_state(self):
+    return {"count": self.count}
+
+  def set_state(self, state):
+    self.count = state["count"]
+
+
+@pytest.fixture(name="pretraining")
+def fixture_pretraining(tmp_path, monkeypatch):
+  """Runs the training loop on `_Batches`, with a loss that compiles at once: that of batch `broken` is NaN."""
+
+  def run(kill=0, broken=0):
+    monkeypatch.setattr(pretrain, "dataset", lambda config, model_file: _Batches(kill))
+    wrong = lambda number: jnp.where(number == broken, jnp.nan, 1.0)
+    loss = lambda params, batch, **how: jnp.sum(params["norm"]["scale"] ** 2) * wrong(batch["number"])
+    monkeypatch.setattr(pretrain, "loss", loss)
+    config = ml_collections.ConfigDict(dict(
+        seed=0, steps=6, learning_rate=1e-3, warmup=2, attention="xla", log_every=4, gates_every=9,
+        checkpoint_every=2, gate_count=4,
+    ))  # fmt: skip
+    shape = architecture.named("pocket-tiny")
+    with Metrics(tmp_path) as metrics, Checkpoints(tmp_path / "checkpoints") as checkpoints:
+      return pretrain.train(config, shape, MODEL, metrics, checkpoints)
+
+  return run
+
+
+def test_a_loss_that_is_not_finite_ends_pretraining_at_that_step(pretraining, tmp_path):
+  told = r"step 3 of pre-training: gradient_norm is nan; loss is nan; parameter_norm is nan\. .*step 2 in "
+  for _ in range(2):
+    with pytest.raises(finite.NotFiniteError, match=told):
+      pretraining(broken=3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3] and lines[0]["not_finite"]["loss"] == "nan"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+  pretraining()
+
+
+def test_sigterm_saves_the_step_of_pretraining(pretraining, tmp_path):
+  with pytest.raises(signals.Terminated, match="step 3 of 6 is saved in .*checkpoints") as raised:
+    pretraining(kill=3)
+  assert raised.value.code == 143
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+  params, tokens = pretraining()
+  shutil.rmtree(tmp_path / "checkpoints")
+  whole, expected = pretraining()
+  assert tokens == expected == 36
+  jax.tree.map(np.testing.assert_array_equal, params, whole)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import shutil
+import signal
 
 import families
 import jax
@@ -12,6 +15,7 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import failure
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import train
 from oel_jax.pocket import vocabulary
@@ -19,6 +23,7 @@ from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import model
 from oel_jax.policy.generate import Policy
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from oel_jax.runtime import finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.trajectory import KNOWLEDGE, Message, Prefix, knowledge_message
@@ -360,3 +365,177 @@ def test_the_vocabularies_must_belong_together(policy):  # trap 16
   small = dataclasses.replace(policy.architecture, vocabulary=policy.tokenizer.vocabulary - 1)
   with pytest.raises(ValueError, match="do not belong together"):
     Policy(small, policy.params, policy.tokenizer)
+
+
+# Numbers that are none
+
+
+@pytest.fixture(name="at_step")
+def fixture_at_step(monkeypatch):
+  """Puts a step in place that compiles at once.
+
+  `at_step(5, {"loss": nan}, inf)` has the fifth measure the one and write the other into a
+  parameter. What a real step measures of its arrays: test_step.py.
+  """
+  changes = {}
+
+  def make(*args, **how):
+    del args, how
+
+    def step(state, teacher, batch):
+      del teacher, batch
+      number = int(state.step) + 1
+      more, value = changes.get(number, ({}, None))
+      params = dict(state.params)
+      if value is not None:
+        params["norm"] = {"scale": params["norm"]["scale"].at[3].set(value)}
+      measured = {"loss": 1.0, "gradient_norm": 2.0, "kl": 1.0, "gradient_norm/norm/scale": 2.0}
+      measured |= {"not_finite": len(finite.not_finite(params))} | more
+      return step_lib.State(state.step + 1, params, state.optimizer), measured
+
+    return step
+
+  monkeypatch.setattr(step_lib, "make_step", make)
+  return lambda number, more, value=None: changes.update({number: (more, value)})
+
+
+def _lines(folder):
+  refuse = lambda name: pytest.fail(f"{name} is no JSON")
+  text = (folder / "metrics.jsonl").read_text()
+  return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def _files(folder):
+  return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+BARE = dict(log_probe=0)
+
+
+def test_parameters_that_are_not_finite_end_the_run_at_that_step(policy, tmp_path, at_step):
+  """The last good checkpoint stays as it was, and the same command goes on from it."""
+  at_step(5, {}, np.inf)
+  told = (
+      r"round 1, step 5 of consolidation: the new parameters are not finite in norm/scale\. "
+      r"Prompts: p\d, p\d, p\d, p\d\. Last good checkpoint: step 4 in .*/checkpoints; it is kept"
+      r".* config.consolidation.learning_rate \(0.001\) .*--resume_anyway$"
+  )
+  with pytest.raises(finite.NotFiniteError, match=told):
+    _run(policy, tmp_path, _config(**BARE))
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+  kept = _files(tmp_path / "checkpoints/4")
+  for _ in range(2):
+    with pytest.raises(finite.NotFiniteError, match="step 5 of"):
+      _run(policy, tmp_path, _config(**BARE))
+    assert _files(tmp_path / "checkpoints/4") == kept
+    assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+  at_step(5, {})  # what led there has changed
+  _run(policy, tmp_path, _config(**BARE))
+  assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("measured, told", [
+    ({"loss": np.nan}, "loss is nan"), ({"gradient_norm": np.inf}, "gradient_norm is inf"),
+    ({"kl": np.nan, "loss": -np.inf}, "kl is nan; loss is -inf"),
+    ({"gradient_norm/norm/scale": np.nan}, "the gradient is not finite in norm/scale"),
+    ({"not_finite": 1}, "the optimizer's state is not finite"),
+])  # fmt: skip
+def test_any_number_of_a_step_ends_the_run(policy, tmp_path, at_step, measured, told):
+  at_step(1, measured)
+  with pytest.raises(finite.NotFiniteError) as raised:
+    _run(policy, tmp_path, _config(checkpoint_every=1, **BARE))
+  assert f"round 1, step 1 of consolidation: {told}. Prompts: p" in str(raised.value)
+  assert "checkpoint: none yet; the round begins with its first weights" in str(raised.value)
+  assert not any((tmp_path / "checkpoints").iterdir())
+  line, logged = _lines(tmp_path)[-1], measured.keys() & {"loss", "kl", "gradient_norm"}
+  assert line["step"] == 1 and all(line[name] is None for name in logged)
+  assert line.get("not_finite", {}) == {name: str(measured[name]) for name in logged}
+
+
+@pytest.mark.parametrize("call, step", [(1, 0), (2, 2)])
+def test_a_probe_that_is_not_finite_ends_the_run_before_the_save(
+    policy, tmp_path, monkeypatch, at_step, call, step
+):
+  del at_step
+  calls = []
+
+  def probe(params, teacher, batch):
+    calls.append(0)
+    return {"kl": np.nan if len(calls) == call else 1.0}
+
+  monkeypatch.setattr(step_lib, "make_probe", lambda *args, **how: probe)
+  told = f"step {step} of consolidation: probe_kl is nan. Prompts: p"
+  with pytest.raises(finite.NotFiniteError, match=told):
+    _run(policy, tmp_path)
+  assert _lines(tmp_path)[-1]["not_finite"] == {"probe_kl": "nan"}
+  assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("during, step", [("probe", 0), ("step", 3)])
+def test_a_sampler_that_stops_is_told_with_the_prefix(
+    policy, tmp_path, monkeypatch, at_step, during, step
+):
+  del at_step
+  batches = iter(train.draws(_task(policy), 4))
+  drawn = [next(batches)["prefix"] for _ in range(3)]
+  calls, sample = [], Policy.sample
+
+  def stops(self, prompts, seeds, **how):
+    calls.append(0)
+    if len(calls) == step + 1 if during == "probe" else len(calls) == step:
+      raise finite.NotFiniteError("sampling has stopped", prompts=[1])
+    return sample(self, prompts, seeds, **how)
+
+  monkeypatch.setattr(Policy, "sample", stops)
+  named = f"p{1 if during == 'probe' else drawn[2][1]}"
+  good, config = ("none", _config()) if during == "probe" else ("step 2", _config(**BARE))
+  told = f"step {step} of consolidation: sampling has stopped. Prompts: {named}. Last good checkpoint"
+  with pytest.raises(finite.NotFiniteError, match=f"{told}: {good}"):
+    _run(policy, tmp_path, config)
+  if during == "step":
+    assert _lines(tmp_path)[-1]["not_finite"] == {"logits": "nan"}
+
+
+def test_a_checkpoint_of_numbers_that_are_none_is_not_gone_on_with(
+    policy, tmp_path, at_step, monkeypatch
+):
+  """As a version that did not look has left it."""
+  at_step(4, {}, np.nan)
+  monkeypatch.setattr(failure, "broken", lambda *given: "")
+  _run(policy, tmp_path, _config(steps=4, **BARE))
+  told = "checkpoints/4: holds numbers .* not finite, in params/norm/scale.*remove that folder"
+  for steps in (4, 6):
+    with pytest.raises(ValueError, match=told):
+      _run(policy, tmp_path, _config(steps=steps, **BARE))
+  with pytest.raises(ValueError, match=told):
+    train.trained_params(_config(steps=4), policy, tmp_path / "checkpoints", _one_device())
+  shutil.rmtree(tmp_path / "checkpoints/4")
+  at_step(4, {})
+  _run(policy, tmp_path, _config(steps=4, **BARE))
+
+
+# SIGTERM
+
+
+def test_sigterm_saves_the_step_and_the_run_ends_with_the_same_bits(policy, tmp_path, at_step):
+  """It comes while step 3 is under way, of which there would be no checkpoint."""
+  for number in range(1, 7):
+    at_step(number, {}, number)
+  whole, _ = _run(policy, tmp_path / "whole", _config(**BARE))
+  done = []
+
+  def kill(n):
+    done.append(n)
+    if sum(done) == 2:  # the second step is done, and the third begins
+      signal.raise_signal(signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  told = "step 3 of 6 is saved in .*/cut/checkpoints"
+  with pytest.raises(signals.Terminated, match=told) as raised:
+    _run(policy, tmp_path / "cut", _config(**BARE), advance=kill)
+  assert raised.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+  assert sorted(path.name for path in (tmp_path / "cut/checkpoints").iterdir()) == ["2", "3"]
+  again, _ = _run(policy, tmp_path / "cut", _config(**BARE))
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  numbers = lambda folder: [(line["step"], line.get("loss")) for line in _lines(folder)]
+  assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")

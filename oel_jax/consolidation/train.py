@@ -18,13 +18,15 @@ import optax
 from absl import logging
 
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import failure
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.measures import BUCKETS
 from oel_jax.policy.generate import Policy, Sampling
+from oel_jax.runtime import finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime import schema
-from oel_jax.runtime.checkpoint import Checkpoints
+from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
@@ -46,6 +48,7 @@ class Task:
     given: one a prompt: which knowledge it may be given, one a text.
     seed: of the run; with the round it names every draw.
     round: counted from 1.
+    ids: the prefixes' own names, one a prompt; errors name them.
   """
 
   prompts: tuple[tuple[int, ...], ...]
@@ -54,6 +57,7 @@ class Task:
   given: tuple[range, ...]
   seed: int
   round: int
+  ids: tuple[str, ...]
 
 
 def make_task(
@@ -108,7 +112,8 @@ def make_task(
         len(systems), len(texts), len(found), max(len(known) for _, known in found),
     )  # fmt: skip
   knowledge = tuple(tuple(known) for _, known in found)
-  return Task(prompts, knowledge, tuple(skip for skip, _ in found), given, seed, round)
+  ids = tuple(prefix.id for prefix in prefixes)
+  return Task(prompts, knowledge, tuple(skip for skip, _ in found), given, seed, round, ids)
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -180,7 +185,10 @@ def consolidate(
     The new parameters, and what it cost in this process: sampled and trained-on "tokens", "flops" (2 a parameter and token, forward).
 
   Raises:
-    ValueError: the checkpoints hold more steps than config.steps.
+    ValueError: the checkpoints hold more steps than config.steps, or numbers that are not finite.
+    NotFiniteError: a step gave a number that is not finite. Its line in metrics.jsonl says which;
+      no checkpoint is written any more, and those before it are kept.
+    Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
   optimizer = make_optimizer(config)
   # Where to start, in this order: the round's last whole checkpoint, or a copy of the round's first weights.
@@ -191,7 +199,7 @@ def consolidate(
   cost = {"tokens": 0.0, "flops": 0.0}
   made_from = _inputs(task, policy)
   with Checkpoints(directory) as checkpoints:
-    restored = checkpoints.restore(abstract)
+    restored = _restore(checkpoints, abstract)
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     batches = iter(draws(task, config.batch_size))
     first = 0
@@ -209,32 +217,69 @@ def consolidate(
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     path = attention_path(config, policy)
     teacher = prepare_teacher(config, task, policy, mesh, path)
+    if teacher.keys.sharding.memory_kind == "pinned_host":
+      logging.warning(
+          "round %d: keys and values of the knowledge are more than %g GiB, as "
+          "config.consolidation.knowledge_gib says: they stay on the host, layers run in a loop",
+          task.round, config.knowledge_gib,
+      )  # fmt: skip
     step = step_lib.make_step(
         policy.architecture, optimizer, kind=config.kind, support=config.support, k=config.k, temperature=config.temperature,
         chunk=config.chunk, micro_tokens=config.micro_tokens, dtype=policy.dtype, remat=config.remat, path=path, shardings=shardings,
     )  # fmt: skip
-    probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
+
+    def failed(step: int, what: str, prefixes: Sequence[int]) -> finite.NotFiniteError:
+      return failure.failed(
+          what, config=config, dtype=policy.dtype, round=task.round, step=step,
+          ids=[task.ids[i] for i in prefixes], checkpoints=checkpoints,
+      )  # fmt: skip
+
+    try:
+      probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
+    except finite.NotFiniteError as error:
+      raise failed(first, str(error), error.prompts) from error
     if first == 0:
-      metrics.write("consolidate", 0, round=task.round, **probe(policy.params))
-    for i in range(first + 1, config.steps + 1):
-      started, drawn = time.time(), next(batches)
-      student = policy.replace(state.params)
-      batch, lengths = sample_batch(task, student, policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate")
-      state, measured = step(state, teacher, _place(batch, mesh, config.batch_size))
-      tokens = float((batch.segments > 0).sum())
-      cost["tokens"] += tokens
-      # A pass of the sampler, one of the teacher, and three of the student: forward, and both gradients.
-      cost["flops"] += 2.0 * size * 5 * tokens
-      scalars = {name: float(value) for name, value in measured.items()} | {"response_tokens": float(np.mean(lengths))}
-      beyond = [name for name, (begin, _) in BUCKETS.items() if begin >= max(lengths)]  # no response has tokens there
-      scalars = {name: value for name, value in scalars.items() if name not in beyond}
-      saving = i % config.checkpoint_every == 0 or i == config.steps
-      scalars |= probe(state.params) if saving else {}
-      # The line comes before the checkpoint: if a kill falls between them, the step is done again and its line dropped; none is missing.
-      metrics.write("consolidate", i, round=task.round, **scalars, seconds=time.time() - started, compiles=metrics.compiles())
-      if saving:
-        checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
-      advance(1)
+      probed = probe(policy.params)
+      metrics.write("consolidate", 0, round=task.round, **probed)
+      if what := failure.broken(probed):
+        raise failed(0, what, range(min(config.log_probe, len(task.prompts))))
+    with signals.deferred() as terminated:
+      for i in range(first + 1, config.steps + 1):
+        started, drawn = time.time(), next(batches)
+        student = policy.replace(state.params)
+        try:
+          batch, lengths = sample_batch(
+              task, student, policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate"
+          )
+        except finite.NotFiniteError as error:
+          metrics.write("consolidate", i, round=task.round, logits=math.nan)
+          raise failed(i, str(error), drawn["prefix"][list(error.prompts)]) from error
+        state, measured = step(state, teacher, _place(batch, mesh, config.batch_size))
+        tokens = float((batch.segments > 0).sum())
+        cost["tokens"] += tokens
+        # A pass of the sampler, one of the teacher, and three of the student: forward, and both
+        # gradients.
+        cost["flops"] += 2.0 * size * 5 * tokens
+        measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+        scalars = _logged(measured, lengths)
+        saving = i % config.checkpoint_every == 0 or i == config.steps
+        scalars |= probe(state.params) if saving else {}
+        # The line comes before the checkpoint: if a kill falls between them, the step is done again
+        # and its line dropped; none is missing.
+        metrics.write(
+            "consolidate", i, round=task.round, **scalars, seconds=time.time() - started,
+            compiles=metrics.compiles(),
+        )  # fmt: skip
+        if what := failure.broken(scalars, measured, state):
+          raise failed(i, what, drawn["prefix"])
+        ending = terminated()
+        if saving or ending:
+          checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
+        advance(1)
+        if ending:
+          checkpoints.wait()
+          what = f"step {i} of {config.steps} is saved in {checkpoints.directory}"
+          raise signals.Terminated(what)
     checkpoints.wait()
   return state.params, cost
 
@@ -273,6 +318,31 @@ def _compare_inputs(
     )
 
 
+def _restore(checkpoints: Checkpoints, abstract: Any) -> Restored | None:
+  """The newest whole checkpoint, or None.
+
+  Raises:
+    ValueError: its numbers are not finite: versions before this check went on with such ones.
+  """
+  restored = checkpoints.restore(abstract)
+  if restored and (broken := finite.not_finite(restored.state)):
+    raise ValueError(
+        f"{checkpoints.directory / str(restored.step)}: holds numbers that are not finite, in "
+        f"{finite.listed(broken)}: training had gone wrong before it was saved; remove that "
+        "folder, and the same command goes on from the one before it, or begins the round anew"
+    )
+  return restored
+
+
+def _logged(measured: dict[str, float], lengths: Sequence[int]) -> dict[str, float]:
+  """A step's line of metrics, without single parameters and places that no response has."""
+  without = {"not_finite"}
+  without |= {name for name, (begin, _) in BUCKETS.items() if begin >= max(lengths)}
+  without |= {name for name in measured if name.startswith(step_lib.GRADIENT)}
+  scalars = {name: value for name, value in measured.items() if name not in without}
+  return scalars | {"response_tokens": float(np.mean(lengths))}
+
+
 def _begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
   return step_lib.init_state(jax.tree.map(lambda p: p.astype("float32"), params), optimizer)
 
@@ -282,7 +352,8 @@ def trained_params(config: Any, policy: Policy, directory: str | os.PathLike, me
   if not os.path.isdir(directory):
     return None
   with Checkpoints(directory) as checkpoints:
-    restored = checkpoints.restore(mesh_lib.abstract_init(functools.partial(_begin, make_optimizer(config)), mesh, policy.params))
+    begin = functools.partial(_begin, make_optimizer(config))
+    restored = _restore(checkpoints, mesh_lib.abstract_init(begin, mesh, policy.params))
   return restored.state.params if restored and restored.step == config.steps else None
 
 
@@ -308,9 +379,14 @@ def attention_path(config: Any, policy: Policy) -> str:
     )
   if config.attention != "auto":
     return config.attention
-  if jax.default_backend() != "gpu" or policy.dtype != "bfloat16":
+  if not _fast(policy):
     return "xla"
   return "cudnn" if config.pack else "flash"
+
+
+def _fast(policy: Policy) -> bool:
+  """Whether cuDNN and the kernels are there: on an NVIDIA GPU, in bfloat16."""
+  return jax.default_backend() == "gpu" and np.dtype(policy.dtype) == "bfloat16"
 
 
 def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
@@ -321,7 +397,7 @@ def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
   """
   if config.unroll == "yes" and mesh.size > 1:
     raise ValueError(f'config.consolidation.unroll is "yes" on {mesh.size} devices: it is for one; "auto" or "no" run on many')
-  possible = mesh.size == 1 and jax.default_backend() == "gpu" and policy.dtype == "bfloat16"
+  possible = mesh.size == 1 and _fast(policy)
   return possible if config.unroll == "auto" else config.unroll == "yes"
 
 
@@ -330,15 +406,30 @@ def prepare_teacher(config: Any, task: Task, policy: Policy, mesh: jax.sharding.
 
   Where they would take more than config.knowledge_gib of a device, they stay in the host's memory (of a run of one process).
   """
-  a, G, P = policy.architecture, len(task.knowledge), teacher_lib.room(task.knowledge)
-  shape = jax.ShapeDtypeStruct((a.layers, G, a.kv_heads, P, a.head_size), policy.dtype)
-  shardings = mesh_lib.param_shardings(mesh, {"teacher": {"keys": shape, "values": shape}})["teacher"]
-  size = 2 * math.prod(shardings["keys"].shard_shape(shape.shape)) * shape.dtype.itemsize
+  a, longest = policy.architecture, max(map(len, task.knowledge))
+  shardings = _knowledge_shardings(policy, mesh, len(task.knowledge), longest)[1]
+  size = knowledge_bytes(policy, mesh, len(task.knowledge), longest)
   return teacher_lib.prepare(
       policy.params, a, task.knowledge, skip=task.skip, dtype=policy.dtype, path="flash" if path == "cudnn" else path,
       unroll=unroll(config, policy, mesh),
       shardings=(shardings["keys"], shardings["values"]), on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,
   )  # fmt: skip
+
+
+def _knowledge_shardings(
+    policy: Policy, mesh: jax.sharding.Mesh, texts: int, tokens: int
+) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
+  """The shape of the teacher's keys, and of its values, and how each lies on the mesh."""
+  a, P = policy.architecture, teacher_lib.room([range(tokens)])
+  shape = jax.ShapeDtypeStruct((a.layers, texts, a.kv_heads, P, a.head_size), policy.dtype)
+  names = {"teacher": {"keys": shape, "values": shape}}
+  return shape, mesh_lib.param_shardings(mesh, names)["teacher"]
+
+
+def knowledge_bytes(policy: Policy, mesh: jax.sharding.Mesh, texts: int, tokens: int) -> int:
+  """What keys and values of so many texts, the longest of so many tokens, take on a device."""
+  shape, shardings = _knowledge_shardings(policy, mesh, texts, tokens)
+  return 2 * math.prod(shardings["keys"].shard_shape(shape.shape)) * shape.dtype.itemsize
 
 
 def _make_probe(config, task, policy, teacher, limit, mesh, path):

@@ -16,11 +16,12 @@ import numpy as np
 import optax
 
 from oel_jax import config as config_lib
+from oel_jax.consolidation import failure
 from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
 from oel_jax.policy import architecture, model, weights
 from oel_jax.policy.generate import Policy
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
-from oel_jax.runtime import files, mesh, progress
+from oel_jax.runtime import files, finite, mesh, progress, signals
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
@@ -90,6 +91,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
   Raises:
     ValueError: the architecture is unknown, or `workdir` belongs to another configuration.
+    NotFiniteError, Terminated: as in `train`.
   """
   config_lib.check_finite(config)
   shape, model_file = architecture.named(config.architecture), vocabulary.build()
@@ -117,7 +119,12 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
 
 def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoints: Checkpoints) -> tuple[Any, int]:
-  """The training loop: returns the parameters and the number of real tokens seen."""
+  """The training loop: returns the parameters and the number of real tokens seen.
+
+  Raises:
+    NotFiniteError: a loss, a gradient or a parameter is not finite; the last checkpoint stays.
+    Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
+  """
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1))
@@ -127,7 +134,10 @@ def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoi
     params, moments = state
     value, gradient = jax.value_and_grad(functools.partial(loss, shape=shape, dtype=dtype, path=config.attention))(params, batch)
     updates, moments = optimizer.update(gradient, moments, params)
-    return (optax.apply_updates(params, updates), moments), value
+    params = optax.apply_updates(params, updates)
+    sizes = {"gradient_norm": gradient, "parameter_norm": params}
+    norms = {name: optax.global_norm(tree) for name, tree in sizes.items()}
+    return (params, moments), {"loss": value} | norms
 
   devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
 
@@ -145,18 +155,34 @@ def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoi
   for stage in ("pretrain", "gates"):
     metrics.drop_after(0, stage, first if restored else -1)
   started = time.time()
-  with progress.bar("pretrain", config.steps) as advance:
+  with progress.bar("pretrain", config.steps) as advance, signals.deferred() as terminated:
     advance(first)
     for i in range(first + 1, config.steps + 1):
       batch = next(batches)
       tokens += int((batch["tokens_segment_ids"] > 0).sum())
-      state, value = step(state, batch)
-      if i % config.log_every == 0 or i == config.steps:
-        metrics.write("pretrain", i, round=0, loss=value, tokens=tokens, seconds=time.time() - started)
+      state, measured = step(state, batch)
+      measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+      broken = failure.broken(measured)
+      if i % config.log_every == 0 or i == config.steps or broken:
+        spent = {"tokens": tokens, "seconds": time.time() - started}
+        metrics.write("pretrain", i, round=0, **measured, **spent)
+      if broken:
+        checkpoints.wait()
+        saved = [f"step {step} in {checkpoints.directory}, kept" for step in checkpoints.steps()]
+        raise finite.NotFiniteError(
+            f"step {i} of pre-training: {broken}. Last good checkpoint: "
+            f"{saved[-1] if saved else 'none yet'}. The same command goes on from there, and comes "
+            "to the same end: change what led here, such as config.learning_rate "
+            f"({config.learning_rate}), and give --resume_anyway"
+        )
       if i % config.gates_every == 0 and i < config.steps:
         counts = probes.measure_gates(Policy(shape, state[0], SentencePieceTokenizer(model_file)), config.gate_count // 4, seed=i)
         metrics.write("gates", i, round=0, **{name: count.rate for name, count in counts.items()})
-      if i % config.checkpoint_every == 0 or i == config.steps:
+      ending = terminated()
+      if i % config.checkpoint_every == 0 or i == config.steps or ending:
         checkpoints.save(i, state, {"iterator": batches.get_state(), "tokens": tokens})
       advance(1)
+      if ending:
+        checkpoints.wait()
+        raise signals.Terminated(f"step {i} of {config.steps} is saved in {checkpoints.directory}")
   return state[0], tokens

@@ -108,6 +108,29 @@ def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
   return _shardings(mesh, abstract_params, above="")
 
 
+def undivided(mesh: Mesh, abstract_params: Any) -> list[str]:
+  """What `param_shardings` replicates although the table splits it: the axis does not divide it.
+
+  Args:
+    mesh: from `make_mesh`.
+    abstract_params: as there.
+
+  Returns:
+    A phrase for each such dimension: "layers/attention/k/kernel: 2 over tensor (4)".
+  """
+  told = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = next(row for pattern, row in TABLE if re.fullmatch(pattern, name))
+    spec = _spec(mesh, axes, leaf.shape)
+    told += [
+        f"{name}: {size} over {axis} ({mesh.shape[axis]})"
+        for size, axis, given in zip(leaf.shape, axes, spec, strict=True)
+        if axis and given is None
+    ]
+  return told
+
+
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
   """The same for a train state: moments, averages and copies of the parameters, under any name, lie where their parameter lies.
 

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from oel_jax.runtime import files, schema
 
 SCHEMA = 1
-RESERVED = ("schema", "round", "stage", "step", "time", schema.DIGEST)
+RESERVED = ("schema", "round", "stage", "step", "time", "not_finite", schema.DIGEST)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -142,8 +142,9 @@ class Metrics:
       step: counted within the stage and round.
       round: counted from 1; 0 where there are no rounds.
       at: the place on TensorBoard's axis, where the stage has no steps and each round is one point.
-      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities are written as
-        null, with a warning.
+      **scalars: numbers, or arrays (NumPy or JAX) of one element. NaN and infinities,
+        which JSON has not, are written as null, and the line's "not_finite" says which each was:
+        {"loss": "nan"}. They give TensorBoard no point.
 
     Raises:
       ValueError: a value is not one number, or its name is one of RESERVED.
@@ -155,13 +156,10 @@ class Metrics:
     if self._file is None:
       return
     now = time.time()
-    for name, value in values.items():
-      if not math.isfinite(value):
-        logging.warning("metrics: %s/%s is %s at round %d, step %d; written as null", stage, name, value, round, step)
-        values[name] = None
-    line = schema.sealed(
-      dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values)
-    )
+    broken = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+    values |= dict.fromkeys(broken)
+    line = dict(schema=SCHEMA, round=round, stage=stage, step=step, time=now, **values)
+    line = schema.sealed(line | ({"not_finite": broken} if broken else {}))
     if at is None:
       at = sum(last for number, last in self._last[stage].items() if number < round) + step
     try:
