@@ -200,6 +200,14 @@ def test_a_block_of_q5_0_by_hand():
   np.testing.assert_array_equal(tensor.values().reshape(-1), np.float32(right))
 
 
+@pytest.mark.parametrize("value", [0, "32", -1.0])
+def test_an_alignment_that_is_none_is_told(value, tmp_path):
+  change = lambda tensors, metadata: metadata.update({".general.alignment": value})
+  write(tmp_path / "model.gguf", make("smollm2"), change=change)
+  with pytest.raises(ValueError, match="general.alignment"):
+    gguf.read(tmp_path / "model.gguf")
+
+
 def test_the_parts_of_a_split_file_are_one_model(tmp_path):
   theirs = make("smollm2")
   write(tmp_path / "whole.gguf", theirs)
@@ -329,6 +337,7 @@ def test_missing_unknown_and_misshaped_tensors_are_listed_together(tmp_path):
     "key, value",
     [("architecture", "gemma"), ("expert_count", 8), ("rope.scaling.type", "yarn"), ("attention.value_length", 8),
      (".general.type", "adapter"), ("attention.causal", False), ("rope.dimension_count", 8),
+     ("feed_forward_length", "wide"), ("attention.head_count", 0), ("context_length", 2.5),
      ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
 )  # fmt: skip
 def test_metadata_that_are_not_built_are_named_with_their_value(key, value, tmp_path):
@@ -479,7 +488,7 @@ def test_an_export_has_the_files_context_length_and_special_tokens(tmp_path):
 @pytest.mark.parametrize("key, value", [
     ("pre", "chatglm-bpe"), ("pre", None), ("model", "llama"), ("merges", None),
     ("merges", ["no such"]), ("token_type", [1, 3]),
-    ("eos_token_id", 10**6), ("padding_token_id", 502),
+    ("eos_token_id", 10**6), ("padding_token_id", 502), ("tokens", "none"),
 ])  # fmt: skip
 def test_a_vocabulary_that_is_not_built_is_named(key, value, tmp_path):
   vocabulary(tmp_path / "model.gguf", **{"pre": "qwen2", key: value})

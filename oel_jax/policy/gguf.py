@@ -40,6 +40,7 @@ READ = {
     "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
     "context_length",
 }  # fmt: skip
+REAL = {"attention.layer_norm_rms_epsilon", "rope.freq_base"}  # the others are whole numbers
 HARMLESS = {"vocab_size"}
 FIXED = {"rope.scaling.type": "none", "rope.scale_linear": 1.0, "attention.causal": True}
 
@@ -84,8 +85,16 @@ def read_architecture(file: File) -> Architecture:
     raise ValueError(f'{file.path}: "general.architecture" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}')
   given = {key.removeprefix(f"{family}."): value for key, value in file.metadata.items() if key.startswith(f"{family}.")}
   for name in READ & given.keys():
-    if isinstance(given[name], list):
-      raise ValueError(f'{file.path}: "{family}.{name}" is {given[name]!r:.100}: layers that differ are not supported')
+    value, kind = given[name], (int, float) if name in REAL else int
+    if isinstance(value, list):
+      raise ValueError(
+          f'{file.path}: "{family}.{name}" is {value!r:.100}: layers that differ are not supported'
+      )
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < np.inf:
+      whole = "" if name in REAL else "whole "
+      raise ValueError(
+          f'{file.path}: "{family}.{name}" is {value!r:.100}: it must be a {whole}number above 0'
+      )
 
   def need(name: str) -> Any:
     if name not in given:
@@ -209,6 +218,9 @@ def tokenizer(file: File) -> transformers.PreTrainedTokenizerFast:
   missing = [name for name in ("tokens", "token_type", "merges", "eos_token_id") if name not in given]
   if missing:
     raise ValueError(f"{file.path}: {', '.join(prefix + name for name in missing)} missing: there is no tokenizer to read")
+  for name in ("tokens", "token_type", "merges"):
+    if not isinstance(given[name], list):
+      raise ValueError(f'{file.path}: "{prefix}{name}" is {given[name]!r:.99}: it must be a list')
   tokens, kinds = given["tokens"], given["token_type"]
   if len(tokens) != len(kinds):
     raise ValueError(

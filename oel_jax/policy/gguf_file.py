@@ -119,7 +119,8 @@ def read(path: str | os.PathLike) -> File:
       cannot be read, which are named with it.
   """
   file = _read_one(pathlib.Path(path))
-  if file.metadata.get("split.count", 1) > 1:
+  count = file.metadata.get("split.count", 1)
+  if not _is_whole(count) or count > 1:
     file = _join(file)
   wrong = [f"{x.name} is {x.kind.name}" for x in file.tensors.values() if not is_read(x.kind)]
   if wrong:
@@ -129,6 +130,10 @@ def read(path: str | os.PathLike) -> File:
         "of another quantisation, such as Q8_0 or Q4_K_M"
     )
   return file
+
+
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _join(given: File) -> File:
@@ -243,6 +248,8 @@ def _parse(path: pathlib.Path, content: np.ndarray) -> File:
     shape = tuple(cursor.number() for _ in range(axes))[::-1]
     heads.append((name, shape, Type(cursor.number(Value.UINT32)), cursor.number()))
   alignment = metadata.get("general.alignment", 32)
+  if not _is_whole(alignment) or alignment < 1:
+    raise ValueError(f'"general.alignment" is {alignment!r}')
   start = -(-cursor.at // alignment) * alignment
   tensors: dict[str, Tensor] = {}
   for name, shape, kind, offset in heads:
