@@ -12,7 +12,7 @@ from oel_jax import config as config_lib
 from oel_jax import rounds
 from oel_jax.consolidation import train
 from oel_jax.policy import huggingface
-from oel_jax.runtime import files, mesh
+from oel_jax.runtime import files, mesh, schema
 from oel_jax.runtime.workdir import file_digests, locked, read_config
 
 GENERATION = "generation_config.json"
@@ -38,6 +38,10 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
   folder = files.local(workdir, "--workdir").absolute()
   if not (folder / "config.json").is_file():
     raise ValueError(f"{folder}: not a run directory: it has no config.json")
+  if "policy" not in config:
+    raise ValueError(
+      "the configuration has no `policy`: only runs of rounds or of distill are exported"
+    )
   with locked(folder):
     own = _own_config(config, folder)
     devices = mesh.make_mesh(config.mesh)
@@ -63,8 +67,9 @@ def _own_config(config: Any, folder: pathlib.Path) -> ml_collections.ConfigDict:
   """The run's own configuration, with a warning where the one given differs; policy.weights are the
   run's, wherever they lie now.
   """
-  found = read_config(folder / "config.json")
-  own = ml_collections.ConfigDict(_over(config.to_dict(), found["config"]))
+  path = folder / "config.json"
+  found = read_config(path)
+  own = ml_collections.ConfigDict(_over(config.to_dict(), found["config"], f"{path}: config"))
   config_lib.validate(own)
   names = ("policy", "consolidation", "rounds")
   different = [
@@ -76,25 +81,33 @@ def _own_config(config: Any, folder: pathlib.Path) -> ml_collections.ConfigDict:
       folder,
       ", config.".join(different),
     )
-  weights = config.policy.weights if "policy" in config else None
-  if weights and weights != own.policy.weights:
-    given, digest = file_digests(config).get("policy.weights"), found["files"].get("policy.weights")
-    if given is None or given != digest:
-      raise ValueError(
-        f"config.policy.weights is {weights!r}: the run began with {own.policy.weights!r}, and "
-        "these are not the same files: "
-        "leave it out, or give the folder or file that holds them now"
-      )
-    own.policy.weights = weights
+  if config.policy.weights:
+    own.policy.weights = config.policy.weights
+  noted, now = (digests.get("policy.weights") for digests in (found["files"], file_digests(own)))
+  if noted and now != noted:  # an earlier version noted nothing
+    raise ValueError(
+      f"config.policy.weights is {own.policy.weights!r}: these are not the files that the run began "
+      f"with ({found['config']['policy']['weights']!r}, digest {noted}, now {now}): restore them, "
+      "or give the folder or file that holds them now"
+    )
   return own
 
 
-def _over(fields: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-  """`own` over `fields`, group by group: an earlier version's run lacks fields that came since."""
+def _over(fields: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:
+  """`own` over `fields`, group by group: an earlier version's run lacks fields that came since.
+
+  Raises:
+    ValueError: a value is not of the type of the field; `where` begins its name.
+  """
   merged = dict(fields)
   for name, value in own.items():
-    nested = isinstance(value, dict) and isinstance(fields.get(name), dict)
-    merged[name] = _over(fields[name], value) if nested else value
+    like = fields.get(name)
+    kinds = {float: (float, int), tuple: (list,)}.get(type(like), (type(like),))
+    if like is not None and value is not None:
+      right = f"of type {kinds[0].__name__}"
+      schema.need(type(value) in kinds, f"{where}.{name}", value, right)
+    nested = isinstance(value, dict) and isinstance(like, dict)
+    merged[name] = _over(like, value, f"{where}.{name}") if nested else value
   return merged
 
 

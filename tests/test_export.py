@@ -89,11 +89,27 @@ def test_weights_that_have_been_moved_are_taken_and_others_are_refused(make, tmp
   export.run(config, str(folder))
   assert saved == [("round_1", str(moved))]
   (moved / "config.json").write_text('{"model_type": "other"}')
-  with pytest.raises(
-    ValueError,
-    match="policy.weights is .*/moved': the run began with .*/model', and these are not the same",
-  ):
+  with pytest.raises(ValueError, match="policy.weights is .*/moved': these are not the files that"):
     export.run(config, str(folder))
+  config.policy.weights = None  # those that the run names, which are gone
+  with pytest.raises(ValueError, match="policy.weights is .*/model': these are not .* now None"):
+    export.run(config, str(folder))
+
+
+@pytest.mark.parametrize(
+  "group, name, value", [("consolidation", "steps", "x"), (None, "rounds", 1.5), (None, "mesh", 3)]
+)
+def test_a_value_of_another_type_is_named(make, group, name, value):
+  run, saved = make
+  config, folder = run(20)
+  written = json.loads((folder / "config.json").read_text())
+  del written["digest"]  # or that would tell
+  (written["config"][group] if group else written["config"])[name] = value
+  (folder / "config.json").write_text(json.dumps(written))
+  field = f"{group}.{name}" if group else name
+  with pytest.raises(ValueError, match=f"config.json: config.{field} is {value!r}: it must be of"):
+    export.run(config, str(folder))
+  assert not saved
 
 
 def test_a_run_of_an_earlier_version_lacks_fields_that_came_since(make):

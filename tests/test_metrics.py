@@ -53,30 +53,20 @@ def test_lines_types_and_tensorboard(tmp_path):
 
 
 def test_tensorboard_counts_the_optimizers_steps_through_all_rounds(tmp_path):
-  """As consolidation writes them: a line for step 0, then one a step; in a process that begins with
-  round 2, too.
-  """
+  """As consolidation writes them: a line for step 0, then one a step; round 2 in a new process."""
+  curves = {}
   for number in (1, 2):
     with Metrics(tmp_path) as metrics:
       for step in range(17):
-        metrics.write(
-          "consolidate", step, round=number, **({"loss": step} if step else {"probe": 0})
-        )
+        metrics.write("consolidate", step, round=number, **({"loss": step} if step else {"kl": 0}))
       metrics.write("gate", 0, round=number, at=number, passed=0.5)
-    curves = (
-      {name: curves.get(name, []) + points for name, points in events(tmp_path).items()}
-      if number == 2
-      else events(tmp_path)
-    )
+    for name, points in events(tmp_path).items():
+      curves[name] = curves.get(name, []) + points
     for path in tmp_path.glob("events*"):
       path.unlink()  # the second one's would have the same name: of this second and this process
-  assert curves["consolidate/loss"] == [
-    (begin + step, step) for begin in (0, 16) for step in range(1, 17)
-  ]
-  assert curves["consolidate/probe"] == [(0, 0), (16, 0)] and curves["gate/passed"] == [
-    (1, 0.5),
-    (2, 0.5),
-  ]
+  steps = [(begin + step, step) for begin in (0, 16) for step in range(1, 17)]
+  assert curves["consolidate/loss"] == steps and curves["consolidate/kl"] == [(0, 0), (16, 0)]
+  assert curves["gate/passed"] == [(1, 0.5), (2, 0.5)]
 
 
 @pytest.mark.parametrize("damage", [
