@@ -16,7 +16,7 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -85,8 +85,19 @@ def _is_told_in_one_line(error: Exception) -> bool:
   return known or pathlib.Path(__file__).parent in pathlib.Path(frame.filename).parents
 
 
+def _unraisable(found: Any) -> None:
+  """Passes on what is raised where nobody can catch it, but for the tracebacks of a failed write.
+
+  Where the disk is full, TensorStore tells asyncio of each array that it could not write, when Orbax
+  has closed the event loop: dozens of tracebacks, before the error that is raised and says it all.
+  """
+  if str(found.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(found)
+
+
 def main(argv: list[str]) -> None:
   del argv
+  sys.unraisablehook = _unraisable
   config = _CONFIG.value
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
+
+from oel_jax import main
 
 CONFIG = """
 import ml_collections
@@ -40,6 +43,14 @@ def run(config, workdir, resume_anyway=None):
     import os, signal
     os.kill(os.getpid(), config.seed)
     raise RuntimeError("not ended by the signal")
+  if config.rate == 5.0:
+    import resource
+    from oel_jax.runtime.checkpoint import Checkpoints
+    with Checkpoints(workdir) as checkpoints:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # stands for a disk that takes no more
+      key = jax.random.key(0)
+      checkpoints.save(2, {str(i): jax.random.normal(key, 100_000) for i in range(12)})
+      checkpoints.wait()
   if config.rate == 2.0:
     jax.numpy.zeros((2, 3)).reshape(7)
 
@@ -108,6 +119,21 @@ AGAIN = "give the same command again to go on"
 def test_a_run_that_stops_says_why_in_one_line(start, rate, seed, status, told):
   done = start(f"--config.rate={rate}", f"--config.seed={int(seed)}")
   assert (done.returncode, done.stderr) == (status, told + "\n")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(start):
+  """TensorStore and Orbax each have a traceback for every array; `_unraisable` lets others pass."""
+  done = start("--config.rate=5.0")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+  assert "could not write the checkpoint of step 2" in done.stderr
+
+
+def test_what_else_nobody_can_catch_is_shown(monkeypatch):
+  shown = []
+  monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+  for text in ("Event loop is closed", "another"):
+    main._unraisable(types.SimpleNamespace(exc_value=RuntimeError(text)))
+  assert [str(found.exc_value) for found in shown] == ["another"]
 
 
 def test_an_unknown_size_is_one_line(start):
