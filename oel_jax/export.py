@@ -1,5 +1,6 @@
 """A run's newest weights as a Hugging Face folder, which `transformers`, vLLM or SGLang serve: `python -m oel_jax.main --stage=export ...`."""
 
+import json
 import pathlib
 import shutil
 from typing import Any
