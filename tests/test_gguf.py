@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 
 import families
 import gguf as package
@@ -312,6 +313,24 @@ def test_a_cut_file_is_told(left, tmp_path):
   (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:left])
   with pytest.raises(ValueError, match="cut.gguf: damaged, cut"):
     gguf.read(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_a_tensor_with_a_number_that_is_none_is_refused(kind, tmp_path):
+  """Of a quantised type, a block whose scale is infinite: all that it holds is NaN or infinite."""
+  name, path = "blk.1.ffn_up.weight", tmp_path / "model.gguf"
+
+  def poison(tensors, metadata):
+    del metadata
+    tensors[name] = tensors[name].copy()
+    tensors[name][2, 1] = np.inf
+
+  with np.errstate(all="ignore"):
+    write(path, make("qwen2.5", WIDE), kind, poison)
+  file = gguf.read(path)
+  told = rf"model.gguf: {re.escape(name)} holds (inf|nan|-inf) at \[2, \d+\], which is not finite"
+  with pytest.raises(ValueError, match=told):
+    gguf.load(file, gguf.read_architecture(file))
 
 
 def test_no_file_is_told(tmp_path):

@@ -203,6 +203,9 @@ class _Batches:
       signal.raise_signal(signal.SIGTERM)
     return {"tokens_segment_ids": np.ones((2, 3), np.int32), "number": np.float32(self.count)}
 
+  def close(self):
+    pass
+
   def get_state(self):
     return {"count": self.count}
 

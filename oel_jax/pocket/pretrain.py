@@ -5,6 +5,8 @@
 
 import contextlib
 import functools
+import multiprocessing
+import signal
 import time
 from typing import Any
 
@@ -40,6 +42,12 @@ class Examples(grain.transforms.Map):
 
   def __getstate__(self):
     return {**self.__dict__, "_tokenizer": None}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    # Ctrl-C reaches the workers, too: the process that started them ends them, without tracebacks.
+    if multiprocessing.parent_process() is not None:
+      signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def map(self, i: int) -> dict[str, np.ndarray]:
     if self._tokenizer is None:
@@ -155,7 +163,8 @@ def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoi
   for stage in ("pretrain", "gates"):
     metrics.drop_after(0, stage, first if restored else -1)
   started = time.time()
-  with progress.bar("pretrain", config.steps) as advance, signals.deferred() as terminated:
+  bar = progress.bar("pretrain", config.steps)
+  with contextlib.closing(batches), bar as advance, signals.deferred() as terminated:
     advance(first)
     for i in range(first + 1, config.steps + 1):
       batch = next(batches)

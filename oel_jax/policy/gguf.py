@@ -175,7 +175,8 @@ def load(file: File, architecture: Architecture, *, dtype: Any = np.float32, sha
   }  # fmt: skip
 
   def take(name: str) -> np.ndarray:
-    found = finite.checked(file.path, name, file.tensors[name].values(dtype))
+    with np.errstate(invalid="ignore"):  # a scale that is no number is told of next
+      found = finite.checked(file.path, name, file.tensors[name].values(dtype))
     if name not in interleaved:
       return found
     # llama.cpp rotates neighbouring rows of a llama's heads against each other, we the two halves of a head.

@@ -1,4 +1,6 @@
-"""How a run ends when it is told to: by SIGTERM (a scheduler, `kill`) and by SIGINT (Ctrl-C), each with one line and no traceback.
+"""How a run ends when it is told to: by SIGTERM (a scheduler, `kill`) and by SIGINT (Ctrl-C).
+
+Each gives one line and no traceback.
 
 What is written is whole at every moment, so a process may end anywhere, and the same command goes on.
 Training keeps the steps since its last checkpoint, too: it has SIGTERM wait for the end of a step
@@ -26,9 +28,12 @@ class Terminated(SystemExit):
 
 
 def install() -> None:
-  """Has SIGTERM and SIGINT end this process at once: one line on standard error, status 143 or 130."""
+  """Has SIGTERM and SIGINT end this process at once: one line on stderr, status 143 or 130."""
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, _end)
+  # For the process that looks after shared memory, which inherits this: it frees what is left, and
+  # would say so in lines of its own.
+  sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 
 def _end(number: int, frame: object) -> None:
