@@ -1,5 +1,6 @@
 """What the configuration left open and this machine decided, told in one line and kept with the run."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -57,4 +58,13 @@ def tell(folder: pathlib.Path, chosen: dict[str, str]) -> None:
   if jax.process_index():
     return
   print("chosen: " + "; ".join(f"{name} {words}" for name, words in chosen.items()), flush=True)
-  files.write_json(folder / "choices.json", {"schema": 1, "choices": chosen})
+  if _kept(folder / "choices.json") != chosen:  # a finished run that is started again changes no file
+    files.write_json(folder / "choices.json", {"schema": 1, "choices": chosen})
+
+
+def _kept(path: pathlib.Path) -> Any:
+  """What was told before; None where there is nothing, or nothing that can be read."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["choices"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None

@@ -493,6 +493,7 @@ def test_no_gate_is_no_games(make_loop, tmp_path):
 def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypatch):
   """By "skip", `run` goes on with the policy that it had; the round is evaluated all the same."""
   calls = []
+  monkeypatch.setattr(rounds.choices, "choose", lambda *given, **how: {})  # it asks for an architecture
 
   class Quiet(rounds.Loop):
     def extract(self, number, policy):
