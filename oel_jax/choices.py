@@ -1,6 +1,5 @@
 """What the configuration left open and this machine decided, told in one line and kept with the run."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -59,12 +58,12 @@ def tell(folder: pathlib.Path, chosen: dict[str, str]) -> None:
     return
   print("chosen: " + "; ".join(f"{name} {words}" for name, words in chosen.items()), flush=True)
   if _kept(folder / "choices.json") != chosen:  # a finished run that is started again changes no file
-    files.write_json(folder / "choices.json", {"schema": 1, "choices": chosen})
+    files.write_sealed(folder / "choices.json", {"schema": 1, "choices": chosen})
 
 
 def _kept(path: pathlib.Path) -> Any:
   """What was told before; None where there is nothing, or nothing that can be read."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))["choices"]
+    return files.read_json(path)["choices"]
   except (OSError, ValueError, KeyError, TypeError):
     return None

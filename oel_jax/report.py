@@ -6,7 +6,6 @@ games, so it stays on the user side.
     python -m oel_jax.report WORKDIR
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 from oel_jax._report import page, plots
 from oel_jax._report.run import RETENTION, Evaluation, Measure, Run, read
-from oel_jax.runtime import files
+from oel_jax.runtime import files, schema
 
 SCHEMA = 1
 # What results.json repeats of the configuration, so that it can be read alone.
@@ -63,18 +62,15 @@ def _choices(path: pathlib.Path) -> dict[str, str] | None:
   Raises:
     ValueError: it is damaged.
   """
-  if not path.exists():
-    return None
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    words = found["choices"] if found["schema"] == SCHEMA else None
-    if not isinstance(words, dict) or not all(isinstance(value, str) for value in words.values()):
-      raise ValueError(f"it holds {found!r:.100}")
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise ValueError(
-        f"{path}: damaged, or not written by this version of oel_jax ({error}): remove it, and the "
-        "same command as before makes it again"
-    ) from error
+  return files.read_json(path, _words) if path.exists() else None
+
+
+def _words(value: Any) -> dict[str, str]:
+  """The choices in a choices.json's value, checked."""
+  schema.need(schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], "1")
+  words = schema.get(value, "choices", schema.TOP, dict)
+  for name, word in words.items():
+    schema.need(type(word) is str, f"choices.{name}", word, "of type str")
   return words
 
 
