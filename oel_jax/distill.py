@@ -84,9 +84,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
   chosen = choices.choose(config, policy, devices, **sizes, exact=True)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
-    choices.tell(folder, chosen)
     _check(config, folder)
     train.check_inputs(folder / CHECKPOINTS, task, policy)
+    choices.tell(folder, chosen)  # a run that is refused changes no file
     result = {"schema": 1, "base": _measure(config, policy, obeys, held_out, None, folder / "base.json")}
     result["in_context"] = _measure(config, policy, obeys, held_out, text, folder / "in_context.json")
     with progress.bar("consolidate", config.consolidation.steps) as advance:

@@ -72,9 +72,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
   chosen = choices.choose(config, policy, devices, **most, exact=False)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
-    choices.tell(folder, chosen)
     loop = Loop(config, folder, metrics, devices)
     loop.check(policy)
+    choices.tell(folder, chosen)  # a run that is refused changes no file
     loop.evaluate(0, policy, policy, [])
     for number in range(1, config.rounds + 1):
       texts = loop.extract(number, policy)
