@@ -65,4 +65,5 @@ def test_cudnn_is_the_plain_path(path, segments, peak):  # traps 24, 24b
     return alone, attention.attend_with_prefix(q_, (k, v), (prefix_k, prefix_v), mask, length, path)
 
   for found, expected in zip(both(path, jnp.bfloat16), both("xla", jnp.float32), strict=True):
-    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.03)
+    # cudnn's keys are centred, so rounded once more: the largest of 1.6 million errors was 0.031 on an H200
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.04)

@@ -6,7 +6,7 @@ import pytest
 from test_generate import FREE, LIMIT, TINY, fixture_drawing, fixture_one_core, naive_sampled, params, random_prompts, sample  # noqa: F401
 from test_generate_mesh import on_mesh, placed
 
-from oel_jax.policy import decode, ring
+from oel_jax.policy import decode
 from oel_jax.policy import generate as generate_lib
 
 

@@ -14,16 +14,24 @@ from oel_jax.policy import generate as generate_lib
 
 @pytest.fixture(name="threads", autouse=True)
 def fixture_threads(monkeypatch):
-  """Three cores, of which each takes four prompts or more. Returns which threads draw, and how many slots they have."""
+  """Three cores, of which each takes four prompts or more. Returns which threads draw, and how many slots they have.
+
+  A pool hands a second part to a thread that is through with its first, so no part may draw before all have begun.
+  """
   monkeypatch.setattr(generate_lib, "_cores", lambda mesh: 3)
   monkeypatch.setattr(generate_lib, "PROMPTS_CORE", 4)
-  drawing, run = set(), decode.decode
+  drawing, run, side_by_side = set(), decode.decode, generate_lib._side_by_side
 
   def spy(weights, slots, *args, **how):
     drawing.add((threading.current_thread(), len(slots.active)))
     return run(weights, slots, *args, **how)
 
+  def together(work, parts, stopped):
+    begun = threading.Barrier(len(parts))
+    side_by_side(lambda part: (begun.wait(), work(part)), parts, stopped)
+
   monkeypatch.setattr(decode, "decode", spy)
+  monkeypatch.setattr(generate_lib, "_side_by_side", together)
   return drawing
 
 

@@ -17,6 +17,7 @@ from oel_jax import export
 from oel_jax.policy import architecture, generate, gguf, gguf_file, huggingface, model
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import mesh
+from oel_jax.runtime.files import split_parts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -214,7 +215,7 @@ def test_the_parts_of_a_split_file_are_one_model(tmp_path):
   write(tmp_path / "whole.gguf", theirs)
   write(tmp_path / "model.gguf", theirs, split_max_tensors=8)
   paths = sorted(tmp_path.glob("model-*.gguf"))
-  assert len(paths) == 3 and paths == gguf_file.parts(paths[1])
+  assert len(paths) == 3 and paths == split_parts(paths[1])
   right = gguf.read(tmp_path / "whole.gguf")
   for path in (paths[0], paths[2]):  # the first, as llama.cpp wants it, or any other
     found = gguf.read(path)

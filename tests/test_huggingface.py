@@ -7,7 +7,6 @@ import tracemalloc
 import families
 import flax
 import jax
-import jax.numpy as jnp
 import ml_collections
 import ml_dtypes
 import numpy as np

@@ -145,6 +145,21 @@ def test_a_large_file_is_named_by_size_beginning_end_and_blocks_between(tmp_path
   assert len(found) == 7
 
 
+def test_every_part_of_a_split_file_counts(tmp_path):
+  parts = [tmp_path / f"model-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+  for part in parts:
+    part.write_bytes(b"GGUF" + part.name.encode())
+  config = default_config.default()
+  config.policy.weights = str(parts[0])
+  found = [workdir.file_digests(config)["policy.weights"]]
+  for part in parts:
+    part.write_bytes(b"FUGG" + part.name.encode())
+    found.append(workdir.file_digests(config)["policy.weights"])
+  assert len(set(found)) == 4
+  config.policy.weights = str(parts[2])  # whichever is named
+  assert workdir.file_digests(config)["policy.weights"] == found[-1]
+
+
 def test_a_run_that_did_not_note_its_files_goes_on(tmp_path):
   config = make_files(tmp_path)
   folder = open_workdir(config, tmp_path / "run")

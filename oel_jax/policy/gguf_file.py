@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +24,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 
 from oel_jax.policy import weights
+from oel_jax.runtime import files
 
 VERSIONS = (2, 3)
 NUMBERS = {
@@ -32,7 +32,6 @@ NUMBERS = {
     Value.INT32: "i", Value.FLOAT32: "f", Value.BOOL: "?", Value.UINT64: "Q", Value.INT64: "q",
     Value.FLOAT64: "d",
 }  # fmt: skip
-PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 SLICE = 2**22  # numbers at a time: the float32 copy of a large embedding is a small model's size
 
 
@@ -99,17 +98,6 @@ def is_read(kind: Type) -> bool:
   return True
 
 
-def parts(path: str | os.PathLike) -> list[pathlib.Path]:
-  """Returns where the parts of a split file lie, going by the name of any of them, or [path]."""
-  path = pathlib.Path(path)
-  named = PART.fullmatch(path.name)
-  if not named:
-    return [path]
-  count = int(named["count"])
-  names = [f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
-  return [path.with_name(name) for name in names]
-
-
 def read(path: str | os.PathLike) -> File:
   """Opens a GGUF file; of a split one any part may be given, and the others must lie beside it.
 
@@ -138,7 +126,7 @@ def _is_whole(value: Any) -> bool:
 
 def _join(given: File) -> File:
   """The whole of a split file, of which `given` is a part."""
-  count, paths = given.metadata["split.count"], parts(given.path)
+  count, paths = given.metadata["split.count"], files.split_parts(given.path)
   if len(paths) != count:
     raise ValueError(
         f'{given.path}: "split.count" is {count}: the names of the parts must end in '
@@ -149,9 +137,9 @@ def _join(given: File) -> File:
     more = f" and {len(missing) - 5} more" if missing[5:] else ""
     shown = ", ".join(map(str, missing[:5])) + more
     raise FileNotFoundError(f"{shown}: no such file, a part of the split file {given.path}")
-  files = [_read_one(path) for path in paths]
+  opened = [_read_one(path) for path in paths]
   tensors: dict[str, Tensor] = {}
-  for number, file in enumerate(files):
+  for number, file in enumerate(opened):
     found = file.metadata.get("split.no"), file.metadata.get("split.count")
     if found != (number, count):
       raise ValueError(
@@ -162,13 +150,13 @@ def _join(given: File) -> File:
     if twice:
       raise ValueError(f"{file.path}: {min(twice)} is in an earlier part already")
     tensors |= file.tensors
-  total = files[0].metadata.get("split.tensors.count", len(tensors))
+  total = opened[0].metadata.get("split.tensors.count", len(tensors))
   if total != len(tensors):
     raise ValueError(
-        f'{files[0].path}: "split.tensors.count" is {total}, but the {count} parts hold '
+        f'{opened[0].path}: "split.tensors.count" is {total}, but the {count} parts hold '
         f"{len(tensors)}: they are not of one file"
     )
-  return File(paths[0], files[0].metadata, tensors)
+  return File(paths[0], opened[0].metadata, tensors)
 
 
 def _read_one(path: pathlib.Path) -> File:

@@ -18,6 +18,19 @@ from oel_jax.runtime import schema
 
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")  # two letters at least: C:/ is a disk
 
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def split_parts(path: str | os.PathLike) -> list[pathlib.Path]:
+  """Returns where the parts of a split GGUF file lie, going by any part's name; else [path]."""
+  path = pathlib.Path(path)
+  named = _PART.fullmatch(path.name)
+  if not named:
+    return [path]
+  count = int(named["count"])
+  names = [f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
+  return [path.with_name(name) for name in names]
+
 
 def local(path: str | os.PathLike, field: str) -> pathlib.Path:
   """Returns the path of a file or folder of this machine, with ~ for the home folder.

@@ -89,7 +89,8 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   The fields are policy.weights and those of `distill`. Up to 64 MiB a file's digest is of all its
   bytes; of a larger one it is of its size, its first MiB (where safetensors and GGUF list their
   tensors), its last, and 256 blocks of 64 KiB spread evenly between. A folder's is of the names and
-  digests of the files in it that end as WEIGHTS says.
+  digests of the files in it that end as WEIGHTS says; that of one part of a split GGUF file is of
+  all its parts.
   """
   named = {"policy.weights": config.policy.weights} if "policy" in config else {}
   if "distill" in config:
@@ -110,7 +111,9 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
         }
       )
     elif name and path.is_file():
-      found[field] = _digest(path)
+      parts = [part for part in files.split_parts(path) if part.is_file()]
+      digests = {part.name: _digest(part) for part in parts}
+      found[field] = schema.digest(digests) if len(parts) > 1 else _digest(path)
   return found
 
 
