@@ -1,9 +1,13 @@
-"""Frozen Lake, 3 × 3 with two holes: on the embedded policy, the whole loop in minutes on two CPU cores; and the paper's Qwen3 settings.
+"""Frozen Lake, 3 × 3 with two holes: on the embedded policy, the whole loop in minutes on two CPU
+cores; and the paper's Qwen3 settings.
 
-    python -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart
-    python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-table --workdir=runs/table/0 --config.seed=0
-    python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-4x4 --workdir=runs/4x4/0 --config.seed=0
-    python -m oel_jax.main --config=experiments/frozen_lake.py:qwen3-1.7b --workdir=runs/1.7b --config.policy.weights=FOLDER
+python -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart
+python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-table \\
+    --workdir=runs/table/0 --config.seed=0
+python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-4x4 \\
+    --workdir=runs/4x4/0 --config.seed=0
+python -m oel_jax.main --config=experiments/frozen_lake.py:qwen3-1.7b \\
+    --workdir=runs/1.7b --config.policy.weights=FOLDER
 """
 
 import ml_collections
@@ -11,30 +15,62 @@ import ml_collections
 from oel_jax import config as config_lib
 
 POCKET = ("pocket", "pocket-table", "pocket-4x4")
-# OEL, section 4 and appendix: form of the knowledge, trajectories accumulated and used, whether the extractor sees what is known, longest
-# knowledge, learning rate, steps a round. What all have in common are the defaults of config.py.
+# OEL, section 4 and appendix: form of the knowledge, trajectories accumulated and used, whether the
+# extractor sees what is known, longest knowledge, learning rate, steps a round. What all have in
+# common are the defaults of config.py.
 PAPER = {
-    "qwen3-1.7b": dict(form="text", trajectories=30, use=15, see_previous=False, max_knowledge_tokens=2048, learning_rate=5e-6, steps=20),
-    "qwen3-4b": dict(form="items", trajectories=50, use=25, see_previous=True, max_knowledge_tokens=8192, learning_rate=1e-6, steps=20),
-    "qwen3-8b": dict(form="items", trajectories=100, use=50, see_previous=True, max_knowledge_tokens=8192, learning_rate=1e-6, steps=100),
+  "qwen3-1.7b": dict(
+    form="text",
+    trajectories=30,
+    use=15,
+    see_previous=False,
+    max_knowledge_tokens=2048,
+    learning_rate=5e-6,
+    steps=20,
+  ),
+  "qwen3-4b": dict(
+    form="items",
+    trajectories=50,
+    use=25,
+    see_previous=True,
+    max_knowledge_tokens=8192,
+    learning_rate=1e-6,
+    steps=20,
+  ),
+  "qwen3-8b": dict(
+    form="items",
+    trajectories=100,
+    use=50,
+    see_previous=True,
+    max_knowledge_tokens=8192,
+    learning_rate=1e-6,
+    steps=100,
+  ),
 }
 
 
 def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
-  """`size`: "pocket" is the quickstart, "pocket-table" has 512 held-out maps, "pocket-4x4" is the same on 4 × 4 with three holes;
-  a key of PAPER is the paper's setting for that model, whose Hugging Face folder `policy.weights` must name."""
+  """`size`: "pocket" is the quickstart, "pocket-table" has 512 held-out maps, "pocket-4x4" is the
+  same on 4 × 4 with three holes; a key of PAPER is the paper's setting for that model, whose
+  Hugging Face folder `policy.weights` must name.
+  """
   if size in POCKET:
     return _pocket(size)
   if size in PAPER:
     return _paper(size)
-  raise ValueError(f"experiments/frozen_lake.py has no size {size!r}: it must be one of {', '.join((*POCKET, *PAPER))}")
+  raise ValueError(
+    f"experiments/frozen_lake.py has no size {size!r}: it must be one of "
+    f"{', '.join((*POCKET, *PAPER))}"
+  )
 
 
 def _paper(size: str) -> ml_collections.ConfigDict:
   config, values = config_lib.default(), dict(PAPER[size])
   with config.unlocked():
     config.rounds = 2
-    config.consolidation.update(learning_rate=values.pop("learning_rate"), steps=values.pop("steps"))
+    config.consolidation.update(
+      learning_rate=values.pop("learning_rate"), steps=values.pop("steps")
+    )
     config.extraction.update(values)
   return config
 
@@ -46,10 +82,21 @@ def _pocket(size: str) -> ml_collections.ConfigDict:
     config.policy.update(architecture="pocket", weights="pocket", max_prompt_tokens=1024)
     config.deployment.update(episodes=48, max_response_tokens=96)
     config.extraction.update(
-        texts=8, trajectories=16, use=16, start_from="previous_round", max_knowledge_tokens=192, max_response_tokens=32
+      texts=8,
+      trajectories=16,
+      use=16,
+      start_from="previous_round",
+      max_knowledge_tokens=192,
+      max_response_tokens=32,
     )
     config.consolidation.update(
-        steps=24, batch_size=16, remat="none", learning_rate=1e-4, on_no_gain="skip", checkpoint_every=8, gate_episodes=32
+      steps=24,
+      batch_size=16,
+      remat="none",
+      learning_rate=1e-4,
+      on_no_gain="skip",
+      checkpoint_every=8,
+      gate_episodes=32,
     )
     config.evaluation.update(episodes=64, retention=32, accumulation=(4,))
     if size == "pocket":  # ten minutes on two cores

@@ -1,6 +1,7 @@
 """Sokoban, 6 × 6 with one box, as in the paper's main experiment (OEL, section 4, Table 1).
 
-    python -m oel_jax.main --config=experiments/sokoban.py:qwen3-4b-instruct --workdir=runs/sokoban --config.policy.weights=FOLDER
+python -m oel_jax.main --config=experiments/sokoban.py:qwen3-4b-instruct \\
+    --workdir=runs/sokoban --config.policy.weights=FOLDER
 """
 
 import ml_collections
@@ -9,7 +10,9 @@ from oel_jax import config as config_lib
 
 
 def get_config(size: str = "qwen3-4b-instruct") -> ml_collections.ConfigDict:
-  """`size`: "qwen3-4b-instruct", for Qwen3-4B-Instruct-2507, whose Hugging Face folder `policy.weights` must name."""
+  """`size`: "qwen3-4b-instruct", for Qwen3-4B-Instruct-2507, whose Hugging Face folder
+  `policy.weights` must name.
+  """
   if size != "qwen3-4b-instruct":
     raise ValueError(f"experiments/sokoban.py has no size {size!r}: it must be qwen3-4b-instruct")
   config = config_lib.default()
@@ -18,6 +21,8 @@ def get_config(size: str = "qwen3-4b-instruct") -> ml_collections.ConfigDict:
     config.policy.thinking = False
     config.deployment.game = "Sokoban-v0-raw"
     config.deployment.game_args = ml_collections.ConfigDict(dict(dim_room=(6, 6), num_boxes=1))
-    config.extraction.update(form="items", trajectories=100, use=50, see_previous=True, max_knowledge_tokens=8192)
+    config.extraction.update(
+      form="items", trajectories=100, use=50, see_previous=True, max_knowledge_tokens=8192
+    )
     config.consolidation.update(learning_rate=1e-6, steps=100)
   return config

@@ -2,10 +2,12 @@
 
     python experiments/table.py runs/table/0 runs/table/1 runs/table/2
     python experiments/table.py --controls runs/controls/own runs/controls/swapped
-    python experiments/table.py --distill runs/system_prompt/student-reverse_kl runs/system_prompt/teacher-forward_kl
+    python experiments/table.py --distill runs/system_prompt/student-reverse_kl \\
+        runs/system_prompt/teacher-forward_kl
 
-The second has a line a control, as its last round left it; the seeds' runs lie in its directory. `table.sh` makes them all. The third has
-a line for each directory of runs of `experiments/system_prompt.py`.
+The second has a line a control, as its last round left it; the seeds' runs lie in its directory.
+`table.sh` makes them all. The third has a line for each directory of runs of
+`experiments/system_prompt.py`.
 """
 
 import math
@@ -17,11 +19,21 @@ from oel_jax.runtime import files
 
 COLUMNS = ("passed", "in_context", "response_tokens")
 KEPT = ("extraction", "worlds", "symmetric", "other")
-DISTILLED = ("obey, before %", "in context %", "after %", "gain recovered %", "tokens before", "tokens after", "KL to the base on unrelated × 100")
+DISTILLED = (
+  "obey, before %",
+  "in context %",
+  "after %",
+  "gain recovered %",
+  "tokens before",
+  "tokens after",
+  "KL to the base on unrelated × 100",
+)
 
 
 def spread(values: list[float], percent: bool) -> str:
-  """Mean ± standard error of the runs' values, in percent or as they are; "–" if a run has none, no error for one run."""
+  """Mean ± standard error of the runs' values, in percent or as they are; "–" if a run has none, no
+  error for one run.
+  """
   if not values or any(value is None for value in values):
     return "–"
   scale = 100 if percent else 1
@@ -37,18 +49,35 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
   number = min(len(result["rounds"]) for result in results)
   table = []
   for i in range(-1, number):
-    found = [{**r["base"], "retention": r["base_retention"]} if i < 0 else r["rounds"][i] for r in results]
+    found = [
+      {**r["base"], "retention": r["base_retention"]} if i < 0 else r["rounds"][i] for r in results
+    ]
     line = ["base" if i < 0 else f"round {i + 1}"]
-    line += [spread([entry.get(name) for entry in found], name != "response_tokens") for name in COLUMNS]
-    table.append(line + [spread([entry["retention"].get(name) for entry in found], True) for name in KEPT])
+    line += [
+      spread([entry.get(name) for entry in found], name != "response_tokens") for name in COLUMNS
+    ]
+    table.append(
+      line + [spread([entry["retention"].get(name) for entry in found], True) for name in KEPT]
+    )
   return table
 
 
 def distilled(results: list[dict[str, Any]]) -> list[str]:
   """One line of DISTILLED."""
-  obey = [spread([result[name]["obeys"]["rate"] for result in results], True) for name in ("base", "in_context", "after")]
-  tokens = [spread([result[name]["response_tokens"]["mean"] for result in results], False) for name in ("base", "after")]
-  return [*obey, spread([r["recovered"] for r in results], True), *tokens, spread([r["unrelated_kl"] for r in results], True)]
+  obey = [
+    spread([result[name]["obeys"]["rate"] for result in results], True)
+    for name in ("base", "in_context", "after")
+  ]
+  tokens = [
+    spread([result[name]["response_tokens"]["mean"] for result in results], False)
+    for name in ("base", "after")
+  ]
+  return [
+    *obey,
+    spread([r["recovered"] for r in results], True),
+    *tokens,
+    spread([r["unrelated_kl"] for r in results], True),
+  ]
 
 
 def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list[dict[str, Any]]:
@@ -68,15 +97,28 @@ def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list
 
 def main(arguments: list[str]) -> None:
   """Prints the table of the runs in these directories, or of these directories of runs."""
-  kind, folders = arguments[:1], [pathlib.Path(name) for name in arguments if name not in ("--controls", "--distill")]
+  kind, folders = (
+    arguments[:1],
+    [pathlib.Path(name) for name in arguments if name not in ("--controls", "--distill")],
+  )
   if not folders:
-    sys.exit("usage: python experiments/table.py RUN_DIRECTORY ...  or  table.py --controls|--distill DIRECTORY_OF_RUNS ...")
+    sys.exit(
+      "usage: python experiments/table.py RUN_DIRECTORY ...  or  table.py --controls|--distill "
+      "DIRECTORY_OF_RUNS ..."
+    )
   head = ["", "passed %", "in context %", "response tokens", *(f"{name} %" for name in KEPT)]
   if kind in (["--controls"], ["--distill"]):
     controls = kind == ["--controls"]
-    name, line = ("report/results.json", lambda found: rows(found)[-1][1:]) if controls else ("results.json", distilled)
+    name, line = (
+      ("report/results.json", lambda found: rows(found)[-1][1:])
+      if controls
+      else ("results.json", distilled)
+    )
     head = head if controls else ["", *DISTILLED]
-    groups = {folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir()), name) for folder in folders}
+    groups = {
+      folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir()), name)
+      for folder in folders
+    }
     empty = [name for name, results in groups.items() if not results]
     if empty:
       sys.exit(f"error: no runs in {', '.join(empty)}")

@@ -1,22 +1,24 @@
-"""Online Experiential Learning in JAX and Flax: language models that keep improving from their own deployment.
+"""Online Experiential Learning in JAX and Flax: language models that keep improving from their own
+deployment.
 
-The public names below are imported when first used, so that the losses alone pull in jax and flax only.
+The public names below are imported when first used, so that the losses alone pull in jax and flax
+only.
 """
 
 import importlib
 
 _PUBLIC = {
-    "divergence": "oel_jax.consolidation.losses",
-    "linear_divergence": "oel_jax.consolidation.fused",
-    "make_step": "oel_jax.consolidation.step",
-    "init_state": "oel_jax.consolidation.step",
-    "generate": "oel_jax.policy.generate",
-    "Policy": "oel_jax.policy.generate",
-    "Sampling": "oel_jax.policy.generate",
-    "Architecture": "oel_jax.policy.architecture",
-    "play": "oel_jax.deployment.play",
-    "extract": "oel_jax.extraction.extract",
-    "run": "oel_jax.rounds",
+  "divergence": "oel_jax.consolidation.losses",
+  "linear_divergence": "oel_jax.consolidation.fused",
+  "make_step": "oel_jax.consolidation.step",
+  "init_state": "oel_jax.consolidation.step",
+  "generate": "oel_jax.policy.generate",
+  "Policy": "oel_jax.policy.generate",
+  "Sampling": "oel_jax.policy.generate",
+  "Architecture": "oel_jax.policy.architecture",
+  "play": "oel_jax.deployment.play",
+  "extract": "oel_jax.extraction.extract",
+  "run": "oel_jax.rounds",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -1,4 +1,6 @@
-"""What the configuration left open and this machine decided, told in one line and kept with the run."""
+"""What the configuration left open and this machine decided, told in one line and kept with the
+run.
+"""
 
 import pathlib
 from typing import Any
@@ -14,7 +16,7 @@ from oel_jax.runtime import mesh as mesh_lib
 
 
 def choose(
-    config: Any, policy: Policy, mesh: jax.sharding.Mesh, *, texts: int, tokens: int, exact: bool
+  config: Any, policy: Policy, mesh: jax.sharding.Mesh, *, texts: int, tokens: int, exact: bool
 ) -> dict[str, str]:
   """Returns what runs, name → words.
 
@@ -39,16 +41,16 @@ def choose(
   prefill, step = decode.prefill_path(dtype), ring.path(a, dtype)
   replicated = mesh_lib.undivided(mesh, model.abstract(a))
   return {
-      "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-      "mesh": ", ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh_lib.AXES),
-      "replicated": "; ".join(replicated) or "nothing that its axis should split",
-      "compute_dtype": str(dtype),
-      "attention": train.attention_path(config.consolidation, policy),
-      "sampling_attention": f"{prefill} (prompts), {step} (tokens)",
-      "layers": "unrolled" if unrolled and not on_host else "scanned",
-      "kernels": "Pallas" if unrolled and not on_host and kernels else "plain",
-      "sampling_kernels": "Pallas" if sampling_kernels else "plain",
-      "knowledge": knowledge,
+    "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    "mesh": ", ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh_lib.AXES),
+    "replicated": "; ".join(replicated) or "nothing that its axis should split",
+    "compute_dtype": str(dtype),
+    "attention": train.attention_path(config.consolidation, policy),
+    "sampling_attention": f"{prefill} (prompts), {step} (tokens)",
+    "layers": "unrolled" if unrolled and not on_host else "scanned",
+    "kernels": "Pallas" if unrolled and not on_host and kernels else "plain",
+    "sampling_kernels": "Pallas" if sampling_kernels else "plain",
+    "knowledge": knowledge,
   }
 
 
@@ -57,7 +59,9 @@ def tell(folder: pathlib.Path, chosen: dict[str, str]) -> None:
   if jax.process_index():
     return
   print("chosen: " + "; ".join(f"{name} {words}" for name, words in chosen.items()), flush=True)
-  if _kept(folder / "choices.json") != chosen:  # a finished run that is started again changes no file
+  if (
+    _kept(folder / "choices.json") != chosen
+  ):  # a finished run that is started again changes no file
     files.write_sealed(folder / "choices.json", {"schema": 1, "choices": chosen})
 
 

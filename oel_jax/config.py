@@ -1,7 +1,9 @@
-"""The default configuration: every field, its unit and where its value comes from; and the checks that run before anything else does.
+"""The default configuration: every field, its unit and where its value comes from; and the checks
+that run before anything else does.
 
-The values are the paper's common constants (arXiv 2603.16856, section 4 and appendix) with Frozen Lake and Qwen3-1.7B as the setting.
-A file in `experiments/` starts from `default()` and overrides what its figure or table needs.
+The values are the paper's common constants (arXiv 2603.16856, section 4 and appendix) with Frozen
+Lake and Qwen3-1.7B as the setting. A file in `experiments/` starts from `default()` and overrides
+what its figure or table needs.
 """
 
 import math
@@ -26,92 +28,129 @@ def default() -> ml_collections.ConfigDict:
   config.rounds = 2  # deploy → extract → consolidate → evaluate, this often
 
   config.policy = ml_collections.ConfigDict(
-      dict(
-          architecture="auto",  # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree with
-          weights=config_dict.placeholder(str),  # Hugging Face folder; .gguf file; .safetensors file of ours; or "pocket", the embedded policy
-          compute_dtype="auto",  # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
-          thinking=True,  # whether the chat template opens a thinking block
-          max_prompt_tokens=16384,  # a longer prompt is an error that names this field
-      )
+    dict(
+      # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree
+      # with
+      architecture="auto",
+      weights=config_dict.placeholder(
+        str
+        # Hugging Face folder; .gguf file; .safetensors file of ours; or "pocket", the embedded
+        # policy
+      ),
+      # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
+      compute_dtype="auto",
+      thinking=True,  # whether the chat template opens a thinking block
+      max_prompt_tokens=16384,  # a longer prompt is an error that names this field
+    )
   )
   config.deployment = ml_collections.ConfigDict(
-      dict(
-          game="FrozenLake-v0-raw",  # a single-player TextArena game, by its registered name
-          game_args=ml_collections.ConfigDict(dict(size=3, num_holes=2, randomize_start_goal=False)),  # keyword arguments of the game
-          player="P",  # how the board shows the player; "" if it does not
-          actions="[up], [down], [left], [right]",  # the allowed actions, in the words of the prompt
-          action_pattern=r"\[\s*(up|down|left|right)\s*\]",  # regular expression, case ignored; group 1 goes to the game in brackets
-          episodes=64,  # games whose turns become consolidation's prompts (prefixes)
-          passed_reward=1.0,  # a game is passed that ends by its own word with at least this reward
-          max_turns=5,  # moves; a game that goes on after them is stopped and not passed
-          max_response_tokens=1024,  # a turn
-          temperature=0.7,  # sampling of the turns
-          top_p=1.0,  # 1: off
-          top_k=0,  # 0: off
-          slots=64,  # games played side by side
-      )
+    dict(
+      game="FrozenLake-v0-raw",  # a single-player TextArena game, by its registered name
+      game_args=ml_collections.ConfigDict(
+        dict(size=3, num_holes=2, randomize_start_goal=False)
+      ),  # keyword arguments of the game
+      player="P",  # how the board shows the player; "" if it does not
+      actions="[up], [down], [left], [right]",  # the allowed actions, in the words of the prompt
+      # regular expression, case ignored; group 1 goes to the game in brackets
+      action_pattern=r"\[\s*(up|down|left|right)\s*\]",
+      episodes=64,  # games whose turns become consolidation's prompts (prefixes)
+      passed_reward=1.0,  # a game is passed that ends by its own word with at least this reward
+      max_turns=5,  # moves; a game that goes on after them is stopped and not passed
+      max_response_tokens=1024,  # a turn
+      temperature=0.7,  # sampling of the turns
+      top_p=1.0,  # 1: off
+      top_k=0,  # 0: off
+      slots=64,  # games played side by side
+    )
   )
   config.extraction = ml_collections.ConfigDict(
-      dict(
-          texts=10,  # K knowledge texts, each from its own seed
-          trajectories=30,  # accumulated, a text
-          use=15,  # the text as it stood after this many trajectories is what consolidation uses
-          form="items",  # "items": lines that begin "- EXPERIENCE ITEM:"; "text": free text
-          see_previous=True,  # whether the extractor sees the knowledge so far
-          start_from="nothing",  # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
-          source="extracted",  # "extracted"; controls: "trajectories" (raw), "swapped" (roles exchanged), "empty" (wrapper only)
-          max_knowledge_tokens=8192,  # over it, the oldest whole items go
-          max_response_tokens=1024,  # an answer of the extractor, thinking included
-          temperature=0.7,  # sampling of the answers
-          top_p=0.8,  # 1: off
-          top_k=20,  # 0: off
-      )
+    dict(
+      texts=10,  # K knowledge texts, each from its own seed
+      trajectories=30,  # accumulated, a text
+      use=15,  # the text as it stood after this many trajectories is what consolidation uses
+      form="items",  # "items": lines that begin "- EXPERIENCE ITEM:"; "text": free text
+      see_previous=True,  # whether the extractor sees the knowledge so far
+      # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
+      start_from="nothing",
+      # "extracted"; controls: "trajectories" (raw), "swapped" (roles exchanged), "empty" (wrapper
+      # only)
+      source="extracted",
+      max_knowledge_tokens=8192,  # over it, the oldest whole items go
+      max_response_tokens=1024,  # an answer of the extractor, thinking included
+      temperature=0.7,  # sampling of the answers
+      top_p=0.8,  # 1: off
+      top_k=20,  # 0: off
+    )
   )
   config.consolidation = ml_collections.ConfigDict(
-      dict(
-          steps=20,  # optimizer steps a round
-          batch_size=64,  # prompts a step, one sample each, one update
-          data="student",  # who samples the responses: "student" (on-policy) or "teacher" (off-policy, knowledge in its prompt)
-          kind="reverse_kl",  # "reverse_kl" | "forward_kl" | "jsd" | "imitation" (negative log-likelihood of the sampled tokens)
-          support="full",  # "full" (exact) | "topk" (the paper's, student's top k, no tail) | "topk_tail"
-          k=256,  # tokens of that support
-          temperature=0.7,  # of the divergence, on both sides; also of the samples
-          learning_rate=1e-6,  # AdamW's, constant, no warm-up
-          b1=0.9,  # decay of the gradient's mean
-          b2=0.999,  # decay of its square
-          eps=1e-8,  # added to its root
-          weight_decay=0.01,  # decoupled, times the rate
-          clip_norm=1.0,  # global gradient norm
-          pack=True,  # several samples a row; False: one each, which cuDNN's causal attention needs and long responses lose little by
-          micro_tokens=16384,  # tokens a forward-backward pass and device, a row at least; the result does not depend on it
-          remat="dots",  # what the backward pass computes again: "none", "dots" (all but products and attention) or "full" (each whole layer)
-          unroll="auto",  # "yes": layers without a loop, on one device: faster on an NVIDIA GPU, compiled longer; "no"; "auto": there, in bfloat16
-          attention="auto",  # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest of them here
-          chunk=512,  # tokens whose logits are live at a time
-          knowledge_gib=16.0,  # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run is one process
-          on_no_gain="warn",  # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse, else warn
-          gate_episodes=64,  # games of each kind for that comparison
-          checkpoint_every=10,  # steps
-          log_probe=32,  # samples of a fixed batch; its KL, entropies and top-k mass (probe_…) are logged with each checkpoint; 0: none
-      )
+    dict(
+      steps=20,  # optimizer steps a round
+      batch_size=64,  # prompts a step, one sample each, one update
+      # who samples the responses: "student" (on-policy) or "teacher" (off-policy, knowledge in its
+      # prompt)
+      data="student",
+      # "reverse_kl" | "forward_kl" | "jsd" | "imitation" (negative log-likelihood of the sampled
+      # tokens)
+      kind="reverse_kl",
+      # "full" (exact) | "topk" (the paper's, student's top k, no tail) | "topk_tail"
+      support="full",
+      k=256,  # tokens of that support
+      temperature=0.7,  # of the divergence, on both sides; also of the samples
+      learning_rate=1e-6,  # AdamW's, constant, no warm-up
+      b1=0.9,  # decay of the gradient's mean
+      b2=0.999,  # decay of its square
+      eps=1e-8,  # added to its root
+      weight_decay=0.01,  # decoupled, times the rate
+      clip_norm=1.0,  # global gradient norm
+      # several samples a row; False: one each, which cuDNN's causal attention needs and long
+      # responses lose little by
+      pack=True,
+      # tokens a forward-backward pass and device, a row at least; the result does not depend on it
+      micro_tokens=16384,
+      # what the backward pass computes again: "none", "dots" (all but products and attention) or
+      # "full" (each whole layer)
+      remat="dots",
+      # "yes": layers without a loop, on one device: faster on an NVIDIA GPU, compiled longer; "no";
+      # "auto": there, in bfloat16
+      unroll="auto",
+      # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest
+      # of them here
+      attention="auto",
+      chunk=512,  # tokens whose logits are live at a time
+      # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run
+      # is one process
+      knowledge_gib=16.0,
+      # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse,
+      # else warn
+      on_no_gain="warn",
+      gate_episodes=64,  # games of each kind for that comparison
+      checkpoint_every=10,  # steps
+      # samples of a fixed batch; its KL, entropies and top-k mass (probe_…) are logged with each
+      # checkpoint; 0: none
+      log_probe=32,
+    )
   )
   config.evaluation = ml_collections.ConfigDict(
-      dict(
-          episodes=128,  # held-out maps, the same in every round
-          temperature=0.7,  # sampling of the turns; the gate before training plays with it too
-          top_p=0.8,  # 1: off
-          top_k=20,  # 0: off
-          in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
-          accumulation=(),  # round 1: also play with the knowledge as it stood after these many trajectories
-          retention=0,  # examples of each retention task; 0: none (they need the embedded policy's worlds)
-      )
+    dict(
+      episodes=128,  # held-out maps, the same in every round
+      temperature=0.7,  # sampling of the turns; the gate before training plays with it too
+      top_p=0.8,  # 1: off
+      top_k=20,  # 0: off
+      in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
+      # round 1: also play with the knowledge as it stood after these many trajectories
+      accumulation=(),
+      # examples of each retention task; 0: none (they need the embedded policy's worlds)
+      retention=0,
+    )
   )
-  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices on each axis; -1: all that are left
+  config.mesh = ml_collections.ConfigDict(
+    dict(data=-1, fsdp=1, tensor=1)
+  )  # devices on each axis; -1: all that are left
   return config.lock()
 
 
 def validate(
-    config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict | None = None
+  config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict | None = None
 ) -> None:
   """Raises ValueError naming the field, the value seen and what would be right.
 
@@ -134,25 +173,34 @@ def validate(
     value = config
     for part in field.split("."):
       value = value[part]
-    need(value > 0 or (zero_ok and value == 0), field, value, "0 or more" if zero_ok else "more than 0")
+    need(
+      value > 0 or (zero_ok and value == 0), field, value, "0 or more" if zero_ok else "more than 0"
+    )
 
   one_of("policy.architecture", ("auto", *ARCHITECTURES))
   one_of("policy.compute_dtype", ("auto", "bfloat16", "float32"))
   if config.policy.weights == "pocket":
-    need(config.policy.architecture in ("auto", "pocket"), "policy.architecture", config.policy.architecture, '"pocket", as policy.weights is')
+    need(
+      config.policy.architecture in ("auto", "pocket"),
+      "policy.architecture",
+      config.policy.architecture,
+      '"pocket", as policy.weights is',
+    )
   weights = config.policy.weights or ""
   # Weights that are not set are told of when they are to be read.
   embedded = weights in ("", "pocket") or pathlib.Path(weights).suffix == ".safetensors"
   need(
-      embedded or config.extraction.source != "swapped",
-      "extraction.source", config.extraction.source,
-      'another: it knows the words of the embedded policy alone (policy.weights = "pocket")',
-  )  # fmt: skip
+    embedded or config.extraction.source != "swapped",
+    "extraction.source",
+    config.extraction.source,
+    'another: it knows the words of the embedded policy alone (policy.weights = "pocket")',
+  )
   need(
-      embedded or config.evaluation.retention <= 0,
-      "evaluation.retention", config.evaluation.retention,
-      '0: its tasks are the embedded policy\'s (policy.weights = "pocket")',
-  )  # fmt: skip
+    embedded or config.evaluation.retention <= 0,
+    "evaluation.retention",
+    config.evaluation.retention,
+    '0: its tasks are the embedded policy\'s (policy.weights = "pocket")',
+  )
   one_of("extraction.form", ("items", "text"))
   one_of("extraction.start_from", ("nothing", "previous_round"))
   one_of("extraction.source", ("extracted", "trajectories", "swapped", "empty"))
@@ -163,27 +211,75 @@ def validate(
   one_of("consolidation.attention", ATTENTION)
   one_of("consolidation.unroll", ("auto", "yes", "no"))
   one_of("consolidation.on_no_gain", ("warn", "skip", "stop"))
-  for field in ("rounds", "policy.max_prompt_tokens", "deployment.episodes", "deployment.max_turns", "deployment.max_response_tokens",
-                "deployment.temperature", "deployment.slots", "extraction.texts", "extraction.trajectories", "extraction.use",
-                "extraction.max_knowledge_tokens", "extraction.max_response_tokens", "extraction.temperature", "consolidation.steps",
-                "consolidation.batch_size", "consolidation.k", "consolidation.temperature", "consolidation.learning_rate",
-                "consolidation.eps", "consolidation.clip_norm", "consolidation.micro_tokens", "consolidation.chunk",
-                "consolidation.checkpoint_every", "evaluation.episodes", "evaluation.temperature"):
+  for field in (
+    "rounds",
+    "policy.max_prompt_tokens",
+    "deployment.episodes",
+    "deployment.max_turns",
+    "deployment.max_response_tokens",
+    "deployment.temperature",
+    "deployment.slots",
+    "extraction.texts",
+    "extraction.trajectories",
+    "extraction.use",
+    "extraction.max_knowledge_tokens",
+    "extraction.max_response_tokens",
+    "extraction.temperature",
+    "consolidation.steps",
+    "consolidation.batch_size",
+    "consolidation.k",
+    "consolidation.temperature",
+    "consolidation.learning_rate",
+    "consolidation.eps",
+    "consolidation.clip_norm",
+    "consolidation.micro_tokens",
+    "consolidation.chunk",
+    "consolidation.checkpoint_every",
+    "evaluation.episodes",
+    "evaluation.temperature",
+  ):
     positive(field)
-  for field in ("deployment.top_k", "extraction.top_k", "evaluation.top_k", "consolidation.gate_episodes", "consolidation.log_probe",
-                "consolidation.knowledge_gib", "consolidation.weight_decay", "evaluation.retention"):
+  for field in (
+    "deployment.top_k",
+    "extraction.top_k",
+    "evaluation.top_k",
+    "consolidation.gate_episodes",
+    "consolidation.log_probe",
+    "consolidation.knowledge_gib",
+    "consolidation.weight_decay",
+    "evaluation.retention",
+  ):
     positive(field, zero_ok=True)
   for stage in ("deployment", "extraction", "evaluation"):
-    need(0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1")
+    need(
+      0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1"
+    )
   for field in ("b1", "b2"):
-    need(0 <= config.consolidation[field] < 1, f"consolidation.{field}", config.consolidation[field], "at least 0 and below 1")
+    need(
+      0 <= config.consolidation[field] < 1,
+      f"consolidation.{field}",
+      config.consolidation[field],
+      "at least 0 and below 1",
+    )
   for step in config.evaluation.accumulation:
-    need(type(step) is int and 0 < step <= config.extraction.trajectories, "evaluation.accumulation", tuple(config.evaluation.accumulation),
-         f"whole numbers from 1 to extraction.trajectories ({config.extraction.trajectories})")
-  need(config.extraction.use <= config.extraction.trajectories, "extraction.use", config.extraction.use,
-       f"at most extraction.trajectories ({config.extraction.trajectories})")
-  need(config.consolidation.attention != "flash" or not config.consolidation.pack, "consolidation.pack", config.consolidation.pack,
-       'False, as consolidation.attention = "flash" does not keep a row\'s samples apart')
+    need(
+      type(step) is int and 0 < step <= config.extraction.trajectories,
+      "evaluation.accumulation",
+      tuple(config.evaluation.accumulation),
+      f"whole numbers from 1 to extraction.trajectories ({config.extraction.trajectories})",
+    )
+  need(
+    config.extraction.use <= config.extraction.trajectories,
+    "extraction.use",
+    config.extraction.use,
+    f"at most extraction.trajectories ({config.extraction.trajectories})",
+  )
+  need(
+    config.consolidation.attention != "flash" or not config.consolidation.pack,
+    "consolidation.pack",
+    config.consolidation.pack,
+    'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
+  )
   if config.get("task") != "distill":  # which extracts nothing
     known, limit = config.extraction.max_knowledge_tokens, config.policy.max_prompt_tokens
     right = f"below policy.max_prompt_tokens ({limit})"

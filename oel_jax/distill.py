@@ -39,27 +39,30 @@ def default() -> ml_collections.ConfigDict:
   with config.unlocked():
     config.task = "distill"
     config.distill = ml_collections.ConfigDict(
-        dict(
-            knowledge="",  # file with the text that only the teacher's prompts hold
-            prompts="",  # what is answered in training: .txt, .jsonl or .json (`userfiles.py`)
-            held_out="",  # the same, to measure on
-            unrelated="",  # the same, to measure what else has changed; "": not measured
-            obeys="",  # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
-        )
+      dict(
+        knowledge="",  # file with the text that only the teacher's prompts hold
+        prompts="",  # what is answered in training: .txt, .jsonl or .json (`userfiles.py`)
+        held_out="",  # the same, to measure on
+        unrelated="",  # the same, to measure what else has changed; "": not measured
+        # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
+        obeys="",
+      )
     )
   return config
 
 
 def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
-  """Trains the text into the weights, going on with what is in `workdir`; prints and returns what results.json holds.
+  """Trains the text into the weights, going on with what is in `workdir`; prints and returns what
+  results.json holds.
 
   Returns:
-    "base", "in_context" and "after", each with "obeys" and "response_tokens"; "recovered", the share of the gain in context that the
-    weights now hold; "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to
-    the unrelated prompts; "choices", of `choices.choose`.
+    "base", "in_context" and "after", each with "obeys" and "response_tokens"; "recovered", the
+    share of the gain in context that the weights now hold; "unrelated_kl", KL(after ‖ base) in nats
+    a token on the base's answers to the unrelated prompts; "choices", of `choices.choose`.
 
   Raises:
-    ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a prompt is too long.
+    ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a
+      prompt is too long.
     OSError: a file is missing, another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config, default())
@@ -71,13 +74,21 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   obeys = read_check(config.distill.obeys)
   obeys("")  # a model may say nothing; and a check that cannot run shows before anything is sampled
   prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
-  unrelated = read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
+  unrelated = (
+    read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
+  )
   longest = config.deployment.max_response_tokens
   policy = rounds.load_policy(config.policy, devices, response_tokens=longest)
   task = train.make_task(
-      policy.tokenizer, prompts, [text], seed=config.seed, round=1, thinking=config.policy.thinking, limit=config.policy.max_prompt_tokens,
-      message=_knowledge,
-  )  # fmt: skip
+    policy.tokenizer,
+    prompts,
+    [text],
+    seed=config.seed,
+    round=1,
+    thinking=config.policy.thinking,
+    limit=config.policy.max_prompt_tokens,
+    message=_knowledge,
+  )
   train.unroll(config.consolidation, policy, devices)
   _check_lengths(config, policy, held_out, text, "held_out")
   _check_lengths(config, policy, unrelated, None, "unrelated")
@@ -87,22 +98,40 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     _check(config, folder)
     train.check_inputs(folder / CHECKPOINTS, task, policy)
     choices.tell(folder, chosen)  # a run that is refused changes no file
-    result = {"schema": 1, "base": _measure(config, policy, obeys, held_out, None, folder / "base.json")}
-    result["in_context"] = _measure(config, policy, obeys, held_out, text, folder / "in_context.json")
+    result = {
+      "schema": 1,
+      "base": _measure(config, policy, obeys, held_out, None, folder / "base.json"),
+    }
+    result["in_context"] = _measure(
+      config, policy, obeys, held_out, text, folder / "in_context.json"
+    )
     with progress.bar("consolidate", config.consolidation.steps) as advance:
       params, _ = train.consolidate(
-          config.consolidation, task, policy, limit=config.deployment.max_response_tokens,
-          directory=folder / CHECKPOINTS,
-          mesh=devices, metrics=metrics, advance=advance,
-      )  # fmt: skip
-    result["after"] = _measure(config, policy.replace(params), obeys, held_out, None, folder / "after.json")
+        config.consolidation,
+        task,
+        policy,
+        limit=config.deployment.max_response_tokens,
+        directory=folder / CHECKPOINTS,
+        mesh=devices,
+        metrics=metrics,
+        advance=advance,
+      )
+    result["after"] = _measure(
+      config, policy.replace(params), obeys, held_out, None, folder / "after.json"
+    )
     rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
     result["recovered"] = statistics.recovered(*rates)
     result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
     result["choices"] = chosen
     files.write_json(folder / "results.json", result)
-  progress.table([_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder))
-  print(f"recovered: {result['recovered']}, KL to the base on unrelated prompts: {result['unrelated_kl']}", flush=True)
+  progress.table(
+    [_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder)
+  )
+  print(
+    f"recovered: {result['recovered']}, KL to the base on unrelated prompts: "
+    f"{result['unrelated_kl']}",
+    flush=True,
+  )
   return result
 
 
@@ -128,33 +157,51 @@ def _knowledge(text: str) -> Message:
   return Message(KNOWLEDGE, text)
 
 
-def _prompts(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None) -> list[list[int]]:
+def _prompts(
+  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None
+) -> list[list[int]]:
   before = (_knowledge(text),) if text else ()
-  return [policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking) for prefix in prefixes]
+  return [
+    policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking)
+    for prefix in prefixes
+  ]
 
 
-def _check_lengths(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, field: str) -> None:
-  """Raises ValueError if one of the prompts of config.distill.`field`, behind the text if there is one, is over the limit."""
+def _check_lengths(
+  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, field: str
+) -> None:
+  """Raises ValueError if one of the prompts of config.distill.`field`, behind the text if there is
+  one, is over the limit.
+  """
   limit = config.policy.max_prompt_tokens
   for prefix, ids in zip(prefixes, _prompts(config, policy, prefixes, text), strict=True):
     if len(ids) > limit:
       raise ValueError(
-          f"config.policy.max_prompt_tokens is {limit}, but prompt {prefix.id} of config.distill.{field} has {len(ids)} tokens"
-          f"{' with the text' if text else ''}: raise it, or shorten prompt or text"
+        f"config.policy.max_prompt_tokens is {limit}, but prompt {prefix.id} of "
+        f"config.distill.{field} has {len(ids)} tokens"
+        f"{' with the text' if text else ''}: raise it, or shorten prompt or text"
       )
 
 
-def _answers(config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str) -> list[list[int]]:
+def _answers(
+  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str
+) -> list[list[int]]:
   how = config.evaluation
   return policy.sample(
-      _prompts(config, policy, prefixes, text),
-      [derive(config.seed, stage, i) for i in range(len(prefixes))],
-      sampling=Sampling(how.temperature, how.top_p, how.top_k), max_new_tokens=config.deployment.max_response_tokens,
-  )  # fmt: skip
+    _prompts(config, policy, prefixes, text),
+    [derive(config.seed, stage, i) for i in range(len(prefixes))],
+    sampling=Sampling(how.temperature, how.top_p, how.top_k),
+    max_new_tokens=config.deployment.max_response_tokens,
+  )
 
 
 def _measure(
-    config: Any, policy: Policy, obeys: Callable[[str], bool], prefixes: Sequence[Prefix], text: str | None, path: pathlib.Path
+  config: Any,
+  policy: Policy,
+  obeys: Callable[[str], bool],
+  prefixes: Sequence[Prefix],
+  text: str | None,
+  path: pathlib.Path,
 ) -> dict[str, Any]:
   """Answers to the held-out prompts, kept in `path`, and what they are like; measured anew where
   weights or texts are not the present ones.
@@ -170,11 +217,11 @@ def _measure(
   ]
   check, _, function = config.distill.obeys.rpartition(":")
   made_from = {
-      "weights": fingerprint(policy.params),
-      "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
-      "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
-      "settings": schema.digest(settings),
-  }  # fmt: skip
+    "weights": fingerprint(policy.params),
+    "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
+    "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
+    "settings": schema.digest(settings),
+  }
   if path.exists():
     found = files.read_json(path, _measurement)
     before = found.get("made_from")
@@ -183,12 +230,17 @@ def _measure(
       return found["measured"]
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")
   sampled = _answers(config, policy, prefixes, text, "held out")
-  answers = [policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled]
+  answers = [
+    policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled
+  ]
   measured = {
-      "obeys": statistics.count(sum(obeys(answer) for answer in answers), len(answers)),
-      "response_tokens": statistics.mean([len(ids) for ids in sampled]),
+    "obeys": statistics.count(sum(obeys(answer) for answer in answers), len(answers)),
+    "response_tokens": statistics.mean([len(ids) for ids in sampled]),
   }
-  kept = [{"prompt": prefix.messages[-1].content, "answer": answer} for prefix, answer in zip(prefixes, answers, strict=True)]
+  kept = [
+    {"prompt": prefix.messages[-1].content, "answer": answer}
+    for prefix, answer in zip(prefixes, answers, strict=True)
+  ]
   files.write_sealed(
     path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept}
   )
@@ -225,23 +277,30 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Pre
   rows = config.deployment.max_response_tokens
   length = bucket(max(map(len, prompts)), LENGTHS) + rows
   teacher = teacher_lib.prepare(base.params, base.architecture, [()], dtype=base.dtype)
-  probe = step_lib.make_probe(base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype)
+  probe = step_lib.make_probe(
+    base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype
+  )
   total = count = 0.0
   for start in range(0, len(prompts), 16):
     part = slice(start, start + 16)
     missing = 16 - len(prompts[part])  # one shape for all; rows added answer nothing
     made = batch_lib.assemble(
-        prompts[part] + prompts[:1] * missing, [0] * 16, responses[part] + responses[:1] * missing, pad_id=base.tokenizer.pad_id,
-        length=length, response_length=rows, pack=False,
-    )  # fmt: skip
+      prompts[part] + prompts[:1] * missing,
+      [0] * 16,
+      responses[part] + responses[:1] * missing,
+      pad_id=base.tokenizer.pad_id,
+      length=length,
+      response_length=rows,
+      pack=False,
+    )
     made.mask[16 - missing :] = False
     tokens = float(made.mask.sum())
     kl = float(jax.device_get(probe(params, teacher, made))["kl"])
     if not math.isfinite(kl):
       raise finite.NotFiniteError(
-          f"config.distill.unrelated: the divergence from the base is {kl} on the prompts "
-          f"{finite.listed([prefix.id for prefix in prefixes[part]])}: one of the two models gives "
-          "numbers that are none there; nothing was written to results.json"
+        f"config.distill.unrelated: the divergence from the base is {kl} on the prompts "
+        f"{finite.listed([prefix.id for prefix in prefixes[part]])}: one of the two models gives "
+        "numbers that are none there; nothing was written to results.json"
       )
     total += tokens * kl
     count += tokens
@@ -250,4 +309,8 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Pre
 
 def _row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
   obeys, low, high = (100 * x for x in (measured["obeys"]["rate"], *measured["obeys"]["interval"]))
-  return {"": name, "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]", "response tokens": measured["response_tokens"]["mean"]}
+  return {
+    "": name,
+    "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]",
+    "response tokens": measured["response_tokens"]["mean"],
+  }

@@ -1,4 +1,6 @@
-"""A run's newest weights as a Hugging Face folder, which `transformers`, vLLM or SGLang serve: `python -m oel_jax.main --stage=export ...`."""
+"""A run's newest weights as a Hugging Face folder, which `transformers`, vLLM or SGLang serve:
+`python -m oel_jax.main --stage=export ...`.
+"""
 
 import json
 import pathlib
@@ -17,8 +19,17 @@ from oel_jax.runtime import files, mesh, schema
 from oel_jax.runtime.workdir import file_digests, locked, read_config
 
 GENERATION = "generation_config.json"
-# What a folder holds beside config.json and weights; copied as it is, since versions of `transformers` write it differently.
-COMPANIONS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", GENERATION)
+# What a folder holds beside config.json and weights; copied as it is, since versions of
+# `transformers` write it differently.
+COMPANIONS = (
+  "tokenizer*",
+  "vocab.*",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template*",
+  GENERATION,
+)
 
 
 def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
@@ -87,7 +98,8 @@ def _own_config(config: Any, folder: pathlib.Path) -> ml_collections.ConfigDict:
   noted, now = (digests.get("policy.weights") for digests in (found["files"], file_digests(own)))
   if noted and now != noted:  # an earlier version noted nothing
     raise ValueError(
-      f"config.policy.weights is {own.policy.weights!r}: these are not the files that the run began "
+      f"config.policy.weights is {own.policy.weights!r}: these are not the files that the run "
+      "began "
       f"with ({found['config']['policy']['weights']!r}, digest {noted}, now {now}): restore them, "
       "or give the folder or file that holds them now"
     )
@@ -136,7 +148,9 @@ def _newest(own: Any, policy: Any, folder: pathlib.Path, devices: Any) -> tuple[
 
 
 def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
-  """Puts tokenizer and generation config beside the weights; returns the fields of the source's config.json, or a GGUF file's like."""
+  """Puts tokenizer and generation config beside the weights; returns the fields of the source's
+  config.json, or a GGUF file's like.
+  """
   if source.is_dir():
     for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
       shutil.copyfile(path, target / path.name)
@@ -144,7 +158,10 @@ def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> d
     tokenizer.save(target)
     _name_known_class(target / "tokenizer_config.json")
   if not (source / GENERATION).is_file():
-    files.write_json(target / GENERATION, {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id})
+    files.write_json(
+      target / GENERATION,
+      {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id},
+    )
   if source.is_dir():
     return files.read_json(source / "config.json", advice="restore the model's folder")
   from oel_jax.policy import gguf  # here, for it needs packages of the extra "hf"

@@ -1,8 +1,10 @@
-"""Runs a configuration: `python -m oel_jax.main --config=experiments/NAME.py:SIZE --workdir=DIR [--config.FIELD=VALUE ...]`.
+"""Runs a configuration: `python -m oel_jax.main --config=experiments/NAME.py:SIZE --workdir=DIR
+[--config.FIELD=VALUE ...]`.
 
-The same command goes on with a run that was stopped. What runs is the online loop, or, where the configuration has a `task`: "distill",
-consolidation of a given text alone, or "pretrain", the pre-training of the embedded policy. `--stage=export` writes a run's newest weights
-to DIR/export, a Hugging Face folder.
+The same command goes on with a run that was stopped. What runs is the online loop, or, where the
+configuration has a `task`: "distill", consolidation of a given text alone, or "pretrain", the
+pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a
+Hugging Face folder.
 """
 
 if __name__ == "__main__":
@@ -25,11 +27,19 @@ from ml_collections import config_dict, config_flags
 from oel_jax.runtime.finite import NotFiniteError
 from oel_jax.runtime.signals import Terminated
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
-_STAGE = flags.DEFINE_enum("stage", "run", ["run", "export"], "run: the loop; export: its newest weights to WORKDIR/export.")
-_DTYPE = flags.DEFINE_enum("export_dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type of the exported tensors.")
-_RESUME_ANYWAY = flags.DEFINE_bool("resume_anyway", False, "Go on with a run although its configuration has changed.")
+_STAGE = flags.DEFINE_enum(
+  "stage", "run", ["run", "export"], "run: the loop; export: its newest weights to WORKDIR/export."
+)
+_DTYPE = flags.DEFINE_enum(
+  "export_dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type of the exported tensors."
+)
+_RESUME_ANYWAY = flags.DEFINE_bool(
+  "resume_anyway", False, "Go on with a run although its configuration has changed."
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 
@@ -40,16 +50,29 @@ def _fail(text: str) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Parses the flags; whatever is wrong with them or with the configuration's file ends the process with one line (trap 35)."""
+  """Parses the flags; whatever is wrong with them or with the configuration's file ends the process
+  with one line (trap 35).
+  """
   try:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is None:
-      _fail("--config is missing: give the file of a configuration, for example --config=experiments/NAME.py:SIZE")
+      _fail(
+        "--config is missing: give the file of a configuration, for example "
+        "--config=experiments/NAME.py:SIZE"
+      )
     if not _WORKDIR.value:
       _fail("--workdir is missing: give the run's directory; it is made if need be")
     if not isinstance(_CONFIG.value, config_dict.ConfigDict):
-      getattr(_CONFIG.value, "lock", None)  # in place of a file that it could not read, ml_collections has an object that raises on use
-      _fail(f"get_config() of the --config file returned {type(_CONFIG.value).__name__}: it must return an ml_collections.ConfigDict")
+      getattr(
+        _CONFIG.value,
+        "lock",
+        None,
+        # in place of a file that it could not read, ml_collections has an object that raises on use
+      )
+      _fail(
+        f"get_config() of the --config file returned {type(_CONFIG.value).__name__}: it must "
+        "return an ml_collections.ConfigDict"
+      )
     if len(rest) > 1:
       _fail(f"unexpected argument {rest[1]!r}: flags are written --NAME=VALUE")
     return rest
@@ -60,25 +83,44 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _flag_error(argv: list[str], error: Exception) -> str:
-  text = str(error).replace("\\n", " ").replace("\\'", "'")  # ml_collections wraps errors in errors, which quotes them
+  text = (
+    str(error).replace("\\n", " ").replace("\\'", "'")
+  )  # ml_collections wraps errors in errors, which quotes them
   if isinstance(error, OSError):
     return str(error.__cause__ or error)
-  if isinstance(error, flags.Error):  # names the flag; of an error inside get_config it holds the traceback, whose last line says what
+  if isinstance(
+    error,
+    flags.Error,
+    # names the flag; of an error inside get_config it holds the traceback, whose last line says
+    # what
+  ):
     return re.sub(r"Error whilst parsing config file:.*\n(?=\S)", "", text.strip(), flags=re.DOTALL)
   if isinstance(error, SyntaxError):
     return f"{error.filename}:{error.lineno}: {error.msg}"
   frame = traceback.extract_tb(error.__traceback__)[-1]
   if "ml_collections" not in frame.filename:
-    return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text} (--debug shows the traceback)"
+    place = f"{frame.filename}:{frame.lineno}"
+    return f"{place}: {type(error).__name__}: {text} (--debug shows the traceback)"
   name = re.match(r"\W*(\w+)", text)  # the last part only of the field's name
-  given = [arg.lstrip("-").partition("=")[0] for arg in argv if arg.lstrip("-").startswith("config.")]
+  given = [
+    arg.lstrip("-").partition("=")[0] for arg in argv if arg.lstrip("-").startswith("config.")
+  ]
   fields = [field for field in given if name and name[1] in field.split(".")]
-  return f"{fields[0]}: the configuration has no such field. {' '.join(re.findall('Did you mean[^?]*[?]', text))}" if fields else text
+  return (
+    f"{fields[0]}: the configuration has no such field. "
+    f"{' '.join(re.findall('Did you mean[^?]*[?]', text))}"
+    if fields
+    else text
+  )
 
 
 def _is_told_in_one_line(error: Exception) -> bool:
-  """True for errors of files, and for those raised in this package, which are about the user's input; elsewhere they are bugs."""
-  if isinstance(error, jax.errors.JaxRuntimeError):  # of the device; where it was raised says nothing about whose it is
+  """True for errors of files, and for those raised in this package, which are about the user's
+  input; elsewhere they are bugs.
+  """
+  if isinstance(
+    error, jax.errors.JaxRuntimeError
+  ):  # of the device; where it was raised says nothing about whose it is
     return False
   frame = traceback.extract_tb(error.__traceback__)[-1]
   known = isinstance(error, (OSError, NotFiniteError))
@@ -88,8 +130,9 @@ def _is_told_in_one_line(error: Exception) -> bool:
 def _unraisable(found: Any) -> None:
   """Passes on what is raised where nobody can catch it, but for the tracebacks of a failed write.
 
-  Where the disk is full, TensorStore tells asyncio of each array that it could not write, when Orbax
-  has closed the event loop: dozens of tracebacks, before the error that is raised and says it all.
+  Where the disk is full, TensorStore tells asyncio of each array that it could not write, when
+  Orbax has closed the event loop: dozens of tracebacks, before the error that is raised and says it
+  all.
   """
   if str(found.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(found)
@@ -102,11 +145,15 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
   # Before anything compiles: a resumed or repeated run then starts in seconds.
-  jax.config.update("jax_compilation_cache_dir", os.environ.get("OEL_JAX_CACHE") or os.path.expanduser("~/.cache/oel_jax/jax"))
+  jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("OEL_JAX_CACHE") or os.path.expanduser("~/.cache/oel_jax/jax"),
+  )
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   try:
     if _STAGE.value == "export":
       from oel_jax import export
+
       print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
       return
     if config.get("task") == "pretrain":

@@ -48,7 +48,14 @@ from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import opened
-from oel_jax.trajectory import EMPTY, Trajectory, prefixes, read_prefixes, read_trajectories, write_jsonl
+from oel_jax.trajectory import (
+  EMPTY,
+  Trajectory,
+  prefixes,
+  read_prefixes,
+  read_trajectories,
+  write_jsonl,
+)
 
 
 def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
@@ -90,9 +97,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
 
 def load_policy(
-    config: Any, devices: jax.sharding.Mesh, *, response_tokens: int | None = None
+  config: Any, devices: jax.sharding.Mesh, *, response_tokens: int | None = None
 ) -> Policy:
-  """The policy that config.policy names, its parameters in float32 and placed as training leaves them.
+  """The policy that config.policy names, its parameters in float32 and placed as training leaves
+  them.
 
   Args:
     config: config.policy.
@@ -109,7 +117,10 @@ def load_policy(
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   if config.weights is None:
-    raise ValueError('config.policy.weights is not set: it must be a Hugging Face folder, a .gguf file, a .safetensors file of ours, or "pocket"')
+    raise ValueError(
+      "config.policy.weights is not set: it must be a Hugging Face folder, a .gguf file, a "
+      '.safetensors file of ours, or "pocket"'
+    )
   path = files.local(config.weights, "config.policy.weights")
   if path.is_dir():
     shape, tokenizer = huggingface.read_architecture(path), HuggingFaceTokenizer.from_folder(path)
@@ -126,7 +137,12 @@ def load_policy(
   _agree(config, shape, tokenizer)
   if response_tokens is not None:
     _check_context(config, shape.max_positions, response_tokens)
-  return Policy(shape, read(shardings=mesh.param_shardings(devices, model.abstract(shape))), tokenizer, jnp.dtype(dtype))
+  return Policy(
+    shape,
+    read(shardings=mesh.param_shardings(devices, model.abstract(shape))),
+    tokenizer,
+    jnp.dtype(dtype),
+  )
 
 
 def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype: Any) -> Policy:
@@ -134,25 +150,43 @@ def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype
   policy = pocket.load(dtype)
   if config.weights != "pocket":
     if not path.is_file():
-      raise ValueError(f"config.policy.weights is {config.weights!r}: there is no such file or folder")
-    name = weights.metadata(path).get("architecture") if config.architecture == "auto" else config.architecture
+      raise ValueError(
+        f"config.policy.weights is {config.weights!r}: there is no such file or folder"
+      )
+    name = (
+      weights.metadata(path).get("architecture")
+      if config.architecture == "auto"
+      else config.architecture
+    )
     if name is None:
-      raise ValueError(f'config.policy.architecture is "auto", but {path} does not say its own: give a name of policy/architecture.py')
+      raise ValueError(
+        f'config.policy.architecture is "auto", but {path} does not say its own: give a name of '
+        "policy/architecture.py"
+      )
     shape = architecture.named(name)
     policy = dataclasses.replace(policy, architecture=shape, params=weights.load(path, shape))
   _agree(config, policy.architecture, policy.tokenizer)
-  # To jit, host arrays are not what training leaves: every program would be compiled again after round 1.
+  # To jit, host arrays are not what training leaves: every program would be compiled again after
+  # round 1.
   return policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
 
 
 def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> None:
-  """Raises ValueError if the weights are of another architecture than the configuration names, or lack ids of the tokenizer."""
+  """Raises ValueError if the weights are of another architecture than the configuration names, or
+  lack ids of the tokenizer.
+  """
   if config.architecture != "auto" and architecture.named(config.architecture) != shape:
-    raise ValueError(f'config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: it must be "auto" or fit')
-  if tokenizer.vocabulary > shape.vocabulary:  # before the weights are read, which takes minutes (traps, 16)
     raise ValueError(
-        f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids but its weights only "
-        f"{shape.vocabulary} rows: tokenizer and weights must be of one model, with a row for each id"
+      f"config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: "
+      'it must be "auto" or fit'
+    )
+  if (
+    tokenizer.vocabulary > shape.vocabulary
+  ):  # before the weights are read, which takes minutes (traps, 16)
+    raise ValueError(
+      f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids "
+      "but its weights only "
+      f"{shape.vocabulary} rows: tokenizer and weights must be of one model, with a row for each id"
     )
 
 
@@ -174,15 +208,17 @@ def _check_context(config: Any, context: int | None, response_tokens: int) -> No
     if limit <= 0:
       right = "max_response_tokens must be far smaller"
     raise ValueError(
-        f"config.policy.max_prompt_tokens is {config.max_prompt_tokens}, with up to "
-        f"{response_tokens} tokens of a response {together}, but the context length "
-        f"(max_position_embeddings) of {config.weights} is {context}: {right}"
+      f"config.policy.max_prompt_tokens is {config.max_prompt_tokens}, with up to "
+      f"{response_tokens} tokens of a response {together}, but the context length "
+      f"(max_position_embeddings) of {config.weights} is {context}: {right}"
     )
 
 
 @dataclasses.dataclass
 class Meter:
-  """A policy that counts what it writes, and the work, as if every prompt were read whole; the stages cannot tell it from the policy."""
+  """A policy that counts what it writes, and the work, as if every prompt were read whole; the
+  stages cannot tell it from the policy.
+  """
 
   policy: Policy
   tokens: int = 0
@@ -197,7 +233,12 @@ class Meter:
     return self.policy.params
 
   def sample(
-      self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, reply: Reply | None = None, **how: Any
+    self,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    reply: Reply | None = None,
+    **how: Any,
   ) -> list[list[int]]:
     asked = list(prompts)
 
@@ -217,7 +258,11 @@ class Meter:
 
   def _count(self, prompt: Sequence[int], sampled: Sequence[int]) -> None:
     self.tokens += len(sampled)
-    self.flops += 2.0 * sum(leaf.size for leaf in jax.tree.leaves(self.policy.params)) * (len(prompt) + len(sampled))
+    self.flops += (
+      2.0
+      * sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
+      * (len(prompt) + len(sampled))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +306,9 @@ class Loop:
         files.set_aside(self._round(number) / "evaluation.json", why)
 
   def extract(self, number: int, policy: Policy) -> list[str]:
-    """Deploys the policy for trajectories and lets it write down what they teach; returns the K texts of the round."""
+    """Deploys the policy for trajectories and lets it write down what they teach; returns the K
+    texts of the round.
+    """
     self._refuse_other_weights(number, policy)
     texts = self._knowledge(number)
     if not texts:
@@ -276,7 +323,9 @@ class Loop:
       return self._play(number, DEPLOYED, meter, ids, self._sampling("deployment"), advance)
 
   def collect_prefixes(self, number: int, policy: Policy) -> None:
-    """Deploys the policy once more, on other maps; the prompts of its turns are all that goes to the server side."""
+    """Deploys the policy once more, on other maps; the prompts of its turns are all that goes to
+    the server side.
+    """
     path, games = self._round(number) / PREFIXES, self._round(number) / PREFIX_GAMES
     count = self.config.deployment.episodes
     if path.exists():
@@ -293,10 +342,11 @@ class Loop:
       self._manifest(number).record([PREFIXES], made_from)
 
   def gate(self, number: int, policy: Policy, texts: Sequence[str]) -> bool:
-    """Plays with the knowledge and without, on the same maps, before anything is trained on it. Returns whether to train.
+    """Plays with the knowledge and without, on the same maps, before anything is trained on it.
+    Returns whether to train.
 
-    Without gain, `on_no_gain` = "warn" trains all the same, "stop" raises ValueError, and "skip" leaves the weights as they are if play
-    with knowledge is worse.
+    Without gain, `on_no_gain` = "warn" trains all the same, "stop" raises ValueError, and "skip"
+    leaves the weights as they are if play with knowledge is worse.
     """
     path, count = self._round(number) / "gate.json", self.config.consolidation.gate_episodes
     if count and path.exists():
@@ -315,8 +365,12 @@ class Loop:
             advance,
             given,
           )
-          passed[name] = statistics.count(sum(trajectory.passed for trajectory in played), len(played))
-      self._log(number, "gate", **{f"passed_{name}": counted["rate"] for name, counted in passed.items()})
+          passed[name] = statistics.count(
+            sum(trajectory.passed for trajectory in played), len(played)
+          )
+      self._log(
+        number, "gate", **{f"passed_{name}": counted["rate"] for name, counted in passed.items()}
+      )
       files.write_sealed(path, {"schema": 1, "made_from": _made_from(policy, texts), **passed})
     if not count:
       return True
@@ -340,18 +394,30 @@ class Loop:
     return found["decision"] != "skip"
 
   def consolidate(self, number: int, policy: Policy, texts: Sequence[str]) -> Any:
-    """Trains the knowledge into the weights; returns the new parameters. From the round's folder it reads prefixes.jsonl alone."""
+    """Trains the knowledge into the weights; returns the new parameters. From the round's folder it
+    reads prefixes.jsonl alone.
+    """
     config = self.config.consolidation
     task = train.make_task(
-        policy.tokenizer, read_prefixes(self._round(number) / PREFIXES, max_damaged=0.0), texts,
-        seed=self.config.seed, round=number,
-        thinking=self.config.policy.thinking, limit=self.config.policy.max_prompt_tokens,
-    )  # fmt: skip
+      policy.tokenizer,
+      read_prefixes(self._round(number) / PREFIXES, max_damaged=0.0),
+      texts,
+      seed=self.config.seed,
+      round=number,
+      thinking=self.config.policy.thinking,
+      limit=self.config.policy.max_prompt_tokens,
+    )
     with self._stage(number, "consolidate", policy, config.steps) as (meter, advance):
       params, cost = train.consolidate(
-          config, task, policy, limit=self.config.deployment.max_response_tokens, directory=self._round(number) / "checkpoints",
-          mesh=self.mesh, metrics=self.metrics, advance=advance,
-      )  # fmt: skip
+        config,
+        task,
+        policy,
+        limit=self.config.deployment.max_response_tokens,
+        directory=self._round(number) / "checkpoints",
+        mesh=self.mesh,
+        metrics=self.metrics,
+        advance=advance,
+      )
       meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
     self._note_trained(number, params)
     return params
@@ -372,7 +438,9 @@ class Loop:
     self._manifest(number).announce(TRAINED, now)
 
   def evaluate(self, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
-    """Plays the held-out maps, the same in every round, without knowledge and with it; measures what was kept. Writes evaluation.json."""
+    """Plays the held-out maps, the same in every round, without knowledge and with it; measures
+    what was kept. Writes evaluation.json.
+    """
     path, config = self._round(number) / "evaluation.json", self.config.evaluation
     first = (
       self._said(self._knowledge(1), self._round(1))
@@ -409,35 +477,54 @@ class Loop:
     with self._stage(number, "evaluate", policy, total) as (meter, advance):
       for name, (player, given) in plays.items():
         meter.policy = player
-        result[name] = evaluate.play_summary(self._play_held_out(number, name, meter, given, advance))
+        result[name] = evaluate.play_summary(
+          self._play_held_out(number, name, meter, given, advance)
+        )
       result["accumulation"] = []
       for step, given in curve.items():
         meter.policy = before
-        passed = evaluate.play_summary(self._play_held_out(number, f"after_{step:03d}_trajectories", meter, given, advance))["passed"]
+        passed = evaluate.play_summary(
+          self._play_held_out(number, f"after_{step:03d}_trajectories", meter, given, advance)
+        )["passed"]
         result["accumulation"].append({"trajectories": step, "passed": passed})
       meter.policy = policy
-      result["retention"] = evaluate.retention(meter, config.retention, seed=derive(self.config.seed, "retention"), advance=advance)
+      result["retention"] = evaluate.retention(
+        meter, config.retention, seed=derive(self.config.seed, "retention"), advance=advance
+      )
     if number and "in_context" in result:
-      result["recovered"] = statistics.recovered(result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"])
+      result["recovered"] = statistics.recovered(
+        result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"]
+      )
     result["gate"] = gate
     scalars = {f"passed_{name}": result[name]["passed"]["rate"] for name in plays}
     scalars |= {f"retention_{name}": kept["rate"] for name, kept in result["retention"].items()}
-    self._log(number, "evaluate", response_tokens=result["without"]["response_tokens"]["mean"], **scalars)
+    self._log(
+      number, "evaluate", response_tokens=result["without"]["response_tokens"]["mean"], **scalars
+    )
     files.write_sealed(path, result)
 
   # What the stages share.
 
   def _log(self, number: int, stage: str, **scalars: float) -> None:
-    """A stage's main numbers, for metrics.jsonl and TensorBoard; before its last file, so that a kill leaves neither or has both made anew."""
+    """A stage's main numbers, for metrics.jsonl and TensorBoard; before its last file, so that a
+    kill leaves neither or has both made anew.
+    """
     self.metrics.drop_after(number, stage, -1)
     self.metrics.write(stage, 0, round=number, at=number, **scalars)
 
   def _log_play(self, number: int, stage: str, trajectories: Sequence[Trajectory]) -> None:
     played = evaluate.play_summary(trajectories)
-    self._log(number, stage, passed=played["passed"]["rate"], response_tokens=played["response_tokens"]["mean"])
+    self._log(
+      number,
+      stage,
+      passed=played["passed"]["rate"],
+      response_tokens=played["response_tokens"]["mean"],
+    )
 
   def _gate(self, number: int) -> dict[str, Any] | None:
-    """What gate.json says, and the decision that follows from it under the present `on_no_gain`; None without a gate."""
+    """What gate.json says, and the decision that follows from it under the present `on_no_gain`;
+    None without a gate.
+    """
     path = self._round(number) / "gate.json"
     if not path.exists():
       return None
@@ -451,8 +538,14 @@ class Loop:
     return found | {"decision": "train" if gain > 0 else "skip" if skips else "warn"}
 
   def _said(self, texts: list[knowledge_lib.Knowledge], folder: pathlib.Path) -> list[str]:
-    """The texts to put into prompts: those that say something, or the empty wrapper where that is the point."""
-    return [EMPTY] if self.config.extraction.source == "empty" else [text.text for text in knowledge_lib.nonempty(texts, folder)]
+    """The texts to put into prompts: those that say something, or the empty wrapper where that is
+    the point.
+    """
+    return (
+      [EMPTY]
+      if self.config.extraction.source == "empty"
+      else [text.text for text in knowledge_lib.nonempty(texts, folder)]
+    )
 
   def _round(self, number: int) -> pathlib.Path:
     return self.folder / f"round_{number}"
@@ -566,7 +659,9 @@ class Loop:
     config = self.config.deployment
     episodes = []
     for name, stage, i in ids:
-      draw = functools.partial(derive, self.config.seed, *((stage,) if held_out else (number, stage)))
+      draw = functools.partial(
+        derive, self.config.seed, *((stage,) if held_out else (number, stage))
+      )
       given = texts[draw("text", i) % len(texts)] if texts else ""
       episodes.append(Episode(name, draw("map", i) & ~1 | held_out, draw("sample", i), given))
     done = 0
@@ -577,14 +672,23 @@ class Loop:
       done = finished
 
     return play_to_file(
-        path, policy, game_spec(config), episodes=episodes, slots=config.slots, advance=tell, sampling=sampling,
-        max_response_tokens=config.max_response_tokens, max_prompt_tokens=self.config.policy.max_prompt_tokens,
-        thinking=self.config.policy.thinking,
-    )  # fmt: skip
+      path,
+      policy,
+      game_spec(config),
+      episodes=episodes,
+      slots=config.slots,
+      advance=tell,
+      sampling=sampling,
+      max_response_tokens=config.max_response_tokens,
+      max_prompt_tokens=self.config.policy.max_prompt_tokens,
+      thinking=self.config.policy.thinking,
+    )
 
   def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
     file = "user/evaluation.jsonl" if name == "without" else f"user/evaluation_{name}.jsonl"
-    ids = [(f"r{number}-{name}-{i:05d}", "held out", i) for i in range(self.config.evaluation.episodes)]
+    ids = [
+      (f"r{number}-{name}-{i:05d}", "held out", i) for i in range(self.config.evaluation.episodes)
+    ]
     return self._play(
       number, file, policy, ids, self._sampling("evaluation"), advance, texts, held_out=True
     )
@@ -592,9 +696,13 @@ class Loop:
   def _knowledge(self, number: int) -> list[knowledge_lib.Knowledge]:
     """The round's K texts as they lie on the disk; [] if they are not all there."""
     folder, count = self._round(number) / "knowledge", self.config.extraction.texts
-    return [knowledge_lib.read(folder, i) for i in range(count)] if (folder / "whole").exists() else []
+    return (
+      [knowledge_lib.read(folder, i) for i in range(count)] if (folder / "whole").exists() else []
+    )
 
-  def _write_knowledge(self, number: int, policy: Policy, trajectories: list[Trajectory]) -> list[knowledge_lib.Knowledge]:
+  def _write_knowledge(
+    self, number: int, policy: Policy, trajectories: list[Trajectory]
+  ) -> list[knowledge_lib.Knowledge]:
     config, folder = self.config.extraction, self._round(number) / "knowledge"
     with self._stage(number, "extract", policy, config.trajectories) as (meter, advance):
       whole = self._accumulate(number, meter, trajectories, advance)
@@ -625,48 +733,86 @@ class Loop:
     )
     return [text.text for text in self._limited(whole, step, policy) if text.text] or [EMPTY]
 
-  def _limited(self, whole: list[knowledge_lib.Knowledge], step: int, policy: Policy) -> list[knowledge_lib.Knowledge]:
-    """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens; roles exchanged for the control "swapped"."""
+  def _limited(
+    self, whole: list[knowledge_lib.Knowledge], step: int, policy: Policy
+  ) -> list[knowledge_lib.Knowledge]:
+    """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens; roles
+    exchanged for the control "swapped".
+    """
     config = self.config.extraction
     count = lambda text: len(policy.tokenizer.encode(text))
-    texts = knowledge_lib.as_of(whole, step, max_tokens=config.max_knowledge_tokens, count_tokens=count)
+    texts = knowledge_lib.as_of(
+      whole, step, max_tokens=config.max_knowledge_tokens, count_tokens=count
+    )
     return [_swapped(text) for text in texts] if config.source == "swapped" else texts
 
   def _accumulate(
-      self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]
+    self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]
   ) -> list[knowledge_lib.Knowledge]:
-    """All that the K texts gathered in a round, before the limit; sampled once, then read back from user/extraction.json."""
+    """All that the K texts gathered in a round, before the limit; sampled once, then read back from
+    user/extraction.json.
+    """
     config = self.config.extraction
     if config.source == "trajectories":
       return raw_knowledge(trajectories, texts=config.texts, seed=self.config.seed, round=number)
     if config.source == "empty":
       return [knowledge_lib.Knowledge()] * config.texts
-    carried = self._knowledge(number - 1) if config.start_from == "previous_round" and number > 1 else None
+    carried = (
+      self._knowledge(number - 1) if config.start_from == "previous_round" and number > 1 else None
+    )
     return extract(
-        policy, trajectories, texts=config.texts, form=config.form, see_previous=config.see_previous, sampling=self._sampling("extraction"),
-        max_response_tokens=config.max_response_tokens, max_knowledge_tokens=config.max_knowledge_tokens,
-        max_prompt_tokens=self.config.policy.max_prompt_tokens, seed=self.config.seed, round=number, thinking=self.config.policy.thinking,
-        start=carried, state_path=self._round(number) / "user/extraction.json",
-        weights=fingerprint(policy.params), advance=advance,
-    )  # fmt: skip
+      policy,
+      trajectories,
+      texts=config.texts,
+      form=config.form,
+      see_previous=config.see_previous,
+      sampling=self._sampling("extraction"),
+      max_response_tokens=config.max_response_tokens,
+      max_knowledge_tokens=config.max_knowledge_tokens,
+      max_prompt_tokens=self.config.policy.max_prompt_tokens,
+      seed=self.config.seed,
+      round=number,
+      thinking=self.config.policy.thinking,
+      start=carried,
+      state_path=self._round(number) / "user/extraction.json",
+      weights=fingerprint(policy.params),
+      advance=advance,
+    )
 
   @contextlib.contextmanager
-  def _stage(self, number: int, name: str, policy: Policy, total: int) -> Iterator[tuple[Meter, Callable[[int], None]]]:
-    """A stage's progress bar, its meter, and an entry in the round's cost.json, one for each process that came to its end."""
+  def _stage(
+    self, number: int, name: str, policy: Policy, total: int
+  ) -> Iterator[tuple[Meter, Callable[[int], None]]]:
+    """A stage's progress bar, its meter, and an entry in the round's cost.json, one for each
+    process that came to its end.
+    """
     meter, started = Meter(policy), time.monotonic()
     with progress.bar(f"round {number}: {name}" if number else f"base: {name}", total) as advance:
       yield meter, advance
     if meter.tokens:
       path = self._round(number) / "cost.json"
       spent = files.read_json(path, records.costs)["stages"] if path.exists() else []
-      spent.append({"stage": name, "seconds": time.monotonic() - started, "tokens": meter.tokens, "flops": meter.flops})
+      spent.append(
+        {
+          "stage": name,
+          "seconds": time.monotonic() - started,
+          "tokens": meter.tokens,
+          "flops": meter.flops,
+        }
+      )
       files.write_sealed(path, {"schema": 1, "stages": spent})
 
 
 def _swapped(text: knowledge_lib.Knowledge) -> knowledge_lib.Knowledge:
-  """Goal and trap exchanged in the round's own items; those carried over were exchanged when they were new."""
+  """Goal and trap exchanged in the round's own items; those carried over were exchanged when they
+  were new.
+  """
   own = lambda item: item.step != knowledge_lib.CARRIED
-  return knowledge_lib.Knowledge(tuple(dataclasses.replace(i, text=claims.swap_roles(i.text)) if own(i) else i for i in text.items))
+  return knowledge_lib.Knowledge(
+    tuple(
+      dataclasses.replace(i, text=claims.swap_roles(i.text)) if own(i) else i for i in text.items
+    )
+  )
 
 
 def _made_from(policy: Policy, texts: Sequence[str]) -> dict[str, str]:

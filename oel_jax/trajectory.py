@@ -85,7 +85,9 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """The prompt of one turn: `messages` ends with a user message. `id` names trajectory and turn, e.g. "r1-prefix-00017-2"."""
+  """The prompt of one turn: `messages` ends with a user message. `id` names trajectory and turn,
+  e.g. "r1-prefix-00017-2".
+  """
 
   id: str
   messages: tuple[Message, ...]
@@ -94,7 +96,9 @@ class Prefix:
 Record = Trajectory | Prefix | Mapping[str, Any]
 
 
-EMPTY = " "  # a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control of that name)
+# a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control
+# of that name)
+EMPTY = " "
 
 
 def knowledge_message(knowledge: str) -> Message:
@@ -111,15 +115,22 @@ def messages(turns: Iterable[Turn]) -> tuple[Message, ...]:
 
 
 def prefixes(trajectory: Trajectory) -> list[Prefix]:
-  """The prompts of all turns of a trajectory (OEL section 3: D is cut from deployed trajectories)."""
+  """The prompts of all turns of a trajectory (OEL section 3: D is cut from deployed
+  trajectories).
+  """
   return [
-      Prefix(f"{trajectory.id}-{t}", messages(trajectory.turns[:t]) + (Message("user", trajectory.turns[t].observation),))
-      for t in range(len(trajectory.turns))
+    Prefix(
+      f"{trajectory.id}-{t}",
+      messages(trajectory.turns[:t]) + (Message("user", trajectory.turns[t].observation),),
+    )
+    for t in range(len(trajectory.turns))
   ]
 
 
 def transcript(trajectory: Trajectory) -> str:
-  """The episode as plain text for the extractor: observations, answers without thinking, and how it ended."""
+  """The episode as plain text for the extractor: observations, answers without thinking, and how it
+  ended.
+  """
   parts = [f"{turn.observation}\nAnswer: {turn.answer}" for turn in trajectory.turns]
   return "\n".join(parts) + f"\nEnd of game:\n{trajectory.outcome}"
 
@@ -145,10 +156,12 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
 def append_jsonl(path: str | os.PathLike, record: Record) -> None:
   """Adds one line and syncs it to the disk, so that a crash loses at most the line being written.
 
-  If the file ends in half a line (a crash during an earlier append), the new line begins on a line of its own.
+  If the file ends in half a line (a crash during an earlier append), the new line begins on a line
+  of its own.
 
   Raises:
-    OSError: among others on a full disk, in words that name the file and what to do; the lines written before stay.
+    OSError: among others on a full disk, in words that name the file and what to do; the lines
+      written before stay.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +179,9 @@ def append_jsonl(path: str | os.PathLike, record: Record) -> None:
     raise explained(error, path) from error
 
 
-def read_trajectories(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> list[Trajectory]:
+def read_trajectories(
+  path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED
+) -> list[Trajectory]:
   """Reads trajectories in file order. Damaged lines are skipped and logged with file and line
   number.
 
@@ -191,11 +206,18 @@ def read_prefixes(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) 
 
 def _line(record: Record) -> str:
   if isinstance(record, Trajectory):
-    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name != "turns"}
-    record = fields | {"messages": [message for turn in record.turns for message in _turn_to_json(turn)]}
+    fields = {
+      field.name: getattr(record, field.name)
+      for field in dataclasses.fields(record)
+      if field.name != "turns"
+    }
+    record = fields | {
+      "messages": [message for turn in record.turns for message in _turn_to_json(turn)]
+    }
   elif isinstance(record, Prefix):
     record = dataclasses.asdict(record)
-  # A policy may sample half a surrogate pair, which UTF-8 cannot hold: one "?" rather than a lost episode.
+  # A policy may sample half a surrogate pair, which UTF-8 cannot hold: one "?" rather than a lost
+  # episode.
   text = json.dumps(
     schema.sealed({"schema": SCHEMA, **record}), ensure_ascii=False, allow_nan=False
   )
@@ -204,18 +226,20 @@ def _line(record: Record) -> str:
 
 def _turn_to_json(turn: Turn) -> list[dict[str, Any]]:
   return [
-      {"role": "user", "content": turn.observation},
-      {
-          "role": "assistant",
-          "content": turn.answer,
-          "thinking": turn.thinking,
-          "action": turn.action,
-          "response_tokens": turn.response_tokens,
-      },
+    {"role": "user", "content": turn.observation},
+    {
+      "role": "assistant",
+      "content": turn.answer,
+      "thinking": turn.thinking,
+      "action": turn.action,
+      "response_tokens": turn.response_tokens,
+    },
   ]
 
 
-def _read(path: str | os.PathLike, parse: Callable[[dict[str, Any]], Any], max_damaged: float) -> list:
+def _read(
+  path: str | os.PathLike, parse: Callable[[dict[str, Any]], Any], max_damaged: float
+) -> list:
   result, damaged = [], []
   for number, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), start=1):
     if not line.strip():
@@ -233,8 +257,9 @@ def _read(path: str | os.PathLike, parse: Callable[[dict[str, Any]], Any], max_d
   if len(damaged) > max_damaged * total:
     number, error = damaged[0]
     raise ValueError(
-        f"{path}: {len(damaged)} of {total} lines are damaged, more than {max_damaged:.0%} of them; the first is line {number}: {error}. "
-        "Repair or remove these lines"
+      f"{path}: {len(damaged)} of {total} lines are damaged, more than {max_damaged:.0%} of them; "
+      f"the first is line {number}: {error}. "
+      "Repair or remove these lines"
     )
   for number, error in damaged:
     logging.warning("%s:%d: skipped a damaged line: %s", path, number, error)
@@ -248,7 +273,10 @@ def _field(data: Any, name: str, *types: type) -> Any:
   if not isinstance(data, dict) or name not in data:
     raise ValueError(f"field {name!r} is missing")
   if type(data[name]) not in types:
-    raise ValueError(f"field {name!r} is {reprlib.repr(data[name])}: it must be of type {' or '.join(kind.__name__ for kind in types)}")
+    raise ValueError(
+      f"field {name!r} is {reprlib.repr(data[name])}: it must be of type "
+      f"{' or '.join(kind.__name__ for kind in types)}"
+    )
   return data[name]
 
 
@@ -256,16 +284,19 @@ def _trajectory(data: dict[str, Any]) -> Trajectory:
   lines = _field(data, "messages", list)
   roles = [_field(line, "role", str) for line in lines]
   if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-    raise ValueError(f"the roles of a trajectory's messages are {reprlib.repr(roles)}: they must be user and assistant in turn")
+    raise ValueError(
+      f"the roles of a trajectory's messages are {reprlib.repr(roles)}: they must be user and "
+      "assistant in turn"
+    )
   turns = tuple(
-      Turn(
-          observation=_field(user, "content", str),
-          thinking=_field(assistant, "thinking", str),
-          answer=_field(assistant, "content", str),
-          action=_field(assistant, "action", str),
-          response_tokens=_field(assistant, "response_tokens", int),
-      )
-      for user, assistant in zip(lines[::2], lines[1::2])
+    Turn(
+      observation=_field(user, "content", str),
+      thinking=_field(assistant, "thinking", str),
+      answer=_field(assistant, "content", str),
+      action=_field(assistant, "action", str),
+      response_tokens=_field(assistant, "response_tokens", int),
+    )
+    for user, assistant in zip(lines[::2], lines[1::2])
   )
   for number, turn in enumerate(turns):
     if turn.response_tokens < 0:
@@ -273,27 +304,34 @@ def _trajectory(data: dict[str, Any]) -> Trajectory:
         f"field 'response_tokens' of turn {number} is {turn.response_tokens}: it must be 0 or more"
       )
   if _field(data, "ended", str) not in ENDED:
-    raise ValueError(f"field 'ended' is {data['ended']!r}: it must be one of {', '.join(map(repr, ENDED))}")
+    raise ValueError(
+      f"field 'ended' is {data['ended']!r}: it must be one of {', '.join(map(repr, ENDED))}"
+    )
   return Trajectory(
-      id=_field(data, "id", str),
-      game=_field(data, "game", str),
-      seed=_field(data, "seed", int),
-      turns=turns,
-      outcome=_field(data, "outcome", str),
-      reward=float(_field(data, "reward", float, int)),
-      passed=_field(data, "passed", bool),
-      ended=data["ended"],
+    id=_field(data, "id", str),
+    game=_field(data, "game", str),
+    seed=_field(data, "seed", int),
+    turns=turns,
+    outcome=_field(data, "outcome", str),
+    reward=float(_field(data, "reward", float, int)),
+    passed=_field(data, "passed", bool),
+    ended=data["ended"],
   )
 
 
 def _prefix(data: dict[str, Any]) -> Prefix:
   result = Prefix(
-      _field(data, "id", str),
-      tuple(Message(_field(line, "role", str), _field(line, "content", str)) for line in _field(data, "messages", list)),
+    _field(data, "id", str),
+    tuple(
+      Message(_field(line, "role", str), _field(line, "content", str))
+      for line in _field(data, "messages", list)
+    ),
   )
   for message in result.messages:
     if message.role not in ("system", "user", "assistant"):
-      raise ValueError(f"a message's role is {message.role!r}: it must be 'system', 'user' or 'assistant'")
+      raise ValueError(
+        f"a message's role is {message.role!r}: it must be 'system', 'user' or 'assistant'"
+      )
   if not result.messages or result.messages[-1].role != "user":
     raise ValueError("the last message of a prefix must be the user's")
   return result

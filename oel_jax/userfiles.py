@@ -26,9 +26,9 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 ROLES = ("system", "user", "assistant")
 # What a log may hold beside a conversation that is no part of what the model reads.
 HARMLESS = {
-    "schema", "id", "messages", "digest", "metadata", "model", "created", "created_at", "timestamp",
-    "source", "dataset", "split", "tags", "language", "user", "store", "stream", "n", "seed",
-    "temperature", "top_p", "max_tokens", "max_completion_tokens",
+  "schema", "id", "messages", "digest", "metadata", "model", "created", "created_at", "timestamp",
+  "source", "dataset", "split", "tags", "language", "user", "store", "stream", "n", "seed",
+  "temperature", "top_p", "max_tokens", "max_completion_tokens",
 }  # fmt: skip
 _modules = itertools.count()
 
@@ -45,7 +45,7 @@ def read_text(path: str, field: str) -> str:
   file = files.local(path, f"config.distill.{field}")
   if file.suffix.lower() in COMPRESSED:
     raise ValueError(
-        f"config.distill.{field} is {path!r}, which is compressed: it must be unpacked"
+      f"config.distill.{field} is {path!r}, which is compressed: it must be unpacked"
     )
   try:
     text = file.read_bytes().decode("utf-8-sig")
@@ -85,8 +85,8 @@ def read_prompts(path: str, field: str) -> list[Prefix]:
     found = [_conversation(value, place, name(number)) for number, place, value in values]
   else:
     raise ValueError(
-        f"config.distill.{field} is {path!r}: the name must end in {' or '.join(TEXT)} (one user "
-        f"message a line), {', '.join(LINES)} (one conversation a line) or .json (an array of them)"
+      f"config.distill.{field} is {path!r}: the name must end in {' or '.join(TEXT)} (one user "
+      f"message a line), {', '.join(LINES)} (one conversation a line) or .json (an array of them)"
     )
   if not found:
     raise ValueError(f"config.distill.{field}: {path} holds no prompts")
@@ -137,7 +137,7 @@ def _refuse_json(line: str, place: str) -> None:
     return
   if "messages" in value:
     raise ValueError(
-        f"{place}: a conversation as JSON among user messages: the file's name must end in .jsonl"
+      f"{place}: a conversation as JSON among user messages: the file's name must end in .jsonl"
     )
 
 
@@ -152,7 +152,7 @@ def _conversation(value: Any, place: str, name: str) -> Prefix:
     shown = reprlib.repr(given)
     raise ValueError(f'{place}: "messages" is {shown}: it must be a list that is not empty')
   messages = tuple(
-      _message(each, f"{place}, message {number}") for number, each in enumerate(given, start=1)
+    _message(each, f"{place}, message {number}") for number, each in enumerate(given, start=1)
   )
   if messages[-1].role != "user":
     last = messages[-1].role
@@ -187,8 +187,8 @@ def _refuse_more(value: dict[str, Any], known: set[str], place: str) -> None:
   for name, inner in value.items():
     if name not in known and inner not in (None, "", [], {}):
       raise ValueError(
-          f'{place}: "{name}" is {reprlib.repr(inner)}, which is not read here and would be lost: '
-          "take it out if the prompt does without it, or leave the conversation out"
+        f'{place}: "{name}" is {reprlib.repr(inner)}, which is not read here and would be lost: '
+        "take it out if the prompt does without it, or leave the conversation out"
       )
 
 
@@ -230,8 +230,8 @@ def read_check(name: str, field: str = "obeys") -> Callable[[str], bool]:
       raise ValueError(f"{told}: it fails for the answer {shown} ({reason})") from error
     if not isinstance(result, (bool, np.bool_)):
       raise ValueError(
-          f"{told}: for the answer {reprlib.repr(answer)} it returns {reprlib.repr(result)}: "
-          "it must be True or False"
+        f"{told}: for the answer {reprlib.repr(answer)} it returns {reprlib.repr(result)}: "
+        "it must be True or False"
       )
     return bool(result)
 

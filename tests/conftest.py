@@ -1,4 +1,6 @@
-"""Gives every test eight host devices. XLA reads the flag once, so it must stand before the first import of jax."""
+"""Gives every test eight host devices. XLA reads the flag once, so it must stand before the first
+import of jax.
+"""
 
 import os
 
@@ -10,17 +12,24 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def fixture_compile_once(tmp_path_factory):
-  """What one test has compiled is loaded by the others: many make the same step anew, each in a jit of its own."""
+  """What one test has compiled is loaded by the others: many make the same step anew, each in a jit
+  of its own.
+  """
   jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-  """Runs tests marked gpu only where -m names gpu (-m slow does not), and stops there if JAX finds no GPU: nothing tested is no success."""
+  """Runs tests marked gpu only where -m names gpu (-m slow does not), and stops there if JAX finds
+  no GPU: nothing tested is no success.
+  """
   needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
   if needs_gpu and "gpu" not in config.option.markexpr:
     config.hook.pytest_deselected(items=needs_gpu)
     items[:] = [item for item in items if item not in needs_gpu]
   elif needs_gpu and jax.default_backend() != "gpu":
-    raise pytest.UsageError(f"{len(needs_gpu)} tests need a GPU (-m {config.option.markexpr}), but JAX finds none: its backend is {jax.default_backend()}")
+    raise pytest.UsageError(
+      f"{len(needs_gpu)} tests need a GPU (-m {config.option.markexpr}), but JAX finds none: its "
+      f"backend is {jax.default_backend()}"
+    )

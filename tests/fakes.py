@@ -4,7 +4,9 @@ import functools
 
 
 def in_turns(sample):
-  """Gives a policy's `sample` the argument `reply`: all answer, then those who are given something further, and so on."""
+  """Gives a policy's `sample` the argument `reply`: all answer, then those who are given something
+  further, and so on.
+  """
 
   @functools.wraps(sample)
   def sampled(self, prompts, seeds, *, reply=None, **how):
@@ -14,7 +16,11 @@ def in_turns(sample):
       following = {i: reply(i, ids) for i, ids in last.items()}
       following = {i: given for i, given in following.items() if given}
       asked, drawn = zip(*following.values(), strict=True) if following else ((), ())
-      last = dict(zip(following, sample(self, list(asked), list(drawn), **how) if following else (), strict=True))
+      last = dict(
+        zip(
+          following, sample(self, list(asked), list(drawn), **how) if following else (), strict=True
+        )
+      )
       answers |= last
     return list(answers.values())
 

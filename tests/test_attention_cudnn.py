@@ -1,4 +1,5 @@
-"""cuDNN's attention, value and gradients, on scores as real models have them, beside the plain form.
+"""cuDNN's attention, value and gradients, on scores as real models have them, beside the plain
+form.
 
 Real models differ from normal random numbers: the key biases of Qwen2.5 (354 in its 1.5B) put all
 scores of a head hundreds above or below 0, and one key may take all of the softmax.
@@ -18,11 +19,11 @@ pytestmark = pytest.mark.gpu
 SCORES = ("even", "far below 0", "far above 0", "drifting", "one key takes all")
 LENGTHS = (2, 32, 34, 64, 66, 96, 128, 160, 190, 192, 224, 320, 448)
 HEADS = {  # query heads, key-value heads, size
-    "qwen2.5-1.5b": (12, 2, 128),
-    "qwen2.5-0.5b": (14, 2, 64),
-    "qwen3-1.7b": (16, 8, 128),
-    "qwen3-4b": (32, 8, 128),
-    "smollm2-135m": (9, 3, 64),
+  "qwen2.5-1.5b": (12, 2, 128),
+  "qwen2.5-0.5b": (14, 2, 64),
+  "qwen3-1.7b": (16, 8, 128),
+  "qwen3-4b": (32, 8, 128),
+  "smollm2-135m": (9, 3, 64),
 }
 NAMES = ("value", "in queries", "in keys", "in values")
 
@@ -42,7 +43,9 @@ def arrays(T, heads):
 
 
 def segments(T, packed):
-  """Two samples a row and padding behind them; one sample only, and little padding, if not packed."""
+  """Two samples a row and padding behind them; one sample only, and little padding, if not
+  packed.
+  """
   if not packed:
     return np.broadcast_to(np.arange(T) < max(1, T - 3), (len(SCORES), T)).astype(np.int32)
   first, second = max(1, T // 3), max(1, T - T // 4)
@@ -60,9 +63,13 @@ def value_and_gradients(q, k, v, g, segments_BxT, path, dtype):
 
 
 def errors(found, wanted):
-  """[array, row]: the norm of the difference over the norm of what is wanted, or over 1 if that is larger."""
+  """[array, row]: the norm of the difference over the norm of what is wanted, or over 1 if that is
+  larger.
+  """
   norm = lambda x: np.sqrt(np.square(np.float64(x)).reshape(len(SCORES), -1).sum(1))
-  return np.array([norm(a - b) / np.maximum(norm(b), 1) for a, b in zip(found, wanted, strict=True)])
+  return np.array(
+    [norm(a - b) / np.maximum(norm(b), 1) for a, b in zip(found, wanted, strict=True)]
+  )
 
 
 def compare(T, heads, path):
@@ -70,13 +77,24 @@ def compare(T, heads, path):
   found = jax.device_get(value_and_gradients(*given, path, jnp.bfloat16))
   with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
     given = jax.device_put(given, jax.devices("cpu")[0])
-    plain, wanted = (jax.device_get(value_and_gradients(*given, "xla", x)) for x in (jnp.bfloat16, jnp.float32))
+    plain, wanted = (
+      jax.device_get(value_and_gradients(*given, "xla", x)) for x in (jnp.bfloat16, jnp.float32)
+    )
   for name, array in zip(NAMES, found, strict=True):
-    assert np.isfinite(array).all(), f"{name}: not finite in rows {np.argwhere(~np.isfinite(array))[:5].tolist()}"
+    assert np.isfinite(array).all(), (
+      f"{name}: not finite in rows {np.argwhere(~np.isfinite(array))[:5].tolist()}"
+    )
   ours, plain = errors(found, wanted), errors(plain, wanted)
   ratios = ours / np.maximum(plain, 2**-8)
   for i, name in enumerate(NAMES):
-    print(T, heads, path, name, *(f"{row}: {a:.1e} / {b:.1e}" for row, a, b in zip(SCORES, ours[i], plain[i])), sep=" | ")
+    print(
+      T,
+      heads,
+      path,
+      name,
+      *(f"{row}: {a:.1e} / {b:.1e}" for row, a, b in zip(SCORES, ours[i], plain[i])),
+      sep=" | ",
+    )
   assert ratios.max() <= 1.5, (T, heads, path, ratios.round(2).tolist())
 
 
@@ -107,7 +125,11 @@ def test_a_prefix_is_joined_as_right_as_in_the_plain_form(path, P):
   @functools.partial(jax.jit, static_argnames=("path", "dtype"))
   def run(q, k, v, prefix_k, prefix_v, mask, length, path, dtype):
     q, k, v, prefix_k, prefix_v = (x.astype(dtype) for x in (q, k, v, prefix_k, prefix_v))
-    return [attention.attend_with_prefix(q, (k, v), (prefix_k, prefix_v), mask, length, path).astype(jnp.float32)]
+    return [
+      attention.attend_with_prefix(q, (k, v), (prefix_k, prefix_v), mask, length, path).astype(
+        jnp.float32
+      )
+    ]
 
   given = q, k, v, prefix_k, prefix_v, mask, length
   found = jax.device_get(run(*given, path, jnp.bfloat16))
@@ -116,5 +138,10 @@ def test_a_prefix_is_joined_as_right_as_in_the_plain_form(path, P):
     plain, wanted = (jax.device_get(run(*given, "xla", x)) for x in (jnp.bfloat16, jnp.float32))
   assert np.isfinite(found[0]).all()
   ours, plain = errors(found, wanted), errors(plain, wanted)
-  print(P, path, *(f"{row}: {a:.1e} / {b:.1e}" for row, a, b in zip(SCORES, ours[0], plain[0])), sep=" | ")
+  print(
+    P,
+    path,
+    *(f"{row}: {a:.1e} / {b:.1e}" for row, a, b in zip(SCORES, ours[0], plain[0])),
+    sep=" | ",
+  )
   assert (ours / np.maximum(plain, 2**-8)).max() <= 1.5, (ours, plain)

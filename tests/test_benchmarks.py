@@ -1,4 +1,6 @@
-"""The benchmarks run, tiny, on a CPU, and count what they divide by; their figures come from a GPU."""
+"""The benchmarks run, tiny, on a CPU, and count what they divide by; their figures come from a
+GPU.
+"""
 
 import importlib
 import json
@@ -18,7 +20,9 @@ def fixture_script(monkeypatch):
     sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name, arguments, rows", [("loss", ["--tiny"], 7), ("step", ["tiny", "--growth"], 2)])
+@pytest.mark.parametrize(
+  "name, arguments, rows", [("loss", ["--tiny"], 7), ("step", ["tiny", "--growth"], 2)]
+)
 def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, arguments, rows):
   script(name).main([*arguments, f"--json={tmp_path / 'found.json'}"])
   found = json.loads((tmp_path / "found.json").read_text())
@@ -30,11 +34,15 @@ def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, ar
 def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path):
   script("loading").main(["--architecture=pocket-tiny", f"--json={tmp_path / 'found.json'}"])
   (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
-  assert row["s"] > 0 and row["host GiB"] > 0 and row["model GiB"] > 2 * row["largest tensor GiB"] > 0
+  assert (
+    row["s"] > 0 and row["host GiB"] > 0 and row["model GiB"] > 2 * row["largest tensor GiB"] > 0
+  )
 
 
 def test_flops_of_a_step_are_the_published_ones(script):
-  """Qwen3-1.7B, 64 x (600 + 1024), knowledge 2048: about 1.9 s of matrix work at 790 TFLOP/s, of which a fifth is the teacher's."""
+  """Qwen3-1.7B, 64 x (600 + 1024), knowledge 2048: about 1.9 s of matrix work at 790 TFLOP/s, of
+  which a fifth is the teacher's.
+  """
   step = script("step")
   work = step.WORK["1.7b"]
   teacher, update = step.flops(work, step.architecture_lib.named(work.architecture))

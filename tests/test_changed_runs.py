@@ -263,7 +263,8 @@ def test_more_steps_are_for_the_last_round(make_loop, tmp_path, caplog, noted):
   write_jsonl(tmp_path / "round_2/user/trajectories.jsonl", [])
   with pytest.raises(
     ValueError,
-    match="steps is 6, round 1 has been trained for 4, and round 2 was built on those .* set it to 4",
+    match="steps is 6, round 1 has been trained for 4, and round 2 was built on those .* set it to "
+    "4",
   ):
     longer.check(Player())
   assert bits(tmp_path / "round_1") == before

@@ -1,4 +1,6 @@
-"""Hugging Face tokenizers: ids as the template makes them, knowledge that changes nothing else, and text that stays text (traps 13 to 16, 40)."""
+"""Hugging Face tokenizers: ids as the template makes them, knowledge that changes nothing else, and
+text that stays text (traps 13 to 16, 40).
+"""
 
 import copy
 import datetime
@@ -12,11 +14,27 @@ from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.trajectory import Message, knowledge_message
 
 PLAYED = (
-    Message("user", "You are playing a game.\n\nCurrent Board:\n|  P  |  H  |\n"), Message("assistant", "[up]\n[down]"),
-    Message("user", "  wall.  "), Message("assistant", ""), Message("user", "Über 12 naïve Œufs – 東京 🙂\n\n\n\tend"),
-)  # fmt: skip
-TEXTS = ("H is a hole.", "- EXPERIENCE ITEM: H is a hole.\n- EXPERIENCE ITEM: G is the goal!", "東京", "42", " ", "ends in space \n\n")
-CONTROL = sorted({token for family in families.FAMILIES for token in families.tokenizer(family).added_tokens_encoder})
+  Message("user", "You are playing a game.\n\nCurrent Board:\n|  P  |  H  |\n"),
+  Message("assistant", "[up]\n[down]"),
+  Message("user", "  wall.  "),
+  Message("assistant", ""),
+  Message("user", "Über 12 naïve Œufs – 東京 🙂\n\n\n\tend"),
+)
+TEXTS = (
+  "H is a hole.",
+  "- EXPERIENCE ITEM: H is a hole.\n- EXPERIENCE ITEM: G is the goal!",
+  "東京",
+  "42",
+  " ",
+  "ends in space \n\n",
+)
+CONTROL = sorted(
+  {
+    token
+    for family in families.FAMILIES
+    for token in families.tokenizer(family).added_tokens_encoder
+  }
+)
 
 
 @pytest.fixture(params=families.FAMILIES)
@@ -33,18 +51,22 @@ def by_template(family, messages, thinking=True):
   conversation = [{"role": message.role, "content": message.content} for message in messages]
   options = dict(add_generation_prompt=True, enable_thinking=thinking)
   options |= {"date_string": "01 Jan 2025"} if family == "llama3" else {}
-  return families.tokenizer(family).apply_chat_template(conversation, tokenize=True, return_dict=False, **options)
+  return families.tokenizer(family).apply_chat_template(
+    conversation, tokenize=True, return_dict=False, **options
+  )
 
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_the_ids_are_the_templates(family, length, thinking):
-  assert wrapped(family).chat(PLAYED[:length], thinking=thinking) == by_template(family, PLAYED[:length], thinking)
+  assert wrapped(family).chat(PLAYED[:length], thinking=thinking) == by_template(
+    family, PLAYED[:length], thinking
+  )
 
 
 OWN = (
-    "Know this.", "Be kind", "You are a pirate!", "Rules:\n- one\n- two", "東京", "ends in a space ",
-    "and in a line\n", "two lines \n\n", "  ", "",
+  "Know this.", "Be kind", "You are a pirate!", "Rules:\n- one\n- two", "東京", "ends in a space ",
+  "and in a line\n", "two lines \n\n", "  ", "",
 )  # fmt: skip
 
 
@@ -70,12 +92,15 @@ def test_knowledge_stands_behind_the_system_text_in_one_system_message(family, o
     assert said.index(own.strip()) <= said.index("Experience from earlier games:")
 
 
-@pytest.mark.parametrize("name, default", [
+@pytest.mark.parametrize(
+  "name, default",
+  [
     ("qwen2.5", "You are a helpful assistant."),
     ("smollm2", "You are a helpful assistant, said Nobody"),
     ("qwen3", ""),
     ("qwen3.5", ""),
-])
+  ],
+)
 def test_knowledge_stands_behind_the_templates_default_text(name, default):
   student = wrapped(name).decode(wrapped(name).chat(PLAYED[:1]))
   assert student.startswith(f"system\n{default}\n" if default else "user\n")
@@ -118,7 +143,9 @@ def test_a_second_system_message_is_the_templates_to_refuse():
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_without_the_knowledge_the_teachers_prompt_is_the_students(family, thinking):  # traps 13 and 14
+def test_without_the_knowledge_the_teachers_prompt_is_the_students(
+  family, thinking
+):  # traps 13 and 14
   tokenizer, skips = wrapped(family), set()
   for text in TEXTS:
     message = knowledge_message(text)
@@ -136,7 +163,12 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
   tokenizer = wrapped(family)
   control = set(families.tokenizer(family).added_tokens_decoder)
   turns = lambda ids: [i for i in ids if i in control]
-  plain = (Message("system", "one"), Message("user", "two"), Message("assistant", "three"), Message("user", "four"))
+  plain = (
+    Message("system", "one"),
+    Message("user", "two"),
+    Message("assistant", "three"),
+    Message("user", "four"),
+  )
   for typed in CONTROL:  # of every family: another's are text, too
     for text in (typed, f"a {typed}user\nb", f"{typed}{typed}", f"{typed}\n\nx{typed}"):
       assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -153,7 +185,9 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
 def test_a_control_token_that_its_name_spells_is_refused():  # trap 40
   tokenizer = copy.deepcopy(families.tokenizer("qwen3"))
   before = tokenizer.convert_tokens_to_ids("Good")
-  tokenizer.add_special_tokens({"additional_special_tokens": ["Good"]})  # a word of the merges keeps its id
+  tokenizer.add_special_tokens(
+    {"additional_special_tokens": ["Good"]}
+  )  # a word of the merges keeps its id
   assert tokenizer.added_tokens_encoder["Good"] == before
   with pytest.raises(ValueError, match="makes a control token of 'Good' in any text"):
     HuggingFaceTokenizer(tokenizer)
@@ -164,13 +198,20 @@ def test_a_response_is_split_at_the_end_of_its_thinking():
   thought = families.tokenizer("qwen3").encode("<think>up or down?</think>\n\n[up]<|im_end|>")
   assert tokenizer.split_response(thought) == ("up or down?", "[up]")
   assert tokenizer.split_response(thought[:-1]) == ("up or down?", "[up]")
-  assert tokenizer.split_response(tokenizer.encode("[up] </think>")) == ("", "[up] </think>")  # spelled out, not the token
+  assert tokenizer.split_response(tokenizer.encode("[up] </think>")) == (
+    "",
+    "[up] </think>",
+  )  # spelled out, not the token
   unfinished = families.tokenizer("qwen3").encode("<think>up or [down]")
   assert tokenizer.split_response(unfinished) == ("up or [down]", "")
   opened = wrapped("qwen3-thinking")  # its prompt ends with <think>
-  assert opened.split_response(families.tokenizer("qwen3-thinking").encode("hm [down]</think>[up]")) == ("hm [down]", "[up]")
+  assert opened.split_response(
+    families.tokenizer("qwen3-thinking").encode("hm [down]</think>[up]")
+  ) == ("hm [down]", "[up]")
   assert opened.split_response(opened.encode("hm [down]")) == ("hm [down]", "")
-  assert wrapped("llama3").split_response(families.tokenizer("llama3").encode("[up]<|eot_id|>")) == ("", "[up]")
+  assert wrapped("llama3").split_response(
+    families.tokenizer("llama3").encode("[up]<|eot_id|>")
+  ) == ("", "[up]")
 
 
 def test_thinking_that_the_template_closed_is_not_open():
@@ -179,23 +220,33 @@ def test_thinking_that_the_template_closed_is_not_open():
   assert tokenizer.split_response(tokenizer.encode("[up]"), thinking=False) == ("", "[up]")
 
 
-def test_a_folder_gives_every_end_of_a_response_and_takes_the_tokenizer_back(family, tmp_path):  # trap 15
+def test_a_folder_gives_every_end_of_a_response_and_takes_the_tokenizer_back(
+  family, tmp_path
+):  # trap 15
   own, told = families.tokenizer(family), wrapped(family)
   told.save(tmp_path)
   first = HuggingFaceTokenizer.from_folder(tmp_path)
   assert first.chat(PLAYED) == told.chat(PLAYED) and first.eos_ids == told.eos_ids
-  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, own.eos_token_id]}))
+  (tmp_path / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": [7, own.eos_token_id]})
+  )
   again = HuggingFaceTokenizer.from_folder(tmp_path)
   assert again.eos_ids == (7, own.eos_token_id)
   assert again.pad_id == (7 if own.pad_token_id is None else own.pad_token_id)
   assert again.vocabulary == len(own)
 
 
-@pytest.mark.parametrize("generation, config, right", [
-    (None, [7, 8], [7, 8]), (None, 9, [9]), (None, None, []), ({}, [7], [7]),
+@pytest.mark.parametrize(
+  "generation, config, right",
+  [
+    (None, [7, 8], [7, 8]),
+    (None, 9, [9]),
+    (None, None, []),
+    ({}, [7], [7]),
     ({"eos_token_id": None}, 7, [7]),
     ({"eos_token_id": 5}, [7, 8], [5]),  # config.json may hold a family's default
-])  # fmt: skip
+  ],
+)
 def test_the_ends_are_of_the_first_file_that_declares_any(generation, config, right, tmp_path):
   wrapped("qwen3").save(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "eos_token_id": config}))
@@ -218,18 +269,30 @@ def test_an_end_that_is_no_id_is_named(name, value, tmp_path):
 def test_the_end_of_an_answer_is_the_templates_though_the_tokenizer_names_another(tmp_path):
   wrapped("qwen3").save(tmp_path)
   fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields | {"eos_token": "<|endoftext|>"}))
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps(fields | {"eos_token": "<|endoftext|>"})
+  )
   ids = families.tokenizer("qwen3").convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
   assert list(HuggingFaceTokenizer.from_folder(tmp_path).eos_ids) == ids
 
 
-@pytest.mark.parametrize("template, told", [
-  (None, "has no chat template"),
-  ("{{ messages[0].content }}", "leaves out the user message"),
-  ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "repeats the"),
-  ("{% for m in messages %}{{ raise_exception('only users speak') if m.role == 'system' }}{{ m.content }}{% endfor %}", "only users speak"),
-  ("{% for m in messages %}{{ messages|length }}{{ m.content }}<|im_end|>{% endfor %}", "changes the prompt"),
-])
+@pytest.mark.parametrize(
+  "template, told",
+  [
+    (None, "has no chat template"),
+    ("{{ messages[0].content }}", "leaves out the user message"),
+    ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "repeats the"),
+    (
+      "{% for m in messages %}{{ raise_exception('only users speak') if m.role == 'system' }}{{ "
+      "m.content }}{% endfor %}",
+      "only users speak",
+    ),
+    (
+      "{% for m in messages %}{{ messages|length }}{{ m.content }}<|im_end|>{% endfor %}",
+      "changes the prompt",
+    ),
+  ],
+)
 def test_templates_that_cannot_be_followed_are_refused(template, told, tmp_path):
   wrapped("qwen3").save(tmp_path)
   path = tmp_path / "chat_template.jinja"

@@ -1,4 +1,6 @@
-"""Checkpoints: bit for bit, on other numbers of devices, after damage, after a kill, with a disk that takes no more."""
+"""Checkpoints: bit for bit, on other numbers of devices, after damage, after a kill, with a disk
+that takes no more.
+"""
 
 import fractions
 import json
@@ -13,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from oel_jax.runtime import checksum
 from oel_jax.runtime.checkpoint import Checkpoints
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
-# Run by other processes, each with its own number of devices: the same state is computed there and here.
+# Run by other processes, each with its own number of devices: the same state is computed there and
+# here.
 SCRIPT = """
 import sys, jax, jax.numpy as jnp, ml_collections, numpy as np
 from oel_jax.runtime import mesh as mesh_lib
@@ -28,24 +32,29 @@ from oel_jax.runtime.checkpoint import Checkpoints
 from tests.test_checkpoint import OPTIMIZER
 
 def init(seed):
-  params = {"embed": {"embedding": jnp.sin(jnp.arange(64 * 16.0) * seed).reshape(64, 16)}, "norm": {"scale": jnp.ones(16) / seed}}
+  embedding = jnp.sin(jnp.arange(64 * 16.0) * seed).reshape(64, 16)
+  params = {"embed": {"embedding": embedding}, "norm": {"scale": jnp.ones(16) / seed}}
   opt_state = OPTIMIZER.init(params)
   grads = jax.tree.map(lambda p: jnp.cos(p), params)
-  return {"params": params, "opt_state": OPTIMIZER.update(grads, opt_state, params)[1], "step": jnp.int32(seed)}
+  opt_state = OPTIMIZER.update(grads, opt_state, params)[1]
+  return {"params": params, "opt_state": opt_state, "step": jnp.int32(seed)}
 
 command, directory, fsdp, tensor = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 mesh = mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=-1, fsdp=fsdp, tensor=tensor)))
 with Checkpoints(directory) as checkpoints:
   if command == "save":
     checkpoints.save(7, mesh_lib.sharded_init(init, mesh, 7), {"iterator": {"next": 11}})
-    np.savez(directory + ".npz", *[np.asarray(leaf) for leaf in jax.tree.leaves(mesh_lib.sharded_init(init, mesh, 7))])
+    made = jax.tree.leaves(mesh_lib.sharded_init(init, mesh, 7))
+    np.savez(directory + ".npz", *[np.asarray(leaf) for leaf in made])
   else:
     abstract = mesh_lib.abstract_init(init, mesh, 7)
     step, state, extra = checkpoints.restore(abstract)
     assert step == 7 and extra == {"iterator": {"next": 11}}
     expected = np.load(directory + ".npz")
-    for i, (leaf, wanted) in enumerate(zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)):
-      assert leaf.sharding == wanted.sharding and leaf.dtype == expected[f"arr_{i}"].dtype, (i, leaf.sharding)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)
+    for i, (leaf, wanted) in enumerate(pairs):
+      assert leaf.sharding == wanted.sharding, (i, leaf.sharding)
+      assert leaf.dtype == expected[f"arr_{i}"].dtype, i
       assert np.asarray(leaf).tobytes() == expected[f"arr_{i}"].tobytes(), i
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
 print(len(jax.devices()), "devices: done")
@@ -53,24 +62,47 @@ print(len(jax.devices()), "devices: done")
 
 
 def run(script: str, *args, devices: int = 1) -> subprocess.CompletedProcess:
-  env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu",
-             PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
-  return subprocess.run([sys.executable, "-c", script, *map(str, args)], env=env, capture_output=True, text=True, timeout=120)
+  env = dict(
+    os.environ,
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    JAX_PLATFORMS="cpu",
+    PYTHONPATH=str(pathlib.Path(__file__).parents[1]),
+  )
+  return subprocess.run(
+    [sys.executable, "-c", script, *map(str, args)],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
 
 
 def make_state(seed: int):
-  params = {"a": {"b": jnp.sin(jnp.arange(600.0).reshape(30, 20) * seed)}, "c": jnp.arange(7.0) / seed}
+  params = {
+    "a": {"b": jnp.sin(jnp.arange(600.0).reshape(30, 20) * seed)},
+    "c": jnp.arange(7.0) / seed,
+  }
   opt_state = OPTIMIZER.init(params)
-  return {"params": params, "opt_state": OPTIMIZER.update(params, opt_state, params)[1], "step": jnp.int32(seed)}
+  return {
+    "params": params,
+    "opt_state": OPTIMIZER.update(params, opt_state, params)[1],
+    "step": jnp.int32(seed),
+  }
 
 
 def abstract(state):
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+  )
 
 
 def same_bits(a, b) -> bool:
   assert jax.tree.structure(a) == jax.tree.structure(b)
-  return jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b))
+  return jax.tree.all(
+    jax.tree.map(
+      lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b
+    )
+  )
 
 
 def test_saved_on_eight_devices_restored_on_one_and_on_four(tmp_path):  # trap 29
@@ -133,17 +165,29 @@ def test_any_damaged_file_gives_the_same_bits_or_the_checkpoint_before(tmp_path,
         changed[int(len(data) * fractions.Fraction(damage.removeprefix("flip at ")))] ^= 4
         (directory / name).write_bytes(changed)
       else:
-        (directory / name).write_bytes(data[:len(data) // 2] if damage == "cut" else bytes(len(data)))
+        (directory / name).write_bytes(
+          data[: len(data) // 2] if damage == "cut" else bytes(len(data))
+        )
       caplog.clear()
       with Checkpoints(directory) as checkpoints:
         restored = checkpoints.restore(abstract(make_state(1)))
         assert restored is not None and restored.step in (10, 20), (name, damage)
-        assert same_bits(restored.state, make_state(restored.step)) and restored.extra == {"step": restored.step}, (name, damage)
+        assert same_bits(restored.state, make_state(restored.step)) and restored.extra == {
+          "step": restored.step
+        }, (name, damage)
         if restored.step == 10:
           skipped.add((name.name, damage))
-          assert "unfinished or damaged checkpoint skipped" in caplog.text and str(directory / "20") in caplog.text
+          assert (
+            "unfinished or damaged checkpoint skipped" in caplog.text
+            and str(directory / "20") in caplog.text
+          )
           assert list(directory.glob("20.damaged-*")), "damaged data is kept"
-  assert {("_METADATA", "cut"), ("_METADATA", "gone"), ("metadata", "cut"), ("metadata", "gone")} <= skipped
+  assert {
+    ("_METADATA", "cut"),
+    ("_METADATA", "gone"),
+    ("metadata", "cut"),
+    ("metadata", "gone"),
+  } <= skipped
   assert any(len(name) == 32 and damage.startswith("flip") for name, damage in skipped), (
     "array data was damaged too"
   )
@@ -167,9 +211,13 @@ def test_another_model_is_an_error_and_harms_nothing(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(10, make_state(10))
   like = abstract(make_state(1))
-  like["params"]["c"] = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=like["params"]["c"].sharding)
+  like["params"]["c"] = jax.ShapeDtypeStruct(
+    (8,), jnp.float32, sharding=like["params"]["c"].sharding
+  )
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(ValueError, match=r"holds float32\[7\] at params/c, where this run has float32\[8\]"):
+    with pytest.raises(
+      ValueError, match=r"holds float32\[7\] at params/c, where this run has float32\[8\]"
+    ):
       checkpoints.restore(like)
     del like["params"]["c"]
     with pytest.raises(ValueError, match=r"params/c, where this run has nothing"):
@@ -192,12 +240,21 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_killed_while_writing(tmp_path, delay):
   assert run(KILLED, tmp_path, delay).returncode == -9
-  like = {"x": jax.ShapeDtypeStruct((4_000_000,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+  like = {
+    "x": jax.ShapeDtypeStruct(
+      (4_000_000,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+  }
   with Checkpoints(tmp_path) as checkpoints:
     restored = checkpoints.restore(like)
-    np.testing.assert_array_equal(np.asarray(restored.state["x"]), np.arange(4_000_000.0, dtype=np.float32) + (restored.step - 1))
+    np.testing.assert_array_equal(
+      np.asarray(restored.state["x"]),
+      np.arange(4_000_000.0, dtype=np.float32) + (restored.step - 1),
+    )
     checkpoints.save(3, restored.state)
-  assert sorted(path.name for path in tmp_path.iterdir()) == [str(restored.step), "3"], "leftovers of the killed process are removed"
+  assert sorted(path.name for path in tmp_path.iterdir()) == [str(restored.step), "3"], (
+    "leftovers of the killed process are removed"
+  )
 
 
 FULL = """
@@ -207,9 +264,11 @@ noise = jax.device_put(np.random.default_rng(0).normal(size=400_000).astype(np.f
 with Checkpoints(sys.argv[1]) as checkpoints:
   checkpoints.save(1, {"x": jnp.ones(400_000)})
   checkpoints.wait()
-  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # stands for a disk that takes no more
+  # Stands for a disk that takes no more.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
   try:
-    checkpoints.save(2, {"x": noise})  # written in the background: the error comes with the next call
+    # Written in the background: the error comes with the next call.
+    checkpoints.save(2, {"x": noise})
     checkpoints.wait()
   except OSError as error:
     print("told:", error)
@@ -220,7 +279,9 @@ print("left:", *Checkpoints(sys.argv[1]).steps())
 def test_a_background_error_is_one_clear_error_and_the_checkpoint_before_stays(tmp_path):
   result = run(FULL, tmp_path)
   told = [line for line in result.stdout.splitlines() if line.startswith("told:")]
-  assert len(told) == 1 and "could not write the checkpoint of step 2" in told[0], result.stdout + result.stderr
+  assert len(told) == 1 and "could not write the checkpoint of step 2" in told[0], (
+    result.stdout + result.stderr
+  )
   assert str(tmp_path) in told[0] and "Traceback" not in result.stderr
   assert "left: 1" in result.stdout, result.stdout + result.stderr
 
@@ -231,8 +292,12 @@ def test_restores_onto_a_placement_across_devices(tmp_path):
   spread = NamedSharding(mesh, P("data"))
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state)
-    restored = checkpoints.restore({"x": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=spread)}).state["x"]
-  assert restored.sharding == spread and {shard.data.shape for shard in restored.addressable_shards} == {(1, 4)}
+    restored = checkpoints.restore(
+      {"x": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=spread)}
+    ).state["x"]
+  assert restored.sharding == spread and {
+    shard.data.shape for shard in restored.addressable_shards
+  } == {(1, 4)}
   np.testing.assert_array_equal(np.asarray(restored), np.asarray(state["x"]))
 
 
@@ -254,17 +319,19 @@ def checksum_by_hand(array) -> int:
   return sum(mix(word ^ mix(i)) for i, word in enumerate(words)) % 2**32
 
 
-@pytest.mark.parametrize("array", [
+@pytest.mark.parametrize(
+  "array",
+  [
     np.random.default_rng(0).normal(size=(5, 3, 7)).astype(np.float32),
     np.arange(70001, dtype=np.int32),
     np.array(jnp.arange(9, dtype=jnp.bfloat16)),
     np.array([True, False, True]),
-    np.array(7,
-    np.int32),
-    np.zeros((0, 3),
-    np.float32),
+    np.array(7, np.int32),
+    np.zeros((0, 3), np.float32),
     np.arange(6.0).reshape(2, 3),
-], ids=lambda array: f"{array.dtype}{list(array.shape)}")
+  ],
+  ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
 def test_a_checksum_is_its_description_on_the_host_and_on_a_device(array):
   wanted = checksum_by_hand(array)
   assert checksum.checksums({"a": array}) == {"a": f"{wanted:08x}"}

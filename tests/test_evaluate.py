@@ -1,4 +1,6 @@
-"""Rates and intervals against brute force, summaries of hand-made games, leaks (trap 42), and retention measured on oracles."""
+"""Rates and intervals against brute force, summaries of hand-made games, leaks (trap 42), and
+retention measured on oracles.
+"""
 
 import math
 import re
@@ -17,7 +19,9 @@ Z = python_statistics.NormalDist().inv_cdf(0.975)
 
 
 def score_bound(hits: int, of: int, side: int) -> float:
-  """The p farthest from hits / of, on one side, that a score test accepts: |hits / of − p| ≤ Z √(p (1 − p) / of), by bisection."""
+  """The p farthest from hits / of, on one side, that a score test accepts: |hits / of − p| ≤ Z √(p
+  (1 − p) / of), by bisection.
+  """
   inside, outside = hits / of, (0.0, 1.0)[side > 0]
   for _ in range(200):
     middle = (inside + outside) / 2
@@ -28,7 +32,9 @@ def score_bound(hits: int, of: int, side: int) -> float:
   return inside
 
 
-@pytest.mark.parametrize("hits, of", [(0, 1), (1, 1), (0, 128), (128, 128), (3, 10), (17, 512), (500, 512), (1, 3)])
+@pytest.mark.parametrize(
+  "hits, of", [(0, 1), (1, 1), (0, 128), (128, 128), (3, 10), (17, 512), (500, 512), (1, 3)]
+)
 def test_a_count_has_the_score_interval(hits, of):
   found = statistics.count(hits, of)
   assert (found["rate"], found["hits"], found["of"]) == (hits / of, hits, of)
@@ -46,9 +52,16 @@ def test_a_mean_has_the_normal_interval():
   found = statistics.mean(values)
   error = np.std(values, ddof=1) / np.sqrt(5)
   assert found["of"] == 5
-  np.testing.assert_allclose([found["mean"], *found["interval"]], [np.mean(values), *(np.mean(values) + np.array([-Z, Z]) * error)])
+  np.testing.assert_allclose(
+    [found["mean"], *found["interval"]],
+    [np.mean(values), *(np.mean(values) + np.array([-Z, Z]) * error)],
+  )
   assert statistics.mean([]) == {"mean": 0.0, "of": 0, "interval": None}
-  assert statistics.mean([7]) == {"mean": 7, "of": 1, "interval": None}  # one value says nothing of the spread
+  assert statistics.mean([7]) == {
+    "mean": 7,
+    "of": 1,
+    "interval": None,
+  }  # one value says nothing of the spread
 
 
 def test_recovered_is_the_share_of_the_gain():
@@ -60,24 +73,32 @@ def test_recovered_is_the_share_of_the_gain():
 
 def trajectory(ended: str, *tokens: int, thinking: str = "", answer: str = "[up]") -> Trajectory:
   turns = tuple(Turn("board", thinking, answer, "[up]", count) for count in tokens)
-  return Trajectory("t", "game", 1, turns, "over", float(ended == "passed"), ended == "passed", ended)
+  return Trajectory(
+    "t", "game", 1, turns, "over", float(ended == "passed"), ended == "passed", ended
+  )
 
 
 def test_a_summary_counts_games_turns_and_tokens():
   games = [
-      trajectory("passed", 10, 20), trajectory("lost", 30), trajectory("passed", 40, 50, 60),
-      trajectory("turn_limit", 70, thinking="The experience given to me says so."),
-      trajectory("invalid", 80, answer="As the lessons above say: [up]"),
-  ]  # fmt: skip
+    trajectory("passed", 10, 20),
+    trajectory("lost", 30),
+    trajectory("passed", 40, 50, 60),
+    trajectory("turn_limit", 70, thinking="The experience given to me says so."),
+    trajectory("invalid", 80, answer="As the lessons above say: [up]"),
+  ]
   found = evaluate.play_summary(games)
   assert (found["passed"]["hits"], found["passed"]["of"]) == (2, 5)
-  assert found["response_tokens"]["mean"] == pytest.approx(45) and found["response_tokens"]["of"] == 8  # a turn, not a game
+  assert (
+    found["response_tokens"]["mean"] == pytest.approx(45) and found["response_tokens"]["of"] == 8
+  )  # a turn, not a game
   assert found["moves"]["mean"] == pytest.approx(8 / 5) and found["moves"]["of"] == 5
   assert found["ended"] == {"passed": 2, "lost": 1, "invalid": 1, "turn_limit": 1}
   assert (found["leaks"]["hits"], found["leaks"]["of"]) == (2, 8)
 
 
-@pytest.mark.parametrize("text", [  # trap 42
+@pytest.mark.parametrize(
+  "text",
+  [  # trap 42
     "According to the experience given to me, G is the goal.",
     "The knowledge provided says to avoid H.",
     "From the notes above I know where to go.",
@@ -85,19 +106,27 @@ def test_a_summary_counts_games_turns_and_tokens():
     "In earlier games H ended the game.",
     "- EXPERIENCE ITEM: The goal is G.",
     "The lessons listed\nare not needed, but the given lessons are.",
-])
+  ],
+)
 def test_talk_of_the_knowledge_is_a_leak(text):
   assert evaluate.leaks(text)
 
 
-@pytest.mark.parametrize("text", [
-    "", "[up]", "Goal: G at (2, 2). Hazard: H at (0, 1) (1, 2). I am at (0, 0). Not right. Next: down.",
-    "Goal: unknown. Hazard: unknown. Nobody told me what G does. It may be where to go, or it may end the game, or it may do nothing.",
-    "Given the walls, few moves are left. I take note of the items.",  # the words, but not of something handed over
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "[up]",
+    "Goal: G at (2, 2). Hazard: H at (0, 1) (1, 2). I am at (0, 0). Not right. Next: down.",
+    "Goal: unknown. Hazard: unknown. Nobody told me what G does. It may be where to go, or it may "
+    "end the game, or it may do nothing.",
+    # the words, but not of something handed over
+    "Given the walls, few moves are left. I take note of the items.",
     "Given the walls, I experience few choices.",
     "The item is on the board. I was given a start.",
     "I previously moved down, so the last move was wasted.",
-])
+  ],
+)
 def test_talk_of_the_game_is_none(text):
   assert not evaluate.leaks(text)
 
@@ -106,27 +135,38 @@ def test_no_answer_that_pre_training_teaches_is_a_leak():
   examples = [corpus.example(seed) for seed in range(2000)]
   played = [example for example in examples if example.kind in ("play", "ask", "other")]
   assert len(played) > 1000
-  assert not [example for example in played if evaluate.leaks(f"{example.thinking}\n{example.answer}")]
+  assert not [
+    example for example in played if evaluate.leaks(f"{example.thinking}\n{example.answer}")
+  ]
 
 
 # Retention, on policies of which it is known what they can do.
 
 
 class Oracle:
-  """Does all that retention asks for, from the words of the prompt; `able` names what it can do, all else it gets wrong."""
+  """Does all that retention asks for, from the words of the prompt; `able` names what it can do,
+  all else it gets wrong.
+  """
 
   def __init__(self, *able: str):
     self.able, self.tokenizer = able, Tokenizer()
 
   @in_turns
   def sample(self, prompts, seeds, *, sampling, max_new_tokens):
-    chats = [[(message.role, message.content) for message in self.tokenizer.seen[prompt[0]]] for prompt in prompts]
+    chats = [
+      [(message.role, message.content) for message in self.tokenizer.seen[prompt[0]]]
+      for prompt in prompts
+    ]
     return [self.tokenizer.put(self.answer(chat)) for chat in chats]
 
   def answer(self, chat: list[tuple[str, str]]) -> str:
     question = chat[-1][1]
     if "record of a finished game" in question:
-      return self.extract(question) if "extraction" in self.able else f"- EXPERIENCE ITEM: The goal is {missing_letter(question)}."
+      return (
+        self.extract(question)
+        if "extraction" in self.able
+        else f"- EXPERIENCE ITEM: The goal is {missing_letter(question)}."
+      )
     if chat[0][0] == KNOWLEDGE or "board" in question.lower():
       return self.play(chat)
     return solve(question) if "other" in self.able else "no idea"
@@ -135,11 +175,19 @@ class Oracle:
     rows, player = boards("\n".join(text for _, text in chat))[-1]
     cells = dict(np.ndenumerate(rows))
     said = re.findall(r"^- EXPERIENCE ITEM: .*$", chat[0][1], re.MULTILINE)
-    goal, trap = claims.resolve([claims.parse(line) for line in said], [symbol for symbol in cells.values() if symbol != " "])
+    goal, trap = claims.resolve(
+      [claims.parse(line) for line in said], [symbol for symbol in cells.values() if symbol != " "]
+    )
     if "play" not in self.able:
       goal, trap = trap, goal
     start = tuple(map(int, player))
-    world = worlds.World(tuple(map(tuple, rows)), start, goal, trap, next(cell for cell, symbol in cells.items() if symbol == goal))
+    world = worlds.World(
+      tuple(map(tuple, rows)),
+      start,
+      goal,
+      trap,
+      next(cell for cell, symbol in cells.items() if symbol == goal),
+    )
     actions = corpus.good_actions(world, start, goal, trap)
     return f"[{actions[0]}]"
 
@@ -156,7 +204,13 @@ def boards(text: str) -> list[tuple[np.ndarray, tuple[int, int]]]:
   """The boards of a text, as symbols with " " where the player stands, and the player's place."""
   found = []
   for block in re.findall(r"(?:^[+|].*\n)+", text, re.MULTILINE):
-    cells = np.array([[cell.strip() or " " for cell in line.strip("|").split("|")] for line in block.split("\n") if line.startswith("|")])
+    cells = np.array(
+      [
+        [cell.strip() or " " for cell in line.strip("|").split("|")]
+        for line in block.split("\n")
+        if line.startswith("|")
+      ]
+    )
     [place] = np.argwhere(np.char.startswith(cells, "P"))
     found.append((np.where(np.char.startswith(cells, "P"), " ", cells), tuple(map(int, place))))
   return found
@@ -167,7 +221,9 @@ def claims_line(role: str, letter: str) -> str:
 
 
 def missing_letter(text: str) -> str:
-  return next(letter for letter in worlds.LETTERS if f" {letter} " not in text and f"/{letter}" not in text)
+  return next(
+    letter for letter in worlds.LETTERS if f" {letter} " not in text and f"/{letter}" not in text
+  )
 
 
 def solve(question: str) -> str:
@@ -185,7 +241,7 @@ def solve(question: str) -> str:
 def test_an_oracle_keeps_everything():
   found = evaluate.retention(Oracle("extraction", "play", "other"), 40, seed=3)
   assert {name: (share["hits"], share["of"]) for name, share in found.items()} == {
-      name: (40, 40) for name in ("extraction", "worlds", "symmetric", "other")
+    name: (40, 40) for name in ("extraction", "worlds", "symmetric", "other")
   }
 
 
@@ -194,8 +250,13 @@ def test_each_ability_is_measured_by_itself():
   for lost, measures in everything.items():
     found = evaluate.retention(Oracle(*(everything.keys() - {lost})), 40, seed=3)
     for name, share in found.items():
-      # A wrong extractor names a goal that is not there; a player with the roles exchanged now and then has no hazard that it can reach.
-      assert (share["rate"] <= 0.2) if name in measures else (share["rate"] == 1.0), (lost, name, share)
+      # A wrong extractor names a goal that is not there; a player with the roles exchanged now and
+      # then has no hazard that it can reach.
+      assert (share["rate"] <= 0.2) if name in measures else (share["rate"] == 1.0), (
+        lost,
+        name,
+        share,
+      )
 
 
 def test_retention_is_the_same_every_time_and_off_by_request():

@@ -1,4 +1,6 @@
-"""The paper's settings on a small model in a Hugging Face folder: two rounds as they stand, with fewer steps and games; then out again."""
+"""The paper's settings on a small model in a Hugging Face folder: two rounds as they stand, with
+fewer steps and games; then out again.
+"""
 
 import importlib.util
 import json
@@ -19,25 +21,48 @@ from oel_jax.trajectory import Message
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 SAYS = "- EXPERIENCE ITEM: H is a hole [down]"  # knowledge to the extractor, a move to the game
 FEWER = {
-    "deployment.episodes": 4, "deployment.slots": 4, "extraction.trajectories": 2, "extraction.use": 2, "consolidation.steps": 2,
-    "consolidation.gate_episodes": 2, "consolidation.log_probe": 2, "consolidation.batch_size": 4,
-    "evaluation.episodes": 2, "deployment.max_turns": 2, "mesh.data": 1,
-}  # fmt: skip
+  "deployment.episodes": 4,
+  "deployment.slots": 4,
+  "extraction.trajectories": 2,
+  "extraction.use": 2,
+  "consolidation.steps": 2,
+  "consolidation.gate_episodes": 2,
+  "consolidation.log_probe": 2,
+  "consolidation.batch_size": 4,
+  "evaluation.episodes": 2,
+  "deployment.max_turns": 2,
+  "mesh.data": 1,
+}
 
 
 @pytest.fixture(scope="module", name="folder")
 def fixture_folder(tmp_path_factory):
-  """A small random Qwen3 whose head is bent, so that after any prompt it mostly says SAYS: a random one would never write knowledge."""
+  """A small random Qwen3 whose head is bent, so that after any prompt it mostly says SAYS: a random
+  one would never write knowledge.
+  """
   folder, tokenizer = tmp_path_factory.mktemp("model"), families.tokenizer("qwen3")
   tokenizer.save_pretrained(folder)
   torch.manual_seed(0)
-  model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-      vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-      max_position_embeddings=32768, tie_word_embeddings=False,
-  ))  # fmt: skip
+  model = transformers.Qwen3ForCausalLM(
+    transformers.Qwen3Config(
+      vocab_size=512,
+      hidden_size=64,
+      intermediate_size=96,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      head_dim=16,
+      max_position_embeddings=32768,
+      tie_word_embeddings=False,
+    )
+  )
   wrapped = HuggingFaceTokenizer(tokenizer)
   for thinking in (True, False):
-    chain = [wrapped.chat([Message("user", "?")], thinking=thinking)[-1], *wrapped.encode(SAYS), tokenizer.eos_token_id]
+    chain = [
+      wrapped.chat([Message("user", "?")], thinking=thinking)[-1],
+      *wrapped.encode(SAYS),
+      tokenizer.eos_token_id,
+    ]
     assert len(set(chain)) == len(chain), "each token needs a successor of its own"
     with torch.no_grad():
       embedding = torch.nn.functional.normalize(model.model.embed_tokens.weight.normal_(), dim=-1)
@@ -45,7 +70,9 @@ def fixture_folder(tmp_path_factory):
       for now, then in zip(chain, chain[1:]):
         model.lm_head.weight[then] += 2 * embedding[now]
   model.save_pretrained(folder)
-  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]}))
+  (folder / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]})
+  )
   return folder
 
 
@@ -62,11 +89,19 @@ def fixture_one_device(monkeypatch):
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("name, size", [
+@pytest.mark.parametrize(
+  "name, size",
+  [
     ("sokoban", "qwen3-4b-instruct"),
-    *(pytest.param("frozen_lake", size, marks=pytest.mark.slow) for size in ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")),
-])  # fmt: skip
-def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(name, size, folder, tmp_path):
+    *(
+      pytest.param("frozen_lake", size, marks=pytest.mark.slow)
+      for size in ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
+    ),
+  ],
+)
+def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
+  name, size, folder, tmp_path
+):
   config = load(name, size)
   config.update_from_flattened_dict(FEWER | {"rounds": 2, "policy.weights": str(folder)})
   results = rounds.run(config, tmp_path / "run")
@@ -76,10 +111,14 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(name, si
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   steps = [line for line in lines if line["stage"] == "consolidate" and line["step"] > 0]
   assert [(line["round"], line["step"]) for line in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-  assert all(np.isfinite(line["loss"]) and line["loss"] > -1e-5 for line in steps)  # near 0: knowledge hardly moves so bent a head
+  assert all(
+    np.isfinite(line["loss"]) and line["loss"] > -1e-5 for line in steps
+  )  # near 0: knowledge hardly moves so bent a head
 
   export.run(config, tmp_path / "run", dtype="float32")
-  again = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "run/export", dtype=torch.float32).eval()
+  again = transformers.Qwen3ForCausalLM.from_pretrained(
+    tmp_path / "run/export", dtype=torch.float32
+  ).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/export")
   assert tokenizer.chat_template == families.tokenizer("qwen3").chat_template
   assert again.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]

@@ -1,4 +1,6 @@
-"""Extraction with a policy that records what it is asked, and answers from its prompt and seed alone."""
+"""Extraction with a policy that records what it is asked, and answers from its prompt and seed
+alone.
+"""
 
 import dataclasses
 import hashlib
@@ -29,7 +31,9 @@ class Tokenizer:
     return "".join(map(chr, ids))
 
   def chat(self, messages, *, thinking=True):
-    return self.encode("".join(f"[{m.role}]{m.content}" for m in messages) + ("[think]" if thinking else "[plain]"))
+    return self.encode(
+      "".join(f"[{m.role}]{m.content}" for m in messages) + ("[think]" if thinking else "[plain]")
+    )
 
   def split_response(self, ids, thinking=True):
     text = self.decode(ids).removesuffix("\x01")
@@ -38,20 +42,29 @@ class Tokenizer:
 
 
 class Policy:
-  """Answers "item N from PROMPT-HASH and SEED"; `broken_at` raises at that call, `answer` overrides the answer's text."""
+  """Answers "item N from PROMPT-HASH and SEED"; `broken_at` raises at that call, `answer` overrides
+  the answer's text.
+  """
 
   def __init__(self, broken_at=None, answer=None):
     self.tokenizer = Tokenizer()
     self.calls = []  # of (prompts as text, seeds)
     self.broken_at = broken_at
-    self.answer = answer or (lambda prompt, seed: f"Well.\n{MARK} first {name(prompt, seed)}\n{MARK} second {name(prompt, seed)}")
+    self.answer = answer or (
+      lambda prompt, seed: (
+        f"Well.\n{MARK} first {name(prompt, seed)}\n{MARK} second {name(prompt, seed)}"
+      )
+    )
 
   def sample(self, prompts, seeds, *, sampling, max_new_tokens):
     assert sampling is SAMPLING and max_new_tokens == 99 and len(prompts) == len(seeds)
     if len(self.calls) == self.broken_at:
       raise KeyboardInterrupt
     self.calls.append(([self.tokenizer.decode(p) for p in prompts], list(seeds)))
-    return [self.tokenizer.encode(f"hm\n{MARK} thought\x00{self.answer(p, s)}\x01") for p, s in zip(*self.calls[-1])]
+    return [
+      self.tokenizer.encode(f"hm\n{MARK} thought\x00{self.answer(p, s)}\x01")
+      for p, s in zip(*self.calls[-1])
+    ]
 
 
 def name(prompt, seed):
@@ -60,15 +73,26 @@ def name(prompt, seed):
 
 def game(i):
   turn = Turn(f"board {i}", "secret thought", f"[up] {i}", "[up]", 9)
-  return Trajectory(f"r1-deploy-{i:05d}", "Game", i, (turn, turn), f"outcome {i}", 0.0, False, "lost")
+  return Trajectory(
+    f"r1-deploy-{i:05d}", "Game", i, (turn, turn), f"outcome {i}", 0.0, False, "lost"
+  )
 
 
 GAMES = [game(i) for i in range(N)]
 
 
 def run(policy, games=GAMES, **changes):
-  arguments = dict(texts=K, form="items", see_previous=True, sampling=SAMPLING, max_response_tokens=99, max_knowledge_tokens=10**6,
-                   max_prompt_tokens=10**6, seed=0, round=1)
+  arguments = dict(
+    texts=K,
+    form="items",
+    see_previous=True,
+    sampling=SAMPLING,
+    max_response_tokens=99,
+    max_knowledge_tokens=10**6,
+    max_prompt_tokens=10**6,
+    seed=0,
+    round=1,
+  )
   return extract(policy, games, **(arguments | changes))
 
 
@@ -95,7 +119,10 @@ def test_one_batch_a_step_and_exact_provenance():
       assert seed == derive(0, 1, "extract", k, step)
       assert shown_items(prompt) == [item.text for item in expected[k]]
       assert "secret thought" not in prompt
-      expected[k] += [Item(f"{MARK} {which} {name(prompt, seed)}", read_by(prompt).id, step, 1) for which in ("first", "second")]
+      expected[k] += [
+        Item(f"{MARK} {which} {name(prompt, seed)}", read_by(prompt).id, step, 1)
+        for which in ("first", "second")
+      ]
   assert [list(text.items) for text in texts] == expected
 
 
@@ -107,7 +134,9 @@ def test_each_text_reads_all_games_in_its_own_order():
   assert all(sorted(order) == [g.id for g in games] for order in orders)
   assert len({tuple(order) for order in orders} | {tuple(g.id for g in games)}) == K + 1
   again = [[item.trajectory for item in text.items[::2]] for text in run(Policy(), games)]
-  other_round = [[item.trajectory for item in text.items[::2]] for text in run(Policy(), games, round=2)]
+  other_round = [
+    [item.trajectory for item in text.items[::2]] for text in run(Policy(), games, round=2)
+  ]
   assert again == orders and all(a != b for a, b in zip(other_round, orders))
 
 
@@ -117,8 +146,12 @@ def test_texts_do_not_depend_on_how_many_there_are():
 
 def test_without_previous_knowledge():
   policy = Policy()
-  texts = run(policy, see_previous=False, start=[Knowledge((Item("carried", "x", 4, 1),))] * K, round=2)
-  assert not any("first" in prompt or "carried" in prompt for prompts, _ in policy.calls for prompt in prompts)
+  texts = run(
+    policy, see_previous=False, start=[Knowledge((Item("carried", "x", 4, 1),))] * K, round=2
+  )
+  assert not any(
+    "first" in prompt or "carried" in prompt for prompts, _ in policy.calls for prompt in prompts
+  )
   assert all(len(text.items) == 1 + 2 * N for text in texts)
 
 
@@ -128,8 +161,12 @@ def test_carried_over_knowledge_comes_first_and_is_shown():
   texts = run(policy, start=start, round=2)
   for k, text in enumerate(texts):
     assert text.items[0] == Item(f"old {k}", f"r1-deploy-0000{k}", -1, 1)
-    assert [(item.step, item.round) for item in text.items[1:]] == [(step, 2) for step in range(1, N + 1) for _ in range(2)]
-    assert f"old {k}\n" in policy.calls[0][0][k] and f"old {k}\n{MARK} first" in policy.calls[1][0][k]
+    assert [(item.step, item.round) for item in text.items[1:]] == [
+      (step, 2) for step in range(1, N + 1) for _ in range(2)
+    ]
+    assert (
+      f"old {k}\n" in policy.calls[0][0][k] and f"old {k}\n{MARK} first" in policy.calls[1][0][k]
+    )
     assert text.at(0).text == f"old {k}"
 
 
@@ -137,13 +174,19 @@ def test_carried_over_knowledge_comes_first_and_is_shown():
 def test_thinking_reaches_the_template(thinking):
   policy = Policy()
   run(policy, thinking=thinking)
-  assert all(prompt.endswith("[think]" if thinking else "[plain]") for prompts, _ in policy.calls for prompt in prompts)
+  assert all(
+    prompt.endswith("[think]" if thinking else "[plain]")
+    for prompts, _ in policy.calls
+    for prompt in prompts
+  )
 
 
 def test_free_text():
   policy = Policy(answer=lambda prompt, seed: f" Para {seed}.\n\nMore. ")
   texts = run(policy, form="text")
-  assert [item.text for item in texts[1].items] == [f"Para {seeds[1]}.\n\nMore." for _, seeds in policy.calls]
+  assert [item.text for item in texts[1].items] == [
+    f"Para {seeds[1]}.\n\nMore." for _, seeds in policy.calls
+  ]
   assert [item.step for item in texts[1].items] == [1, 2, 3, 4, 5]
 
 
@@ -156,19 +199,27 @@ def test_answers_without_items(monkeypatch):
 
   class Unfinished(Policy):
     def sample(self, *args, **kwargs):
-      return [ids[:ids.index(0)] for ids in super().sample(*args, **kwargs)]  # the length limit fell inside the thinking
+      return [
+        ids[: ids.index(0)] for ids in super().sample(*args, **kwargs)
+      ]  # the length limit fell inside the thinking
+
   assert run(Unfinished()) == [Knowledge()] * K
 
 
 def test_extractor_sees_the_newest_items_within_the_knowledge_limit():
   policy = Policy()
   line = len(f"{MARK} first 01234567")  # "second" is one longer
-  texts = run(policy, max_knowledge_tokens=3 * line + 4)  # three items of either kind with their newlines, not four
+  texts = run(
+    policy, max_knowledge_tokens=3 * line + 4
+  )  # three items of either kind with their newlines, not four
   for step, (prompts, _) in enumerate(policy.calls, start=1):
     for k, prompt in enumerate(prompts):
       assert shown_items(prompt) == [item.text for item in texts[k].at(step - 1).items[-3:]]
   assert all(len(text.items) == 2 * N for text in texts)  # what was not shown is not forgotten
-  assert all(len(text.items) == 3 for text in knowledge.as_of(texts, N, max_tokens=3 * line + 4, count_tokens=len))
+  assert all(
+    len(text.items) == 3
+    for text in knowledge.as_of(texts, N, max_tokens=3 * line + 4, count_tokens=len)
+  )
 
 
 def test_long_prompt_loses_oldest_shown_items_only():
@@ -178,7 +229,10 @@ def test_long_prompt_loses_oldest_shown_items_only():
   line = len(f"{MARK} second 01234567\n")
   policy = Policy()
   texts = run(policy, max_prompt_tokens=longest + len("Known before this game:\n\n") + 2 * line)
-  assert max(len(prompt) for prompts, _ in policy.calls for prompt in prompts) <= longest + len("Known before this game:\n\n") + 2 * line
+  assert (
+    max(len(prompt) for prompts, _ in policy.calls for prompt in prompts)
+    <= longest + len("Known before this game:\n\n") + 2 * line
+  )
   for step, (prompts, _) in enumerate(policy.calls, start=1):
     for k, prompt in enumerate(prompts):
       assert shown_items(prompt) == [item.text for item in texts[k].at(step - 1).items[-2:]]
@@ -200,7 +254,9 @@ def test_prompt_of_exactly_the_limit_is_left_alone():
 def test_record_that_cannot_fit():
   games = [GAMES[0], Trajectory("huge", "Game", 0, (), "x" * 5000, 0.0, False, "lost")]
   policy = Policy()
-  with pytest.raises(ValueError, match="policy.max_prompt_tokens is 3000: .* trajectory huge has [0-9]+ tokens") as error:
+  with pytest.raises(
+    ValueError, match="policy.max_prompt_tokens is 3000: .* trajectory huge has [0-9]+ tokens"
+  ) as error:
     run(policy, games, max_prompt_tokens=3000)
   assert not policy.calls
   needed = int(re.search("has ([0-9]+) tokens", str(error.value)).group(1))
@@ -227,24 +283,39 @@ def test_interrupted_anywhere_gives_the_same_files(tmp_path, see_previous, carri
     with pytest.raises(KeyboardInterrupt):
       run(Policy(broken_at=broken_at), state_path=state, **changes)
     policy, steps = Policy(), []
-    assert files(tmp_path / f"cut_{broken_at}", run(policy, state_path=state, advance=steps.append, **changes)) == whole
+    assert (
+      files(
+        tmp_path / f"cut_{broken_at}",
+        run(policy, state_path=state, advance=steps.append, **changes),
+      )
+      == whole
+    )
     assert len(policy.calls) == N - broken_at
     assert steps == ([broken_at] if broken_at else []) + [1] * (N - broken_at)
     assert [path.name for path in state.parent.iterdir()] == ["state.json"]
     done = Policy()
-    assert files(tmp_path / f"again_{broken_at}", run(done, state_path=state, **changes)) == whole and not done.calls
+    assert (
+      files(tmp_path / f"again_{broken_at}", run(done, state_path=state, **changes)) == whole
+      and not done.calls
+    )
 
 
-@pytest.mark.parametrize("changes, field", [
+@pytest.mark.parametrize(
+  "changes, field",
+  [
     (dict(texts=2), '"texts" of the partial extraction is 3, this run has 2'),
     (dict(games=GAMES[:4]), '"trajectories"'),
     (dict(games=GAMES[::-1]), '"trajectories"'),
     (dict(seed=1), '"seed"'),
     (dict(round=2), '"round"'),
     (dict(form="text"), '"form"'),
-    (dict(see_previous=False), '"see_previous" of the partial extraction is True, this run has False'),
+    (
+      dict(see_previous=False),
+      '"see_previous" of the partial extraction is True, this run has False',
+    ),
     (dict(start=[Knowledge((Item("old", "x", 1, 1),))] * K), "text 0 began from other knowledge"),
-])
+  ],
+)
 def test_partial_file_of_another_extraction(tmp_path, changes, field):
   state = tmp_path / "state.json"
   with pytest.raises(KeyboardInterrupt):
@@ -252,7 +323,11 @@ def test_partial_file_of_another_extraction(tmp_path, changes, field):
   before, policy = state.read_bytes(), Policy()
   with pytest.raises(ValueError) as error:
     run(policy, state_path=state, **changes)
-  assert str(state) in str(error.value) and field in str(error.value) and "delete the file" in str(error.value)
+  assert (
+    str(state) in str(error.value)
+    and field in str(error.value)
+    and "delete the file" in str(error.value)
+  )
   assert not policy.calls and state.read_bytes() == before
 
 
@@ -267,30 +342,33 @@ def items_of(state):
   return json.loads(state)["items"]
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (lambda state: state[: len(state) // 2], "damaged"),
     (lambda state: "[]", '"schema"'),
     (lambda state: damage(state, schema=2), '"schema"'),
     (lambda state: damage(state, done=N + 1), '"done" is 6'),
     (
-        lambda state: state.replace(f"{MARK} second", f"{MARK} third", 1),
-        'is not what its field "digest" was made of',
+      lambda state: state.replace(f"{MARK} second", f"{MARK} third", 1),
+      'is not what its field "digest" was made of',
     ),
     (
-        lambda state: damage(state, done=N - 1),
-        'text 0, item 8: "step" is 5: it must be from 4 to "done" (4)',
+      lambda state: damage(state, done=N - 1),
+      'text 0, item 8: "step" is 5: it must be from 4 to "done" (4)',
     ),
     (
-        lambda state: damage(state, items=[items_of(state)[0][::-1], *items_of(state)[1:]]),
-        'item 2: "step" is 4: it must be from 5',
+      lambda state: damage(state, items=[items_of(state)[0][::-1], *items_of(state)[1:]]),
+      'item 2: "step" is 4: it must be from 5',
     ),
     (
-        lambda state: damage(state, items=[items_of(state)[1], *items_of(state)[1:]]),
-        'text 0, item 2: "trajectory" is',
+      lambda state: damage(state, items=[items_of(state)[1], *items_of(state)[1:]]),
+      'text 0, item 2: "trajectory" is',
     ),
     (lambda state: damage(state, items=[[]]), '"items" must hold 3 lists'),
     (lambda state: damage(state, items=[[], [{"text": 1}], []]), 'text 1: "text" is 1'),
-])
+  ],
+)
 def test_damaged_partial_file(tmp_path, change, words):
   state = tmp_path / "state.json"
   run(Policy(), state_path=state)
@@ -336,13 +414,25 @@ def test_raw_trajectories_in_the_order_of_extraction():
   raw = raw_knowledge(GAMES, texts=K, seed=0, round=1)
   by_id = {g.id: g for g in GAMES}
   for text, other in zip(raw, extracted, strict=True):
-    assert [(item.trajectory, item.step, item.round) for item in text.items] == [(i.trajectory, i.step, i.round) for i in other.items[::2]]
-    assert [item.text for item in text.items] == [transcript(by_id[item.trajectory]) for item in text.items]
+    assert [(item.trajectory, item.step, item.round) for item in text.items] == [
+      (i.trajectory, i.step, i.round) for i in other.items[::2]
+    ]
+    assert [item.text for item in text.items] == [
+      transcript(by_id[item.trajectory]) for item in text.items
+    ]
   size = len(transcript(GAMES[0]))  # all are of one length
   limited = knowledge.as_of(raw, 4, max_tokens=2 * size + 1, count_tokens=len)
   assert [[item.step for item in text.items] for text in limited] == [[3, 4]] * K
 
 
 def test_extraction_never_imports_deployment():
-  code = "import sys, oel_jax.extraction; print([m for m in sys.modules if 'deployment' in m or 'textarena' in m])"
-  assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+  code = (
+    "import sys, oel_jax.extraction; "
+    "print([m for m in sys.modules if 'deployment' in m or 'textarena' in m])"
+  )
+  assert (
+    subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    == "[]"
+  )

@@ -1,4 +1,6 @@
-"""Numbers that are none: found in trees, refused in every file of weights, and told with the place."""
+"""Numbers that are none: found in trees, refused in every file of weights, and told with the
+place.
+"""
 
 import re
 
@@ -23,11 +25,19 @@ def test_finite_tensors_come_back_as_they_are(dtype):
   assert finite.checked("x", "y", tensor[:0]).shape == (0, 4)
 
 
-@pytest.mark.parametrize("dtype, value", [
-    (np.float32, np.nan), (np.float16, np.inf), (ml_dtypes.bfloat16, -np.inf), (np.float64, 1e39),
-])
+@pytest.mark.parametrize(
+  "dtype, value",
+  [
+    (np.float32, np.nan),
+    (np.float16, np.inf),
+    (ml_dtypes.bfloat16, -np.inf),
+    (np.float64, 1e39),
+  ],
+)
 def test_the_place_of_a_number_that_is_none_is_told(monkeypatch, dtype, value):
-  monkeypatch.setattr(finite, "SLICE", 5)  # the place is in the third slice, and the last is shorter
+  monkeypatch.setattr(
+    finite, "SLICE", 5
+  )  # the place is in the third slice, and the last is shorter
   tensor = np.zeros((3, 4), dtype)
   tensor[2, 3] = value
   told = f"FILE: a.weight holds {value} at [2, 3], which is not finite"

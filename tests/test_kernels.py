@@ -1,4 +1,5 @@
-"""Every kernel on numbers as real models have them, beside the plain form; compiled on a GPU, interpreted elsewhere.
+"""Every kernel on numbers as real models have them, beside the plain form; compiled on a GPU,
+interpreted elsewhere.
 
 Real activations have a few columns of 1e3 to 1e4, real keys biases of 350, real logits one winner:
 normal random numbers test none of that. A kernel in bfloat16 must be as near to float32 as the
@@ -15,12 +16,20 @@ import pytest
 from oel_jax.consolidation import losses, rows
 from oel_jax.policy import joined, kernels, ring, thin
 
-HEADS = {"qwen2.5-1.5b": (12, 2, 128), "qwen2.5-0.5b": (14, 2, 64), "qwen3": (16, 8, 128), "qwen3-4b": (32, 8, 128), "smollm2": (9, 3, 64)}
+HEADS = {
+  "qwen2.5-1.5b": (12, 2, 128),
+  "qwen2.5-0.5b": (14, 2, 64),
+  "qwen3": (16, 8, 128),
+  "qwen3-4b": (32, 8, 128),
+  "smollm2": (9, 3, 64),
+}
 EPS = 1e-6
 
 
 def cases(names, compiled, interpreted):
-  """Parameters `names` and "interpret": `compiled` for a GPU, and `interpreted`, which are fewer, for it takes long."""
+  """Parameters `names` and "interpret": `compiled` for a GPU, and `interpreted`, which are fewer,
+  for it takes long.
+  """
   on_gpu = [pytest.param(*case, False, marks=pytest.mark.gpu) for case in compiled]
   anywhere = [pytest.param(*case, True) for case in interpreted]
   return pytest.mark.parametrize(f"{names}, interpret", on_gpu + anywhere)
@@ -40,19 +49,27 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
 
 
 def widened(tree):
-  return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+  return jax.tree.map(
+    lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )
 
 
 def as_right(kernel, plain, *given):
-  """Asserts that `kernel` of the given arrays is as near to `plain` of them in float32 as `plain` itself is."""
-  found, beside, wanted = (jax.tree.leaves(f(*x)) for f, x in ((kernel, given), (plain, given), (plain, widened(given))))
+  """Asserts that `kernel` of the given arrays is as near to `plain` of them in float32 as `plain`
+  itself is.
+  """
+  found, beside, wanted = (
+    jax.tree.leaves(f(*x)) for f, x in ((kernel, given), (plain, given), (plain, widened(given)))
+  )
   for i, (a, b, c) in enumerate(zip(found, beside, wanted, strict=True)):
     a, b, c = (np.asarray(x.astype(jnp.float32), np.float64) for x in (a, b, c))
     assert np.isfinite(a).all(), f"output {i} is not finite"
     norm = np.linalg.norm(c) or 1.0
     ours, theirs = np.linalg.norm(a - c) / norm, np.linalg.norm(b - c) / norm
     print(f"output {i}: error {ours:.1e}, of the plain form {theirs:.1e}")
-    assert ours <= 1.5 * max(theirs, 2**-9), f"output {i}: error {ours:.1e}, of the plain form {theirs:.1e}"
+    assert ours <= 1.5 * max(theirs, 2**-9), (
+      f"output {i}: error {ours:.1e}, of the plain form {theirs:.1e}"
+    )
 
 
 @cases("tokens, width", [(1, 1536), (5, 896), (300, 576), (2, 2560)], [(1, 1536), (2, 576)])
@@ -77,7 +94,11 @@ def test_norm_backward(tokens, width, interpret):
   as_right(functools.partial(kernels.norm_backward, eps=EPS, interpret=interpret), plain, *given)
 
 
-@cases("name, tokens", [(name, tokens) for name in HEADS for tokens in (1, 7, 600)], [("qwen2.5-1.5b", 2), ("qwen3", 1), ("smollm2", 1)])
+@cases(
+  "name, tokens",
+  [(name, tokens) for name in HEADS for tokens in (1, 7, 600)],
+  [("qwen2.5-1.5b", 2), ("qwen3", 1), ("smollm2", 1)],
+)
 def test_heads_and_their_gradient(name, tokens, interpret):
   N, K, H = HEADS[name]
   normed = name.startswith("qwen3")
@@ -89,12 +110,27 @@ def test_heads_and_their_gradient(name, tokens, interpret):
   turns = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
   gradients = tuple(normal(3 + i, tokens, count, H) for i, count in enumerate((N, K, K)))
   plain = functools.partial(joined._plain_heads, K, EPS)
-  as_right(functools.partial(kernels.heads, kv_heads=K, eps=EPS, interpret=interpret), plain, qkv, bias, scale, turns)
+  as_right(
+    functools.partial(kernels.heads, kv_heads=K, eps=EPS, interpret=interpret),
+    plain,
+    qkv,
+    bias,
+    scale,
+    turns,
+  )
 
   def backward(qkv, bias, scale, turns, gradients):
     return jax.vjp(lambda qkv, scale: plain(qkv, bias, scale, turns), qkv, scale)[1](gradients)
 
-  as_right(functools.partial(kernels.heads_backward, eps=EPS, interpret=interpret), backward, qkv, bias, scale, turns, gradients)
+  as_right(
+    functools.partial(kernels.heads_backward, eps=EPS, interpret=interpret),
+    backward,
+    qkv,
+    bias,
+    scale,
+    turns,
+    gradients,
+  )
 
 
 @cases("tokens, size", [(1, 8960), (300, 4864), (2, 1000)], [(1, 4864), (2, 1000)])
@@ -105,7 +141,12 @@ def test_swiglu_backward(tokens, size, interpret):
 
   # Gates far below and above 0, where the sigmoid is 0 or 1.
   gate_up = real(0, tokens, 2 * size, columns=(3, 17, 40, size + 3, size + 17), large=(50, 1e4))
-  as_right(functools.partial(kernels.swiglu_backward, interpret=interpret), plain, gate_up, normal(1, tokens, size))
+  as_right(
+    functools.partial(kernels.swiglu_backward, interpret=interpret),
+    plain,
+    gate_up,
+    normal(1, tokens, size),
+  )
 
 
 @cases("count", [(16,), (40,), (128,)], [(40,)])
@@ -126,7 +167,9 @@ def test_small_products(count, interpret):
 
 @cases("name", [(name,) for name in HEADS], [("qwen2.5-1.5b",), ("smollm2",)])
 def test_attention_over_the_cache(name, interpret):
-  """Rows that see one column, some and all; scores even, far below 0, far above, apart, and one winner."""
+  """Rows that see one column, some and all; scores even, far below 0, far above, apart, and one
+  winner.
+  """
   (N, K, H), B, S, column = HEADS[name], 5, 192, 70
   rng = np.random.default_rng(0)
   qkv = rng.normal(size=(B, N + 2 * K, H))
@@ -143,7 +186,9 @@ def test_attention_over_the_cache(name, interpret):
   qkv, keys, values = (jnp.asarray(x, jnp.bfloat16) for x in (qkv, keys, values))
 
   def kernel(qkv, keys, values):
-    return ring.step(qkv, None, None, turns, keys, values, jnp.int32(column), filled, eps=EPS, interpret=interpret)[0]
+    return ring.step(
+      qkv, None, None, turns, keys, values, jnp.int32(column), filled, eps=EPS, interpret=interpret
+    )[0]
 
   def plain(qkv, keys, values):
     q, k, v = jnp.split(qkv, [N, N + K], axis=1)
@@ -155,7 +200,9 @@ def test_attention_over_the_cache(name, interpret):
 
 @cases("V", [(4099,), (151936,)], [(4099,)])
 def test_sums_of_logits(V, interpret):
-  """Rows of logits: even, far below 0, far above, one winner on one side, one on both, and infinitely unlikely ids."""
+  """Rows of logits: even, far below 0, far above, one winner on one side, one on both, and
+  infinitely unlikely ids.
+  """
   rng = np.random.default_rng(0)
   s, t = np.float32(rng.normal(size=(2, 6, V)) * 3)
   s[1] -= 1e3
@@ -174,5 +221,15 @@ def test_sums_of_logits(V, interpret):
     np.testing.assert_allclose(a, b, rtol=2e-6)
   for name, terms in wanted.items():
     # Entropies are differences of numbers of the size of the logits, in float32.
-    room = 2e-6 * np.maximum(1, np.maximum(np.abs(s).max(-1, where=np.isfinite(s), initial=0), np.abs(t).max(-1, where=np.isfinite(t), initial=0)))
-    assert (np.abs(found[name] - terms.sum(-1)) <= room + 2e-5 * np.abs(terms.sum(-1))).all(), (name, found[name], terms.sum(-1))
+    room = 2e-6 * np.maximum(
+      1,
+      np.maximum(
+        np.abs(s).max(-1, where=np.isfinite(s), initial=0),
+        np.abs(t).max(-1, where=np.isfinite(t), initial=0),
+      ),
+    )
+    assert (np.abs(found[name] - terms.sum(-1)) <= room + 2e-5 * np.abs(terms.sum(-1))).all(), (
+      name,
+      found[name],
+      terms.sum(-1),
+    )

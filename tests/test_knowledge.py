@@ -29,7 +29,9 @@ def logged(monkeypatch):
   return lines
 
 
-@pytest.mark.parametrize("answer, expected", [
+@pytest.mark.parametrize(
+  "answer, expected",
+  [
     ("", []),
     ("I learned nothing.", []),
     (f"{MARK} go to G", [f"{MARK} go to G"]),
@@ -37,12 +39,16 @@ def logged(monkeypatch):
     (f"{MARK}\n{MARK}   \n{MARK} x", [f"{MARK} x"]),  # empty items say nothing
     (f"{MARK.lower()} x\n* EXPERIENCE ITEM: x\n**{MARK} x**\nso {MARK} x", []),
     (f"{MARK} a\x0cb\u2028c", [f"{MARK} a\x0cb\u2028c"]),  # only a newline ends an item
-])
+  ],
+)
 def test_structured_items(answer, expected):
   assert lib.parse_items(answer, "items") == expected
 
 
-@pytest.mark.parametrize("answer, expected", [("", []), (" \n ", []), (" G is good.\n\nH is bad.\n", ["G is good.\n\nH is bad."])])
+@pytest.mark.parametrize(
+  "answer, expected",
+  [("", []), (" \n ", []), (" G is good.\n\nH is bad.\n", ["G is good.\n\nH is bad."])],
+)
 def test_free_text_is_one_item(answer, expected):
   assert lib.parse_items(answer, "text") == expected
 
@@ -53,8 +59,19 @@ def test_text_and_steps():
   whole = Knowledge(items)
   assert whole.text == "old\na\nb\nc"
   assert Knowledge().text == ""
-  assert [whole.at(step).text for step in (0, 1, 2, 3, 9)] == ["old", "old\na\nb", "old\na\nb", "old\na\nb\nc", "old\na\nb\nc"]
-  assert whole.carried().items == (carried, Item("a", "x", -1, 2), Item("b", "x", -1, 2), Item("c", "y", -1, 2))
+  assert [whole.at(step).text for step in (0, 1, 2, 3, 9)] == [
+    "old",
+    "old\na\nb",
+    "old\na\nb",
+    "old\na\nb\nc",
+    "old\na\nb\nc",
+  ]
+  assert whole.carried().items == (
+    carried,
+    Item("a", "x", -1, 2),
+    Item("b", "x", -1, 2),
+    Item("c", "y", -1, 2),
+  )
   with pytest.raises(dataclasses.FrozenInstanceError):
     carried.text = "new"
 
@@ -64,7 +81,10 @@ def test_limit_by_hand():
   assert lib.limit(whole, 8, words) == (whole, 0)
   assert lib.limit(whole, 7, words) == (Knowledge(whole.items[1:]), 1)
   assert lib.limit(whole, 4, words) == (Knowledge(whole.items[2:]), 2)
-  assert lib.limit(whole, 2, words) == (Knowledge(whole.items[1:2]), 2)  # what cannot fit alone goes, what can stays
+  assert lib.limit(whole, 2, words) == (
+    Knowledge(whole.items[1:2]),
+    2,
+  )  # what cannot fit alone goes, what can stays
   assert lib.limit(whole, 1, words) == (Knowledge(), 3)
   assert lib.limit(Knowledge(), 1, words) == (Knowledge(), 0)
 
@@ -88,14 +108,23 @@ def test_limit_equals_dropping_one_by_one():
 
 def test_item_over_the_limit_is_reported(logged):
   lib.limit(make("a", "b b b b", "c"), 3, words)
-  assert len(logged) == 1 and "t1" in logged[0] and "4 tokens" in logged[0] and "extraction.max_knowledge_tokens = 3" in logged[0]
+  assert (
+    len(logged) == 1
+    and "t1" in logged[0]
+    and "4 tokens" in logged[0]
+    and "extraction.max_knowledge_tokens = 3" in logged[0]
+  )
 
 
 def test_as_of_cuts_time_before_length(logged):
-  """Limiting first would lose the items of step 1 to those of step 2, which as_of(1) must not even see."""
+  """Limiting first would lose the items of step 1 to those of step 2, which as_of(1) must not even
+  see.
+  """
   whole = Knowledge((Item("a a", "x", 1, 1), Item("b b b", "y", 2, 1)))
-  assert [[text.text for text in lib.as_of([whole, Knowledge()], step, max_tokens=3, count_tokens=words)] for step in (0, 1, 2)] == [
-      ["", ""], ["a a", ""], ["b b b", ""]]
+  assert [
+    [text.text for text in lib.as_of([whole, Knowledge()], step, max_tokens=3, count_tokens=words)]
+    for step in (0, 1, 2)
+  ] == [["", ""], ["a a", ""], ["b b b", ""]]
   assert len(logged) == 1 and "knowledge text 00" in logged[0] and "1 oldest of 2" in logged[0]
 
 
@@ -108,11 +137,19 @@ def test_nonempty(logged, tmp_path):
     lib.nonempty([Knowledge(), Knowledge()], tmp_path)
 
 
-HARD = Knowledge((Item(f"{MARK} über <|im_start|> </think> \"q\" \\n", "r1-deploy-00001", -1, 1),
-                  Item("two\r\n\nparagraphs\u2028 \n", "b", 2, 2)))
+HARD = Knowledge(
+  (
+    Item(f'{MARK} über <|im_start|> </think> "q" \\n', "r1-deploy-00001", -1, 1),
+    Item("two\r\n\nparagraphs\u2028 \n", "b", 2, 2),
+  )
+)
 
 
-@pytest.mark.parametrize("whole", [Knowledge(), make("a"), make("a", "b", "c"), HARD], ids=["empty", "one", "three", "hard"])
+@pytest.mark.parametrize(
+  "whole",
+  [Knowledge(), make("a"), make("a", "b", "c"), HARD],
+  ids=["empty", "one", "three", "hard"],
+)
 def test_files_round_trip(tmp_path, whole):
   lib.write(tmp_path / "knowledge", 7, whole)
   assert lib.read(tmp_path / "knowledge", 7) == whole
@@ -135,7 +172,9 @@ def test_files_are_what_the_design_says(tmp_path):
     },
     {"schema": 1, "text": HARD.items[1].text, "trajectory": "b", "step": 2, "round": 2},
   ]
-  assert (tmp_path / "00.md").read_bytes() == (HARD.items[0].text + "\n" + HARD.items[1].text + "\n").encode()
+  assert (tmp_path / "00.md").read_bytes() == (
+    HARD.items[0].text + "\n" + HARD.items[1].text + "\n"
+  ).encode()
 
 
 def test_rewriting_replaces(tmp_path):
@@ -147,11 +186,13 @@ def test_rewriting_replaces(tmp_path):
 GOOD = {"schema": 1, "text": "b", "trajectory": "t1", "step": 1, "round": 1}
 
 
-@pytest.mark.parametrize("line, words_of_error", [
+@pytest.mark.parametrize(
+  "line, words_of_error",
+  [
     ('{"schema": 1, "text": "b"', "damaged (Expecting ',' delimiter"),
     (
-        json.dumps({**GOOD, "digest": "0123456789abcdef"}),
-        'is not what its field "digest" was made of',
+      json.dumps({**GOOD, "digest": "0123456789abcdef"}),
+      'is not what its field "digest" was made of',
     ),
     (json.dumps({**GOOD, "step": 2**70}), "is beyond 64 bits"),
     ("[]", '"schema": 1'),
@@ -161,7 +202,8 @@ GOOD = {"schema": 1, "text": "b", "trajectory": "t1", "step": 1, "round": 1}
     (json.dumps({**GOOD, "step": 0}), '"step" is 0: it must be 1 or more, or -1'),
     (json.dumps({**GOOD, "step": True}), '"step" is True'),
     (json.dumps({k: v for k, v in GOOD.items() if k != "round"}), '"round" is None'),
-])
+  ],
+)
 def test_damaged_line(tmp_path, line, words_of_error):
   lib.write(tmp_path, 0, make("a", "b", "c"))
   lines = (tmp_path / "00.jsonl").read_text().split("\n")
@@ -169,7 +211,9 @@ def test_damaged_line(tmp_path, line, words_of_error):
   (tmp_path / "00.jsonl").write_text("\n".join(lines))
   with pytest.raises(ValueError) as error:
     lib.read(tmp_path, 0)
-  assert str(error.value).startswith(f"{tmp_path / '00.jsonl'}:2: ") and words_of_error in str(error.value)
+  assert str(error.value).startswith(f"{tmp_path / '00.jsonl'}:2: ") and words_of_error in str(
+    error.value
+  )
 
 
 def test_file_cut_off(tmp_path):
@@ -183,7 +227,17 @@ def test_file_cut_off(tmp_path):
     lib.read(tmp_path, 0)
 
 
-@pytest.mark.parametrize("text, line", [("a\nB\nc\n", 2), ("a\nb\n", 3), ("a\nb\nc\nd\n", 4), ("", 1), ("a\nb\nc", 4), ("a\r\nb\nc\n", 1)])
+@pytest.mark.parametrize(
+  "text, line",
+  [
+    ("a\nB\nc\n", 2),
+    ("a\nb\n", 3),
+    ("a\nb\nc\nd\n", 4),
+    ("", 1),
+    ("a\nb\nc", 4),
+    ("a\r\nb\nc\n", 1),
+  ],
+)
 def test_text_that_disagrees(tmp_path, text, line):
   lib.write(tmp_path, 0, make("a", "b", "c"))
   (tmp_path / "00.md").write_bytes(text.encode())

@@ -1,4 +1,6 @@
-"""The shipped weights: whole, small enough, and able to do what their gates say; and a damaged copy is refused."""
+"""The shipped weights: whole, small enough, and able to do what their gates say; and a damaged copy
+is refused.
+"""
 
 import hashlib
 import json
@@ -31,11 +33,22 @@ def policy():
 def test_the_package_data_is_small_and_belongs_together(policy):
   assert sum(path.stat().st_size for path in load.DATA.iterdir()) <= 16 * 2**20
   header = weights.metadata(load.DATA / load.WEIGHTS)
-  assert header["architecture"] == "pocket" and header["tokenizer"] == hashlib.sha256((load.DATA / load.TOKENIZER).read_bytes()).hexdigest()
-  assert json.loads((load.DATA / "gates.json").read_text())["sha256"] == hashlib.sha256((load.DATA / load.WEIGHTS).read_bytes()).hexdigest()
-  assert {line.split()[1] for line in (load.DATA / load.SUMS).read_text().splitlines()} >= {load.WEIGHTS, load.TOKENIZER}
+  assert (
+    header["architecture"] == "pocket"
+    and header["tokenizer"] == hashlib.sha256((load.DATA / load.TOKENIZER).read_bytes()).hexdigest()
+  )
+  assert (
+    json.loads((load.DATA / "gates.json").read_text())["sha256"]
+    == hashlib.sha256((load.DATA / load.WEIGHTS).read_bytes()).hexdigest()
+  )
+  assert {line.split()[1] for line in (load.DATA / load.SUMS).read_text().splitlines()} >= {
+    load.WEIGHTS,
+    load.TOKENIZER,
+  }
   leaves = jax.tree.leaves(policy.params)
-  assert {np.dtype(leaf.dtype) for leaf in leaves} == {np.dtype("float32")} and 1e6 < sum(leaf.size for leaf in leaves) < 4e6
+  assert {np.dtype(leaf.dtype) for leaf in leaves} == {np.dtype("float32")} and 1e6 < sum(
+    leaf.size for leaf in leaves
+  ) < 4e6
   assert policy.dtype == jnp.float32 and load.load(jnp.bfloat16).dtype == jnp.bfloat16
 
 
@@ -46,7 +59,11 @@ def test_the_vocabulary_is_the_one_that_this_code_makes():
 def test_the_shipped_vocabulary_loses_nothing_of_the_corpus(policy):
   for seed in range(300):
     example = corpus.example(seed)
-    for text in (example.thinking, example.answer, *(message.content for message in example.messages)):
+    for text in (
+      example.thinking,
+      example.answer,
+      *(message.content for message in example.messages),
+    ):
       assert policy.tokenizer.decode(policy.tokenizer.encode(text)) == text
 
 
@@ -60,7 +77,9 @@ def test_a_file_with_one_changed_bit_is_refused(tmp_path, name):
   (folder / name).write_bytes(content)
   with pytest.raises(ValueError, match="sha256") as error:
     load.load(folder=folder)
-  assert str(folder / name) in str(error.value) and hashlib.sha256(content).hexdigest() in str(error.value)
+  assert str(folder / name) in str(error.value) and hashlib.sha256(content).hexdigest() in str(
+    error.value
+  )
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -71,19 +90,33 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 CARD = {  # gate → its row in the model card
-    "binding_wrong": "binding probe, wrong", "full": "full knowledge, random worlds",
-    "full_symmetric": "full knowledge, role-symmetric worlds", "swapped": "swapped knowledge, random worlds",
-    "swapped_symmetric": "swapped knowledge, role-symmetric worlds", "strangers": "full knowledge among items about absent letters",
-    "extraction": "extraction", "lake_none": "Frozen Lake without knowledge", "lake_full": "Frozen Lake, full knowledge",
-    "lake_swapped": "Frozen Lake, swapped knowledge", "other": "other tasks",
-}  # fmt: skip
+  "binding_wrong": "binding probe, wrong",
+  "full": "full knowledge, random worlds",
+  "full_symmetric": "full knowledge, role-symmetric worlds",
+  "swapped": "swapped knowledge, random worlds",
+  "swapped_symmetric": "swapped knowledge, role-symmetric worlds",
+  "strangers": "full knowledge among items about absent letters",
+  "extraction": "extraction",
+  "lake_none": "Frozen Lake without knowledge",
+  "lake_full": "Frozen Lake, full knowledge",
+  "lake_swapped": "Frozen Lake, swapped knowledge",
+  "other": "other tasks",
+}
 
 
 def test_the_shipped_gates_are_passed_and_the_card_says_the_same():
   shipped = json.loads((load.DATA / "gates.json").read_text())
   assert shipped["passed"] and shipped["gates"].keys() == probes.GATES.keys()
-  table = (load.DATA / "MODEL_CARD.md").read_text().split("| gate | measured | must lie in |\n|---|---|---|\n")[1].split("\n\n")[0]
-  card = {gate: (measured, bounds) for gate, measured, bounds in (line.strip("| ").split(" | ") for line in table.splitlines())}
+  table = (
+    (load.DATA / "MODEL_CARD.md")
+    .read_text()
+    .split("| gate | measured | must lie in |\n|---|---|---|\n")[1]
+    .split("\n\n")[0]
+  )
+  card = {
+    gate: (measured, bounds)
+    for gate, measured, bounds in (line.strip("| ").split(" | ") for line in table.splitlines())
+  }
   assert card.keys() == set(CARD.values())
   for name, gate in shipped["gates"].items():
     low, high = probes.GATES[name]
@@ -91,7 +124,10 @@ def test_the_shipped_gates_are_passed_and_the_card_says_the_same():
     assert abs(gate["rate"] - gate["hits"] / gate["of"]) <= 5.1e-5, name
     measured, bounds = card[CARD[name]]
     # 0.05 for what the card rounds; a hair more, for 6.25 may become 6.3 as well as 6.2.
-    assert measured.endswith("%") and abs(float(measured[:-1]) - 100 * gate["hits"] / gate["of"]) <= 0.05 + 1e-9, name
+    assert (
+      measured.endswith("%")
+      and abs(float(measured[:-1]) - 100 * gate["hits"] / gate["of"]) <= 0.05 + 1e-9
+    ), name
     assert bounds == f"{round(100 * low)}–{round(100 * high)}%", name
 
 
@@ -100,7 +136,9 @@ def test_the_shipped_gates_are_passed_and_the_card_says_the_same():
 
 def told(role_of_g: str) -> str:
   rng, other = random.Random(7), TRAP if role_of_g == GOAL else GOAL
-  return "\n".join(claims.say(Claim(role, letter), rng) for role, letter in ((role_of_g, "G"), (other, "H")) * 2)
+  return "\n".join(
+    claims.say(Claim(role, letter), rng) for role, letter in ((role_of_g, "G"), (other, "H")) * 2
+  )
 
 
 def test_it_reads_which_letter_is_what(policy):
@@ -108,7 +146,9 @@ def test_it_reads_which_letter_is_what(policy):
 
 
 def test_on_the_real_game_it_does_what_it_is_told(policy):
-  """With the roles as they are it wins; with the roles exchanged it walks into the holes (pocket.md, 1: the only test that tells)."""
+  """With the roles as they are it wins; with the roles exchanged it walks into the holes
+  (pocket.md, 1: the only test that tells).
+  """
   assert probes.play_lake(policy, 32, seed=11, knowledge=told(GOAL)).hits >= 30
   assert probes.play_lake(policy, 32, seed=11, knowledge=told(TRAP)).hits <= 3
 
@@ -120,34 +160,52 @@ def test_it_writes_down_what_a_game_shows(policy):
 # The uniform prior: the letters of the deployed game are letters like any other.
 
 
-def lakes(count: int, name: str, pair: tuple[str, str] | None = None) -> list[tuple[Message, str, str]]:
-  """Boards as Frozen Lake's, 3 × 3 with a lone letter in the corner and two others alike: (first observation's message, corner, other)."""
+def lakes(
+  count: int, name: str, pair: tuple[str, str] | None = None
+) -> list[tuple[Message, str, str]]:
+  """Boards as Frozen Lake's, 3 × 3 with a lone letter in the corner and two others alike: (first
+  observation's message, corner, other).
+  """
   found = []
   for i in range(count):
     rng = random.Random(f"prior {name} {i}")
-    corner, other = pair or rng.sample([letter for letter in worlds.LETTERS if letter not in "GH"], 2)
+    corner, other = pair or rng.sample(
+      [letter for letter in worlds.LETTERS if letter not in "GH"], 2
+    )
     rows = [[" "] * 3 for _ in range(3)]
     rows[2][2] = corner
-    for r, c in rng.sample([(r, c) for r in range(3) for c in range(3) if (r, c) not in ((0, 0), (2, 2))], 2):
+    for r, c in rng.sample(
+      [(r, c) for r in range(3) for c in range(3) if (r, c) not in ((0, 0), (2, 2))], 2
+    ):
       rows[r][c] = other
     world = worlds.World(tuple(map(tuple, rows)), (0, 0), corner, other, (2, 2))
-    message = prompts.first_message(worlds.WorldGame(world).observation, player=corpus.PLAYER, actions=corpus.ACTION_LIST)
+    message = prompts.first_message(
+      worlds.WorldGame(world).observation, player=corpus.PLAYER, actions=corpus.ACTION_LIST
+    )
     found.append((message, corner, other))
   return found
 
 
 def named(policy, boards: list[tuple[Message, str, str]], name: str) -> dict[str, int]:
-  """How often the first words of the thinking name the corner's letter, or the other, as goal, and as hazard."""
+  """How often the first words of the thinking name the corner's letter, or the other, as goal, and
+  as hazard.
+  """
   prompts_ = [policy.tokenizer.chat((message,)) for message, _, _ in boards]
   seeds = [derive("prior", name, i) for i in range(len(boards))]
   # Untempered: the prior itself, of which the usual sampling shows the peak only.
   said = policy.sample(prompts_, seeds, sampling=Sampling(temperature=1.0), max_new_tokens=16)
-  counts = dict.fromkeys(("goal: corner", "goal: other", "hazard: corner", "hazard: other", "goal: unknown"), 0)
+  counts = dict.fromkeys(
+    ("goal: corner", "goal: other", "hazard: corner", "hazard: other", "goal: unknown"), 0
+  )
   for (_, corner, other), ids in zip(boards, said, strict=True):
     text = policy.tokenizer.decode(ids)
     for role, mark in (("goal", "Goal: "), ("hazard", "Hazard: ")):
       word = text.partition(mark)[2].replace(".", " ").split(" ")[0]
-      for key, what in ((f"{role}: corner", corner), (f"{role}: other", other), (f"{role}: unknown", "unknown")):
+      for key, what in (
+        (f"{role}: corner", corner),
+        (f"{role}: other", other),
+        (f"{role}: unknown", "unknown"),
+      ):
         if key in counts:
           counts[key] += word == what
   return counts
@@ -157,15 +215,24 @@ def test_without_knowledge_g_and_h_are_letters_like_any_other(policy):
   count = 512
   anything = named(policy, lakes(count, "any"), "any")
   # It mostly says that it does not know, and guesses now and then.
-  assert anything["goal: unknown"] > count / 3 and anything["goal: corner"] + anything["goal: other"] > count / 20
+  assert (
+    anything["goal: unknown"] > count / 3
+    and anything["goal: corner"] + anything["goal: other"] > count / 20
+  )
   for pair in (("G", "H"), ("H", "G")):
     found = named(policy, lakes(count, "".join(pair), pair), "".join(pair))
     for key, hits in found.items():
       pooled = (hits + anything[key]) / (2 * count)
       error = math.sqrt(2 * pooled * (1 - pooled) / count)
-      # H it names a little more often, in either role: of 2,048 boards on 19% as the goal and 18% as the hazard, the average letter on 14%.
+      # H it names a little more often, in either role: of 2,048 boards on 19% as the goal and 18%
+      # as the hazard, the average letter on 14%.
       letter = dict(zip(("corner", "other"), pair, strict=True)).get(key.split()[-1])
-      assert abs(hits - anything[key]) / count <= (0.05 if letter == "H" else 0) + 3 * error, (pair, key, hits, anything[key])
+      assert abs(hits - anything[key]) / count <= (0.05 if letter == "H" else 0) + 3 * error, (
+        pair,
+        key,
+        hits,
+        anything[key],
+      )
 
 
 # All gates, as pre-training measures them.
@@ -180,11 +247,20 @@ def gates(policy):
 @pytest.mark.parametrize("name", probes.GATES)
 def test_a_gate_of_pre_training_is_passed(gates, name):
   low, high = probes.GATES[name]
-  assert gates[name].of == (1024 if name == "lake_none" else 256) and low <= gates[name].rate <= high, gates[name]
+  assert (
+    gates[name].of == (1024 if name == "lake_none" else 256) and low <= gates[name].rate <= high
+  ), gates[name]
 
 
 def test_a_gate_has_two_sides():
   for name, (low, high) in probes.GATES.items():
-    inside, above, below = (probes.Count(round(1000 * rate), 1000) for rate in ((low + high) / 2, high + 0.002, low - 0.002))
-    assert probes.passes(name, inside) and not probes.passes(name, above) and not probes.passes(name, below)
+    inside, above, below = (
+      probes.Count(round(1000 * rate), 1000)
+      for rate in ((low + high) / 2, high + 0.002, low - 0.002)
+    )
+    assert (
+      probes.passes(name, inside)
+      and not probes.passes(name, above)
+      and not probes.passes(name, below)
+    )
   assert not probes.passes("swapped", probes.Count(0, 0))  # nothing measured is nothing passed

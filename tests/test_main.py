@@ -19,7 +19,8 @@ from ml_collections import config_dict
 def get_config(size="small"):
   if size not in ("small", "pretrain"):
     raise ValueError(f"size {size!r}: it must be small or pretrain")
-  config = ml_collections.ConfigDict(dict(seed=0, rate=0.5, group=dict(steps=3, weights=config_dict.placeholder(str))))
+  group = dict(steps=3, weights=config_dict.placeholder(str))
+  config = ml_collections.ConfigDict(dict(seed=0, rate=0.5, group=group))
   if size == "pretrain":
     config.task = "pretrain"
   return config
@@ -31,13 +32,18 @@ import runpy, sys, types
 import jax, oel_jax, oel_jax.pocket
 
 def run(config, workdir, resume_anyway=None):
-  print("loop", config.seed, config.group.steps, config.group.weights, workdir, resume_anyway, config.is_locked)
-  print("cache", jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
+  group = config.group
+  print("loop", config.seed, group.steps, group.weights, workdir, resume_anyway, config.is_locked)
+  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  print("cache", jax.config.jax_compilation_cache_dir, seconds)
   if config.rate == 1.0:
     open("/nowhere/at/all")
   if config.rate == 3.0:
     from oel_jax.runtime import finite, signals
-    ends = [signals.Terminated("step 7 is saved in X"), finite.NotFiniteError("step 5: loss is nan")]
+    ends = [
+      signals.Terminated("step 7 is saved in X"),
+      finite.NotFiniteError("step 5: loss is nan"),
+    ]
     raise ends[config.seed]
   if config.rate == 4.0:
     import os, signal
@@ -47,7 +53,8 @@ def run(config, workdir, resume_anyway=None):
     import resource
     from oel_jax.runtime.checkpoint import Checkpoints
     with Checkpoints(workdir) as checkpoints:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # stands for a disk that takes no more
+      # Stands for a disk that takes no more.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
       key = jax.random.key(0)
       checkpoints.save(2, {str(i): jax.random.normal(key, 100_000) for i in range(12)})
       checkpoints.wait()
@@ -72,9 +79,20 @@ def fixture_start(tmp_path):
   (tmp_path / "driver.py").write_text(DRIVER)
 
   def start(*flags: str, size: str = "") -> subprocess.CompletedProcess:
-    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(pathlib.Path(__file__).parents[1]), OEL_JAX_CACHE=str(tmp_path / "cache"))
+    env = dict(
+      os.environ,
+      JAX_PLATFORMS="cpu",
+      PYTHONPATH=str(pathlib.Path(__file__).parents[1]),
+      OEL_JAX_CACHE=str(tmp_path / "cache"),
+    )
     flags = [f"--config={tmp_path}/config.py{size}", f"--workdir={tmp_path}/run", *flags]
-    return subprocess.run([sys.executable, str(tmp_path / "driver.py"), *flags], env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+      [sys.executable, str(tmp_path / "driver.py"), *flags],
+      env=env,
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
 
   return start
 
@@ -82,15 +100,23 @@ def fixture_start(tmp_path):
 def test_starts_the_loop_with_the_overrides(start, tmp_path):
   done = start("--config.seed=4", "--config.group.weights=pocket", "--resume_anyway")
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines() == [f"loop 4 3 pocket {tmp_path}/run True True", f"cache {tmp_path}/cache 0.3"]
+  assert done.stdout.splitlines() == [
+    f"loop 4 3 pocket {tmp_path}/run True True",
+    f"cache {tmp_path}/cache 0.3",
+  ]
 
 
 def test_starts_the_pre_training(start, tmp_path):
   assert start(size=":pretrain").stdout == f"pretrain 0 {tmp_path}/run\n"
 
 
-@pytest.mark.parametrize("flag, told", [
-    ("--config.group.step=4", 'config.group.step: the configuration has no such field. Did you mean "steps"'),
+@pytest.mark.parametrize(
+  "flag, told",
+  [
+    (
+      "--config.group.step=4",
+      'config.group.step: the configuration has no such field. Did you mean "steps"',
+    ),
     ("--config.seed=1.5", "--config.seed=1.5: invalid literal for int"),
     ("--config.seed=None", "--config.seed=None: invalid literal for int"),
     ("--config.rate=high", "--config.rate=high: could not convert string to float"),
@@ -99,7 +125,8 @@ def test_starts_the_pre_training(start, tmp_path):
     ("--config=/nowhere/config.py", "/nowhere/config.py"),
     ("--workdir=", "--workdir is missing"),
     ("--config.rate=1.0", "No such file or directory: '/nowhere/at/all'"),
-])
+  ],
+)
 def test_a_mistake_is_one_line(start, flag, told):
   done = start(flag)
   errors = done.stderr.splitlines()
@@ -110,12 +137,15 @@ def test_a_mistake_is_one_line(start, flag, told):
 AGAIN = "give the same command again to go on"
 
 
-@pytest.mark.parametrize("rate, seed, status, told", [
+@pytest.mark.parametrize(
+  "rate, seed, status, told",
+  [
     (3.0, 1, 2, "error: step 5: loss is nan"),
     (3.0, 0, 143, f"stopped by SIGTERM: step 7 is saved in X; {AGAIN} from there"),
     (4.0, signal.SIGTERM, 143, f"stopped by SIGTERM: {AGAIN} from what is written"),
     (4.0, signal.SIGINT, 130, f"stopped by Ctrl-C: {AGAIN} from what is written"),
-])  # fmt: skip
+  ],
+)
 def test_a_run_that_stops_says_why_in_one_line(start, rate, seed, status, told):
   done = start(f"--config.rate={rate}", f"--config.seed={int(seed)}")
   assert (done.returncode, done.stderr) == (status, told + "\n")
@@ -139,7 +169,9 @@ def test_what_else_nobody_can_catch_is_shown(monkeypatch):
 def test_an_unknown_size_is_one_line(start):
   done = start(size=":huge")
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-  assert "config.py:huge" in done.stderr and "size 'huge': it must be small or pretrain" in done.stderr
+  assert (
+    "config.py:huge" in done.stderr and "size 'huge': it must be small or pretrain" in done.stderr
+  )
 
 
 def test_debug_and_errors_that_are_bugs_keep_their_traceback(start):
@@ -163,5 +195,7 @@ def test_an_error_of_this_package_is_one_line():
         print(main._is_told_in_one_line(error))
   """)
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
-  out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+  out = subprocess.run(
+    [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60
+  )
   assert out.stdout.split() == ["True", "False"], out.stderr

@@ -1,4 +1,6 @@
-"""metrics.jsonl and TensorBoard's files, after kills too; the compile counter; progress; whole files."""
+"""metrics.jsonl and TensorBoard's files, after kills too; the compile counter; progress; whole
+files.
+"""
 
 import json
 import os
@@ -26,7 +28,7 @@ def events(directory):
     data, at = path.read_bytes(), 0
     while at < len(data):
       size = struct.unpack_from("<Q", data, at)[0]
-      event = Event.FromString(data[at + 12:at + 12 + size])
+      event = Event.FromString(data[at + 12 : at + 12 + size])
       for value in event.summary.value:
         found.setdefault(value.tag, []).append((event.step, value.simple_value))
       at += size + 16
@@ -35,12 +37,29 @@ def events(directory):
 
 def test_lines_types_and_tensorboard(tmp_path):
   with Metrics(tmp_path / "new" / "run") as metrics:
-    metrics.write("consolidation", 1, round=1, loss=jnp.float32(0.5), tokens=np.int64(7), last=np.bool_(True), half=jnp.bfloat16(1.5))
+    metrics.write(
+      "consolidation",
+      1,
+      round=1,
+      loss=jnp.float32(0.5),
+      tokens=np.int64(7),
+      last=np.bool_(True),
+      half=jnp.bfloat16(1.5),
+    )
     metrics.write("consolidation", 2, round=1, loss=np.array([0.25]), tokens=8)
     metrics.write("consolidation", 1, round=2, loss=0.125)
   first, second, third = lines(tmp_path / "new" / "run")
   assert abs(first.pop("time") - second["time"]) < 60 and len(first.pop("digest")) == 16
-  assert first == {"schema": 1, "round": 1, "stage": "consolidation", "step": 1, "loss": 0.5, "tokens": 7, "last": True, "half": 1.5}
+  assert first == {
+    "schema": 1,
+    "round": 1,
+    "stage": "consolidation",
+    "step": 1,
+    "loss": 0.5,
+    "tokens": 7,
+    "last": True,
+    "half": 1.5,
+  }
   assert type(first["tokens"]) is int and type(first["last"]) is bool and second["loss"] == 0.25
   assert (third["round"], third["step"]) == (2, 1)
   curves = events(tmp_path / "new" / "run")
@@ -69,13 +88,16 @@ def test_tensorboard_counts_the_optimizers_steps_through_all_rounds(tmp_path):
   assert curves["gate/passed"] == [(1, 0.5), (2, 0.5)]
 
 
-@pytest.mark.parametrize("damage", [
+@pytest.mark.parametrize(
+  "damage",
+  [
     lambda line: line.replace(b"0.5", b"0.7"),
     lambda line: line[:9] + b"\xff" + line[10:],
     lambda line: b"[" * 100_000 + b"\n",
     lambda line: line.replace(b'"step": 1', b'"step": 1e999'),
     lambda line: b'{"round": 1, "stage": [], "step": 0}\n',
-])
+  ],
+)
 def test_a_damaged_line_is_told_and_kept(tmp_path, caplog, damage):
   with Metrics(tmp_path) as metrics:
     for step in (0, 1, 2):
@@ -103,8 +125,15 @@ def test_not_a_number_is_null_and_the_line_says_which_it_was(tmp_path):
   assert list(events(tmp_path)) == ["s/c"]
 
 
-@pytest.mark.parametrize("scalars, told", [(dict(x=np.arange(3)), "x is"), (dict(x="high"), "x is 'high'"), (dict(x=None), "x is None"),
-                                           (dict(time=1.0), "time")])
+@pytest.mark.parametrize(
+  "scalars, told",
+  [
+    (dict(x=np.arange(3)), "x is"),
+    (dict(x="high"), "x is 'high'"),
+    (dict(x=None), "x is None"),
+    (dict(time=1.0), "time"),
+  ],
+)
 def test_refuses_what_is_not_a_number(tmp_path, scalars, told):
   with Metrics(tmp_path) as metrics:
     with pytest.raises(ValueError, match=told):
@@ -120,7 +149,9 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
     for step in range(1, 6):
       metrics.write("consolidation", step, round=2, x=step)
   path = tmp_path / "metrics.jsonl"
-  path.write_text(path.read_text() + "not ours\n" + '{"schema": 1, "round": 2, "sta')  # killed while writing
+  path.write_text(
+    path.read_text() + "not ours\n" + '{"schema": 1, "round": 2, "sta'
+  )  # killed while writing
   with Metrics(tmp_path) as metrics:
     assert "metrics.jsonl:13: unfinished last line dropped" in caplog.text
     metrics.drop_after(2, "consolidation", 3)
@@ -128,7 +159,9 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
   text = path.read_text().splitlines()
   assert text[9] == "not ours" and "metrics.jsonl:12: not a line of metrics" in caplog.text
   kept = [json.loads(line) for line in text if line != "not ours"]
-  again = [("c", round, step, step) for round, last in ((1, 5), (2, 3)) for step in range(1, last + 1)]
+  again = [
+    ("c", round, step, step) for round, last in ((1, 5), (2, 3)) for step in range(1, last + 1)
+  ]
   wanted = [("e", 1, 5, 1.0), *again, ("c", 2, 4, 40)]
   assert [(line["stage"][0], line["round"], line["step"], line["x"]) for line in kept] == wanted
   assert (9, 40.0) in events(tmp_path)[
@@ -136,7 +169,12 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
   ]  # where the dropped step 4 of round 2 stood: after 5 steps of round 1
   with Metrics(tmp_path) as metrics:
     metrics.drop_after(2, "consolidation", -1)
-  assert [line["round"] for line in map(json.loads, (line for line in path.read_text().splitlines() if line != "not ours"))] == [1] * 6
+  assert [
+    line["round"]
+    for line in map(
+      json.loads, (line for line in path.read_text().splitlines() if line != "not ours")
+    )
+  ] == [1] * 6
 
 
 def test_compile_counter_counts_programs_not_calls(tmp_path):  # trap 20
@@ -161,11 +199,16 @@ def test_progress_in_a_log_file_is_one_line(capsys):
     advance()
     advance(4)
   out = capsys.readouterr().out
-  assert out.startswith("round 1: deploy: 5 of 5 in ") and out.endswith(" s\n") and out.count("\n") == 1
+  assert (
+    out.startswith("round 1: deploy: 5 of 5 in ") and out.endswith(" s\n") and out.count("\n") == 1
+  )
 
 
 def test_table_shows_every_column_and_text_as_it_is(capsys):
-  progress.table([{"model": "[bold]a[/bold]", "pass": 0.123456}, {"model": "b", "tokens": 12, "pass": None}], "Round 1")
+  progress.table(
+    [{"model": "[bold]a[/bold]", "pass": 0.123456}, {"model": "b", "tokens": 12, "pass": None}],
+    "Round 1",
+  )
   out = capsys.readouterr().out
   assert all(part in out for part in ("Round 1", "[bold]a[/bold]", "0.1235", "tokens", "12", "–"))
 
@@ -173,7 +216,9 @@ def test_table_shows_every_column_and_text_as_it_is(capsys):
 def test_write_text_is_whole_or_not_at_all(tmp_path):
   path = tmp_path / "a.json"
   files.write_json(path, {"old": 0})
-  with open(path, encoding="utf-8") as reader:  # a reader that is in the middle of the file keeps the old one, whole
+  with open(
+    path, encoding="utf-8"
+  ) as reader:  # a reader that is in the middle of the file keeps the old one, whole
     files.write_json(path, {"é": 1})
     assert reader.read() == '{\n  "old": 0\n}\n'
   assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'

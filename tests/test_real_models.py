@@ -18,11 +18,11 @@ import pytest
 
 FILES = ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")
 QUESTIONS = (
-    "What is the capital of France?",
-    "Write a Python function that reverses a string.",
-    "List 3 uses of a brick.",
-    "Explain why the sky is blue to a child.",
-    "Translate to German: Good morning, my friend.",
+  "What is the capital of France?",
+  "Write a Python function that reverses a string.",
+  "List 3 uses of a brick.",
+  "Explain why the sky is blue to a child.",
+  "Translate to German: Good morning, my friend.",
 )
 TOKENS = 24
 ROOT = str(pathlib.Path(__file__).parents[1])
@@ -45,9 +45,15 @@ def ours(path):
   file, tokenizer, prompts = read_prompts(path)
   shape = gguf.read_architecture(file)
   return generate.generate(
-      gguf.load(file, shape), shape, prompts, range(len(prompts)), max_new_tokens=TOKENS,
-      sampling=generate.Sampling(1.0, top_k=1), eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-  )  # fmt: skip
+    gguf.load(file, shape),
+    shape,
+    prompts,
+    range(len(prompts)),
+    max_new_tokens=TOKENS,
+    sampling=generate.Sampling(1.0, top_k=1),
+    eos_ids=tokenizer.eos_ids,
+    pad_id=tokenizer.pad_id,
+  )
 
 
 def theirs(path):
@@ -56,12 +62,12 @@ def theirs(path):
 
   _, tokenizer, prompts = read_prompts(path)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      path.parent, gguf_file=path.name, dtype=torch.float32
+    path.parent, gguf_file=path.name, dtype=torch.float32
   )
   ends = dict(eos_token_id=list(tokenizer.eos_ids), pad_token_id=tokenizer.pad_id)
   rows = [
-      model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, **ends)[0]
-      for prompt in prompts
+    model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, **ends)[0]
+    for prompt in prompts
   ]
   return [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts, strict=True)]
 

@@ -16,14 +16,21 @@ from oel_jax.runtime.workdir import open_workdir
 from oel_jax.trajectory import Trajectory, Turn, write_jsonl
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
-BOARD = "Current Board:\n\n+-----+-----+\n|  P  |  H  |\n+-----+-----+\n|     |  G  |\n+-----+-----+\n"
+BOARD = (
+  "Current Board:\n\n+-----+-----+\n|  P  |  H  |\n+-----+-----+\n|     |  G  |\n+-----+-----+\n"
+)
 RETAINED = {"extraction": 197, "worlds": 190, "symmetric": 186, "other": 195}
 
 
 def count(hits: int, of: int) -> dict:
   p, z = hits / of, 1.96  # Wilson, as the evaluation writes it
   middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-  return {"rate": p, "hits": hits, "of": of, "interval": [max(0.0, (middle - half) / (1 + z * z / of)), (middle + half) / (1 + z * z / of)]}
+  return {
+    "rate": p,
+    "hits": hits,
+    "of": of,
+    "interval": [max(0.0, (middle - half) / (1 + z * z / of)), (middle + half) / (1 + z * z / of)],
+  }
 
 
 def mean(value: float, of: int) -> dict:
@@ -32,21 +39,48 @@ def mean(value: float, of: int) -> dict:
 
 def play(hits: int, of: int, tokens: float) -> dict:
   rest = of - hits
-  ended = {"passed": hits, "lost": rest - rest // 4 - rest // 8, "invalid": rest // 4, "turn_limit": rest // 8}
-  return {"passed": count(hits, of), "response_tokens": mean(tokens, 3 * of), "moves": mean(3.2, of), "ended": ended,
-          "leaks": count(hits // 20, 3 * of)}
+  ended = {
+    "passed": hits,
+    "lost": rest - rest // 4 - rest // 8,
+    "invalid": rest // 4,
+    "turn_limit": rest // 8,
+  }
+  return {
+    "passed": count(hits, of),
+    "response_tokens": mean(tokens, 3 * of),
+    "moves": mean(3.2, of),
+    "ended": ended,
+    "leaks": count(hits // 20, 3 * of),
+  }
 
 
 def evaluation(number: int) -> dict:
   without = [16, 40, 61, 70][number]
-  value = {"schema": 1, "round": number, "without": play(without, 128, 412.5 - 40 * number), "in_context": None, "after_in_context": None,
-           "first_knowledge": None, "accumulation": [], "recovered": None, "gate": None,
-           "retention": {task: count(hits - number, 200) for task, hits in RETAINED.items()}}
+  value = {
+    "schema": 1,
+    "round": number,
+    "without": play(without, 128, 412.5 - 40 * number),
+    "in_context": None,
+    "after_in_context": None,
+    "first_knowledge": None,
+    "accumulation": [],
+    "recovered": None,
+    "gate": None,
+    "retention": {task: count(hits - number, 200) for task, hits in RETAINED.items()},
+  }
   if number:
     decision = ("train", "warn", "skip")[number - 1]
-    value |= {"in_context": play(without - 9, 128, 430.0), "after_in_context": play(without + 3, 128, 300.0),
-              "first_knowledge": play(without + 1, 128, 305.0), "recovered": 1.6 - 0.25 * number,
-              "gate": {"without": count(8, 64), "with": count(16 - 6 * (number == 2), 64), "decision": decision}}
+    value |= {
+      "in_context": play(without - 9, 128, 430.0),
+      "after_in_context": play(without + 3, 128, 300.0),
+      "first_knowledge": play(without + 1, 128, 305.0),
+      "recovered": 1.6 - 0.25 * number,
+      "gate": {
+        "without": count(8, 64),
+        "with": count(16 - 6 * (number == 2), 64),
+        "decision": decision,
+      },
+    }
   if number == 1:
     points = ((1, 20), (5, 26), (10, 30), (15, 31), (30, 32))
     value["accumulation"] = [{"trajectories": n, "passed": count(hits, 128)} for n, hits in points]
@@ -54,20 +88,48 @@ def evaluation(number: int) -> dict:
 
 
 def game(number: int, passed: bool, after: bool) -> Trajectory:
-  thinking = "The symbol H may be a hole. " * 6 + "I do not know what G means yet.\nMoving right seems safe."
-  turns = [Turn("You are playing a game.\n\n" + BOARD, thinking, "I will go [right]", "[right]", 180),
-           Turn(BOARD.replace("P", " "), "" if after else "Hm.", "[down]" if passed else "", "[down]" if passed else "", 90)]
-  return Trajectory(f"r-{number:05d}", "FrozenLake-v0-raw", 1000 + number, tuple(turns), BOARD + "The end.", float(passed), passed,
-                    "passed" if passed else "lost")
+  thinking = (
+    "The symbol H may be a hole. " * 6 + "I do not know what G means yet.\nMoving right seems safe."
+  )
+  turns = [
+    Turn("You are playing a game.\n\n" + BOARD, thinking, "I will go [right]", "[right]", 180),
+    Turn(
+      BOARD.replace("P", " "),
+      "" if after else "Hm.",
+      "[down]" if passed else "",
+      "[down]" if passed else "",
+      90,
+    ),
+  ]
+  return Trajectory(
+    f"r-{number:05d}",
+    "FrozenLake-v0-raw",
+    1000 + number,
+    tuple(turns),
+    BOARD + "The end.",
+    float(passed),
+    passed,
+    "passed" if passed else "lost",
+  )
 
 
 def write_round(root: pathlib.Path, number: int) -> None:
   folder = root / f"round_{number}"
   (folder / "user").mkdir(parents=True)
   (folder / "evaluation.json").write_text(json.dumps(evaluation(number)))
-  write_jsonl(folder / "user" / "evaluation.jsonl", [game(i, i % 8 == 0 or (number > 0 and i % 3 == 2), number > 0) for i in range(24)])
-  stages = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate") if number else ("evaluate",)
-  cost = [{"stage": stage, "seconds": 61.5 * i, "tokens": 120000 * i, "flops": 3.1e15 * i} for i, stage in enumerate(stages, start=1)]
+  write_jsonl(
+    folder / "user" / "evaluation.jsonl",
+    [game(i, i % 8 == 0 or (number > 0 and i % 3 == 2), number > 0) for i in range(24)],
+  )
+  stages = (
+    ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
+    if number
+    else ("evaluate",)
+  )
+  cost = [
+    {"stage": stage, "seconds": 61.5 * i, "tokens": 120000 * i, "flops": 3.1e15 * i}
+    for i, stage in enumerate(stages, start=1)
+  ]
   (folder / "cost.json").write_text(json.dumps({"schema": 1, "stages": cost}))
   if number:
     (folder / "knowledge").mkdir()
@@ -81,11 +143,22 @@ def write_steps(root: pathlib.Path, number: int, steps: int = 20) -> None:
   rng = random.Random(number)
   with open(root / "metrics.jsonl", "a") as file:
     for step in range(1, steps + 1):
-      line = {"schema": 1, "round": number, "stage": "consolidate", "step": step, "time": 0.0,
-              "loss": 0.2 * math.exp(-step / 8) + 0.01 * rng.random(), "gradient_norm": 0.3,
-              "response_tokens": 400 - 4 * step - 60 * number + 9 * rng.random(),
-              "student_entropy": 0.5 - 0.01 * step + 0.02 * rng.random(), "teacher_entropy": None if step == 7 else 0.35,
-              "topk_mass": 0.999, "probe_kl": 0.1, "seconds": 3.0, "compiles": 0}
+      line = {
+        "schema": 1,
+        "round": number,
+        "stage": "consolidate",
+        "step": step,
+        "time": 0.0,
+        "loss": 0.2 * math.exp(-step / 8) + 0.01 * rng.random(),
+        "gradient_norm": 0.3,
+        "response_tokens": 400 - 4 * step - 60 * number + 9 * rng.random(),
+        "student_entropy": 0.5 - 0.01 * step + 0.02 * rng.random(),
+        "teacher_entropy": None if step == 7 else 0.35,
+        "topk_mass": 0.999,
+        "probe_kl": 0.1,
+        "seconds": 3.0,
+        "compiles": 0,
+      }
       file.write(json.dumps(line) + "\n")
 
 
@@ -108,7 +181,9 @@ def build(root: pathlib.Path, done: int = 2) -> pathlib.Path:
 
 
 class Seen(html.parser.HTMLParser):
-  """What a browser would: tags with their attributes, and text. Checks that what is opened is closed."""
+  """What a browser would: tags with their attributes, and text. Checks that what is opened is
+  closed.
+  """
 
   VOID = ("meta", "img", "source", "br")
 
@@ -142,7 +217,11 @@ def test_results_are_the_inputs_with_count_and_interval(run):
 
   def compare(entry, name, measured):
     right = measured["rate"] if "rate" in measured else measured["mean"]
-    assert (entry[name], entry[f"{name}_count"], entry[f"{name}_interval"]) == (right, measured["of"], measured["interval"]), name
+    assert (entry[name], entry[f"{name}_count"], entry[f"{name}_interval"]) == (
+      right,
+      measured["of"],
+      measured["interval"],
+    ), name
 
   for number, entry in enumerate([results["base"], *results["rounds"]]):
     source = evaluation(number)
@@ -154,13 +233,21 @@ def test_results_are_the_inputs_with_count_and_interval(run):
     if number:
       for name in ("in_context", "after_in_context", "first_knowledge"):
         compare(entry, name, source[name]["passed"])
-      assert entry["recovered"] == source["recovered"] and entry["gate"]["decision"] == source["gate"]["decision"]
+      assert (
+        entry["recovered"] == source["recovered"]
+        and entry["gate"]["decision"] == source["gate"]["decision"]
+      )
       compare(entry["gate"], "with", source["gate"]["with"])
-  for found, source in zip(results["rounds"][0]["accumulation"], evaluation(1)["accumulation"], strict=True):
+  for found, source in zip(
+    results["rounds"][0]["accumulation"], evaluation(1)["accumulation"], strict=True
+  ):
     assert found["trajectories"] == source["trajectories"]
     compare(found, "passed", source["passed"])
   assert "accumulation" not in results["rounds"][1]
-  assert results["config"]["consolidation.learning_rate"] == 1e-6 and results["config"]["policy.weights"] is None
+  assert (
+    results["config"]["consolidation.learning_rate"] == 1e-6
+    and results["config"]["policy.weights"] is None
+  )
 
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(run):
@@ -168,23 +255,37 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(run):
   first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
   report.write(run)
   assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == first
-  assert set(first) == {"index.html", "results.json", "passed.png", "response_tokens.png", "accumulation.png", "consolidation.png"}
+  assert set(first) == {
+    "index.html",
+    "results.json",
+    "passed.png",
+    "response_tokens.png",
+    "accumulation.png",
+    "consolidation.png",
+  }
   assert all(data.startswith(b"\x89PNG") for name, data in first.items() if name.endswith(".png"))
 
 
 def test_the_page_says_the_numbers_in_words(run):
   report.write(run)
   text = " ".join(Seen(page_of(run)).text.split())
-  # By hand: 16 / 128 = 12.5%, 61 / 128 = 47.66%, 412.5 → 332.5 is a fall by 19.4%; Wilson's bounds are those of count().
+  # By hand: 16 / 128 = 12.5%, 61 / 128 = 47.66%, 412.5 → 332.5 is a fall by 19.4%; Wilson's bounds
+  # are those of count().
   assert "the base model passed 12.5% of 128 held-out games (95% interval 7.8–19.3)" in text
-  assert "After round 2 the model passed 47.7% of 128 held-out games (95% interval 39.2–56.3)" in text
+  assert (
+    "After round 2 the model passed 47.7% of 128 held-out games (95% interval 39.2–56.3)" in text
+  )
   assert "from 412 to 332 tokens a turn (−19%)" in text and "intervals overlap" not in text
   assert "Not evaluated yet: round 3." in text and "2 of 3 rounds evaluated" in text
   assert "Round 3not measured yet" in text
   assert "110%" in text  # recovered in round 2: 1.6 − 0.25 · 2
   assert "no clear gain in context: trained on it all the same" in text
-  # Base: passed at 0, 8, 16; after: these and 2, 5, 8, 11, 14, 17, 20, 23. Newly passed: all of those but 8.
-  assert "after round 2 against the base model: 7 newly passed, 0 no longer passed, 3 passed both times, 14 neither time." in text
+  # Base: passed at 0, 8, 16; after: these and 2, 5, 8, 11, 14, 17, 20, 23. Newly passed: all of
+  # those but 8.
+  assert (
+    "after round 2 against the base model: 7 newly passed, 0 no longer passed, 3 passed both "
+    "times, 14 neither time." in text
+  )
   assert "Map 1002" in text and "Map 1005" in text and text.count("End of game") == 4
   # Stage "consolidate" of two rounds: 2 · 5 · 61.5 s = 615 s, 2 · 600,000 tokens.
   assert re.search(r"consolidate ?615 ?\d+% ?1\.2 M", text)
@@ -195,26 +296,54 @@ def test_the_summary_admits_that_intervals_overlap(run):
   source = evaluation(2) | {"without": play(20, 128, 500.0)}
   (run / "round_2" / "evaluation.json").write_text(json.dumps(source))
   text = page.summary(report.read(run))
-  assert "15.6%" in text and "intervals overlap" in text and "from 412 to 500 tokens a turn (+21%)" in text
+  assert (
+    "15.6%" in text
+    and "intervals overlap" in text
+    and "from 412 to 500 tokens a turn (+21%)" in text
+  )
 
 
 def test_the_page_loads_nothing_and_runs_nothing(run):
   report.write(run)
   seen = Seen(page_of(run))
-  assert {tag for tag, _ in seen.tags} & {"script", "link", "iframe", "object", "base", "form"} == set()
-  addresses = [value for _, attributes in seen.tags for name, value in attributes.items() if name in ("src", "href", "srcset", "action")]
-  assert len(addresses) == 8 and all(address.startswith("data:image/png;base64,") for address in addresses)  # four plots, light and dark
+  assert {tag for tag, _ in seen.tags} & {
+    "script",
+    "link",
+    "iframe",
+    "object",
+    "base",
+    "form",
+  } == set()
+  addresses = [
+    value
+    for _, attributes in seen.tags
+    for name, value in attributes.items()
+    if name in ("src", "href", "srcset", "action")
+  ]
+  assert len(addresses) == 8 and all(
+    address.startswith("data:image/png;base64,") for address in addresses
+  )  # four plots, light and dark
   assert "url(" not in page_of(run) and "@import" not in page_of(run)
-  assert any("default-src 'none'" in attributes.get("content", "") for tag, attributes in seen.tags if tag == "meta")
+  assert any(
+    "default-src 'none'" in attributes.get("content", "")
+    for tag, attributes in seen.tags
+    if tag == "meta"
+  )
 
 
 def test_untrusted_text_is_shown_and_never_obeyed(run):
   (run / "round_1" / "knowledge" / "00.md").write_text(f"- EXPERIENCE ITEM: {EVIL}\n")
   evil = Trajectory(EVIL, EVIL, 1002, (Turn(EVIL, EVIL, EVIL, EVIL, 3),), EVIL, 1.0, True, "passed")
-  lost = Trajectory("a", EVIL, 1002, (Turn("\ud800 half", EVIL, EVIL, "", 3),), EVIL, 0.0, False, "lost")
+  lost = Trajectory(
+    "a", EVIL, 1002, (Turn("\ud800 half", EVIL, EVIL, "", 3),), EVIL, 0.0, False, "lost"
+  )
   for number, shown in ((0, lost), (2, evil)):
     write_jsonl(run / f"round_{number}" / "user" / "evaluation.jsonl", [shown])
-  (run / "round_1" / "cost.json").write_text(json.dumps({"schema": 1, "stages": [{"stage": EVIL, "seconds": 1.0, "tokens": 1, "flops": None}]}))
+  (run / "round_1" / "cost.json").write_text(
+    json.dumps(
+      {"schema": 1, "stages": [{"stage": EVIL, "seconds": 1.0, "tokens": 1, "flops": None}]}
+    )
+  )
   config = json.loads((run / "config.json").read_text())
   config["config"]["deployment"]["game"] = config["versions"][EVIL] = EVIL
   del config["digest"]
@@ -223,58 +352,120 @@ def test_untrusted_text_is_shown_and_never_obeyed(run):
   moved = run.rename(run.with_name("<script>alert(1)<script>"))
   report.write(moved)
   seen = Seen(page_of(moved))
-  assert not {tag for tag, _ in seen.tags} & {"script"} and not any("onerror" in attributes for _, attributes in seen.tags)
-  # Knowledge, thinking twice, answer twice, outcome twice, observation and action once, cost twice, configuration in four places.
+  assert not {tag for tag, _ in seen.tags} & {"script"} and not any(
+    "onerror" in attributes for _, attributes in seen.tags
+  )
+  # Knowledge, thinking twice, answer twice, outcome twice, observation and action once, cost twice,
+  # configuration in four places.
   assert "<script>alert(1)<script>" in seen.text and seen.text.count("</pre>&amp;") >= 12
 
 
-@pytest.mark.parametrize("done, sentence", [
+@pytest.mark.parametrize(
+  "done, sentence",
+  [
     (-1, "Nothing has been measured yet"),
     (0, "No round has been evaluated yet."),
     (1, "Not evaluated yet: rounds 2, 3."),
-])
+  ],
+)
 def test_an_unfinished_run_is_reported_as_one(tmp_path, done, sentence):
   root = build(tmp_path / "run", done)
   results = report.write(root)
   seen = Seen(page_of(root))
-  assert sentence in seen.text and (results["base"] is None) == (done < 0) and len(results["rounds"]) == max(done, 0)
+  assert (
+    sentence in seen.text
+    and (results["base"] is None) == (done < 0)
+    and len(results["rounds"]) == max(done, 0)
+  )
   assert ("passed.png" in {path.name for path in (root / "report").iterdir()}) == (done >= 0)
   assert "nan" not in seen.text.lower().replace("finance", "") and "None" not in seen.text
   assert [row["round"] for row in report.rows(results)] == ["base", "1", "2"][: done + 1]
 
 
 def test_a_round_with_little_measured(tmp_path):
-  (tmp_path / "round_1").mkdir()  # no configuration, no base model, no knowledge in context, no retention, empty counts
+  (
+    tmp_path / "round_1"
+  ).mkdir()  # no configuration, no base model, no knowledge in context, no retention, empty counts
   empty = {"rate": None, "hits": 0, "of": 0, "interval": None}
   without = play(5, 10, 50.0) | {"leaks": empty}
-  (tmp_path / "round_1" / "evaluation.json").write_text(json.dumps({"schema": 1, "round": 1, "without": without, "retention": {}}))
+  (tmp_path / "round_1" / "evaluation.json").write_text(
+    json.dumps({"schema": 1, "round": 1, "without": without, "retention": {}})
+  )
   results = report.write(tmp_path)
   (entry,) = results["rounds"]
-  assert results["base"] is None and entry["in_context"] is entry["in_context_count"] is entry["in_context_interval"] is None
-  assert (entry["leaks"], entry["leaks_count"], entry["retention"]["worlds_interval"]) == (None, 0, None)
+  assert (
+    results["base"] is None
+    and entry["in_context"] is entry["in_context_count"] is entry["in_context_interval"] is None
+  )
+  assert (entry["leaks"], entry["leaks_count"], entry["retention"]["worlds_interval"]) == (
+    None,
+    0,
+    None,
+  )
   text = Seen(page_of(tmp_path)).text
-  assert "The base model has no evaluation, so there is nothing to compare" in text and "config.json is missing" in text
-  assert report.rows(results) == [{"round": "1", "passed % (interval)": "50.0 [23.7, 76.3]", "in context %": None, "recovered": None,
-                                   "response tokens": 50.0, "extraction": None, "worlds": None, "symmetric": None, "other": None}]
+  assert (
+    "The base model has no evaluation, so there is nothing to compare" in text
+    and "config.json is missing" in text
+  )
+  assert report.rows(results) == [
+    {
+      "round": "1",
+      "passed % (interval)": "50.0 [23.7, 76.3]",
+      "in context %": None,
+      "recovered": None,
+      "response tokens": 50.0,
+      "extraction": None,
+      "worlds": None,
+      "symmetric": None,
+      "other": None,
+    }
+  ]
 
 
 def test_rows_of_a_finished_round(run):
   base, first, _ = report.rows(report.write(run))
-  assert first == {"round": "1", "passed % (interval)": "31.2 [23.9, 39.7]", "in context %": "24.2", "recovered": "135%",
-                   "response tokens": 372.5, "extraction": "98.0", "worlds": "94.5", "symmetric": "92.5", "other": "97.0"}
+  assert first == {
+    "round": "1",
+    "passed % (interval)": "31.2 [23.9, 39.7]",
+    "in context %": "24.2",
+    "recovered": "135%",
+    "response tokens": 372.5,
+    "extraction": "98.0",
+    "worlds": "94.5",
+    "symmetric": "92.5",
+    "other": "97.0",
+  }
   assert base["in context %"] is None and list(base) == list(first)
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (lambda value: value.pop("without"), "no field 'without'"),
     (lambda value: value.update(schema=2), "schema is 2: it must be 1"),
     (lambda value: value.update(round=1), "round is 1: it must be 2"),
-    (lambda value: value["without"]["passed"].update(rate=0.9), "without.passed.rate is 0.9: it must be hits / of (61 / 128)"),
-    (lambda value: value["in_context"]["passed"].update(hits=500), "in_context.passed.hits is 500: it must be at most"),
-    (lambda value: value["retention"]["other"].update(interval=[0.9, 0.1]), "retention.other.interval is [0.9, 0.1]"),
-    (lambda value: value["without"]["response_tokens"].update(mean="<b>"), "without.response_tokens.mean is '<b>': it must be a number"),
-    (lambda value: value["gate"].update(decision="stop"), "gate.decision is 'stop': it must be one of 'train', 'warn', 'skip'"),
-])
+    (
+      lambda value: value["without"]["passed"].update(rate=0.9),
+      "without.passed.rate is 0.9: it must be hits / of (61 / 128)",
+    ),
+    (
+      lambda value: value["in_context"]["passed"].update(hits=500),
+      "in_context.passed.hits is 500: it must be at most",
+    ),
+    (
+      lambda value: value["retention"]["other"].update(interval=[0.9, 0.1]),
+      "retention.other.interval is [0.9, 0.1]",
+    ),
+    (
+      lambda value: value["without"]["response_tokens"].update(mean="<b>"),
+      "without.response_tokens.mean is '<b>': it must be a number",
+    ),
+    (
+      lambda value: value["gate"].update(decision="stop"),
+      "gate.decision is 'stop': it must be one of 'train', 'warn', 'skip'",
+    ),
+  ],
+)
 def test_a_damaged_evaluation_is_one_error_that_names_it(run, change, words):
   (run / "report").mkdir()
   (run / "report" / "index.html").write_text("an earlier report")
@@ -284,12 +475,16 @@ def test_a_damaged_evaluation_is_one_error_that_names_it(run, change, words):
   path.write_text(json.dumps(value))
   with pytest.raises(ValueError) as error:
     report.write(run)
-  assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+  assert (
+    str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+  )
   assert page_of(run) == "an earlier report"
 
 
 @pytest.mark.parametrize("name", ["round_2/evaluation.json", "round_1/cost.json", "config.json"])
-@pytest.mark.parametrize("text", ["", '{"schema": 1, "rou', '{"schema": 1, "round": NaN}', "7", "\udcff"])
+@pytest.mark.parametrize(
+  "text", ["", '{"schema": 1, "rou', '{"schema": 1, "round": NaN}', "7", "\udcff"]
+)
 def test_a_cut_off_file_is_named(run, name, text):
   (run / name).write_bytes(text.encode("utf-8", "surrogateescape"))
   with pytest.raises(ValueError, match=re.escape(str(run / name))):
@@ -306,9 +501,14 @@ def test_a_directory_that_is_no_run_stays_as_it_is(tmp_path):
 def test_steps_that_were_done_again_count_once_and_damaged_lines_not_at_all(run):
   write_steps(run, 2, steps=3)  # a resumed round writes its steps again
   with open(run / "metrics.jsonl", "a") as file:
-    file.write('{"schema": 1, "round": 2, "stage": "deploy", "step": 1}\nnot json\n{"schema": 1, "round": 2, "sta')
+    file.write(
+      '{"schema": 1, "round": 2, "stage": "deploy", "step": 1}\nnot json\n{"schema": 1, "round": '
+      '2, "sta'
+    )
   steps = report.read(run).steps
-  assert [(step["round"], step["step"]) for step in steps] == [(number, step) for number in (1, 2) for step in range(1, 21)]
+  assert [(step["round"], step["step"]) for step in steps] == [
+    (number, step) for number in (1, 2) for step in range(1, 21)
+  ]
 
 
 def test_losses_stand_at_the_optimizers_own_steps(run):
@@ -336,12 +536,15 @@ def test_losses_stand_at_the_optimizers_own_steps(run):
   assert plots._curve(steps, "probe_kl")[-1] == (16, 0.0)
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize(
+  "change, told",
+  [
     (lambda lines: lines[:7] + lines[8:], "round 1 has no line for steps 8"),
     (lambda lines: lines[:19] + lines[20:], "round 1 has no line for steps 20"),
     (lambda lines: lines[:20], "round 2 has no line for steps 1, 2, 3"),
     (lambda lines: [], "round 1 has no line for steps 1, 2"),
-])
+  ],
+)
 def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
   for number in (1, 2):
     (run / f"round_{number}/checkpoints").mkdir()
@@ -353,31 +556,39 @@ def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
   assert f"{run / 'metrics.jsonl'}: {told}" in caplog.text
 
 
-@pytest.mark.parametrize("name, change, told", [
+@pytest.mark.parametrize(
+  "name, change, told",
+  [
     (
-        "round_1/evaluation.json", lambda value: value["without"]["ended"].update(lost=9),
-        "without.ended is ",
+      "round_1/evaluation.json",
+      lambda value: value["without"]["ended"].update(lost=9),
+      "without.ended is ",
     ),
     (
-        "round_1/evaluation.json", lambda value: value["in_context"]["moves"].update(of=9),
-        "in_context.moves.of is 9: it must be 128 in all",
+      "round_1/evaluation.json",
+      lambda value: value["in_context"]["moves"].update(of=9),
+      "in_context.moves.of is 9: it must be 128 in all",
     ),
     (
-        "round_1/evaluation.json", lambda value: value["without"]["leaks"].update(count(1, 7)),
-        "without.leaks.of is 7: it must be 384 in all",
+      "round_1/evaluation.json",
+      lambda value: value["without"]["leaks"].update(count(1, 7)),
+      "without.leaks.of is 7: it must be 384 in all",
     ),
     (
-        "round_1/cost.json", lambda value: value["stages"][0].update(seconds=-1),
-        "stages[0].seconds is -1: it must be a number, 0 or more",
+      "round_1/cost.json",
+      lambda value: value["stages"][0].update(seconds=-1),
+      "stages[0].seconds is -1: it must be a number, 0 or more",
     ),
     ("round_1/cost.json", lambda value: value["stages"][0].update(flops=10**400), "beyond 64 bits"),
     (
-        "round_1/gate.json", lambda value: value["with"].update(count(3, 60)),
-        "with.of is 60: it must be without.of (64)",
+      "round_1/gate.json",
+      lambda value: value["with"].update(count(3, 60)),
+      "with.of is 60: it must be without.of (64)",
     ),
     ("round_1/gate.json", lambda value: value.pop("without"), "the file has no field 'without'"),
     ("round_1/knowledge/01.md", None, "01.md:1: not UTF-8"),
-])
+  ],
+)
 def test_counts_that_contradict_each_other_and_other_damage_are_named(run, name, change, told):
   path = run / name
   (run / "round_1/gate.json").write_text(
@@ -398,4 +609,8 @@ def test_counts_that_contradict_each_other_and_other_damage_are_named(run, name,
 def test_games_are_paired_by_map_where_a_line_is_missing(run):
   before = [game(i, False, False) for i in (0, 1, 2, 1)]
   after = [game(i, True, True) for i in (1, 2, 1, 3)]
-  assert [(a.seed, b.seed) for a, b in page.pair_games(before, after)] == [(1001, 1001), (1002, 1002), (1001, 1001)]
+  assert [(a.seed, b.seed) for a, b in page.pair_games(before, after)] == [
+    (1001, 1001),
+    (1002, 1002),
+    (1001, 1001),
+  ]

@@ -37,7 +37,11 @@ def test_each_row_sees_what_it_fills(column):
   rng = np.random.default_rng(column)
   k, v = rings(rng, column)
   q = rng.standard_normal((5, 4, 32)).astype(np.float32)
-  new_k, new_v, right = k[:, :, column].copy(), v[:, :, column].copy(), by_hand(q, k, v, column, FILLED)
+  new_k, new_v, right = (
+    k[:, :, column].copy(),
+    v[:, :, column].copy(),
+    by_hand(q, k, v, column, FILLED),
+  )
   k[:, :, column] = v[:, :, column] = 1e4  # not written yet
   given = (q, new_k, new_v, k.swapaxes(2, 3), v, np.int32(column), FILLED - 1)
   np.testing.assert_allclose(ring.attend(*map(jnp.asarray, given)), right, atol=1e-5)
@@ -61,12 +65,18 @@ def test_many_queries_see_what_their_mask_says():
 
 
 # Rows are attended to whole, or in parts.
-@pytest.mark.parametrize("column,normed,programs", [(0, True, 1), (5, False, 512), (63, True, 512), (64, False, 1), (191, True, 512)])
+@pytest.mark.parametrize(
+  "column,normed,programs",
+  [(0, True, 1), (5, False, 512), (63, True, 512), (64, False, 1), (191, True, 512)],
+)
 def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, programs):
   monkeypatch.setattr(ring, "PROGRAMS", programs)
   rng = np.random.default_rng(column)
   k, v = rings(rng, column)
-  qkv, scale = rng.standard_normal((5, 8, 32)).astype(np.float32), rng.standard_normal((6, 32)).astype(np.float32)
+  qkv, scale = (
+    rng.standard_normal((5, 8, 32)).astype(np.float32),
+    rng.standard_normal((6, 32)).astype(np.float32),
+  )
   angles = rng.uniform(0, 6, (5, 16))
   turns = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
   heads = qkv[:, :6].astype(np.float64)
@@ -78,9 +88,17 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
   written[0][:, :, column], written[1][:, :, column] = heads[:, 4:], qkv[:, 6:]
   bias = rng.standard_normal((8, 32)).astype(np.float32)
   ours, keys, values = ring.step(
-      jnp.asarray(qkv - bias), jnp.asarray(bias), jnp.asarray(scale) if normed else None, jnp.asarray(turns), jnp.asarray(k), jnp.asarray(v), jnp.int32(column),
-      jnp.asarray(FILLED), eps=1e-5, interpret=True,
-  )  # fmt: skip
+    jnp.asarray(qkv - bias),
+    jnp.asarray(bias),
+    jnp.asarray(scale) if normed else None,
+    jnp.asarray(turns),
+    jnp.asarray(k),
+    jnp.asarray(v),
+    jnp.int32(column),
+    jnp.asarray(FILLED),
+    eps=1e-5,
+    interpret=True,
+  )
   np.testing.assert_allclose(keys, written[0], atol=1e-5)
   np.testing.assert_allclose(values, written[1], atol=1e-6)
   np.testing.assert_allclose(ours, by_hand(heads[:, :4], *written, column, FILLED), atol=1e-5)

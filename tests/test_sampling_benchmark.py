@@ -21,12 +21,27 @@ sys.path.remove(str(FOLDER))
 
 def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):
   path = tmp_path / "figures.json"
-  result = sampling.main(["--architecture=pocket-tiny", "--rows=tiny", "--repeats=1", "--copy_bytes=1048576", f"--json={path}"])
-  assert json.loads(path.read_text()) == result and [row["batch"] for row in result["rows"]] == [1, 4]
-  layer = 32 * 2 * 16 + 2 * (32 * 1 * 16) + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32 + 2 * 16  # q; k and v; o; feed-forward; norms
+  result = sampling.main(
+    [
+      "--architecture=pocket-tiny",
+      "--rows=tiny",
+      "--repeats=1",
+      "--copy_bytes=1048576",
+      f"--json={path}",
+    ]
+  )
+  assert json.loads(path.read_text()) == result and [row["batch"] for row in result["rows"]] == [
+    1,
+    4,
+  ]
+  layer = (
+    32 * 2 * 16 + 2 * (32 * 1 * 16) + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32 + 2 * 16
+  )  # q; k and v; o; feed-forward; norms
   weights = 576 * 32 + 2 * layer + 32
   for row in result["rows"]:
-    read = 4 * weights + row["batch"] * (20 + 4) * 2 * 2 * 16 * 4  # 2 layers, keys and values, one head of 16
+    read = (
+      4 * weights + row["batch"] * (20 + 4) * 2 * 2 * 16 * 4
+    )  # 2 layers, keys and values, one head of 16
     assert row["limit_ms"] == pytest.approx(1e3 * read / result["bytes_per_s"])
     assert row["share"] == pytest.approx(row["limit_ms"] / row["decode_ms"])
   assert capsys.readouterr().out.count("| 20 | 8 |") == 2
@@ -34,28 +49,55 @@ def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):
 
 def test_several_devices_get_as_many_rows_each(monkeypatch):
   given, run = [], sampling.generate
-  monkeypatch.setattr(sampling, "generate", lambda params, shape, prompts, *args, **how: given.append(
-      (len(prompts), how["slots"], len(jax.tree.leaves(params)[0].sharding.device_set))) or run(params, shape, prompts, *args, **how))  # fmt: skip
+  monkeypatch.setattr(
+    sampling,
+    "generate",
+    lambda params, shape, prompts, *args, **how: (
+      given.append(
+        (len(prompts), how["slots"], len(jax.tree.leaves(params)[0].sharding.device_set))
+      )
+      or run(params, shape, prompts, *args, **how)
+    ),
+  )
   flags = ["--architecture=pocket-tiny", "--rows=tiny", "--repeats=1", "--copy_bytes=1048576"]
   result = sampling.main([*flags, "--devices=2"])
   assert set(given) == {(2, 2, 2), (8, 8, 2)} and [row["batch"] for row in result["rows"]] == [2, 8]
   alone = sampling.main(flags)
   for row, one in zip(result["rows"], alone["rows"], strict=True):
-    assert row["limit_ms"] * result["bytes_per_s"] == pytest.approx(one["limit_ms"] * alone["bytes_per_s"])
+    assert row["limit_ms"] * result["bytes_per_s"] == pytest.approx(
+      one["limit_ms"] * alone["bytes_per_s"]
+    )
     assert row["decode_tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["decode_ms"])
 
 
 def test_mixed_lengths_are_compared_with_equal_ones_of_the_same_sum(monkeypatch):
   given, run = [], sampling.generate
-  monkeypatch.setattr(sampling, "generate", lambda *args, **how: given.append((args[2], how["slots"])) or run(*args, **how))
+  monkeypatch.setattr(
+    sampling,
+    "generate",
+    lambda *args, **how: given.append((args[2], how["slots"])) or run(*args, **how),
+  )
   shape = named("pocket-tiny")
-  found = sampling.mixed(sampling.random_params(shape, jnp.float32), shape, jnp.float32, repeats=1, new=3, count=6)
-  assert found["share"] == pytest.approx(found["mixed_tokens_per_s"] / found["equal_tokens_per_s"]) and found["share"] > 0
+  found = sampling.mixed(
+    sampling.random_params(shape, jnp.float32), shape, jnp.float32, repeats=1, new=3, count=6
+  )
+  assert (
+    found["share"] == pytest.approx(found["mixed_tokens_per_s"] / found["equal_tokens_per_s"])
+    and found["share"] > 0
+  )
   lengths = [sorted(map(len, prompts)) for prompts, _ in given]
-  assert sorted(map(tuple, lengths))[0] == (50, 91, 165, 301, 549, 1000) and sorted(map(tuple, lengths))[-1] == (359,) * 6
+  assert (
+    sorted(map(tuple, lengths))[0] == (50, 91, 165, 301, 549, 1000)
+    and sorted(map(tuple, lengths))[-1] == (359,) * 6
+  )
   assert {slots for _, slots in given} == {64}
 
 
 def test_episodes_are_played_and_counted():
   found, again = sampling.episodes(2, repeats=1), sampling.episodes(2, repeats=1)
-  assert found["episodes"] == 2 and found["seconds"] > 0 and 2 * 3 <= found["tokens"] <= 2 * 5 * 96 and found["tokens"] == again["tokens"]
+  assert (
+    found["episodes"] == 2
+    and found["seconds"] > 0
+    and 2 * 3 <= found["tokens"] <= 2 * 5 * 96
+    and found["tokens"] == again["tokens"]
+  )

@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: one line and the status that shells expect, and no step of training is lost."""
+"""SIGTERM and Ctrl-C: one line and the status that shells expect, and no step of training is
+lost.
+"""
 
 import os
 import pathlib
@@ -40,11 +42,16 @@ print("not reached")
 
 
 def _sent(script, *numbers):
-  """(status, standard output, standard error) of the script, which gets the signals once it is ready."""
+  """(status, standard output, standard error) of the script, which gets the signals once it is
+  ready.
+  """
   process = subprocess.Popen(
-      [sys.executable, "-c", script], env=dict(os.environ, PYTHONPATH=str(ROOT)), text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+    [sys.executable, "-c", script],
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   try:
     assert process.stdout.readline() == "ready\n"
     for number in numbers:
@@ -56,9 +63,13 @@ def _sent(script, *numbers):
   return process.returncode, out, err
 
 
-@pytest.mark.parametrize("number, status, name", [
-    (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "number, status, name",
+  [
+    (signal.SIGTERM, 143, "SIGTERM"),
+    (signal.SIGINT, 130, "Ctrl-C"),
+  ],
+)
 def test_a_signal_ends_the_process_at_once_with_one_line(number, status, name):
   """The threads would sleep for a minute."""
   told = f"stopped by {name}: give the same command again to go on from what is written\n"
@@ -70,7 +81,9 @@ def test_sigterm_waits_for_the_end_of_a_step_and_a_second_does_not():
   script = TRAINING.format(endless=False, last=last)
   assert _sent(script, signal.SIGTERM) == (143, "saved\n", "")
   status, out, err = _sent(TRAINING.format(endless=True, last="pass"), *[signal.SIGTERM] * 2)
-  assert (status, out) == (143, "") and err.startswith("stopped by SIGTERM") and err.count("\n") == 1
+  assert (
+    (status, out) == (143, "") and err.startswith("stopped by SIGTERM") and err.count("\n") == 1
+  )
 
 
 def test_a_sigterm_after_the_last_look_is_not_lost():

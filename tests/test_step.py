@@ -1,4 +1,6 @@
-"""Batch, teacher and step: alignment, independence of micro-batch and devices, and that a step does what its loss says."""
+"""Batch, teacher and step: alignment, independence of micro-batch and devices, and that a step does
+what its loss says.
+"""
 
 import dataclasses
 import functools
@@ -23,8 +25,15 @@ from oel_jax.policy import attention, huggingface, model
 from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 
-ARCHITECTURE = architecture_lib.Architecture(32, 16, 2, 4, 2, 8, 24, rope_theta=1e4)  # vocabulary and all heads can be shared out over two
-LENGTHS = [(3, 4, 1), (5, 0, 9), (2, 7, 3), (8, 2, 6)]  # prompt, knowledge, response of four samples
+ARCHITECTURE = architecture_lib.Architecture(
+  32, 16, 2, 4, 2, 8, 24, rope_theta=1e4
+)  # vocabulary and all heads can be shared out over two
+LENGTHS = [
+  (3, 4, 1),
+  (5, 0, 9),
+  (2, 7, 3),
+  (8, 2, 6),
+]  # prompt, knowledge, response of four samples
 
 
 @functools.cache
@@ -42,31 +51,56 @@ def _batch(samples, rows=10, prompt=9, pad_id=0, pack=True, texts=4):
   prompts, _, responses = zip(*samples)
   known = range(len(samples))
   return batch_lib.assemble(
-      prompts, known, responses, pad_id=pad_id, length=prompt + rows, response_length=rows, pack=pack, texts=texts if pack else 1
+    prompts,
+    known,
+    responses,
+    pad_id=pad_id,
+    length=prompt + rows,
+    response_length=rows,
+    pack=pack,
+    texts=texts if pack else 1,
   )
 
 
 def _teacher(params, samples, shardings=None, on_host=False, unroll=False):
   texts = [knowledge for _, knowledge, _ in samples]
-  return teacher_lib.prepare(params, ARCHITECTURE, texts, dtype=jnp.float32, shardings=shardings, on_host=on_host, unroll=unroll)
+  return teacher_lib.prepare(
+    params,
+    ARCHITECTURE,
+    texts,
+    dtype=jnp.float32,
+    shardings=shardings,
+    on_host=on_host,
+    unroll=unroll,
+  )
 
 
-_hidden = jax.jit(lambda params, tokens: model.apply(params, ARCHITECTURE, tokens, jnp.arange(32)[None], jnp.ones_like(tokens))[0])
+_hidden = jax.jit(
+  lambda params, tokens: model.apply(
+    params, ARCHITECTURE, tokens, jnp.arange(32)[None], jnp.ones_like(tokens)
+  )[0]
+)
 
 
 def _log_probabilities(params, ids, temperature):
   """Next-token log-probabilities of one unpadded sequence, softmax in float64."""
   T = len(ids)
-  tokens = np.zeros((1, 32), np.int32)  # one shape, one compilation; what stands behind a token does not reach it
+  tokens = np.zeros(
+    (1, 32), np.int32
+  )  # one shape, one compilation; what stands behind a token does not reach it
   tokens[0, :T] = ids
   hidden = _hidden(params, tokens)[:, :T]
-  logits = np.asarray(hidden[0], np.float64) @ np.asarray(model.head(params), np.float64).T / temperature
+  logits = (
+    np.asarray(hidden[0], np.float64) @ np.asarray(model.head(params), np.float64).T / temperature
+  )
   logits -= logits.max(-1, keepdims=True)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def _reference(student, teacher, samples, temperature=0.7, shift=0):
-  """Sum of KL(student ‖ teacher) over the responses, sample by sample, without padding, and the number of tokens."""
+  """Sum of KL(student ‖ teacher) over the responses, sample by sample, without padding, and the
+  number of tokens.
+  """
   total = count = 0
   for prompt, knowledge, response in samples:
     p = _log_probabilities(student, prompt + response, temperature)[len(prompt) - 1 : -1]
@@ -80,13 +114,25 @@ def _reference(student, teacher, samples, temperature=0.7, shift=0):
 @functools.partial(jax.jit, static_argnames="kind")
 def _loss_sum(student, teacher, batch, kind="reverse_kl"):
   total, (count, _) = step_lib.loss_sum(
-      student, teacher, batch, architecture=ARCHITECTURE, kind=kind, support="full", k=4, temperature=0.7, chunk=7, dtype=jnp.float32,
-      remat="none", path="xla",
-  )  # fmt: skip
+    student,
+    teacher,
+    batch,
+    architecture=ARCHITECTURE,
+    kind=kind,
+    support="full",
+    k=4,
+    temperature=0.7,
+    chunk=7,
+    dtype=jnp.float32,
+    remat="none",
+    path="xla",
+  )
   return total, count
 
 
-@pytest.mark.parametrize("how", [dict(), dict(pack=False), dict(texts=1), dict(texts=2, prompt=20, rows=20)])
+@pytest.mark.parametrize(
+  "how", [dict(), dict(pack=False), dict(texts=1), dict(texts=2, prompt=20, rows=20)]
+)
 def test_loss_equals_float64_reference_sample_by_sample(how):  # traps 10, 11, 17
   samples, student, params = _samples(), _params(0), _params(1)
   teacher, batch = _teacher(params, samples), _batch(samples, **how)
@@ -95,7 +141,9 @@ def test_loss_equals_float64_reference_sample_by_sample(how):  # traps 10, 11, 1
   assert count == tokens
   np.testing.assert_allclose(total, expected, rtol=2e-5)
   shifted, _ = _reference(student, params, samples, shift=1)
-  assert abs(shifted - expected) > 0.01 * expected  # the reference itself would notice an off-by-one
+  assert (
+    abs(shifted - expected) > 0.01 * expected
+  )  # the reference itself would notice an off-by-one
 
 
 def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_not():  # trap 10
@@ -103,7 +151,9 @@ def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_no
   batch, params = _batch(samples), _params(0)
   teacher = _teacher(params, samples)
   assert float(_loss_sum(params, teacher, batch)[0]) == 0.0
-  later = _teacher(params, [[p, [5], r] for p, _, r in samples])  # a text of one token, as though it were none
+  later = _teacher(
+    params, [[p, [5], r] for p, _, r in samples]
+  )  # a text of one token, as though it were none
   assert float(_loss_sum(params, later._replace(length=later.length * 0), batch)[0]) < 1e-5
   assert float(_loss_sum(params, later, batch)[0]) > 1e-3
 
@@ -117,12 +167,20 @@ def test_padding_id_and_extra_room_change_nothing():  # traps 8, 11
 
 
 def test_a_prefix_read_once_equals_the_plain_forward():  # trap 17
-  """Every hidden state at the response positions, to 1e-5; in bfloat16 to what its eight bits allow."""
+  """Every hidden state at the response positions, to 1e-5; in bfloat16 to what its eight bits
+  allow.
+  """
   samples, params = _samples(seed=1), _params(1)
   batch = _batch(samples, texts=2, prompt=16, rows=16)
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.06)):
-    teacher = teacher_lib.prepare(params, ARCHITECTURE, [known for _, known, _ in samples], dtype=dtype)
-    found = jax.jit(lambda teacher: teacher_lib.teacher_hidden(teacher, ARCHITECTURE, batch, dtype=dtype, path="xla"))(teacher)
+    teacher = teacher_lib.prepare(
+      params, ARCHITECTURE, [known for _, known, _ in samples], dtype=dtype
+    )
+    found = jax.jit(
+      lambda teacher: teacher_lib.teacher_hidden(
+        teacher, ARCHITECTURE, batch, dtype=dtype, path="xla"
+      )
+    )(teacher)
     for s in range(len(batch.tokens)):
       at = 0
       for i in _texts(batch, s):
@@ -130,24 +188,34 @@ def test_a_prefix_read_once_equals_the_plain_forward():  # trap 17
         tokens = np.zeros((1, 32), np.int32)
         tokens[0, : len(known + prompt + response)] = known + prompt + response
         expected = _hidden(params, tokens)[0, len(known + prompt) - 1 :][: len(response)]
-        np.testing.assert_allclose(np.asarray(found[s], np.float32)[at : at + len(response)], expected, atol=tolerance)
+        np.testing.assert_allclose(
+          np.asarray(found[s], np.float32)[at : at + len(response)], expected, atol=tolerance
+        )
         at += len(response)
       assert at == batch.mask[s].sum()
 
 
 def _xla_flash(q, k, v, *, scale, mask_type, return_residual, q_seqlen=None, kv_seqlen=None):
-  """What cuDNN's attention gives, in float32: its output, [B, T, N, H], and the log-sum-exp of each query's scores, [B, N, T]."""
+  """What cuDNN's attention gives, in float32: its output, [B, T, N, H], and the log-sum-exp of each
+  query's scores, [B, N, T].
+  """
   assert return_residual
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
   scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
   T, S = scores.shape[-2:]
-  seen = jnp.tril(jnp.ones((T, S), bool)) if mask_type.name == "CAUSAL" else (jnp.arange(S) < kv_seqlen[:, None])[:, None, None]
+  seen = (
+    jnp.tril(jnp.ones((T, S), bool))
+    if mask_type.name == "CAUSAL"
+    else (jnp.arange(S) < kv_seqlen[:, None])[:, None, None]
+  )
   scores = jnp.where(seen, scores, -jnp.inf)
   return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
 
 @pytest.mark.parametrize("skip", [(0, 0, 0, 0), (2, 2, 2, 2), (2, 0, 1, 2)])
-def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeypatch, skip):  # trap 17, on the path of cuDNN's flash attention
+def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(
+  monkeypatch, skip
+):  # trap 17, on the path of cuDNN's flash attention
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   monkeypatch.setattr(cudnn, "dot_product_attention", _xla_flash)
@@ -157,7 +225,11 @@ def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeyp
   prompts, known, responses = zip(*[(b + x, b + e, y) for b, (x, e, y) in pairs])
   batch = _batch(list(zip(prompts, known, responses)), prompt=12, pack=False)
   teacher = teacher_lib.prepare(params, ARCHITECTURE, known, dtype=jnp.float32, skip=skip)
-  found = jax.jit(lambda teacher: teacher_lib.teacher_hidden(teacher, ARCHITECTURE, batch, dtype=jnp.float32, path="flash"))(teacher)
+  found = jax.jit(
+    lambda teacher: teacher_lib.teacher_hidden(
+      teacher, ARCHITECTURE, batch, dtype=jnp.float32, path="flash"
+    )
+  )(teacher)
   for s in range(len(samples)):
     [i] = _texts(batch, s)
     ids = known[i] + prompts[i][skip[i] :] + responses[i]
@@ -170,21 +242,29 @@ def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeyp
 def _texts(batch, s):
   """The texts of row s's samples, in their order."""
   segments, slots = batch.segments[s], batch.slots[s]
-  return [int(batch.texts[s, slots[segments == segment][0]]) for segment in range(1, segments.max() + 1)]
+  return [
+    int(batch.texts[s, slots[segments == segment][0]]) for segment in range(1, segments.max() + 1)
+  ]
 
 
 def test_packing_keeps_every_token_and_the_order_of_the_samples_changes_no_row():
   samples = _samples([(3, 4, 1), (5, 0, 9), (2, 7, 3), (8, 2, 6), (1, 1, 2)])
   batch = _batch(samples, prompt=6, texts=2)
-  # Of 4, 14, 5, 14 and 3 tokens the 14s fill rows of 16, and the others would share one, but for its two texts at most.
+  # Of 4, 14, 5, 14 and 3 tokens the 14s fill rows of 16, and the others would share one, but for
+  # its two texts at most.
   assert len(batch.tokens) == 4 and len(_batch(samples, prompt=6, texts=3).tokens) == 3
   found = []
   for s in range(len(batch.tokens)):
     for segment in range(1, batch.segments[s].max() + 1):
       here = batch.segments[s] == segment
-      assert batch.positions[s][here].tolist() == list(range(here.sum())) and len(set(batch.slots[s][here])) == 1
+      assert (
+        batch.positions[s][here].tolist() == list(range(here.sum()))
+        and len(set(batch.slots[s][here])) == 1
+      )
       found.append(batch.tokens[s][here].tolist())
-    np.testing.assert_array_equal(batch.tokens[s][batch.at[s] + 1][batch.mask[s]], batch.response[s][batch.mask[s]])
+    np.testing.assert_array_equal(
+      batch.tokens[s][batch.at[s] + 1][batch.mask[s]], batch.response[s][batch.mask[s]]
+    )
   assert sorted(found) == sorted(prompt + response for prompt, _, response in samples)
   assert batch.mask.sum() == sum(len(response) for _, _, response in samples)
   again = _batch(samples, prompt=6, texts=2)
@@ -196,25 +276,49 @@ def _mean_statistics(student, teacher, samples, buckets, k, temperature=0.7):
   found = {name: [] for name in ("kl", "student_entropy", "teacher_entropy", "topk_mass", *buckets)}
   for prompt, knowledge, response in samples:
     p = _log_probabilities(student, prompt + response, temperature)[len(prompt) - 1 : -1]
-    q = _log_probabilities(teacher, knowledge + prompt + response, temperature)[len(knowledge + prompt) - 1 : -1]
+    q = _log_probabilities(teacher, knowledge + prompt + response, temperature)[
+      len(knowledge + prompt) - 1 : -1
+    ]
     kl = (np.exp(p) * (p - q)).sum(-1)
-    values = {"kl": kl, "student_entropy": -(np.exp(p) * p).sum(-1), "teacher_entropy": -(np.exp(q) * q).sum(-1)}
-    values |= {"topk_mass": np.sort(np.exp(p), axis=-1)[:, -k:].sum(-1)} | {name: kl[a : b + 1] for name, (a, b) in buckets.items()}
+    values = {
+      "kl": kl,
+      "student_entropy": -(np.exp(p) * p).sum(-1),
+      "teacher_entropy": -(np.exp(q) * q).sum(-1),
+    }
+    values |= {"topk_mass": np.sort(np.exp(p), axis=-1)[:, -k:].sum(-1)} | {
+      name: kl[a : b + 1] for name, (a, b) in buckets.items()
+    }
     for name in found:
       found[name].extend(values[name])
   return {name: np.mean(values) if values else 0.0 for name, values in found.items()}
 
 
-@pytest.mark.parametrize("kind, support, micro_tokens, pack", [
-    ("reverse_kl", "full", None, True), ("forward_kl", "topk_tail", 19, False), ("jsd", "full", 19, True), ("reverse_kl", "topk", None, False),
-])
+@pytest.mark.parametrize(
+  "kind, support, micro_tokens, pack",
+  [
+    ("reverse_kl", "full", None, True),
+    ("forward_kl", "topk_tail", 19, False),
+    ("jsd", "full", 19, True),
+    ("reverse_kl", "topk", None, False),
+  ],
+)
 def test_the_metrics_of_a_step_match_float64(monkeypatch, kind, support, micro_tokens, pack):
-  buckets = {"kl_0_15": (0, 1), "kl_16_63": (2, 5), "kl_64_255": (6, 8), "kl_256": (9, 2**31 - 1)}  # for short responses
+  buckets = {
+    "kl_0_15": (0, 1),
+    "kl_16_63": (2, 5),
+    "kl_64_255": (6, 8),
+    "kl_256": (9, 2**31 - 1),
+  }  # for short responses
   monkeypatch.setattr(measures, "BUCKETS", buckets)
   samples, optimizer = _samples(), optax.sgd(0.0)
   state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)
-  step = step_lib.make_step(ARCHITECTURE, optimizer, kind=kind, support=support, k=4, chunk=7, micro_tokens=micro_tokens)
-  batch, teacher = _batch(samples, prompt=20, rows=20, pack=pack, texts=2), _teacher(_params(1), samples)
+  step = step_lib.make_step(
+    ARCHITECTURE, optimizer, kind=kind, support=support, k=4, chunk=7, micro_tokens=micro_tokens
+  )
+  batch, teacher = (
+    _batch(samples, prompt=20, rows=20, pack=pack, texts=2),
+    _teacher(_params(1), samples),
+  )
   assert batch.segments.max() == (2 if pack else 1)
   metrics = step(state, teacher, batch)[1]
   expected = _mean_statistics(_params(0), _params(1), samples, buckets, 4)
@@ -225,7 +329,9 @@ def test_the_metrics_of_a_step_match_float64(monkeypatch, kind, support, micro_t
   assert expected.keys() == metrics.keys() - others
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
-  probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=1.3, chunk=7)(_params(0), teacher, batch)
+  probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=1.3, chunk=7)(
+    _params(0), teacher, batch
+  )
   expected = _mean_statistics(_params(0), _params(1), samples, {}, 4, 1.3)
   assert probe.keys() == expected.keys()
   for name, value in expected.items():
@@ -242,26 +348,45 @@ def test_imitation_is_negative_log_likelihood_at_temperature_one():
   np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none", pack=False, on_host=False, unroll=False):
+def _gradient_after_one_step(
+  micro_tokens, mesh=None, lengths=None, remat="none", pack=False, on_host=False, unroll=False
+):
   """One step of plain gradient descent at rate 1: the change of the parameters is the gradient."""
   samples = _samples(lengths or [(3, 4, 1), (5, 0, 10), (2, 7, 1), (8, 2, 10)])
   optimizer, student, params = optax.sgd(1.0), _params(0), _params(1)
   batch, shardings, read = _batch(samples, pack=pack), None, None
   if mesh is not None:
-    shapes = {name: jax.ShapeDtypeStruct((2, len(samples), 2, 32, 8), jnp.float32) for name in ("keys", "values")}
+    shapes = {
+      name: jax.ShapeDtypeStruct((2, len(samples), 2, 32, 8), jnp.float32)
+      for name in ("keys", "values")
+    }
     read = tuple(mesh_lib.param_shardings(mesh, {"teacher": shapes})["teacher"].values())
     params = jax.device_put(params, mesh_lib.param_shardings(mesh, params))
     begin = lambda params: step_lib.init_state(params, optimizer)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, student))
+    shardings = jax.tree.map(
+      lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, student)
+    )
     state = mesh_lib.sharded_init(begin, mesh, student)
     batch = jax.device_put(mesh_lib.pad_batch(batch, mesh), mesh_lib.batch_sharding(mesh))
   else:
     state = step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer)
-  step = step_lib.make_step(ARCHITECTURE, optimizer, k=4, chunk=7, micro_tokens=micro_tokens, shardings=shardings, remat=remat)
+  step = step_lib.make_step(
+    ARCHITECTURE,
+    optimizer,
+    k=4,
+    chunk=7,
+    micro_tokens=micro_tokens,
+    shardings=shardings,
+    remat=remat,
+  )
   teacher = _teacher(params, samples, read, on_host, unroll)
   assert teacher_lib.unrolled(teacher) == (unroll and not on_host)
   assert mesh is None or mesh.shape["tensor"] != 2 or teacher.keys.sharding.spec[2] == "tensor"
-  assert teacher.keys.sharding.memory_kind == teacher.values.sharding.memory_kind == ("pinned_host" if on_host else "device")
+  assert (
+    teacher.keys.sharding.memory_kind
+    == teacher.values.sharding.memory_kind
+    == ("pinned_host" if on_host else "device")
+  )
   state, metrics = step(state, teacher, batch)
   gradient = jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student)
   assert metrics.pop("not_finite") == 0
@@ -273,10 +398,18 @@ def _gradient_after_one_step(micro_tokens, mesh=None, lengths=None, remat="none"
 
 
 @pytest.mark.parametrize(
-    "micro_tokens, remat, pack, unroll",
-    [(1, "dots", False, False), (40, "full", False, False), (19, "none", True, False), (None, "dots", True, True), (19, "dots", False, True)],
+  "micro_tokens, remat, pack, unroll",
+  [
+    (1, "dots", False, False),
+    (40, "full", False, False),
+    (19, "none", True, False),
+    (None, "dots", True, True),
+    (19, "dots", False, True),
+  ],
 )
-def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack, unroll):  # trap 6: responses of 1 and of 10 tokens
+def test_gradient_does_not_depend_on_the_micro_batch(
+  micro_tokens, remat, pack, unroll
+):  # trap 6: responses of 1 and of 10 tokens
   whole, measured = _gradient_after_one_step(None)
   cut, measured_cut = _gradient_after_one_step(micro_tokens, remat=remat, pack=pack, unroll=unroll)
   assert measured["tokens"] == measured_cut["tokens"] == 22
@@ -288,25 +421,43 @@ def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack, 
   np.testing.assert_allclose(measured["gradient_norm"], norm, rtol=1e-3)
 
 
-@pytest.mark.parametrize("rows, length, shards, micro_tokens, pieces", [
-    (64, 1624, 1, 16384, 8), (64, 1624, 4, 16384, 2), (64, 1624, 1, None, 1), (64, 1624, 1, 10, 64), (7, 10, 1, 69, 7), (3, 10, 8, 10, 1),
-])
+@pytest.mark.parametrize(
+  "rows, length, shards, micro_tokens, pieces",
+  [
+    (64, 1624, 1, 16384, 8),
+    (64, 1624, 4, 16384, 2),
+    (64, 1624, 1, None, 1),
+    (64, 1624, 1, 10, 64),
+    (7, 10, 1, 69, 7),
+    (3, 10, 8, 10, 1),
+  ],
+)
 def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_tokens, pieces):
   assert step_lib.pieces_of(rows, length, shards, micro_tokens) == pieces
 
 
-@pytest.mark.parametrize("shape, micro_tokens", [
-    (dict(data=8, fsdp=1, tensor=1), None), (dict(data=2, fsdp=2, tensor=2), None), (dict(data=2, fsdp=1, tensor=2), 19),
-    (dict(data=1, fsdp=8, tensor=1), None), pytest.param(dict(data=1, fsdp=1, tensor=8), None, marks=pytest.mark.slow),
+@pytest.mark.parametrize(
+  "shape, micro_tokens",
+  [
+    (dict(data=8, fsdp=1, tensor=1), None),
+    (dict(data=2, fsdp=2, tensor=2), None),
+    (dict(data=2, fsdp=1, tensor=2), 19),
+    (dict(data=1, fsdp=8, tensor=1), None),
+    pytest.param(dict(data=1, fsdp=1, tensor=8), None, marks=pytest.mark.slow),
     pytest.param(dict(data=4, fsdp=2, tensor=1), None, marks=pytest.mark.slow),
-])
-def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):  # trap 6; 3 items on 8 devices: trap 26; keys and values read on the mesh
+  ],
+)
+def test_gradient_does_not_depend_on_the_devices(
+  shape, micro_tokens
+):  # trap 6; 3 items on 8 devices: trap 26; keys and values read on the mesh
   import ml_collections
 
   lengths = [(3, 4, 1), (5, 0, 10), (8, 2, 10)]
   one, measured = _gradient_after_one_step(None, lengths=lengths)
   devices = jax.devices()[: math.prod(shape.values())]
-  many, measured_many = _gradient_after_one_step(micro_tokens, mesh_lib.make_mesh(ml_collections.ConfigDict(shape), devices), lengths)
+  many, measured_many = _gradient_after_one_step(
+    micro_tokens, mesh_lib.make_mesh(ml_collections.ConfigDict(shape), devices), lengths
+  )
   assert measured["tokens"] == measured_many["tokens"] == 21
   for name in measured:
     np.testing.assert_allclose(measured[name], measured_many[name], rtol=1e-5, err_msg=name)
@@ -316,19 +467,34 @@ def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):  # trap 6
 @pytest.mark.parametrize("kind", ["reverse_kl", "imitation"])
 @pytest.mark.parametrize("tied, micro_tokens", [(True, None), (False, None), (False, 19)])
 def test_all_gradients_are_those_of_the_loop(kind, tied, micro_tokens):
-  """Embedding and head too, tied or not: without a loop their gradients come out in other places than the parameters."""
-  architecture, samples, optimizer = dataclasses.replace(ARCHITECTURE, tied_head=tied), _samples(), optax.sgd(1.0)
+  """Embedding and head too, tied or not: without a loop their gradients come out in other places
+  than the parameters.
+  """
+  architecture, samples, optimizer = (
+    dataclasses.replace(ARCHITECTURE, tied_head=tied),
+    _samples(),
+    optax.sgd(1.0),
+  )
   student, params = (model.init(architecture, jax.random.key(seed)) for seed in (0, 1))
   step = step_lib.make_step(architecture, optimizer, kind=kind, chunk=7, micro_tokens=micro_tokens)
 
   def trained(unroll):
     texts = [knowledge for _, knowledge, _ in samples]
     teacher = teacher_lib.prepare(params, architecture, texts, dtype=jnp.float32, unroll=unroll)
-    state, _ = step(step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer), teacher, _batch(samples, pack=False))
+    state, _ = step(
+      step_lib.init_state(jax.tree.map(jnp.copy, student), optimizer),
+      teacher,
+      _batch(samples, pack=False),
+    )
     return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, student)
 
   wanted = trained(False)
-  assert all(leaf.any() for leaf in jax.tree.leaves({name: wanted[name] for name in ("embed", "head") if name in wanted}))
+  assert all(
+    leaf.any()
+    for leaf in jax.tree.leaves(
+      {name: wanted[name] for name in ("embed", "head") if name in wanted}
+    )
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trained(True), wanted)
 
 
@@ -346,26 +512,41 @@ def test_a_student_that_is_its_teacher_has_no_divergence_in_bfloat16(unroll):
 
 
 @pytest.mark.parametrize(
-    "shape, micro_tokens, pack, unroll", [(None, 19, True, False), (None, None, False, True), (dict(data=2, fsdp=2, tensor=2), None, False, False)]
+  "shape, micro_tokens, pack, unroll",
+  [
+    (None, 19, True, False),
+    (None, None, False, True),
+    (dict(data=2, fsdp=2, tensor=2), None, False, False),
+  ],
 )
 def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pack, unroll):
   import ml_collections
 
   mesh = shape and mesh_lib.make_mesh(ml_collections.ConfigDict(shape))
   (here, measured), (there, measured_there) = (
-      _gradient_after_one_step(micro_tokens, mesh, pack=pack, on_host=on_host, unroll=unroll) for on_host in (False, True)
+    _gradient_after_one_step(micro_tokens, mesh, pack=pack, on_host=on_host, unroll=unroll)
+    for on_host in (False, True)
   )
-  tolerance = 2e-6 if unroll else 0  # from the host the teacher's layers run in a loop, which rounds otherwise
+  tolerance = (
+    2e-6 if unroll else 0
+  )  # from the host the teacher's layers run in a loop, which rounds otherwise
   for name in measured:
-    np.testing.assert_allclose(measured[name], measured_there[name], rtol=10 * tolerance, err_msg=name)
+    np.testing.assert_allclose(
+      measured[name], measured_there[name], rtol=10 * tolerance, err_msg=name
+    )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), here, there)
 
 
-def test_teacher_survives_a_donating_step():  # trap 27: student and teacher begin as the same arrays
+# trap 27: student and teacher begin as the same arrays
+def test_teacher_survives_a_donating_step():
   params = _params(0)
   before = jax.tree.map(np.array, params)
   optimizer = optax.adamw(1e-2)
-  state = mesh_lib.sharded_init(lambda p: step_lib.init_state(p, optimizer), mesh_lib.make_mesh(_one_device(), jax.devices()[:1]), params)
+  state = mesh_lib.sharded_init(
+    lambda p: step_lib.init_state(p, optimizer),
+    mesh_lib.make_mesh(_one_device(), jax.devices()[:1]),
+    params,
+  )
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4)
   given = state
   state, _ = step(state, _teacher(params, _samples()), _batch(_samples()))
@@ -375,9 +556,13 @@ def test_teacher_survives_a_donating_step():  # trap 27: student and teacher beg
 
 
 def test_exported_weights_have_moved_after_steps_at_1e_6(tmp_path):  # trap 21
-  """Weights as large as a language model's, 0.02, lie 6e-5 apart in bfloat16: 60 steps add up to that, and each alone is rounded away."""
+  """Weights as large as a language model's, 0.02, lie 6e-5 apart in bfloat16: 60 steps add up to
+  that, and each alone is rounded away.
+  """
   samples, optimizer = _samples(), optax.adamw(1e-6, weight_decay=0.01)
-  params = jax.tree.map(lambda p: p if p.ndim < 2 or (p == 1).all() else p / p.std() * 0.02, _params(0))
+  params = jax.tree.map(
+    lambda p: p if p.ndim < 2 or (p == 1).all() else p / p.std() * 0.02, _params(0)
+  )
   teacher, batch = _teacher(jax.tree.map(lambda p: 3 * p, params), samples), _batch(samples)
   step = step_lib.make_step(ARCHITECTURE, optimizer, k=4)
 
@@ -406,7 +591,11 @@ def _one_device():
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):  # trap 41
-  optimizer, batch, teacher = optax.adamw(3e-3), _batch(_samples()), _teacher(_params(1), _samples())
+  optimizer, batch, teacher = (
+    optax.adamw(3e-3),
+    _batch(_samples()),
+    _teacher(_params(1), _samples()),
+  )
   state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)  # it is donated
   step = step_lib.make_step(ARCHITECTURE, optimizer, kind=kind, k=4)
   probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=0.7, chunk=64)
@@ -422,7 +611,9 @@ def test_a_step_counts_the_arrays_that_are_not_finite(monkeypatch, broken):
   """Loss and gradient are finite, and one update, or what the optimizer keeps, is not."""
   # The loss is cut out: without it a step compiles at once.
   loss = lambda params, teacher, batch, **how: (
-      sum(map(jnp.sum, jax.tree.leaves(params))), (batch.mask.sum(), {}))
+    sum(map(jnp.sum, jax.tree.leaves(params))),
+    (batch.mask.sum(), {}),
+  )
   monkeypatch.setattr(step_lib, "loss_sum", loss)
   params = {"norm": {"scale": jnp.ones(4)}, "head": {"kernel": jnp.ones((3, 4))}}
 
@@ -444,7 +635,9 @@ def test_a_step_counts_the_arrays_that_are_not_finite(monkeypatch, broken):
 
 
 def test_a_sample_that_does_not_fit_is_an_error_not_cut():
-  with pytest.raises(ValueError, match="sample 1: the sequence has 14 tokens, the batch has room for 13"):
+  with pytest.raises(
+    ValueError, match="sample 1: the sequence has 14 tokens, the batch has room for 13"
+  ):
     _batch(_samples(), rows=10, prompt=3)
   with pytest.raises(ValueError, match="both need at least one"):
     _batch([[[1], [2], []]])
@@ -453,35 +646,61 @@ def test_a_sample_that_does_not_fit_is_an_error_not_cut():
 def test_flash_attention_refuses_rows_of_several_texts():  # trap 24: it would see none of the mask
   samples = _samples()
   with pytest.raises(ValueError, match='attention path "flash" got rows of 4 knowledge texts'):
-    teacher_lib.teacher_hidden(_teacher(_params(1), samples), ARCHITECTURE, _batch(samples), dtype=jnp.float32, path="flash")
+    teacher_lib.teacher_hidden(
+      _teacher(_params(1), samples), ARCHITECTURE, _batch(samples), dtype=jnp.float32, path="flash"
+    )
 
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pack):  # trap 24
   attend = attention.attend
-  monkeypatch.setattr(attention, "attend", lambda q, k, v, mask, path: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"))
-  samples, params, optimizer = [[prompt, [], response] for prompt, _, response in _samples()], _params(1), optax.sgd(1.0)
+  monkeypatch.setattr(
+    attention,
+    "attend",
+    lambda q, k, v, mask, path: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"),
+  )
+  samples, params, optimizer = (
+    [[prompt, [], response] for prompt, _, response in _samples()],
+    _params(1),
+    optax.sgd(1.0),
+  )
   state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)
   batch = _batch(samples, prompt=20, rows=20, pack=pack)
   assert (batch.segments.max() > 1) == pack
-  state, metrics = step_lib.make_step(ARCHITECTURE, optimizer, path="flash")(state, _teacher(params, samples), batch)
+  state, metrics = step_lib.make_step(ARCHITECTURE, optimizer, path="flash")(
+    state, _teacher(params, samples), batch
+  )
   total, count = _reference(_params(0), params, samples)
   np.testing.assert_allclose(metrics["loss"], np.nan if pack else total / count, rtol=2e-5)
   assert np.isnan(state.params["norm"]["scale"]).all() == pack
 
 
 def _imported(code):
-  return subprocess.run([sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"], capture_output=True, text=True, check=True).stdout.split()
+  return subprocess.run(
+    [sys.executable, "-c", f"{code}\nimport sys; print(' '.join(sys.modules))"],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.split()
 
 
 def test_the_server_side_has_no_environment():
   modules = _imported("import oel_jax.consolidation.train")
-  assert not [name for name in modules if name.startswith(("textarena", "oel_jax.deployment", "oel_jax.extraction", "oel_jax.pocket"))]
+  assert not [
+    name
+    for name in modules
+    if name.startswith(("textarena", "oel_jax.deployment", "oel_jax.extraction", "oel_jax.pocket"))
+  ]
 
 
 def test_importing_the_step_pulls_in_jax_and_flax_only():
   modules = _imported("import oel_jax.consolidation.step")
-  assert not [name for name in modules if name.split(".")[0] in ("optax", "orbax", "grain", "sentencepiece", "ml_collections", "textarena")]
+  assert not [
+    name
+    for name in modules
+    if name.split(".")[0]
+    in ("optax", "orbax", "grain", "sentencepiece", "ml_collections", "textarena")
+  ]
 
 
 def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
@@ -492,11 +711,17 @@ def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
   expected = 0.0
   for (prompt, knowledge, response), (rest, _, _) in zip(begun, samples, strict=True):
     p = _log_probabilities(student, prompt + response, 0.7)[len(prompt) - 1 : -1]
-    q = _log_probabilities(params, knowledge + rest + response, 0.7)[len(knowledge) + len(rest) - 1 : -1]
+    q = _log_probabilities(params, knowledge + rest + response, 0.7)[
+      len(knowledge) + len(rest) - 1 : -1
+    ]
     expected += (np.exp(p) * (p - q)).sum()
-  teacher = teacher_lib.prepare(params, ARCHITECTURE, [knowledge for _, knowledge, _ in begun], dtype=jnp.float32, skip=skip)
+  teacher = teacher_lib.prepare(
+    params, ARCHITECTURE, [knowledge for _, knowledge, _ in begun], dtype=jnp.float32, skip=skip
+  )
   for how in (dict(prompt=12), dict(prompt=12, pack=False), dict(texts=2, prompt=23, rows=20)):
-    np.testing.assert_allclose(_loss_sum(student, teacher, _batch(begun, **how))[0], expected, rtol=2e-5)
+    np.testing.assert_allclose(
+      _loss_sum(student, teacher, _batch(begun, **how))[0], expected, rtol=2e-5
+    )
   # What the path without segments does: the skipped tokens stand behind the others.
   rows = _batch(begun, prompt=12, pack=False)
   hidden = teacher_lib.teacher_hidden(teacher, ARCHITECTURE, rows, dtype=jnp.float32, path="xla")
@@ -504,5 +729,7 @@ def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
   skipped = rows._replace(segments=np.where(rows.positions < own[:, None], 0, rows.segments))
   moved = teacher_lib.to_the_end(skipped, own)
   shifted = moved._replace(positions=np.maximum(np.asarray(moved.positions) - own[:, None], 0))
-  found = teacher_lib.teacher_hidden(teacher._replace(skip=jnp.int32(0)), ARCHITECTURE, shifted, dtype=jnp.float32, path="xla")
+  found = teacher_lib.teacher_hidden(
+    teacher._replace(skip=jnp.int32(0)), ARCHITECTURE, shifted, dtype=jnp.float32, path="xla"
+  )
   np.testing.assert_allclose(np.asarray(found)[rows.mask], np.asarray(hidden)[rows.mask], atol=1e-5)

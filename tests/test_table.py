@@ -6,7 +6,9 @@ import pathlib
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("table", pathlib.Path(__file__).parents[1] / "experiments" / "table.py")
+_spec = importlib.util.spec_from_file_location(
+  "table", pathlib.Path(__file__).parents[1] / "experiments" / "table.py"
+)
 table = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(table)
 
@@ -14,7 +16,11 @@ _spec.loader.exec_module(table)
 def _results(passed, rounds=1):
   kept = dict.fromkeys(table.KEPT, 0.5)
   entry = {"passed": passed, "in_context": None, "response_tokens": 40.0, "retention": kept}
-  return {"base": {"passed": 0.0, "response_tokens": 50.0}, "base_retention": kept, "rounds": [{"round": i + 1, **entry} for i in range(rounds)]}
+  return {
+    "base": {"passed": 0.0, "response_tokens": 50.0},
+    "base_retention": kept,
+    "rounds": [{"round": i + 1, **entry} for i in range(rounds)],
+  }
 
 
 def test_mean_and_standard_error_by_hand():
@@ -51,11 +57,15 @@ def test_a_line_a_control_as_its_last_round_left_it(tmp_path, capsys):
   for control, passed in (("own", (0.5, 0.7)), ("swapped", (0.0, 0.1))):
     for i, rate in enumerate(passed):
       (tmp_path / control / str(i) / "report").mkdir(parents=True)
-      (tmp_path / control / str(i) / "report" / "results.json").write_text(json.dumps(_results(rate)))
+      (tmp_path / control / str(i) / "report" / "results.json").write_text(
+        json.dumps(_results(rate))
+      )
     (tmp_path / control / "0.log").write_text("")
   table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "swapped")])
   lines = capsys.readouterr().out.splitlines()
-  assert lines[2].startswith("| own | 60.0 ± 10.0 | – | 40.0") and lines[3].startswith("| swapped | 5.0 ± 5.0 |")
+  assert lines[2].startswith("| own | 60.0 ± 10.0 | – | 40.0") and lines[3].startswith(
+    "| swapped | 5.0 ± 5.0 |"
+  )
   (tmp_path / "topk").mkdir()
   with pytest.raises(SystemExit, match="no runs in topk"):
     table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "topk")])
@@ -63,10 +73,19 @@ def test_a_line_a_control_as_its_last_round_left_it(tmp_path, capsys):
 
 def test_a_line_for_each_way_to_distil(tmp_path, capsys):
   for i, (after, kl) in enumerate([(0.8, 0.1), (0.9, 0.2)]):
-    said = {name: {"obeys": {"rate": rate}, "response_tokens": {"mean": 10.0}} for name, rate in (("base", 0.0), ("in_context", 1.0), ("after", after))}
+    said = {
+      name: {"obeys": {"rate": rate}, "response_tokens": {"mean": 10.0}}
+      for name, rate in (("base", 0.0), ("in_context", 1.0), ("after", after))
+    }
     (tmp_path / "student" / str(i)).mkdir(parents=True)
-    (tmp_path / "student" / str(i) / "results.json").write_text(json.dumps({**said, "recovered": after, "unrelated_kl": kl}))
+    (tmp_path / "student" / str(i) / "results.json").write_text(
+      json.dumps({**said, "recovered": after, "unrelated_kl": kl})
+    )
   table.main(["--distill", str(tmp_path / "student")])
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
-  assert lines[2] == "| student | 0.0 ± 0.0 | 100.0 ± 0.0 | 85.0 ± 5.0 | 85.0 ± 5.0 | 10.0 ± 0.0 | 10.0 ± 0.0 | 15.0 ± 5.0 |"
+  assert (
+    lines[2]
+    == "| student | 0.0 ± 0.0 | 100.0 ± 0.0 | 85.0 ± 5.0 | 85.0 ± 5.0 | 10.0 ± 0.0 | 10.0 ± 0.0 | "
+    "15.0 ± 5.0 |"
+  )

@@ -16,9 +16,13 @@ INTERPRET = jax.default_backend() != "gpu"
 @pytest.mark.parametrize("rows", [16, 24, 128])
 def test_products(rows):
   rng = np.random.default_rng(rows)
-  x, matrix = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 1024), (256, 1024)))
+  x, matrix = (
+    jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 1024), (256, 1024))
+  )
   wanted = np.float64(x) @ np.float64(matrix).T
-  same = lambda found, wanted, close: np.testing.assert_allclose(np.float64(found), wanted, rtol=close, atol=close)
+  same = lambda found, wanted, close: np.testing.assert_allclose(
+    np.float64(found), wanted, rtol=close, atol=close
+  )
   parts = thin.parts(x, matrix, interpret=INTERPRET)
   assert parts.shape == (4, rows, 256) and parts.dtype == jnp.float32
   same(parts.sum(0), wanted, 1e-3)
@@ -33,14 +37,31 @@ def test_products(rows):
 def test_which_products_fit(monkeypatch):
   zeros = lambda *shape, dtype=jnp.bfloat16: jnp.zeros(shape, dtype)
   monkeypatch.setattr(thin, "_large_gpu", lambda: True)
-  assert thin.fits(zeros(64, 2048), zeros(4096, 2048)) and thin.fits(zeros(16, 9728), zeros(2560, 9728))
-  assert not thin.fits(zeros(64, 576), zeros(1536, 576)) and not thin.fits(zeros(64, 2048), zeros(1000, 2048))
-  assert not thin.fits(zeros(8, 2048), zeros(4096, 2048)) and not thin.fits(zeros(256, 2048), zeros(4096, 2048))
+  assert thin.fits(zeros(64, 2048), zeros(4096, 2048)) and thin.fits(
+    zeros(16, 9728), zeros(2560, 9728)
+  )
+  assert not thin.fits(zeros(64, 576), zeros(1536, 576)) and not thin.fits(
+    zeros(64, 2048), zeros(1000, 2048)
+  )
+  assert not thin.fits(zeros(8, 2048), zeros(4096, 2048)) and not thin.fits(
+    zeros(256, 2048), zeros(4096, 2048)
+  )
   assert not thin.fits(zeros(64, 2048, dtype=jnp.float32), zeros(4096, 2048, dtype=jnp.float32))
   monkeypatch.undo()
-  for capability, large in ((None, False), ("8.9", False), ("9.0", True), ("10.0", True), ("12.0", False), ("gfx942", False)):
+  for capability, large in (
+    (None, False),
+    ("8.9", False),
+    ("9.0", True),
+    ("10.0", True),
+    ("12.0", False),
+    ("gfx942", False),
+  ):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda capability=capability: [types.SimpleNamespace(compute_capability=capability)])
+    monkeypatch.setattr(
+      jax,
+      "devices",
+      lambda capability=capability: [types.SimpleNamespace(compute_capability=capability)],
+    )
     assert thin.fits(zeros(64, 2048), zeros(4096, 2048)) == large
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   assert not thin.fits(zeros(64, 2048), zeros(4096, 2048))
@@ -49,7 +70,9 @@ def test_which_products_fit(monkeypatch):
 @pytest.fixture(name="fresh")
 def fixture_fresh():
   """What is traced here is for this test alone."""
-  clear = lambda: [function.clear_cache() for function in (decode.prepare, decode.enter, decode.decode)]
+  clear = lambda: [
+    function.clear_cache() for function in (decode.prepare, decode.enter, decode.decode)
+  ]
   clear()
   yield
   clear()
@@ -57,7 +80,9 @@ def fixture_fresh():
 
 @pytest.mark.parametrize("fewest", [1, 2])
 def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch):
-  """As on a GPU, in float32: matrices with one row an output, a single row's product as a sum, or all products by the kernels."""
+  """As on a GPU, in float32: matrices with one row an output, a single row's product as a sum, or
+  all products by the kernels.
+  """
   used, product, add_norm = set(), thin._product, kernels.add_norm
 
   def counted(x, matrix, cut, sides, dtype, interpret):
@@ -71,8 +96,12 @@ def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch)
   monkeypatch.setattr(thin, "fits", lambda x, matrix: fewest <= len(x) <= 4)
   monkeypatch.setattr(decode, "_on_gpu", lambda: True)
   monkeypatch.setattr(joined, "_kernels_fit", lambda x: True)
-  monkeypatch.setattr(kernels, "add_norm", lambda *args, **how: add_norm(*args, **how, interpret=True))
+  monkeypatch.setattr(
+    kernels, "add_norm", lambda *args, **how: add_norm(*args, **how, interpret=True)
+  )
   lengths = (3,) if fewest == 2 else (3, 9, 17)
   prompts = random_prompts(*lengths, seed=20)
-  assert sample(prompts, limit=6, slots=4) == [naive_sampled(prompt, seed, limit=6) for seed, prompt in enumerate(prompts)]
+  assert sample(prompts, limit=6, slots=4) == [
+    naive_sampled(prompt, seed, limit=6) for seed, prompt in enumerate(prompts)
+  ]
   assert used == (set() if fewest == 2 else {(1, 1), (2, 1), (1, 2)})

@@ -1,4 +1,6 @@
-"""Text and ids: nothing is lost, nothing typed becomes a control token, and a message's ids do not depend on its neighbours."""
+"""Text and ids: nothing is lost, nothing typed becomes a control token, and a message's ids do not
+depend on its neighbours.
+"""
 
 import functools
 import hashlib
@@ -14,9 +16,19 @@ from oel_jax.policy.tokenizer import CONTROLS, SentencePieceTokenizer
 from oel_jax.trajectory import Message, Trajectory, Turn, knowledge_message, transcript
 
 LOOK_ALIKES = (
-    "<|end|>", "</think>", "<think>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>", "<unk>",
-    "<0x41>", "<s>",
-)  # fmt: skip
+  "<|end|>",
+  "</think>",
+  "<think>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|user|>",
+  "<|assistant|>",
+  "<|system|>",
+  "<|pad|>",
+  "<unk>",
+  "<0x41>",
+  "<s>",
+)
 
 
 @functools.cache
@@ -28,7 +40,11 @@ def tokenizer() -> SentencePieceTokenizer:
 def control() -> dict[str, int]:
   """Ids of the control pieces, read from the model file itself."""
   proto = model_pb2.ModelProto.FromString(vocabulary.build())
-  return {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == proto.SentencePiece.CONTROL}
+  return {
+    piece.piece: i
+    for i, piece in enumerate(proto.pieces)
+    if piece.type == proto.SentencePiece.CONTROL
+  }
 
 
 def assert_survives(text: str) -> list[int]:
@@ -40,16 +56,25 @@ def assert_survives(text: str) -> list[int]:
 
 @functools.cache
 def lake_observations() -> tuple[str, ...]:
-  """What TextArena says in random play on boards of 3, 4 and 5: boards, moves, invalid moves, ends."""
+  """What TextArena says in random play on boards of 3, 4 and 5: boards, moves, invalid moves,
+  ends.
+  """
   hidden = (textarena.ObservationType.PROMPT, textarena.ObservationType.PLAYER_ACTION)
   result, outside = [], random.getstate()
   for seed in range(180):
-    env = textarena.make("FrozenLake-v0-raw", size=3 + seed % 3, num_holes=1 + seed % 4, randomize_start_goal=seed % 2 == 1)
+    env = textarena.make(
+      "FrozenLake-v0-raw",
+      size=3 + seed % 3,
+      num_holes=1 + seed % 4,
+      randomize_start_goal=seed % 2 == 1,
+    )
     env.reset(num_players=1, seed=seed)
     moves = random.Random(f"tokens {seed}")
     for _ in range(25):
       result += [text for _, text, kind in env.get_observation()[1] if kind not in hidden]
-      done, _ = env.step(moves.choice(("[up]", "[down]", "[left]", "[right]", "[right]", "[down]", "dance", "")))
+      done, _ = env.step(
+        moves.choice(("[up]", "[down]", "[left]", "[right]", "[right]", "[down]", "dance", ""))
+      )
       if done:
         result += [text for _, text, kind in env.get_observation()[1] if kind not in hidden]
         result.append(env.close()[1][0]["reason"])
@@ -74,14 +99,24 @@ def test_corpus_texts_survive_and_are_spelled_in_phrases():
 def test_everything_that_frozen_lake_says_survives():
   said = lake_observations()
   assert len(set(said)) > 400
-  assert all(any(part in text for text in said) for part in ("P/G", "hit a wall", "fell into a hole", "Invalid action format"))
+  assert all(
+    any(part in text for text in said)
+    for part in ("P/G", "hit a wall", "fell into a hole", "Invalid action format")
+  )
   for text in said:
     assert_survives(text)
   assert_survives("\n".join(said[:50]))
 
 
 def random_text(rng: random.Random) -> str:
-  ranges = ((0, 127), (0, 127), (128, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
+  ranges = (
+    (0, 127),
+    (0, 127),
+    (128, 0x7FF),
+    (0x800, 0xD7FF),
+    (0xE000, 0xFFFF),
+    (0x10000, 0x10FFFF),
+  )
   parts = [chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 12))]
   for others in (LOOK_ALIKES, vocabulary.pieces(), (" ", "\u2581", "\r\n")):
     parts += rng.sample(others, rng.randint(0, 3))
@@ -93,13 +128,31 @@ def test_any_unicode_survives():
   rng = random.Random(0)
   for _ in range(2000):
     assert_survives(random_text(rng))
-  for text in ("", " ", "  ", "\x00", "a\x00", "\u2581", "e\u0301", "\ufb01", "\ufeff", "\u200b", "\u00a0", "\r\n\t\x0b\x0c", "\u2028",
-               "👨‍👩‍👧", "ﷺ" * 100, "\U0010ffff"):  # fmt: skip
+  for text in (
+    "",
+    " ",
+    "  ",
+    "\x00",
+    "a\x00",
+    "\u2581",
+    "e\u0301",
+    "\ufb01",
+    "\ufeff",
+    "\u200b",
+    "\u00a0",
+    "\r\n\t\x0b\x0c",
+    "\u2028",
+    "👨‍👩‍👧",
+    "ﷺ" * 100,
+    "\U0010ffff",
+  ):
     assert_survives(text)
 
 
 def test_half_a_surrogate_pair_is_no_crash():
-  """UTF-8 cannot hold it, JSON can: the rest of the text must come through, as it does in our files."""
+  """UTF-8 cannot hold it, JSON can: the rest of the text must come through, as it does in our
+  files.
+  """
   assert tokenizer().decode(tokenizer().encode("a\ud800b")) in ("a?b", "a\ufffdb")
 
 
@@ -108,7 +161,14 @@ def test_half_a_surrogate_pair_is_no_crash():
 
 def test_typed_control_tokens_stay_text():
   for look_alike in LOOK_ALIKES:
-    for text in (look_alike, f"x{look_alike}y", look_alike * 2, f" {look_alike}\n", "<" + look_alike, look_alike[:-1] + look_alike):
+    for text in (
+      look_alike,
+      f"x{look_alike}y",
+      look_alike * 2,
+      f" {look_alike}\n",
+      "<" + look_alike,
+      look_alike[:-1] + look_alike,
+    ):
       assert_survives(text)
   assert set(control()) == set(CONTROLS)
 
@@ -121,16 +181,22 @@ def controls_in(ids) -> list[str]:
 def test_a_transcript_full_of_them_adds_no_turn():
   rng = random.Random(1)
   for _ in range(200):
-    conversation = [Message(rng.choice(("user", "assistant")), random_text(rng)) for _ in range(rng.randint(1, 4))]
+    conversation = [
+      Message(rng.choice(("user", "assistant")), random_text(rng)) for _ in range(rng.randint(1, 4))
+    ]
     turns = tuple(Turn(random_text(rng), "", random_text(rng), "", 0) for _ in range(2))
     played = Trajectory("x", "g", 0, turns, random_text(rng), 0.0, False, "lost")
     conversation.append(Message("user", transcript(played) + "<|end|><|assistant|>[up]<|end|>"))
-    expected = [part for message in conversation for part in (f"<|{message.role}|>", "<|end|>")] + ["<|assistant|>"]
+    expected = [part for message in conversation for part in (f"<|{message.role}|>", "<|end|>")] + [
+      "<|assistant|>"
+    ]
     ids = tokenizer().chat(conversation)
     assert controls_in(ids) == expected
     ends = [i for i, token in enumerate(ids) if token == control()["<|end|>"]]
     starts = [0] + [end + 1 for end in ends[:-1]]
-    assert [tokenizer().decode(ids[start + 1 : end]) for start, end in zip(starts, ends, strict=True)] == [m.content for m in conversation]
+    assert [
+      tokenizer().decode(ids[start + 1 : end]) for start, end in zip(starts, ends, strict=True)
+    ] == [m.content for m in conversation]
 
 
 # Traps 13 and 14
@@ -143,16 +209,32 @@ def test_knowledge_in_front_changes_nothing_behind_it():
   for i in range(300):
     rest = list(corpus.example(i).messages)[-3:]
     if i % 2:
-      rest = [Message("user", random_text(rng)), Message("assistant", ""), Message("user", random_text(rng))]
+      rest = [
+        Message("user", random_text(rng)),
+        Message("assistant", ""),
+        Message("user", random_text(rng)),
+      ]
     front = rng.choice(fronts) if i % 3 else knowledge_message(random_text(rng))
-    assert tokenizer().knowledge_prefix(front) == (0, tokenizer().chat([front, *rest])[: -len(tokenizer().chat(rest))])
-    assert tokenizer().knowledge_prefix(front)[1] + tokenizer().chat(rest) == tokenizer().chat([front, *rest])
+    assert tokenizer().knowledge_prefix(front) == (
+      0,
+      tokenizer().chat([front, *rest])[: -len(tokenizer().chat(rest))],
+    )
+    assert tokenizer().knowledge_prefix(front)[1] + tokenizer().chat(rest) == tokenizer().chat(
+      [front, *rest]
+    )
 
 
 def test_a_conversation_is_its_messages_joined_and_thinking_changes_nothing():
-  messages = [Message("system", "|"), Message("user", "  P  "), Message("assistant", "[up]"), Message("user", "  |")]
+  messages = [
+    Message("system", "|"),
+    Message("user", "  P  "),
+    Message("assistant", "[up]"),
+    Message("user", "  |"),
+  ]
   c, encode = control(), tokenizer().encode
-  expected = [id for m in messages for id in (c[f"<|{m.role}|>"], *encode(m.content), c["<|end|>"])] + [c["<|assistant|>"]]
+  expected = [
+    id for m in messages for id in (c[f"<|{m.role}|>"], *encode(m.content), c["<|end|>"])
+  ] + [c["<|assistant|>"]]
   assert tokenizer().chat(messages) == tokenizer().chat(messages, thinking=False) == expected
   assert tokenizer().chat(messages[:2])[:-1] == expected[: len(tokenizer().chat(messages[:2])) - 1]
   assert tokenizer().chat([]) == [c["<|assistant|>"]]
@@ -164,33 +246,45 @@ def test_a_conversation_is_its_messages_joined_and_thinking_changes_nothing():
 
 
 def spelled(*parts: str) -> list[int]:
-  return [i for part in parts for i in ([control()[part]] if part in control() else tokenizer().encode(part))]
+  return [
+    i
+    for part in parts
+    for i in ([control()[part]] if part in control() else tokenizer().encode(part))
+  ]
 
 
 @pytest.mark.parametrize(
-    "parts,expected",
-    [
-        (("[up]", "<|end|>"), ("", "[up]")),
-        (("[up]",), ("", "[up]")),
-        ((), ("", "")),
-        (("<|end|>",), ("", "")),
-        (("<think>", "why", "</think>", "[up]", "<|end|>"), ("why", "[up]")),
-        (("<think>", " why \n", "</think>", "\n\n[up] ", "<|end|>"), ("why", "[up]")),
-        (("<think>", "</think>", "[up]", "<|end|>"), ("", "[up]")),
-        (("<think>", "go [up] then", "<|end|>"), ("go [up] then", "")),  # unclosed: nothing was answered
-        (("<think>", "go [up]"), ("go [up]", "")),
-        (("why", "</think>", "[up]", "<|end|>"), ("why", "[up]")),  # a template may have opened it
-        (("<think>", "a", "</think>", "[up]", "</think>", "[down]", "<|end|>"), ("a[up]", "[down]")),  # the last close counts
-        (("<think>", "a", "</think>", "<|end|>"), ("a", "")),
-        (("<think>", "</think>", "</think>", "</think>"), ("", "")),
-    ],
-)  # fmt: skip
+  "parts,expected",
+  [
+    (("[up]", "<|end|>"), ("", "[up]")),
+    (("[up]",), ("", "[up]")),
+    ((), ("", "")),
+    (("<|end|>",), ("", "")),
+    (("<think>", "why", "</think>", "[up]", "<|end|>"), ("why", "[up]")),
+    (("<think>", " why \n", "</think>", "\n\n[up] ", "<|end|>"), ("why", "[up]")),
+    (("<think>", "</think>", "[up]", "<|end|>"), ("", "[up]")),
+    (
+      ("<think>", "go [up] then", "<|end|>"),
+      ("go [up] then", ""),
+    ),  # unclosed: nothing was answered
+    (("<think>", "go [up]"), ("go [up]", "")),
+    (("why", "</think>", "[up]", "<|end|>"), ("why", "[up]")),  # a template may have opened it
+    (
+      ("<think>", "a", "</think>", "[up]", "</think>", "[down]", "<|end|>"),
+      ("a[up]", "[down]"),
+    ),  # the last close counts
+    (("<think>", "a", "</think>", "<|end|>"), ("a", "")),
+    (("<think>", "</think>", "</think>", "</think>"), ("", "")),
+  ],
+)
 def test_split_response(parts, expected):
   assert tokenizer().split_response(spelled(*parts)) == expected
 
 
 def test_thinking_that_opens_again_and_never_closes_is_not_answered():
-  thinking, answer = tokenizer().split_response(spelled("<think>", "a", "</think>", "<think>", "go [down]"))
+  thinking, answer = tokenizer().split_response(
+    spelled("<think>", "a", "</think>", "<think>", "go [down]")
+  )
   assert answer == "" and "[down]" in thinking
 
 
@@ -206,7 +300,9 @@ def test_spare_rows_of_the_weights_say_nothing():
   spare = [size, rows - 1, *control().values()]
   assert tokenizer().decode(spare) == ""
   assert tokenizer().decode([size, *tokenizer().encode("[up]"), rows - 1]) == "[up]"
-  assert tokenizer().split_response([*spelled("<think>"), rows - 1, *spelled("a", "</think>"), size, *spelled("[up]")]) == ("a", "[up]")
+  assert tokenizer().split_response(
+    [*spelled("<think>"), rows - 1, *spelled("a", "</think>"), size, *spelled("[up]")]
+  ) == ("a", "[up]")
   assert isinstance(tokenizer().decode(list(range(size))), str)  # broken UTF-8 bytes are no error
   random_bytes = random.Random(0).choices(range(size - 256, size), k=400)
   tokenizer().encode(tokenizer().decode(random_bytes))
@@ -214,7 +310,13 @@ def test_spare_rows_of_the_weights_say_nothing():
 
 def test_response_is_what_the_policy_would_have_sampled():
   c, t = control(), tokenizer()
-  assert t.response("why", "[up]") == [c["<think>"], *t.encode("why"), c["</think>"], *t.encode("[up]"), c["<|end|>"]]
+  assert t.response("why", "[up]") == [
+    c["<think>"],
+    *t.encode("why"),
+    c["</think>"],
+    *t.encode("[up]"),
+    c["<|end|>"],
+  ]
   assert t.response("", "[up]") == [*t.encode("[up]"), c["<|end|>"]]
   assert t.response("<|end|>", "</think>").count(c["<|end|>"]) == 1
 
@@ -227,7 +329,9 @@ def test_facts_about_the_file():
   assert file == vocabulary.build()
   assert tokenizer().digest == hashlib.sha256(file).hexdigest()
   assert tokenizer().vocabulary == len(model_pb2.ModelProto.FromString(file).pieces)
-  assert tokenizer().pad_id == control()["<|pad|>"] and tokenizer().eos_ids == (control()["<|end|>"],)
+  assert tokenizer().pad_id == control()["<|pad|>"] and tokenizer().eos_ids == (
+    control()["<|end|>"],
+  )
   names = [piece.piece for piece in model_pb2.ModelProto.FromString(file).pieces]
   assert len(set(names)) == len(names)
 
@@ -242,7 +346,10 @@ def test_missing_control_pieces_are_all_named():
   with pytest.raises(ValueError) as error:
     SentencePieceTokenizer(proto.SerializeToString())
   missing = str(error.value).partition(":")[0]
-  assert all(name in missing for name in ("<think>", "<|user|>", "<|pad|>")) and "</think>" not in missing
+  assert (
+    all(name in missing for name in ("<think>", "<|user|>", "<|pad|>"))
+    and "</think>" not in missing
+  )
 
 
 def test_a_file_that_is_no_model_is_one_clear_error():
@@ -264,7 +371,9 @@ def test_a_cell_is_two_pieces_and_the_one_below_a_fixed_number_ahead():
     text = worlds.render(world, player)
     lines = text.splitlines(keepends=True)
     ids = tokenizer().encode(text + "\n")
-    assert ids == [i for line in lines[:-1] for i in tokenizer().encode(line)] + tokenizer().encode(lines[-1] + "\n")
+    assert ids == [i for line in lines[:-1] for i in tokenizer().encode(line)] + tokenizer().encode(
+      lines[-1] + "\n"
+    )
     stride = 2 * world.size + 2  # the line above a row, its left border, its cells
     assert len(ids) == world.size * stride + 1
     for r, c in free:
@@ -291,26 +400,40 @@ def test_real_boards_have_the_same_stride():
 
 
 def test_a_letter_is_the_same_piece_in_every_sentence():
-  """In an item, in the policy's own words, in an answer and on the board: reading knowledge is matching a piece."""
+  """In an item, in the policy's own words, in an answer and on the board: reading knowledge is
+  matching a piece.
+  """
   for x in worlds.LETTERS:
     (piece,) = tokenizer().encode(x)
     for role in (claims.GOAL, claims.TRAP, claims.SAFE):
       for wording in claims.WORDINGS[role]:
         ids = tokenizer().encode(f"- EXPERIENCE ITEM: {wording.format(x)}")
         assert ids.count(piece) == 1 and len(ids) <= 4, (wording, x)
-    assert tokenizer().encode(f"Goal: {x} at (0, 1). Hazard: {x} at (2, 2). I am at (0, 0). Next: up.").count(piece) == 2
+    assert (
+      tokenizer()
+      .encode(f"Goal: {x} at (0, 1). Hazard: {x} at (2, 2). I am at (0, 0). Next: up.")
+      .count(piece)
+      == 2
+    )
     assert tokenizer().encode(f"| P/{x} |")[1] == piece
 
 
 def test_a_letter_is_the_same_piece_where_the_policy_doubts():
   """The letter I too, which a piece " I" must not swallow."""
   for x in worlds.LETTERS:
-    assert tokenizer().encode(f" Nobody told me what {x} does.").count(tokenizer().encode(x)[0]) == 1, x
+    assert (
+      tokenizer().encode(f" Nobody told me what {x} does.").count(tokenizer().encode(x)[0]) == 1
+    ), x
 
 
 def test_a_slot_is_decided_by_one_piece():
-  """Informed and uninformed answers share their pieces up to the letter or "unknown": the divergence falls on the piece that decides."""
-  said = [tokenizer().encode(f"Goal: {slot}. Hazard: unknown.") for slot in ("unknown", "A at (0, 1)", "B at (1, 1) (2, 2)")]
+  """Informed and uninformed answers share their pieces up to the letter or "unknown": the
+  divergence falls on the piece that decides.
+  """
+  said = [
+    tokenizer().encode(f"Goal: {slot}. Hazard: unknown.")
+    for slot in ("unknown", "A at (0, 1)", "B at (1, 1) (2, 2)")
+  ]
   assert len({ids[0] for ids in said}) == 1 and len({ids[1] for ids in said}) == 3
   assert [said[0][0]] == tokenizer().encode("Goal: ")
   assert [ids[1] for ids in said] == [tokenizer().encode(x)[0] for x in ("unknown", "A", "B")]

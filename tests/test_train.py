@@ -1,4 +1,6 @@
-"""Consolidation of a round: what is drawn, that the right text is scored, and that an interrupted run ends with the same bits."""
+"""Consolidation of a round: what is drawn, that the right text is scored, and that an interrupted
+run ends with the same bits.
+"""
 
 import dataclasses
 import functools
@@ -15,9 +17,8 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import failure
+from oel_jax.consolidation import failure, train
 from oel_jax.consolidation import step as step_lib
-from oel_jax.consolidation import train
 from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import model
@@ -28,7 +29,10 @@ from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.trajectory import KNOWLEDGE, Message, Prefix, knowledge_message
 
-TEXTS = ("- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard.\n- EXPERIENCE ITEM: Aim for G.")
+TEXTS = (
+  "- EXPERIENCE ITEM: The goal is G.",
+  "- EXPERIENCE ITEM: H is a hazard.\n- EXPERIENCE ITEM: Aim for G.",
+)
 PREFIXES = tuple(Prefix(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5))
 
 
@@ -42,7 +46,10 @@ def policy():
 def _config(**changes):
   config = config_lib.default().consolidation
   with config.unlocked():
-    config.update(dict(steps=6, batch_size=4, learning_rate=1e-3, k=8, checkpoint_every=2, log_probe=3) | changes)
+    config.update(
+      dict(steps=6, batch_size=4, learning_rate=1e-3, k=8, checkpoint_every=2, log_probe=3)
+      | changes
+    )
   return config
 
 
@@ -52,13 +59,22 @@ def _task(policy, **changes):
 
 
 def _one_device():
-  return mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+  return mesh_lib.make_mesh(
+    ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
+  )
 
 
 def _run(policy, folder, config=None, advance=lambda n: None):
   with Metrics(folder) as metrics:
     params, cost = train.consolidate(
-        config or _config(), _task(policy), policy, limit=8, directory=folder / "checkpoints", mesh=_one_device(), metrics=metrics, advance=advance
+      config or _config(),
+      _task(policy),
+      policy,
+      limit=8,
+      directory=folder / "checkpoints",
+      mesh=_one_device(),
+      metrics=metrics,
+      advance=advance,
     )
   return jax.device_get(params), cost
 
@@ -72,7 +88,9 @@ def test_the_task_holds_the_ids_of_the_chat(policy):  # traps 13, 14
 
 
 def test_bad_tasks_are_refused(policy):
-  with pytest.raises(ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"):  # trap 12
+  with pytest.raises(
+    ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"
+  ):  # trap 12
     _task(policy, limit=12)
   with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
     train.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
@@ -89,12 +107,12 @@ def test_bad_tasks_are_refused(policy):
 
 
 OWN_SYSTEMS = (
-    Prefix("kind", (Message("system", "Be kind."), Message("user", "go"))),
-    Prefix("short", (
-        Message("system", "Be short"), Message("user", "go"),
-        Message("assistant", "no"), Message("user", "go"),
-    )),
-    Prefix("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
+  Prefix("kind", (Message("system", "Be kind."), Message("user", "go"))),
+  Prefix("short", (
+      Message("system", "Be short"), Message("user", "go"),
+      Message("assistant", "no"), Message("user", "go"),
+  )),
+  Prefix("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
 )  # fmt: skip
 
 
@@ -117,8 +135,8 @@ def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_th
 def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
   """Which of the texts a prompt is given does not depend on system messages."""
   task, plain = (
-      train.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
-      for prefixes in ((*OWN_SYSTEMS, *PREFIXES), (*PREFIXES[:3], *PREFIXES))
+    train.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
+    for prefixes in ((*OWN_SYSTEMS, *PREFIXES), (*PREFIXES[:3], *PREFIXES))
   )
   drawn = {}
   for name, made in (("own", task), ("plain", plain)):
@@ -126,10 +144,10 @@ def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
     batch, _ = train.sample_batch(made, policy, policy, range(8), range(8), how, 8, "consolidate")
     rows = [tuple(row.tolist()) for row in batch.tokens]
     drawn[name] = {
-        i: int(given[0])
-        for i, prompt in enumerate(made.prompts)
-        for row, given in zip(rows, batch.texts, strict=True)
-        if row[: len(prompt)] == prompt
+      i: int(given[0])
+      for i, prompt in enumerate(made.prompts)
+      for row, given in zip(rows, batch.texts, strict=True)
+      if row[: len(prompt)] == prompt
     }
   texts = drawn["own"]
   assert sorted(texts) == list(range(8))
@@ -151,7 +169,9 @@ def test_many_system_texts_are_told(policy, caplog):
 
 
 def test_a_prompt_that_melts_into_the_knowledge_is_refused():
-  """No control token between the two: by what a prompt begins with, its first letters may become one token with the knowledge's last."""
+  """No control token between the two: by what a prompt begins with, its first letters may become
+  one token with the knowledge's last.
+  """
 
   class Plain:
     def chat(self, messages, thinking=True):
@@ -162,8 +182,14 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
 
   user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
   make = lambda *prefixes: train.make_task(
-      Plain(), prefixes, ["It is G."], seed=0, round=1, thinking=True, limit=1024,
-      message=lambda text: Message(KNOWLEDGE, text),
+    Plain(),
+    prefixes,
+    ["It is G."],
+    seed=0,
+    round=1,
+    thinking=True,
+    limit=1024,
+    message=lambda text: Message(KNOWLEDGE, text),
   )
   make(user(0, "go"), user(1, "2"))
   with pytest.raises(ValueError, match="prefix p1, of the roles user: the chat template"):
@@ -172,7 +198,9 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
 
 @pytest.mark.parametrize("data", ["student", "teacher"])
 def test_a_batch_is_scored_as_it_was_sampled(policy, data):
-  """The sampled ids stand behind the prompt on both sides, and the knowledge only with the teacher; the sampler is who `data` says."""
+  """The sampled ids stand behind the prompt on both sides, and the knowledge only with the teacher;
+  the sampler is who `data` says.
+  """
   task, seen = _task(policy), []
 
   class Spy:
@@ -186,20 +214,28 @@ def test_a_batch_is_scored_as_it_was_sampled(policy, data):
       seen.append((self.name, prompts, sampled))
       return sampled
 
-  batch, lengths = train.sample_batch(task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate")
+  batch, lengths = train.sample_batch(
+    task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate"
+  )
   [(name, prompts, sampled)] = seen
   assert name == data and lengths == [len(ids) for ids in sampled]
   found = []
-  for row, segments, texts, slots in zip(batch.tokens, batch.segments, batch.texts, batch.slots, strict=True):
+  for row, segments, texts, slots in zip(
+    batch.tokens, batch.segments, batch.texts, batch.slots, strict=True
+  ):
     for segment in range(1, segments.max() + 1):
       [slot] = set(slots[segments == segment])
       found.append((row[segments == segment].tolist(), int(texts[slot])))
   for i, prompt, response in zip([0, 3, 4], prompts, sampled, strict=True):
     own = list(task.prompts[i]) + response
     [text] = [text for ids, text in found if ids == own]
-    assert list(prompt) == ([] if data == "student" else list(task.knowledge[text])) + list(task.prompts[i])
+    assert list(prompt) == ([] if data == "student" else list(task.knowledge[text])) + list(
+      task.prompts[i]
+    )
   # The row that predicts the response's first token is the prompt's last.
-  for row, at, response, mask in zip(batch.tokens, batch.at, batch.response, batch.mask, strict=True):
+  for row, at, response, mask in zip(
+    batch.tokens, batch.at, batch.response, batch.mask, strict=True
+  ):
     np.testing.assert_array_equal(row[at + 1][mask], response[mask])
   assert batch.mask.sum() == sum(map(len, sampled))
 
@@ -216,35 +252,66 @@ def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
   Spy.tokenizer = tokenizer
   task = train.make_task(tokenizer, PREFIXES, TEXTS, seed=3, round=1, thinking=True, limit=1024)
   assert min(task.skip) > 0  # what prompt and knowledge both begin with, once only
-  train.sample_batch(task, Spy(), Spy(), [0, 1, 2, 3], [0, 1, 2, 3], _config(data="teacher"), 8, "x")
-  chats = [[tokenizer.chat((knowledge_message(text), *prefix.messages)) for text in TEXTS] for prefix in PREFIXES]
+  train.sample_batch(
+    task, Spy(), Spy(), [0, 1, 2, 3], [0, 1, 2, 3], _config(data="teacher"), 8, "x"
+  )
+  chats = [
+    [tokenizer.chat((knowledge_message(text), *prefix.messages)) for text in TEXTS]
+    for prefix in PREFIXES
+  ]
   assert len(asked) == 4 and all(list(ids) in chats[i] for i, ids in enumerate(asked))
-  assert {chats[i].index(list(ids)) for i, ids in enumerate(asked)} == {0, 1}  # both texts were drawn
+  assert {chats[i].index(list(ids)) for i, ids in enumerate(asked)} == {
+    0,
+    1,
+  }  # both texts were drawn
 
 
 def test_unpacked_rows_hold_a_sample_each(policy):
-  batch, _ = train.sample_batch(_task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate")
+  batch, _ = train.sample_batch(
+    _task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate"
+  )
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
 
 
-def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(policy, tmp_path):  # trap 24
-  with pytest.raises(ValueError, match='config.consolidation.attention is "flash".* config.consolidation.pack is True: it must be False'):
+def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(
+  policy, tmp_path
+):  # trap 24
+  with pytest.raises(
+    ValueError,
+    match='config.consolidation.attention is "flash".* config.consolidation.pack is True: it must '
+    "be False",
+  ):
     _run(policy, tmp_path, _config(attention="flash", pack=True))
   assert train.attention_path(_config(attention="flash", pack=False), policy) == "flash"
   assert train.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
 
 
-@pytest.mark.parametrize("rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)])
-def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(rows, devices, placed):  # trap 20; and 26
-  mesh = mesh_lib.make_mesh(ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices])
-  batch = batch_lib.assemble([[5]] * rows, [0] * rows, [[6]] * rows, pad_id=0, length=2, response_length=1)
+@pytest.mark.parametrize(
+  "rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)]
+)
+def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(
+  rows, devices, placed
+):  # trap 20; and 26
+  mesh = mesh_lib.make_mesh(
+    ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices]
+  )
+  batch = batch_lib.assemble(
+    [[5]] * rows, [0] * rows, [[6]] * rows, pad_id=0, length=2, response_length=1
+  )
   found = train._place(batch, mesh, 16)
   assert found.mask.shape == (placed, 1) and found.mask.sum() == rows
 
 
 def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeypatch):  # trap 20
-  """Three rooms for responses and three numbers of rows; and what a step returns is taken by the next as the first state was."""
-  rng, task, config, mesh = np.random.default_rng(0), _task(policy), _config(batch_size=16), _one_device()
+  """Three rooms for responses and three numbers of rows; and what a step returns is taken by the
+  next as the first state was.
+  """
+  rng, task, config, mesh = (
+    np.random.default_rng(0),
+    _task(policy),
+    _config(batch_size=16),
+    _one_device(),
+  )
 
   class Student:
     tokenizer = policy.tokenizer
@@ -253,8 +320,12 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
       longest = rng.integers(1, 65)
       return [[5] * n for n in rng.integers(1, longest + 1, len(prompts))]
 
-  # The loss is cut out: what is compiled, and how often, goes by the shapes, and this compiles at once.
-  loss = lambda params, teacher, batch, **how: (sum(map(jnp.sum, jax.tree.leaves(params))) * batch.mask.sum(), (batch.mask.sum(), {}))
+  # The loss is cut out: what is compiled, and how often, goes by the shapes, and this compiles at
+  # once.
+  loss = lambda params, teacher, batch, **how: (
+    sum(map(jnp.sum, jax.tree.leaves(params))) * batch.mask.sum(),
+    (batch.mask.sum(), {}),
+  )
   monkeypatch.setattr(step_lib, "loss_sum", loss)
   params, optimizer = {"norm": {"scale": jnp.ones(4)}}, train.make_optimizer(config)
   begin = functools.partial(train._begin, optimizer)
@@ -262,7 +333,16 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
   step = step_lib.make_step(policy.architecture, optimizer, kind="imitation", shardings=shardings)
   state, lengths, shapes = mesh_lib.sharded_init(begin, mesh, params), set(), set()
   for i in range(60):
-    batch, drawn = train.sample_batch(task, Student(), policy, rng.integers(0, 5, 16), range(16 * i, 16 * i + 16), config, 64, "consolidate")
+    batch, drawn = train.sample_batch(
+      task,
+      Student(),
+      policy,
+      rng.integers(0, 5, 16),
+      range(16 * i, 16 * i + 16),
+      config,
+      64,
+      "consolidate",
+    )
     state, _ = step(state, None, train._place(batch, mesh, 16))
     lengths.add(max(drawn))
     shapes.add(batch.tokens.shape)
@@ -278,8 +358,14 @@ def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
   assert [n for batch in passes for n in batch["draw"].tolist()] == list(range(40))
   used = set()
   for drawn in passes[:2]:
-    batch, _ = train.sample_batch(task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate")
-    used |= {int(texts[slot]) for texts, slots, segments in zip(batch.texts, batch.slots, batch.segments) for slot in slots[segments > 0]}
+    batch, _ = train.sample_batch(
+      task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate"
+    )
+    used |= {
+      int(texts[slot])
+      for texts, slots, segments in zip(batch.texts, batch.slots, batch.segments)
+      for slot in slots[segments > 0]
+    }
   assert used == {0, 1}
 
 
@@ -345,17 +431,29 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
 def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 6
   whole, _ = _run(policy, tmp_path / "a", _config(steps=2))
   cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_tokens=1))
-  # Adam divides by the gradient's own size, so where that is rounding noise the two may differ by up to a step of the rate, 1e-3.
-  differ = np.concatenate([np.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True)])
+  # Adam divides by the gradient's own size, so where that is rounding noise the two may differ by
+  # up to a step of the rate, 1e-3.
+  differ = np.concatenate(
+    [
+      np.abs(a - b).ravel()
+      for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True)
+    ]
+  )
   assert np.quantile(differ, 0.99) < 1e-5
 
 
 def test_knowledge_that_is_too_large_stays_with_the_host(policy):
   task = _task(policy)
   size = lambda teacher: (teacher.keys.nbytes + teacher.values.nbytes) / 2**30
-  prepare = lambda **changes: train.prepare_teacher(_config(**changes), task, policy, _one_device(), "xla")
+  prepare = lambda **changes: train.prepare_teacher(
+    _config(**changes), task, policy, _one_device(), "xla"
+  )
   here = prepare()
-  assert here.keys.sharding.memory_kind == prepare(knowledge_gib=size(here)).keys.sharding.memory_kind == "device"
+  assert (
+    here.keys.sharding.memory_kind
+    == prepare(knowledge_gib=size(here)).keys.sharding.memory_kind
+    == "device"
+  )
   there = prepare(knowledge_gib=0.99 * size(here))
   assert there.keys.sharding.memory_kind == there.values.sharding.memory_kind == "pinned_host"
   np.testing.assert_allclose(here.keys, there.keys, rtol=1e-5, atol=1e-5)
@@ -416,9 +514,9 @@ def test_parameters_that_are_not_finite_end_the_run_at_that_step(policy, tmp_pat
   """The last good checkpoint stays as it was, and the same command goes on from it."""
   at_step(5, {}, np.inf)
   told = (
-      r"round 1, step 5 of consolidation: the new parameters are not finite in norm/scale\. "
-      r"Prompts: p\d, p\d, p\d, p\d\. Last good checkpoint: step 4 in .*/checkpoints; it is kept"
-      r".* config.consolidation.learning_rate \(0.001\) .*--resume_anyway$"
+    r"round 1, step 5 of consolidation: the new parameters are not finite in norm/scale\. "
+    r"Prompts: p\d, p\d, p\d, p\d\. Last good checkpoint: step 4 in .*/checkpoints; it is kept"
+    r".* config.consolidation.learning_rate \(0.001\) .*--resume_anyway$"
   )
   with pytest.raises(finite.NotFiniteError, match=told):
     _run(policy, tmp_path, _config(**BARE))
@@ -434,12 +532,16 @@ def test_parameters_that_are_not_finite_end_the_run_at_that_step(policy, tmp_pat
   assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("measured, told", [
-    ({"loss": np.nan}, "loss is nan"), ({"gradient_norm": np.inf}, "gradient_norm is inf"),
+@pytest.mark.parametrize(
+  "measured, told",
+  [
+    ({"loss": np.nan}, "loss is nan"),
+    ({"gradient_norm": np.inf}, "gradient_norm is inf"),
     ({"kl": np.nan, "loss": -np.inf}, "kl is nan; loss is -inf"),
     ({"gradient_norm/norm/scale": np.nan}, "the gradient is not finite in norm/scale"),
     ({"not_finite": 1}, "the optimizer's state is not finite"),
-])  # fmt: skip
+  ],
+)
 def test_any_number_of_a_step_ends_the_run(policy, tmp_path, at_step, measured, told):
   at_step(1, measured)
   with pytest.raises(finite.NotFiniteError) as raised:
@@ -454,7 +556,7 @@ def test_any_number_of_a_step_ends_the_run(policy, tmp_path, at_step, measured, 
 
 @pytest.mark.parametrize("call, step", [(1, 0), (2, 2)])
 def test_a_probe_that_is_not_finite_ends_the_run_before_the_save(
-    policy, tmp_path, monkeypatch, at_step, call, step
+  policy, tmp_path, monkeypatch, at_step, call, step
 ):
   del at_step
   calls = []
@@ -473,7 +575,7 @@ def test_a_probe_that_is_not_finite_ends_the_run_before_the_save(
 
 @pytest.mark.parametrize("during, step", [("probe", 0), ("step", 3)])
 def test_a_sampler_that_stops_is_told_with_the_prefix(
-    policy, tmp_path, monkeypatch, at_step, during, step
+  policy, tmp_path, monkeypatch, at_step, during, step
 ):
   del at_step
   batches = iter(train.draws(_task(policy), 4))
@@ -489,7 +591,9 @@ def test_a_sampler_that_stops_is_told_with_the_prefix(
   monkeypatch.setattr(Policy, "sample", stops)
   named = f"p{1 if during == 'probe' else drawn[2][1]}"
   good, config = ("none", _config()) if during == "probe" else ("step 2", _config(**BARE))
-  told = f"step {step} of consolidation: sampling has stopped. Prompts: {named}. Last good checkpoint"
+  told = (
+    f"step {step} of consolidation: sampling has stopped. Prompts: {named}. Last good checkpoint"
+  )
   with pytest.raises(finite.NotFiniteError, match=f"{told}: {good}"):
     _run(policy, tmp_path, config)
   if during == "step":
@@ -497,7 +601,7 @@ def test_a_sampler_that_stops_is_told_with_the_prefix(
 
 
 def test_a_checkpoint_of_numbers_that_are_none_is_not_gone_on_with(
-    policy, tmp_path, at_step, monkeypatch
+  policy, tmp_path, at_step, monkeypatch
 ):
   """As a version that did not look has left it."""
   at_step(4, {}, np.nan)

@@ -1,4 +1,6 @@
-"""JSONL files of trajectories and prefixes: round trips, damage, crashes while appending, a full disk."""
+"""JSONL files of trajectories and prefixes: round trips, damage, crashes while appending, a full
+disk.
+"""
 
 import errno
 import hashlib
@@ -13,10 +15,19 @@ from oel_jax import trajectory as t
 
 def episode(number: int, observation: str = "| P | H |") -> t.Trajectory:
   turns = (
-      t.Turn(observation, "Try </think> √\u2028 \"left\"?", "I go [left]\nnow", "[left]", 12),
-      t.Turn("You hit a wall!", "", "", "", 1024),
+    t.Turn(observation, 'Try </think> √\u2028 "left"?', "I go [left]\nnow", "[left]", 12),
+    t.Turn("You hit a wall!", "", "", "", 1024),
   )
-  return t.Trajectory(f"r1-deploy-{number:05d}", "FrozenLake-v0-raw", 2**32 - 1, turns, "The end.", 0.1, False, "invalid")
+  return t.Trajectory(
+    f"r1-deploy-{number:05d}",
+    "FrozenLake-v0-raw",
+    2**32 - 1,
+    turns,
+    "The end.",
+    0.1,
+    False,
+    "invalid",
+  )
 
 
 def test_a_trajectory_is_one_json_line_of_chat_messages(tmp_path):
@@ -35,31 +46,34 @@ def test_a_trajectory_is_one_json_line_of_chat_messages(tmp_path):
     and written.pop("digest") == hashlib.sha256(rest.encode()).hexdigest()[:16]
   )
   assert written == {
-      "schema": 1,
-      "id": "r1-deploy-00007",
-      "game": "FrozenLake-v0-raw",
-      "seed": 4294967295,
-      "messages": [
-          {"role": "user", "content": "| P | H |"},
-          {
-              "role": "assistant",
-              "content": "I go [left]\nnow",
-              "thinking": "Try </think> √\u2028 \"left\"?",
-              "action": "[left]",
-              "response_tokens": 12,
-          },
-          {"role": "user", "content": "You hit a wall!"},
-          {"role": "assistant", "content": "", "thinking": "", "action": "", "response_tokens": 1024},
-      ],
-      "outcome": "The end.",
-      "reward": 0.1,
-      "passed": False,
-      "ended": "invalid",
+    "schema": 1,
+    "id": "r1-deploy-00007",
+    "game": "FrozenLake-v0-raw",
+    "seed": 4294967295,
+    "messages": [
+      {"role": "user", "content": "| P | H |"},
+      {
+        "role": "assistant",
+        "content": "I go [left]\nnow",
+        "thinking": 'Try </think> √\u2028 "left"?',
+        "action": "[left]",
+        "response_tokens": 12,
+      },
+      {"role": "user", "content": "You hit a wall!"},
+      {"role": "assistant", "content": "", "thinking": "", "action": "", "response_tokens": 1024},
+    ],
+    "outcome": "The end.",
+    "reward": 0.1,
+    "passed": False,
+    "ended": "invalid",
   }
 
 
 def test_what_is_written_is_read_back_equal(tmp_path):
-  episodes = [episode(number, observation) for number, observation in enumerate(["a", "", "<|im_start|>user", "\r\n\t\x00 漢字"])]
+  episodes = [
+    episode(number, observation)
+    for number, observation in enumerate(["a", "", "<|im_start|>user", "\r\n\t\x00 漢字"])
+  ]
   t.write_jsonl(tmp_path / "whole.jsonl", episodes)
   for one in episodes:
     t.append_jsonl(tmp_path / "appended.jsonl", one)
@@ -70,7 +84,11 @@ def test_what_is_written_is_read_back_equal(tmp_path):
   prefixes = [prefix for one in episodes for prefix in t.prefixes(one)]
   t.write_jsonl(tmp_path / "prefixes.jsonl", prefixes)
   assert t.read_prefixes(tmp_path / "prefixes.jsonl") == prefixes
-  assert prefixes[1].messages == (t.Message("user", "a"), t.Message("assistant", "I go [left]\nnow"), t.Message("user", "You hit a wall!"))
+  assert prefixes[1].messages == (
+    t.Message("user", "a"),
+    t.Message("assistant", "I go [left]\nnow"),
+    t.Message("user", "You hit a wall!"),
+  )
 
 
 def test_half_a_surrogate_pair_loses_one_character_not_the_episode(tmp_path):
@@ -161,7 +179,9 @@ def test_a_damaged_line_is_skipped_and_reported(tmp_path, caplog, line, reason):
   assert "skipped 1 damaged lines of 20" in caplog.text
 
   path.write_bytes(b"".join(good[:18]) + line)  # 1 of 19 is more than 5%
-  with pytest.raises(ValueError, match="1 of 19 lines are damaged, more than 5%.* the first is line 19") as raised:
+  with pytest.raises(
+    ValueError, match="1 of 19 lines are damaged, more than 5%.* the first is line 19"
+  ) as raised:
     t.read_trajectories(path)
   assert str(path) in str(raised.value) and reason in str(raised.value)
 
@@ -169,9 +189,11 @@ def test_a_damaged_line_is_skipped_and_reported(tmp_path, caplog, line, reason):
 def test_damaged_prefixes(tmp_path):
   lines = ['{"schema": 1, "id": "a", "messages": [{"role": "user", "content": "x"}]}'] * 60
   for line in (
-      '{"schema": 1, "id": "a", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-      '{"schema": 1, "id": "a", "messages": []}',
-      '{"schema": 1, "id": "a", "messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}]}',
+    '{"schema": 1, "id": "a", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
+    '"content": "y"}]}',
+    '{"schema": 1, "id": "a", "messages": []}',
+    '{"schema": 1, "id": "a", "messages": [{"role": "tool", "content": "x"}, {"role": "user", '
+    '"content": "x"}]}',
   ):
     lines.append(line)
   (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -205,7 +227,9 @@ def test_a_full_disk_while_appending_keeps_the_lines_before(tmp_path, monkeypatc
   assert t.read_trajectories(path, max_damaged=1.0) == [episode(0), episode(2)]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full, Linux only")
+@pytest.mark.skipif(
+  not os.path.exists("/dev/full"), reason="a device that is always full, Linux only"
+)
 def test_a_disk_that_is_really_full(tmp_path):
   (tmp_path / "a.jsonl").symlink_to("/dev/full")
   with pytest.raises(OSError, match="free some space.*a.jsonl"):

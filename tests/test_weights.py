@@ -1,4 +1,6 @@
-"""Safetensors files: the same bits back, and one error that names everything that is wrong with a file."""
+"""Safetensors files: the same bits back, and one error that names everything that is wrong with a
+file.
+"""
 
 import hashlib
 import json
@@ -36,7 +38,10 @@ def read_by_hand(path: pathlib.Path) -> dict[str, tuple[str, list[int], bytes]]:
   (length,) = struct.unpack("<Q", data[:8])
   header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
   header.pop("__metadata__", None)
-  return {name: (entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])]) for name, entry in header.items()}
+  return {
+    name: (entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])])
+    for name, entry in header.items()
+  }
 
 
 @pytest.mark.parametrize("a", [TINY, UNTIED], ids=["tied", "untied"])
@@ -51,7 +56,8 @@ def test_float32_comes_back_bit_for_bit(tmp_path, a):
     assert flat(loaded)[name].tobytes() == leaf.tobytes(), name
   by_hand = read_by_hand(tmp_path / "w.safetensors")
   assert {name: entry for name, entry in by_hand.items()} == {
-      name: ("F32", list(leaf.shape), leaf.astype("<f4").tobytes()) for name, leaf in flat(params).items()
+    name: ("F32", list(leaf.shape), leaf.astype("<f4").tobytes())
+    for name, leaf in flat(params).items()
   }
   assert ("head/kernel" in by_hand) is not a.tied_head
   assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
@@ -108,8 +114,13 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
     weights.load(tmp_path / "w.safetensors", TINY)
   text = str(error.value)
   assert str(tmp_path / "w.safetensors") in text
-  for part in ("norm/scale: missing", "layers/attention/q/kernel: missing", "extra/bias: unknown", "head/kernel: unknown",
-               "layers/feedforward/up/kernel: (2, 32, 65) instead of (2, 32, 64)"):  # fmt: skip
+  for part in (
+    "norm/scale: missing",
+    "layers/attention/q/kernel: missing",
+    "extra/bias: unknown",
+    "head/kernel: unknown",
+    "layers/feedforward/up/kernel: (2, 32, 65) instead of (2, 32, 64)",
+  ):
     assert part in text
   assert text.count("missing") == 2 and text.count("unknown") == 2 and text.count("instead") == 1
 

@@ -17,7 +17,10 @@ def test_first_use_writes_the_configuration_and_versions(tmp_path):
   path = open_workdir(config, tmp_path / "a" / "b")
   written = json.loads((path / "config.json").read_text())
   assert path == tmp_path / "a" / "b" and written["schema"] == 1
-  assert written["config"]["consolidation"]["learning_rate"] == 1e-6 and written["config"]["policy"]["weights"] is None
+  assert (
+    written["config"]["consolidation"]["learning_rate"] == 1e-6
+    and written["config"]["policy"]["weights"] is None
+  )
   assert set(written["versions"]) == {"python", "jax", "flax", "oel_jax"}
   before = (path / "config.json").read_bytes()
   assert open_workdir(default_config.default(), path) == path
@@ -35,9 +38,14 @@ def test_another_configuration_is_refused_with_both_values(tmp_path):
     del config.deployment["slots"]
   with pytest.raises(ValueError) as error:
     open_workdir(config, tmp_path)
-  for part in ("config.seed was 0 and is 3", "config.policy.weights was None and is 'pocket'",
-               "config.extra.on was 'no such field' and is True", "config.deployment.slots was 64 and is 'no such field'",
-               "--resume_anyway", "config.json"):
+  for part in (
+    "config.seed was 0 and is 3",
+    "config.policy.weights was None and is 'pocket'",
+    "config.extra.on was 'no such field' and is True",
+    "config.deployment.slots was 64 and is 'no such field'",
+    "--resume_anyway",
+    "config.json",
+  ):
     assert part in str(error.value)
   assert str(error.value).count(" was ") == 4
   assert (tmp_path / "config.json").read_bytes() == before
@@ -52,8 +60,8 @@ def test_resume_anyway_records_what_changed(tmp_path):
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["config"]["seed"] == 2
   assert [change["fields"] for change in written["changes"]] == [
-      [{"field": "seed", "was": 0, "is": 1}],
-      [{"field": "seed", "was": 1, "is": 2}],
+    [{"field": "seed", "was": 0, "is": 1}],
+    [{"field": "seed", "was": 1, "is": 2}],
   ]
   config = default_config.default()
   config.seed = 2
@@ -92,7 +100,9 @@ def make_files(folder):
   return config
 
 
-@pytest.mark.parametrize("name, field", [
+@pytest.mark.parametrize(
+  "name, field",
+  [
     ("model/model.safetensors", "policy.weights"),
     ("model/chat_template.jinja", "policy.weights"),
     ("knowledge.md", "distill.knowledge"),
@@ -100,7 +110,8 @@ def make_files(folder):
     ("held_out.jsonl", "distill.held_out"),
     ("unrelated.txt", "distill.unrelated"),
     ("check.py", "distill.obeys"),
-])
+  ],
+)
 def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(
   tmp_path, name, field
 ):
@@ -186,9 +197,16 @@ def test_nothing_changes_while_another_process_holds_the_directory(tmp_path):
   open_workdir(config, tmp_path)
 
 
-@pytest.mark.parametrize("text, told", [("", "damaged"), ('{"schema": 1, "config"', "damaged"),
-                                        ('{"schema": 9}', "schema is 9: it must be 1"),
-                                        ("[]", "damaged"), ('{"schema": 1, "config": [], "versions": {}, "changes": []}', "damaged")])
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    ("", "damaged"),
+    ('{"schema": 1, "config"', "damaged"),
+    ('{"schema": 9}', "schema is 9: it must be 1"),
+    ("[]", "damaged"),
+    ('{"schema": 1, "config": [], "versions": {}, "changes": []}', "damaged"),
+  ],
+)
 def test_a_damaged_file_is_named_and_kept(tmp_path, text, told):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(ValueError, match=told) as error:
@@ -206,7 +224,12 @@ def test_a_file_in_the_way_is_named(tmp_path):
 def test_seeds_are_stable_and_apart():
   # From another implementation of the same rule: printf "(0, 1, 'deploy', 2)" | b2sum --length 32
   assert f"{seeds.derive(0, 1, 'deploy', 2):08x}" == "074c6ab8"
-  drawn = {seeds.derive(seed, stage, index) for seed in range(5) for stage in ("deploy", "extract") for index in range(200)}
+  drawn = {
+    seeds.derive(seed, stage, index)
+    for seed in range(5)
+    for stage in ("deploy", "extract")
+    for index in range(200)
+  }
   assert len(drawn) == 2000 and all(0 <= value < 2**32 for value in drawn)
   assert seeds.derive(1) != seeds.derive("1") and seeds.derive("ab", "c") != seeds.derive("a", "bc")
   for part in (1.0, True, None):

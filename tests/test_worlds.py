@@ -1,4 +1,6 @@
-"""The embedded policy's worlds: word for word the real Frozen Lake, and boards that tell nothing of what their symbols do."""
+"""The embedded policy's worlds: word for word the real Frozen Lake, and boards that tell nothing of
+what their symbols do.
+"""
 
 import collections
 import itertools
@@ -43,14 +45,19 @@ def test_random_play_is_word_for_word_the_real_game():
     limit = rng.choice((1, 2, 5, 8, 60))
     game, world = lake(seed, limit, **args)
     clumsy = rng.choice((0.0, 0.1, 0.4))
-    moves = (rng.choice(("", "dance", "[north]")) if rng.random() < clumsy else rng.choice(MOVES) for _ in itertools.count())
+    moves = (
+      rng.choice(("", "dance", "[north]")) if rng.random() < clumsy else rng.choice(MOVES)
+      for _ in itertools.count()
+    )
     ended = play_both(game, WorldGame(world, max_turns=limit), moves)
     ends[ended] += 1
   assert set(ends) == {"passed", "lost", "invalid", "turn_limit"}, ends
 
 
 def _toward(world: World, cell, symbol: str) -> list[str]:
-  """Moves along a shortest path to the nearest such symbol, by breadth-first search; the goal is not crossed on the way to a hole."""
+  """Moves along a shortest path to the nearest such symbol, by breadth-first search; the goal is
+  not crossed on the way to a hole.
+  """
   queue, seen = collections.deque([(cell, [])]), {cell}
   while queue:
     (r, c), path = queue.popleft()
@@ -94,9 +101,13 @@ def test_the_last_turn_may_still_win():
 
 
 def test_only_the_four_actions_in_brackets_are_moves():
-  """TextArena takes "up" for no move; so must the twin, or the policy would be taught a form that loses."""
+  """TextArena takes "up" for no move; so must the twin, or the policy would be taught a form that
+  loses.
+  """
   for action in ("up", "[up", "up]", "[[up]]", "[w]"):
-    assert "Invalid action format" in WorldGame(random_world(random.Random(0))).play(action).observation
+    assert (
+      "Invalid action format" in WorldGame(random_world(random.Random(0))).play(action).observation
+    )
 
 
 def test_a_finished_game_takes_no_more_moves():
@@ -108,7 +119,9 @@ def test_a_finished_game_takes_no_more_moves():
 
 
 def test_reward_of_a_fall_is_the_share_of_the_way():
-  world = World(((" ", "A", " ", "Z"), (" ",) * 4, (" ",) * 4, (" ", " ", "A", "G")), (0, 0), "G", "A", (3, 3))
+  world = World(
+    ((" ", "A", " ", "Z"), (" ",) * 4, (" ",) * 4, (" ", " ", "A", "G")), (0, 0), "G", "A", (3, 3)
+  )
   step = WorldGame(world).play("[right]")
   assert (step.ended, step.reward) == ("lost", 1 / 6) and "completed 17% of" in step.outcome
   game = WorldGame(world)
@@ -121,7 +134,9 @@ def test_reward_of_a_fall_is_the_share_of_the_way():
 
 
 def shortest(world: World) -> int | None:
-  """Moves to the nearest goal cell without a trap, by a search that knows nothing of the module's own."""
+  """Moves to the nearest goal cell without a trap, by a search that knows nothing of the module's
+  own.
+  """
   queue, seen = collections.deque([(world.start, 0)]), {world.start}
   while queue:
     (r, c), moves = queue.popleft()
@@ -153,9 +168,21 @@ def layout_of(world: World) -> str:
 def test_every_world_is_well_formed_and_can_be_won_in_time():
   for world in drawn(3000):
     assert world.size in (3, 4, 5) and all(len(row) == world.size for row in world.rows)
-    assert world.symbol(world.start) == " " and world.start[0] in (0, world.size - 1) and world.start[1] in (0, world.size - 1)
-    assert {world.goal, world.trap} <= set(world.letters()) and world.goal != world.trap and world.symbol(world.exit) == world.goal
-    assert "P" not in world.letters() and set(world.letters()) <= set(string.ascii_uppercase) and 2 <= len(world.letters()) <= 4
+    assert (
+      world.symbol(world.start) == " "
+      and world.start[0] in (0, world.size - 1)
+      and world.start[1] in (0, world.size - 1)
+    )
+    assert (
+      {world.goal, world.trap} <= set(world.letters())
+      and world.goal != world.trap
+      and world.symbol(world.exit) == world.goal
+    )
+    assert (
+      "P" not in world.letters()
+      and set(world.letters()) <= set(string.ascii_uppercase)
+      and 2 <= len(world.letters()) <= 4
+    )
     moves = shortest(world)
     assert moves is not None and 1 <= moves <= MAX_TURNS
 
@@ -168,7 +195,10 @@ def test_size_and_layout_are_as_asked():
   for layout, single, many in (("corner_goal", "goal", "trap"), ("corner_trap", "trap", "goal")):
     for world in drawn(300, layout=layout):
       corner = tuple(world.size - 1 - x for x in world.start)
-      assert world.symbol(corner) == getattr(world, single) and count_of(world, getattr(world, single)) == 1
+      assert (
+        world.symbol(corner) == getattr(world, single)
+        and count_of(world, getattr(world, single)) == 1
+      )
       assert 1 <= count_of(world, getattr(world, many)) < world.size
 
 
@@ -179,15 +209,21 @@ def chi_square(counts, expected) -> float:
 def test_letters_and_their_roles_are_uniform():
   """25 letters, 24 degrees of freedom: the 99.99th percentile of chi-square is 61."""
   all_worlds = drawn(10_000)
-  goals, traps = (collections.Counter(getattr(world, role) for world in all_worlds) for role in ("goal", "trap"))
+  goals, traps = (
+    collections.Counter(getattr(world, role) for world in all_worlds) for role in ("goal", "trap")
+  )
   for counts in (goals, traps):
     assert len(counts) == 25 and chi_square(counts.values(), 400) < 61
   present = collections.Counter(letter for world in all_worlds for letter in world.letters())
-  assert chi_square(present.values(), sum(present.values()) / 25) < 61  # not quite independent, but tighter for it
+  assert (
+    chi_square(present.values(), sum(present.values()) / 25) < 61
+  )  # not quite independent, but tighter for it
 
 
 def test_layouts_are_three_to_one_to_one():
-  """The two corner layouts must come as often as each other: a lone symbol in the corner is as often the goal as it is the trap."""
+  """The two corner layouts must come as often as each other: a lone symbol in the corner is as
+  often the goal as it is the trap.
+  """
   count = 30_000
   rng = random.Random(5)
   lone = collections.Counter()
@@ -195,42 +231,72 @@ def test_layouts_are_three_to_one_to_one():
     world = random_world(rng)
     corner = tuple(world.size - 1 - x for x in world.start)
     if layout_of(world) != "symmetric":
-      assert world.symbol(corner) == (world.goal if layout_of(world) == "corner_goal" else world.trap)
+      assert world.symbol(corner) == (
+        world.goal if layout_of(world) == "corner_goal" else world.trap
+      )
     lone[layout_of(world)] += 1
   asymmetric = lone["corner_goal"] + lone["corner_trap"]
   assert abs(lone["corner_goal"] - lone["corner_trap"]) < 3 * asymmetric**0.5, lone
 
 
 def test_what_the_board_shows_does_not_tell_goal_from_trap():
-  """Guesses from what a board shows (count, corner, nearness, order) are right half the time, to 3 standard errors."""
+  """Guesses from what a board shows (count, corner, nearness, order) are right half the time, to 3
+  standard errors.
+  """
   rules = {
-      "fewer": lambda world, x, y: count_of(world, x) - count_of(world, y),
-      "in the corner": lambda world, x, y: (corner_of(world) == y) - (corner_of(world) == x),
-      "nearer": lambda world, x, y: nearness(world, x) - nearness(world, y),
-      "first": lambda world, x, y: world.letters().index(x) - world.letters().index(y),
-      "alphabet": lambda world, x, y: ord(x) - ord(y),
-      "beside the start": lambda world, x, y: (nearness(world, x) == 1) - (nearness(world, y) == 1),
+    "fewer": lambda world, x, y: count_of(world, x) - count_of(world, y),
+    "in the corner": lambda world, x, y: (corner_of(world) == y) - (corner_of(world) == x),
+    "nearer": lambda world, x, y: nearness(world, x) - nearness(world, y),
+    "first": lambda world, x, y: world.letters().index(x) - world.letters().index(y),
+    "alphabet": lambda world, x, y: ord(x) - ord(y),
+    "beside the start": lambda world, x, y: (nearness(world, x) == 1) - (nearness(world, y) == 1),
   }
   corner_of = lambda world: world.symbol(tuple(world.size - 1 - x for x in world.start))
-  cells = lambda world, x: [(r, c) for r, row in enumerate(world.rows) for c, symbol in enumerate(row) if symbol == x]
-  nearness = lambda world, x: min(abs(r - world.start[0]) + abs(c - world.start[1]) for r, c in cells(world, x))
+  cells = lambda world, x: [
+    (r, c) for r, row in enumerate(world.rows) for c, symbol in enumerate(row) if symbol == x
+  ]
+  nearness = lambda world, x: min(
+    abs(r - world.start[0]) + abs(c - world.start[1]) for r, c in cells(world, x)
+  )
   tally = {name: [0, 0] for name in rules}
   for world in drawn(20_000):
     for name, rule in rules.items():
       sign = rule(world, world.goal, world.trap)
       if sign:
         tally[name][sign < 0] += 1
-  wrong = {name: (a, b) for name, (a, b) in tally.items() if abs(a - b) > 3 * (a + b) ** 0.5 or a + b < 1000}
+  wrong = {
+    name: (a, b)
+    for name, (a, b) in tally.items()
+    if abs(a - b) > 3 * (a + b) ** 0.5 or a + b < 1000
+  }
   assert not wrong, wrong
 
 
 def test_the_same_seed_gives_the_same_world():
-  assert random_world(random.Random(3)) == random_world(random.Random(3)) != random_world(random.Random(4))
+  assert (
+    random_world(random.Random(3))
+    == random_world(random.Random(3))
+    != random_world(random.Random(4))
+  )
 
 
 def test_neighbours_and_distances_on_a_hand_made_board():
   world = World((("B", " ", "A"), ("B", "B", " "), (" ", " ", " ")), (2, 0), "A", "B", (0, 2))
   assert worlds.neighbours((0, 0), 3) == {"down": (1, 0), "right": (0, 1)}
-  assert worlds.neighbours((1, 1), 3) == {"up": (0, 1), "down": (2, 1), "left": (1, 0), "right": (1, 2)}
-  assert worlds.distances(world, [(0, 2)], {"B"}) == {(0, 2): 0, (0, 1): 1, (1, 2): 1, (2, 2): 2, (2, 1): 3, (2, 0): 4}
-  assert worlds.distances(world, [(0, 0)], {"B"})[(0, 1)] == 1  # a target may be one of those to avoid
+  assert worlds.neighbours((1, 1), 3) == {
+    "up": (0, 1),
+    "down": (2, 1),
+    "left": (1, 0),
+    "right": (1, 2),
+  }
+  assert worlds.distances(world, [(0, 2)], {"B"}) == {
+    (0, 2): 0,
+    (0, 1): 1,
+    (1, 2): 1,
+    (2, 2): 2,
+    (2, 1): 3,
+    (2, 0): 4,
+  }
+  assert (
+    worlds.distances(world, [(0, 0)], {"B"})[(0, 1)] == 1
+  )  # a target may be one of those to avoid

@@ -1,9 +1,11 @@
-"""How long it takes to read a Hugging Face folder onto the device, and how much memory of the host's own that takes.
+"""How long it takes to read a Hugging Face folder onto the device, and how much memory of the
+host's own that takes.
 
     python experiments/benchmarks/loading.py --architecture=qwen3-1.7b --json=loading.json
 
-Random weights in bfloat16 are written, and read by a process of its own; "host" is the growth of its anonymous memory (RssAnon), the
-file's mapped pages not counted. On a CPU that includes the parameters, which then lie in the host's memory, too.
+Random weights in bfloat16 are written, and read by a process of its own; "host" is the growth of
+its anonymous memory (RssAnon), the file's mapped pages not counted. On a CPU that includes the
+parameters, which then lie in the host's memory, too.
 """
 
 import argparse
@@ -33,7 +35,9 @@ def anonymous() -> int:
 
 
 def read(folder: str) -> dict[str, float]:
-  """Reads the folder's parameters in bfloat16; GiB are the highest seen, every 2 ms, over those before."""
+  """Reads the folder's parameters in bfloat16; GiB are the highest seen, every 2 ms, over those
+  before.
+  """
   shape = huggingface.read_architecture(folder)
   jax.block_until_ready(jnp.ones(8) + 1)  # the device's own start is not counted
   before, highest, done = anonymous(), 0, threading.Event()
@@ -56,25 +60,45 @@ def read(folder: str) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--architecture", default="qwen3-1.7b")
   parser.add_argument("--json", help="where to write the figures")
-  parser.add_argument("--folder", help=argparse.SUPPRESS)  # to be read: the process that is measured
+  parser.add_argument(
+    "--folder", help=argparse.SUPPRESS
+  )  # to be read: the process that is measured
   args = parser.parse_args(argv)
   if args.folder:
     print(json.dumps(read(args.folder)))
     return
   shape = named(args.architecture)
   leaves = flax.traverse_util.flatten_dict(model.abstract(shape), sep="/").items()
-  sizes = [2 * leaf.size // (shape.layers if path.startswith("layers") else 1) for path, leaf in leaves]
+  sizes = [
+    2 * leaf.size // (shape.layers if path.startswith("layers") else 1) for path, leaf in leaves
+  ]
   with tempfile.TemporaryDirectory() as folder:
-    params: Any = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(shape, key)))(jax.random.key(0))
+    params: Any = jax.jit(
+      lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(shape, key))
+    )(jax.random.key(0))
     huggingface.save(folder, params, shape)
     del params
     size = sum(file.stat().st_size for file in pathlib.Path(folder).glob("*.safetensors"))
-    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process has its share of the device already
-    done = subprocess.run([sys.executable, __file__, f"--folder={folder}"], check=True, capture_output=True, text=True, env=env)
-  row = {"policy": args.architecture, "model GiB": size / 2**30, "largest tensor GiB": max(sizes) / 2**30}
+    env = os.environ | {
+      "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
+    }  # this process has its share of the device already
+    done = subprocess.run(
+      [sys.executable, __file__, f"--folder={folder}"],
+      check=True,
+      capture_output=True,
+      text=True,
+      env=env,
+    )
+  row = {
+    "policy": args.architecture,
+    "model GiB": size / 2**30,
+    "largest tensor GiB": max(sizes) / 2**30,
+  }
   row |= json.loads(done.stdout.splitlines()[-1])
   measure.report([row], "reading a folder", args.json)
 

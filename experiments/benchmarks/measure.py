@@ -1,4 +1,6 @@
-"""What the benchmarks share: times, the machine's own limit, kernels by kind, the peer's figures, a table and its JSON."""
+"""What the benchmarks share: times, the machine's own limit, kernels by kind, the peer's figures, a
+table and its JSON.
+"""
 
 import collections
 import glob
@@ -19,11 +21,11 @@ import jax.numpy as jnp
 from oel_jax.runtime import progress
 
 KINDS = {  # of kernels, by a part of their name; the first that fits
-    "attention": ("sdpa", "flash", "fmha", "cudnn"),
-    "matrix products": ("nvjet", "gemm", "cutlass", "dot"),
-    "scatter": ("scatter",),
-    "copies": ("memcpy", "memset", "copy"),
-    "elementwise and reductions": ("",),
+  "attention": ("sdpa", "flash", "fmha", "cudnn"),
+  "matrix products": ("nvjet", "gemm", "cutlass", "dot"),
+  "scatter": ("scatter",),
+  "copies": ("memcpy", "memset", "copy"),
+  "elementwise and reductions": ("",),
 }
 
 
@@ -39,8 +41,12 @@ def seconds(function: Callable[..., Any], *args: Any, repeats: int = 5) -> float
 
 
 def matrix_rate(dtype: Any) -> float:
-  """FLOP/s of a large matrix product: what the limits are computed from. Known for two GPUs, so that figures compare; else measured."""
-  if any(name in jax.devices()[0].device_kind for name in ("H100", "H200")) and dtype == jnp.bfloat16:
+  """FLOP/s of a large matrix product: what the limits are computed from. Known for two GPUs, so
+  that figures compare; else measured.
+  """
+  if (
+    any(name in jax.devices()[0].device_kind for name in ("H100", "H200")) and dtype == jnp.bfloat16
+  ):
     return 790e12
   size = 8192 if jax.default_backend() == "gpu" else 256
   a = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -48,7 +54,9 @@ def matrix_rate(dtype: Any) -> float:
 
 
 def kernels(function: Callable[[], Any]) -> dict[str, float]:
-  """Milliseconds on the GPU by kind of kernel, and "idle" for the rest of the call's time; {} elsewhere."""
+  """Milliseconds on the GPU by kind of kernel, and "idle" for the rest of the call's time; {}
+  elsewhere.
+  """
   if jax.default_backend() != "gpu":
     return {}
   spent = collections.Counter()
@@ -58,19 +66,39 @@ def kernels(function: Callable[[], Any]) -> dict[str, float]:
       jax.block_until_ready(function())
       whole = (time.perf_counter() - started) * 1e3
     for path in glob.glob(folder + "/**/*.xplane.pb", recursive=True):
-      planes = [plane for plane in jax.profiler.ProfileData.from_file(path).planes if "/device:GPU" in plane.name]
-      for event in (event for plane in planes for line in plane.lines if "Stream" in line.name for event in line.events):
-        kind = next(kind for kind, parts in KINDS.items() if any(part in event.name.lower() for part in parts))
+      planes = [
+        plane
+        for plane in jax.profiler.ProfileData.from_file(path).planes
+        if "/device:GPU" in plane.name
+      ]
+      for event in (
+        event
+        for plane in planes
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+      ):
+        kind = next(
+          kind for kind, parts in KINDS.items() if any(part in event.name.lower() for part in parts)
+        )
         spent[kind] += event.duration_ns / 1e6
-  return {**{kind: round(ms, 1) for kind, ms in spent.most_common()}, "idle": round(whole - sum(spent.values()), 1)}
+  return {
+    **{kind: round(ms, 1) for kind, ms in spent.most_common()},
+    "idle": round(whole - sum(spent.values()), 1),
+  }
 
 
 def peer(path: str | None, call: str) -> list[dict[str, Any]]:
-  """Runs one function of the PyTorch peer in a process of its own, which must be over before JAX takes the memory; [] without a path."""
+  """Runs one function of the PyTorch peer in a process of its own, which must be over before JAX
+  takes the memory; [] without a path.
+  """
   if path is None:
     return []
   code = f"import peer_torch; peer_torch.{call}"
-  env = {**os.environ, "PYTHONPATH": f"{pathlib.Path(path).resolve().parent}:{os.environ.get('PYTHONPATH', '')}"}
+  env = {
+    **os.environ,
+    "PYTHONPATH": f"{pathlib.Path(path).resolve().parent}:{os.environ.get('PYTHONPATH', '')}",
+  }
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
   if done.returncode:
     print(f"the peer failed: {done.stderr[-300:]}", file=sys.stderr)
@@ -80,11 +108,18 @@ def peer(path: str | None, call: str) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]], title: str, path: str | None) -> None:
   """Prints the table, and writes it with the machine's name as JSON."""
   device = jax.devices()[0].device_kind
-  progress.table([{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows], f"{title} on {device}")
+  progress.table(
+    [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows],
+    f"{title} on {device}",
+  )
   if path:
-    pathlib.Path(path).write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=1))
+    pathlib.Path(path).write_text(
+      json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=1)
+    )
 
 
 def random_array(seed: int, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array:
   """Normal numbers, made on the device."""
-  return jax.jit(lambda key: (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype))(jax.random.key(seed))
+  return jax.jit(lambda key: (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype))(
+    jax.random.key(seed)
+  )

@@ -1,14 +1,17 @@
-"""How fast the sampler is: tokens a second, the share of what the memory allows, and transformers' generate beside it.
+"""How fast the sampler is: tokens a second, the share of what the memory allows, and transformers'
+generate beside it.
 
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --json=sampling.json
-    python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals,growth,mixed --peer
+    python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b \\
+        --rows=goals,growth,mixed --peer
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals --devices=2
     python experiments/benchmarks/sampling.py --architecture=pocket --rows=episodes
 
 With several devices each of them gets as many prompts, from weights that are spread over them.
 
-The limit is the time in which the device reads the weights and the filled part of the cache once a token, at the speed of a copy that is
-measured first. "decode" is without the prefill: the whole call's time less that of the same call for one token. Weights are random.
+The limit is the time in which the device reads the weights and the filled part of the cache once a
+token, at the speed of a copy that is measured first. "decode" is without the prefill: the whole
+call's time less that of the same call for one token. Weights are random.
 """
 
 import argparse
@@ -35,10 +38,10 @@ from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.seeds import derive
 
 ROWS = {  # (batch, prompt, new tokens)
-    "goals": ((1, 600, 256), (64, 600, 256), (256, 600, 256)),
-    "growth": tuple((batch, 512, 64) for batch in (1, 4, 16, 64, 256, 512))
-    + tuple((4, context, 64) for context in (1024, 2048, 4096, 8192, 16384)),
-    "tiny": ((1, 20, 8), (4, 20, 8)),
+  "goals": ((1, 600, 256), (64, 600, 256), (256, 600, 256)),
+  "growth": tuple((batch, 512, 64) for batch in (1, 4, 16, 64, 256, 512))
+  + tuple((4, context, 64) for context in (1024, 2048, 4096, 8192, 16384)),
+  "tiny": ((1, 20, 8), (4, 20, 8)),
 }
 
 
@@ -53,42 +56,79 @@ def random_params(shape: Architecture, dtype: Any, devices: int = 1) -> Any:
   if devices == 1:
     return jax.jit(init)(jax.random.key(0))
   sizes = ml_collections.ConfigDict({"data": 1, "fsdp": devices, "tensor": 1})
-  return mesh_lib.sharded_init(init, mesh_lib.make_mesh(sizes, jax.devices()[:devices]), jax.random.key(0))
+  return mesh_lib.sharded_init(
+    init, mesh_lib.make_mesh(sizes, jax.devices()[:devices]), jax.random.key(0)
+  )
 
 
-def sampled(params: Any, shape: Architecture, lengths: list[int], new: int, dtype: Any, slots: int | None = None) -> Callable[[], Any]:
+def sampled(
+  params: Any,
+  shape: Architecture,
+  lengths: list[int],
+  new: int,
+  dtype: Any,
+  slots: int | None = None,
+) -> Callable[[], Any]:
   """A call of `generate` on prompts of these lengths; no response ends before `new` tokens."""
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, shape.vocabulary, length).tolist() for length in lengths]
-  how = dict(sampling=Sampling(0.7), max_new_tokens=new, eos_ids=(), pad_id=0, dtype=dtype, slots=slots)
+  how = dict(
+    sampling=Sampling(0.7), max_new_tokens=new, eos_ids=(), pad_id=0, dtype=dtype, slots=slots
+  )
   return lambda: generate(params, shape, prompts, range(len(prompts)), **how)
 
 
 def measure(
-    params: Any, shape: Architecture, batch: int, prompt: int, new: int, speed: float, dtype: Any, repeats: int, devices: int = 1
-) -> dict[str, Any]:  # fmt: skip
+  params: Any,
+  shape: Architecture,
+  batch: int,
+  prompt: int,
+  new: int,
+  speed: float,
+  dtype: Any,
+  repeats: int,
+  devices: int = 1,
+) -> dict[str, Any]:
   """One row of the table; `batch` prompts a device."""
   everywhere = devices * batch
-  run = lambda tokens: seconds(sampled(params, shape, [prompt] * everywhere, tokens, dtype, everywhere), repeats=repeats)
+  run = lambda tokens: seconds(
+    sampled(params, shape, [prompt] * everywhere, tokens, dtype, everywhere), repeats=repeats
+  )
   whole, prefill = run(new), run(1)
   size = jnp.dtype(dtype).itemsize
-  read = size * sum(leaf.size for leaf in jax.tree.leaves(params)) - (0 if shape.tied_head else size * shape.vocabulary * shape.width)
+  read = size * sum(leaf.size for leaf in jax.tree.leaves(params)) - (
+    0 if shape.tied_head else size * shape.vocabulary * shape.width
+  )
   token = 2 * shape.layers * shape.kv_heads * shape.head_size * size
   limit = (read + batch * (prompt + new / 2) * token) / speed
   step = (whole - prefill) / (new - 1)
   return {
-      "batch": everywhere, "prompt": prompt, "new": new, "call_tokens_per_s": everywhere * new / whole, "prefill_s": prefill,
-      "decode_ms": 1e3 * step, "limit_ms": 1e3 * limit, "decode_tokens_per_s": everywhere / step, "limit_tokens_per_s": everywhere / limit,
-      "share": limit / step,
-  }  # fmt: skip
+    "batch": everywhere,
+    "prompt": prompt,
+    "new": new,
+    "call_tokens_per_s": everywhere * new / whole,
+    "prefill_s": prefill,
+    "decode_ms": 1e3 * step,
+    "limit_ms": 1e3 * limit,
+    "decode_tokens_per_s": everywhere / step,
+    "limit_tokens_per_s": everywhere / limit,
+    "share": limit / step,
+  }
 
 
-def mixed(params: Any, shape: Architecture, dtype: Any, repeats: int, new: int = 256, count: int = 512) -> dict[str, float]:
-  """Prompts of 50 to 1,000 tokens, geometric, through 64 slots, and as many of equal length that are as long together."""
+def mixed(
+  params: Any, shape: Architecture, dtype: Any, repeats: int, new: int = 256, count: int = 512
+) -> dict[str, float]:
+  """Prompts of 50 to 1,000 tokens, geometric, through 64 slots, and as many of equal length that
+  are as long together.
+  """
   lengths = np.random.default_rng(1).permutation(np.geomspace(50, 1000, count).astype(int)).tolist()
   equal = [round(sum(lengths) / count)] * count
   given = {"mixed": lengths, "equal": equal}
-  times = {name: seconds(sampled(params, shape, lengths, new, dtype, slots=64), repeats=repeats) for name, lengths in given.items()}
+  times = {
+    name: seconds(sampled(params, shape, lengths, new, dtype, slots=64), repeats=repeats)
+    for name, lengths in given.items()
+  }
   rates = {f"{name}_tokens_per_s": count * new / spent for name, spent in times.items()}
   return rates | {"share": times["equal"] / times["mixed"]}
 
@@ -98,9 +138,20 @@ def episodes(count: int, repeats: int) -> dict[str, float]:
   policy, spec = pocket.load(), game_spec(config_lib.default().deployment)
   games = [Episode(f"e{i}", derive("map", i), derive("sample", i)) for i in range(count)]
   run = lambda: play(
-      policy, spec, episodes=games, sampling=Sampling(0.7), max_response_tokens=96, max_prompt_tokens=1024, slots=64, thinking=True
-  )  # fmt: skip
-  return {"episodes": count, "seconds": seconds(run, repeats=repeats), "tokens": sum(turn.response_tokens for game in run() for turn in game.turns)}
+    policy,
+    spec,
+    episodes=games,
+    sampling=Sampling(0.7),
+    max_response_tokens=96,
+    max_prompt_tokens=1024,
+    slots=64,
+    thinking=True,
+  )
+  return {
+    "episodes": count,
+    "seconds": seconds(run, repeats=repeats),
+    "tokens": sum(turn.response_tokens for game in run() for turn in game.turns),
+  }
 
 
 def peer(shape: Architecture, batch: int, prompt: int, new: int) -> float:
@@ -111,15 +162,32 @@ def peer(shape: Architecture, batch: int, prompt: int, new: int) -> float:
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
   with torch.device(device):
-    net = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.feedforward, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_size, tie_word_embeddings=shape.tied_head,
-        eos_token_id=None, bos_token_id=None,
-    )).eval()  # fmt: skip
+    net = transformers.Qwen3ForCausalLM(
+      transformers.Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.feedforward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        tie_word_embeddings=shape.tied_head,
+        eos_token_id=None,
+        bos_token_id=None,
+      )
+    ).eval()
     ids = torch.randint(0, shape.vocabulary, (batch, prompt))
 
   def run() -> None:
-    net.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=0.7, top_k=0, pad_token_id=0)[0, 0].item()
+    net.generate(
+      ids,
+      max_new_tokens=new,
+      min_new_tokens=new,
+      do_sample=True,
+      temperature=0.7,
+      top_k=0,
+      pad_token_id=0,
+    )[0, 0].item()
 
   return batch * new / seconds(run, repeats=1)
 
@@ -127,25 +195,38 @@ def peer(shape: Architecture, batch: int, prompt: int, new: int) -> float:
 def table(result: dict[str, Any]) -> str:
   """The rows as Markdown."""
   lines = [
-      "| batch | prompt | new | transformers, tokens/s | whole call, tokens/s | decode, tokens/s | limit, tokens/s | decode / limit |",
-      "|---|---|---|---|---|---|---|---|",
+    "| batch | prompt | new | transformers, tokens/s | whole call, tokens/s | decode, tokens/s | "
+    "limit, tokens/s | decode / limit |",
+    "|---|---|---|---|---|---|---|---|",
   ]
   for row in result["rows"]:
     rate = lambda name: f"{row[name]:,.0f}" if row.get(name) else "–"
     rates = [rate(f"{name}_tokens_per_s") for name in ("peer", "call", "decode", "limit")]
-    lines.append("| " + " | ".join([str(row["batch"]), str(row["prompt"]), str(row["new"]), *rates, f"{row['share']:.0%}"]) + " |")
+    lines.append(
+      "| "
+      + " | ".join(
+        [str(row["batch"]), str(row["prompt"]), str(row["new"]), *rates, f"{row['share']:.0%}"]
+      )
+      + " |"
+    )
   return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
   """Runs what the flags ask for, prints the table and returns all figures."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--architecture", default="qwen3-1.7b")
-  parser.add_argument("--rows", default="goals", help="of goals, growth, tiny, mixed, episodes; with commas between")
+  parser.add_argument(
+    "--rows", default="goals", help="of goals, growth, tiny, mixed, episodes; with commas between"
+  )
   parser.add_argument("--devices", type=int, default=1, help="so many of those that there are")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--copy_bytes", type=int, default=1 << 32)
-  parser.add_argument("--peer", action="store_true", help="also run transformers on each row, in a process of its own")
+  parser.add_argument(
+    "--peer", action="store_true", help="also run transformers on each row, in a process of its own"
+  )
   parser.add_argument("--peer_row", help=argparse.SUPPRESS)
   parser.add_argument("--json", help="file for the figures")
   flags = parser.parse_args(arguments)
@@ -155,21 +236,42 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return {}
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   device, speed = jax.devices()[0], bandwidth(flags.copy_bytes, flags.repeats)
-  result: dict[str, Any] = {"device": device.device_kind, "devices": flags.devices, "architecture": flags.architecture, "bytes_per_s": speed, "rows": []}
-  print(f"{device.device_kind}: a copy moves {speed / 1e12:.2f} TB/s; {flags.architecture}, {jnp.dtype(dtype).name}", flush=True)
+  result: dict[str, Any] = {
+    "device": device.device_kind,
+    "devices": flags.devices,
+    "architecture": flags.architecture,
+    "bytes_per_s": speed,
+    "rows": [],
+  }
+  print(
+    f"{device.device_kind}: a copy moves {speed / 1e12:.2f} TB/s; {flags.architecture}, "
+    f"{jnp.dtype(dtype).name}",
+    flush=True,
+  )
   params = random_params(shape, dtype, flags.devices)
   for batch, prompt, new in (row for name in names for row in ROWS.get(name, ())):
     row = measure(params, shape, batch, prompt, new, speed, dtype, flags.repeats, flags.devices)
     if flags.peer:
-      call = [sys.executable, __file__, f"--architecture={flags.architecture}", f"--peer_row={batch},{prompt},{min(new, 64)}"]
-      row["peer_tokens_per_s"] = float(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
+      call = [
+        sys.executable,
+        __file__,
+        f"--architecture={flags.architecture}",
+        f"--peer_row={batch},{prompt},{min(new, 64)}",
+      ]
+      row["peer_tokens_per_s"] = float(
+        subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1]
+      )
     result["rows"].append(row)
     print(json.dumps(row), flush=True)
   if "mixed" in names:
     result["mixed"] = mixed(params, shape, dtype, flags.repeats)
   if "episodes" in names:
     result["episodes"] = episodes(64, flags.repeats)
-  print(table(result), *(f"{name}: {json.dumps(result[name])}" for name in ("mixed", "episodes") if name in result), sep="\n")
+  print(
+    table(result),
+    *(f"{name}: {json.dumps(result[name])}" for name in ("mixed", "episodes") if name in result),
+    sep="\n",
+  )
   if flags.json:
     with open(flags.json, "w", encoding="utf-8") as file:
       json.dump(result, file, indent=1)

@@ -1,1 +1,3 @@
-"""The parts of `oel_jax.report`: what a run directory holds (run), plots, and the page (page, parts)."""
+"""The parts of `oel_jax.report`: what a run directory holds (run), plots, and the page (page,
+parts).
+"""

@@ -1,4 +1,6 @@
-"""A run directory as `report` reads it: every number checked once, here, so that the page and the plots only show."""
+"""A run directory as `report` reads it: every number checked once, here, so that the page and the
+plots only show.
+"""
 
 import dataclasses
 import pathlib
@@ -38,7 +40,9 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Play:
-  """Held-out games played one way. `response_tokens` is a mean over turns, `moves` over games; `leaks` counts answers."""
+  """Held-out games played one way. `response_tokens` is a mean over turns, `moves` over games;
+  `leaks` counts answers.
+  """
 
   passed: Measure
   response_tokens: Measure
@@ -49,7 +53,9 @@ class Play:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """Whether knowledge in the prompt helped the round's first weights, and what was decided: one of DECISIONS."""
+  """Whether knowledge in the prompt helped the round's first weights, and what was decided: one of
+  DECISIONS.
+  """
 
   without: Measure
   with_knowledge: Measure
@@ -85,7 +91,9 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a stage of a round took. `tokens` were sampled or trained on; None where it was not counted."""
+  """What a stage of a round took. `tokens` were sampled or trained on; None where it was not
+  counted.
+  """
 
   round: int
   stage: str
@@ -100,7 +108,8 @@ class Run:
 
   Attributes:
     name: of the directory.
-    config: flat, by dotted names; empty if config.json is missing. `versions` and `changes` are the file's.
+    config: flat, by dotted names; empty if config.json is missing. `versions` and `changes` are the
+      file's.
     evaluations: by round.
     steps: consolidation's lines of metrics.jsonl, in order of round and step.
     games: held-out games without knowledge, by round.
@@ -128,14 +137,18 @@ def read(workdir: pathlib.Path) -> Run:
   """Reads a run directory, at any moment of the run.
 
   Raises:
-    ValueError: not a run directory, or a damaged file in it; names the file, the field, the value seen and what would be right.
+    ValueError: not a run directory, or a damaged file in it; names the file, the field, the value
+      seen and what would be right.
   """
   folders = {}
   for path in workdir.iterdir() if workdir.is_dir() else ():
     if path.is_dir() and (match := re.fullmatch(r"round_(\d+)", path.name)):
       folders[int(match[1])] = path
   if not folders and not (workdir / "config.json").exists():
-    raise ValueError(f"{workdir}: not a run directory: it must hold config.json or round_0, as a run of oel_jax.main leaves them")
+    raise ValueError(
+      f"{workdir}: not a run directory: it must hold config.json or round_0, as a run of "
+      "oel_jax.main leaves them"
+    )
   config = {"config": {}, "versions": {}, "changes": []}
   if (workdir / "config.json").exists():
     config = read_config(workdir / "config.json")
@@ -156,9 +169,20 @@ def read(workdir: pathlib.Path) -> Run:
       knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
   trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]
   folder = workdir.absolute()
-  name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name  # a seed alone says little
-  return Run(name, _flat(config["config"]), config["versions"], config["changes"], evaluations,
-             _steps(workdir / "metrics.jsonl", config["config"], trained), costs, games, knowledge)
+  name = (
+    "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name
+  )  # a seed alone says little
+  return Run(
+    name,
+    _flat(config["config"]),
+    config["versions"],
+    config["changes"],
+    evaluations,
+    _steps(workdir / "metrics.jsonl", config["config"], trained),
+    costs,
+    games,
+    knowledge,
+  )
 
 
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -206,8 +230,16 @@ def costs(value: Any) -> dict[str, Any]:
 def _evaluation(value: Any, number: int) -> Evaluation:
   for field, right in (("schema", SCHEMA), ("round", number)):
     need(get(value, field, schema.TOP) == right, field, value[field], str(right))
-  plays = {name: _play(value[name], name) for name in ("in_context", "after_in_context", "first_knowledge") if value.get(name) is not None}
-  retention, accumulation, gate = value.get("retention") or {}, value.get("accumulation") or [], value.get("gate")
+  plays = {
+    name: _play(value[name], name)
+    for name in ("in_context", "after_in_context", "first_knowledge")
+    if value.get(name) is not None
+  }
+  retention, accumulation, gate = (
+    value.get("retention") or {},
+    value.get("accumulation") or [],
+    value.get("gate"),
+  )
   need(isinstance(retention, dict), "retention", retention, "an object")
   need(isinstance(accumulation, list), "accumulation", accumulation, "a list")
   made_from = value.get("made_from", {})
@@ -233,16 +265,20 @@ def _evaluation(value: Any, number: int) -> Evaluation:
   if value.get("recovered") is not None:
     need(schema.is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
   return Evaluation(
-      number,
-      _play(get(value, "without", schema.TOP), "without"),
-      plays.get("in_context"),
-      plays.get("after_in_context"),
-      plays.get("first_knowledge"),
-      {task: _share(retention[task], f"retention.{task}") for task in RETENTION if retention.get(task) is not None},
-      tuple(sorted(points, key=lambda point: point[0])),
-      value.get("recovered"),
-      gate,
-      made_from,
+    number,
+    _play(get(value, "without", schema.TOP), "without"),
+    plays.get("in_context"),
+    plays.get("after_in_context"),
+    plays.get("first_knowledge"),
+    {
+      task: _share(retention[task], f"retention.{task}")
+      for task in RETENTION
+      if retention.get(task) is not None
+    },
+    tuple(sorted(points, key=lambda point: point[0])),
+    value.get("recovered"),
+    gate,
+    made_from,
   )
 
 
@@ -263,18 +299,18 @@ def _gate(value: Any) -> dict[str, Any]:
 def _play(value: Any, where: str) -> Play:
   ended = get(value, "ended", where)
   play = Play(
-      _share(get(value, "passed", where), f"{where}.passed"),
-      _mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
-      _mean(get(value, "moves", where), f"{where}.moves"),
-      {name: whole(ended, name, f"{where}.ended") for name in ENDED},
-      _share(get(value, "leaks", where), f"{where}.leaks"),
+    _share(get(value, "passed", where), f"{where}.passed"),
+    _mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
+    _mean(get(value, "moves", where), f"{where}.moves"),
+    {name: whole(ended, name, f"{where}.ended") for name in ENDED},
+    _share(get(value, "leaks", where), f"{where}.leaks"),
   )
   games, turns = play.passed.of, play.response_tokens.of
   for field, count, right in (
-      ("ended", sum(play.ended.values()), games),
-      ("moves.of", play.moves.of, games),
-      ("leaks.of", play.leaks.of or turns, turns),
-  ):  # fmt: skip
+    ("ended", sum(play.ended.values()), games),
+    ("moves.of", play.moves.of, games),
+    ("leaks.of", play.leaks.of or turns, turns),
+  ):
     need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
   return play
 
@@ -295,7 +331,9 @@ def _measure(value: Any, name: str) -> Measure:
 
 
 def _costs(value: Any, number: int) -> list[Cost]:
-  """The entries of a round's cost.json; those of one stage, from several processes, are added up."""
+  """The entries of a round's cost.json; those of one stage, from several processes, are added
+  up.
+  """
   stages = get(value, "stages", schema.TOP)
   need(isinstance(stages, list), "stages", stages, "a list")
   result: dict[str, Cost] = {}
@@ -313,7 +351,9 @@ def _costs(value: Any, number: int) -> list[Cost]:
       need(ok, f"{where}.{name}", known, "a number, 0 or more")
     before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0))
     tokens, flops = _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops"))
-    result[entry["stage"]] = Cost(number, entry["stage"], before.seconds + entry["seconds"], tokens, flops)
+    result[entry["stage"]] = Cost(
+      number, entry["stage"], before.seconds + entry["seconds"], tokens, flops
+    )
   return list(result.values())
 
 

@@ -1,1 +1,3 @@
-"""Knowledge → weights, on the server side: losses, batches, teacher, step, training. Imports no environment."""
+"""Knowledge → weights, on the server side: losses, batches, teacher, step, training. Imports no
+environment.
+"""

@@ -1,7 +1,8 @@
 """From prompts, knowledge and sampled ids to the arrays of a step.
 
-Tokens are placed as they were sampled, never decoded and encoded again. Student and teacher read the same rows: a teacher's token has
-the knowledge before it as keys and values that were computed once (`teacher.prepare`), so it stands in no row.
+Tokens are placed as they were sampled, never decoded and encoded again. Student and teacher read
+the same rows: a teacher's token has the knowledge before it as keys and values that were computed
+once (`teacher.prepare`), so it stands in no row.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 
 class Batch(NamedTuple):
-  """S rows of T tokens and R response tokens. A row holds one sample or more, one behind the other, then padding; M texts at most.
+  """S rows of T tokens and R response tokens. A row holds one sample or more, one behind the other,
+  then padding; M texts at most.
 
   Attributes:
     tokens: [S, T] int32.
@@ -39,10 +41,18 @@ class Batch(NamedTuple):
 
 
 def assemble(
-    prompts: Sequence[Sequence[int]], knowledge: Sequence[int], responses: Sequence[Sequence[int]], *, pad_id: int, length: int,
-    response_length: int, texts: int = 1, pack: bool = True,
-) -> Batch:  # fmt: skip
-  """Lays samples out as NumPy arrays, in as few rows as the longest-first, first-fit rule finds; the same samples give the same rows.
+  prompts: Sequence[Sequence[int]],
+  knowledge: Sequence[int],
+  responses: Sequence[Sequence[int]],
+  *,
+  pad_id: int,
+  length: int,
+  response_length: int,
+  texts: int = 1,
+  pack: bool = True,
+) -> Batch:
+  """Lays samples out as NumPy arrays, in as few rows as the longest-first, first-fit rule finds;
+  the same samples give the same rows.
 
   Args:
     prompts: ids of the prompts without knowledge, not empty.
@@ -58,12 +68,25 @@ def assemble(
   """
   for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
     if not prompt or not response:
-      raise ValueError(f"sample {i} has {len(prompt)} prompt and {len(response)} response tokens: both need at least one")
-    for name, size, room in (("sequence", len(prompt) + len(response), length), ("response", len(response), response_length)):
+      raise ValueError(
+        f"sample {i} has {len(prompt)} prompt and {len(response)} response tokens: both need at "
+        "least one"
+      )
+    for name, size, room in (
+      ("sequence", len(prompt) + len(response), length),
+      ("response", len(response), response_length),
+    ):
       if size > room:
         raise ValueError(f"sample {i}: the {name} has {size} tokens, the batch has room for {room}")
-  sizes = [(len(prompt) + len(response), len(response)) for prompt, response in zip(prompts, responses, strict=True)]
-  rows = _fit(sizes, knowledge, (length, response_length), texts) if pack else [[i] for i in range(len(sizes))]
+  sizes = [
+    (len(prompt) + len(response), len(response))
+    for prompt, response in zip(prompts, responses, strict=True)
+  ]
+  rows = (
+    _fit(sizes, knowledge, (length, response_length), texts)
+    if pack
+    else [[i] for i in range(len(sizes))]
+  )
   tokens, answers = (np.full((len(rows), n), pad_id, np.int32) for n in (length, response_length))
   positions, segments, slots = (np.zeros_like(tokens) for _ in range(3))
   (at, offsets), mask = (np.zeros_like(answers) for _ in range(2)), np.zeros(answers.shape, bool)
@@ -75,7 +98,11 @@ def assemble(
     for segment, i in enumerate(row, start=1):
       size, answer = sizes[i]
       here, there = slice(begin, begin + size), slice(counted, counted + answer)
-      tokens[s, here], positions[s, here], segments[s, here] = [*prompts[i], *responses[i]], range(size), segment
+      tokens[s, here], positions[s, here], segments[s, here] = (
+        [*prompts[i], *responses[i]],
+        range(size),
+        segment,
+      )
       slots[s, here] = used.index(knowledge[i])
       answers[s, there], mask[s, there], offsets[s, there] = responses[i], True, np.arange(answer)
       at[s, there] = offsets[s, there] + begin + size - answer - 1
@@ -84,7 +111,9 @@ def assemble(
 
 
 def _fit(sizes, knowledge, room, texts) -> list[list[int]]:
-  """Rows of samples: each goes, the longest first, to the first row with room for its tokens, its response and its text."""
+  """Rows of samples: each goes, the longest first, to the first row with room for its tokens, its
+  response and its text.
+  """
   rows = []
 
   def fits(row):
@@ -100,6 +129,10 @@ def _fit(sizes, knowledge, room, texts) -> list[list[int]]:
   return rows
 
 
-def response_rows(hidden_SxTxD: Float[Array, "S T D"], at_SxR: Int[Array, "S R"]) -> Float[Array, "S R D"]:
-  """The hidden states that predict the response tokens. Places that the mask does not count repeat the row's first."""
+def response_rows(
+  hidden_SxTxD: Float[Array, "S T D"], at_SxR: Int[Array, "S R"]
+) -> Float[Array, "S R D"]:
+  """The hidden states that predict the response tokens. Places that the mask does not count repeat
+  the row's first.
+  """
   return jnp.take_along_axis(hidden_SxTxD, at_SxR[..., None], axis=1)

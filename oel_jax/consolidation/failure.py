@@ -1,4 +1,6 @@
-"""What is told when a step gives numbers that are none: which they are, at which prompts, and where the last good weights lie."""
+"""What is told when a step gives numbers that are none: which they are, at which prompts, and where
+the last good weights lie.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,9 +14,9 @@ from oel_jax.runtime.checkpoint import Checkpoints
 
 
 def broken(
-    scalars: dict[str, float],
-    measured: dict[str, float] | None = None,
-    state: step_lib.State | None = None,
+  scalars: dict[str, float],
+  measured: dict[str, float] | None = None,
+  state: step_lib.State | None = None,
 ) -> str:
   """Returns what is not finite, in words; "" if everything is finite.
 
@@ -27,9 +29,9 @@ def broken(
   if measured is None:
     return "; ".join(told)
   gradients = [
-      name.removeprefix(step_lib.GRADIENT)
-      for name, value in measured.items()
-      if name.startswith(step_lib.GRADIENT) and not math.isfinite(value)
+    name.removeprefix(step_lib.GRADIENT)
+    for name, value in measured.items()
+    if name.startswith(step_lib.GRADIENT) and not math.isfinite(value)
   ]
   if gradients:
     told.append(f"the gradient is not finite in {finite.listed(gradients)}")
@@ -41,9 +43,15 @@ def broken(
 
 
 def failed(
-    what: str, *, config: Any, dtype: Any, round: int, step: int, ids: Iterable[str],
-    checkpoints: Checkpoints,
-) -> finite.NotFiniteError:  # fmt: skip
+  what: str,
+  *,
+  config: Any,
+  dtype: Any,
+  round: int,
+  step: int,
+  ids: Iterable[str],
+  checkpoints: Checkpoints,
+) -> finite.NotFiniteError:
   """Returns the error that ends the run at this step, once what was saved before is on the disk.
 
   Args:
@@ -58,13 +66,16 @@ def failed(
   saved = checkpoints.steps()
   names: Sequence[str] = list(dict.fromkeys(ids))
   if saved:
-    good = f"step {saved[-1]} in {checkpoints.directory}; it is kept (without its folder, the one before counts)"
+    good = (
+      f"step {saved[-1]} in {checkpoints.directory}; it is kept (without its folder, the one "
+      "before counts)"
+    )
   else:
     good = "none yet; the round begins with its first weights"
   return finite.NotFiniteError(
-      f"round {round}, step {step} of consolidation: {what}. Prompts: {finite.listed(names)}. "
-      f"Last good checkpoint: {good}. The same command goes on from there, and every draw has its "
-      "seed, so it comes to the same end: change what led here, such as "
-      f"config.consolidation.learning_rate ({config.learning_rate}) or "
-      f"config.policy.compute_dtype ({jnp.dtype(dtype)}), and give --resume_anyway"
+    f"round {round}, step {step} of consolidation: {what}. Prompts: {finite.listed(names)}. "
+    f"Last good checkpoint: {good}. The same command goes on from there, and every draw has its "
+    "seed, so it comes to the same end: change what led here, such as "
+    f"config.consolidation.learning_rate ({config.learning_rate}) or "
+    f"config.policy.compute_dtype ({jnp.dtype(dtype)}), and give --resume_anyway"
   )

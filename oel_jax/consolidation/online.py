@@ -1,8 +1,10 @@
 """What a row of logits needs to be read for, in one pass: a Pallas kernel for one NVIDIA GPU.
 
-XLA's reduction merges two running sums at every logit, which takes two exponentials: it waits for these. Here a thread takes `ROWS` logits
-at a time into each of its sums, which takes one each and one for the sum; sums of different threads meet at the end only.
+XLA's reduction merges two running sums at every logit, which takes two exponentials: it waits for
+these. Here a thread takes `ROWS` logits at a time into each of its sums, which takes one each and
+one for the sum; sums of different threads meet at the end only.
 """
+
 import functools
 from collections.abc import Callable
 
@@ -15,12 +17,21 @@ from jaxtyping import Array, Float32
 ROWS, WIDE = 8, 1024  # logits of a step: so many to a sum, and so many sums
 PARTS = 2  # of a row, each a program
 
-Side = tuple[Float32[Array, 'C'], tuple[Float32[Array, 'C'], ...]]
+Side = tuple[Float32[Array, "C"], tuple[Float32[Array, "C"], ...]]
 
 
-def sums(s: Float32[Array, 'C V'], t: Float32[Array, 'C V'], moments: Callable, temperature: float, floor: float, width: int | None, *,
-         interpret: bool = False) -> tuple[tuple[Side, Side], Float32[Array, 'C G'] | None]:
-  """For x = s and x = t: the row's largest, top, and Σ exp((x − top) / temperature) m for m = 1 and each of its moments m.
+def sums(
+  s: Float32[Array, "C V"],
+  t: Float32[Array, "C V"],
+  moments: Callable,
+  temperature: float,
+  floor: float,
+  width: int | None,
+  *,
+  interpret: bool = False,
+) -> tuple[tuple[Side, Side], Float32[Array, "C G"] | None]:
+  """For x = s and x = t: the row's largest, top, and Σ exp((x − top) / temperature) m for m = 1 and
+  each of its moments m.
 
   An online softmax (Milakov and Gimelshein 2018, algorithm 3). A NaN in a row makes its sums NaN.
 
@@ -33,25 +44,35 @@ def sums(s: Float32[Array, 'C V'], t: Float32[Array, 'C V'], moments: Callable, 
     interpret: run it without a GPU.
 
   Returns:
-    ((top [C], (sum [C], …)) of each side), all float32; and the largest of each `width` neighbours in s, [C, G] float32, of which the last may
-    be fewer, or None.
+    ((top [C], (sum [C], …)) of each side), all float32; and the largest of each `width` neighbours
+    in s, [C, G] float32, of which the last may be fewer, or None.
   """
   C, V = s.shape
   share = -(-V // (PARTS * ROWS * WIDE)) * ROWS * WIDE
   counts = [1 + len(side) for side in jax.eval_shape(moments, s, t)]
   columns, groups = sum(counts) + len(counts), [-(-V // width)] if width else []
   found = pl.pallas_call(
-      functools.partial(_kernel, moments=moments, temperature=temperature, floor=floor, share=share, counts=counts, width=width),
-      grid=(C, PARTS),
-      in_specs=[pl.no_block_spec] * 2,
-      out_specs=[pl.no_block_spec for _ in groups] + [pl.BlockSpec((None, None), lambda row, part: (row, part))] * columns,
-      out_shape=[jax.ShapeDtypeStruct((C, G), jnp.float32) for G in groups] + [jax.ShapeDtypeStruct((C, PARTS), jnp.float32)] * columns,
-      compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
-      interpret=interpret,
-      name='row_sums',
+    functools.partial(
+      _kernel,
+      moments=moments,
+      temperature=temperature,
+      floor=floor,
+      share=share,
+      counts=counts,
+      width=width,
+    ),
+    grid=(C, PARTS),
+    in_specs=[pl.no_block_spec] * 2,
+    out_specs=[pl.no_block_spec for _ in groups]
+    + [pl.BlockSpec((None, None), lambda row, part: (row, part))] * columns,
+    out_shape=[jax.ShapeDtypeStruct((C, G), jnp.float32) for G in groups]
+    + [jax.ShapeDtypeStruct((C, PARTS), jnp.float32)] * columns,
+    compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+    interpret=interpret,
+    name="row_sums",
   )(s, t)
   maxima, found = (found[0], found[1:]) if width else (None, found)
-  sides = found[:1 + counts[0]], found[1 + counts[0]:]
+  sides = found[: 1 + counts[0]], found[1 + counts[0] :]
   return tuple(_join(top, parts, temperature) for top, *parts in sides), maxima
 
 
@@ -71,19 +92,39 @@ def _kernel(s_ref, t_ref, *out_refs, moments, temperature, floor, share, counts,
     at = first + i * (ROWS * WIDE) + places
     there = at < V
     s, t = (triton.load(ref.at[row, at], mask=there, other=floor) for ref in (s_ref, t_ref))
-    s, t = (jnp.where(x < floor, floor, x) for x in (s, t))  # a maximum would lose NaN here, as those below do: it must come to the sums
+    s, t = (
+      jnp.where(x < floor, floor, x) for x in (s, t)
+    )  # a maximum would lose NaN here, as those below do: it must come to the sums
     if width:
       largest = s.reshape(ROWS, WIDE // width, width).max(-1)
-      group = (first + i * (ROWS * WIDE)) // width + jnp.arange(ROWS)[:, None] * (WIDE // width) + jnp.arange(WIDE // width)[None]
+      group = (
+        (first + i * (ROWS * WIDE)) // width
+        + jnp.arange(ROWS)[:, None] * (WIDE // width)
+        + jnp.arange(WIDE // width)[None]
+      )
       triton.store(maxima_ref.at[row, group], largest, mask=group < maxima_ref.shape[1])
     new = []
     for x, side, (top, *before) in zip((s, t), moments(s, t), sides, strict=True):
       most = jnp.maximum(top, x.max(0))
-      scale, p = jnp.exp((top - most) / temperature), jnp.where(there, jnp.exp((x - most[None]) / temperature), 0)
-      new.append((most, *(old * scale + term.sum(0) for old, term in zip(before, (p, *(p * m for m in side)), strict=True))))
+      scale, p = (
+        jnp.exp((top - most) / temperature),
+        jnp.where(there, jnp.exp((x - most[None]) / temperature), 0),
+      )
+      new.append(
+        (
+          most,
+          *(
+            old * scale + term.sum(0)
+            for old, term in zip(before, (p, *(p * m for m in side)), strict=True)
+          ),
+        )
+      )
     return tuple(new)
 
-  start = tuple((jnp.full((WIDE,), floor, jnp.float32), *(jnp.zeros((WIDE,), jnp.float32),) * count) for count in counts)
+  start = tuple(
+    (jnp.full((WIDE,), floor, jnp.float32), *(jnp.zeros((WIDE,), jnp.float32),) * count)
+    for count in counts
+  )
   sides = jax.lax.fori_loop(0, pl.cdiv(jnp.minimum(share, V - first), ROWS * WIDE), step, start)
   refs = iter(out_refs)
   for top, *parts in sides:

@@ -1,7 +1,9 @@
-"""The fused losses on a mesh: tokens split over its "data" axis, the vocabulary of both heads over "tensor" and "fsdp".
+"""The fused losses on a mesh: tokens split over its "data" axis, the vocabulary of both heads over
+"tensor" and "fsdp".
 
-A device has a slice of the vocabulary and all tokens of its place along "data": what travels is hidden states, once, and a few numbers a
-token. It has as much to do as if tokens alone were split; where the vocabulary can be split so, no device ever holds a whole head or its gradient.
+A device has a slice of the vocabulary and all tokens of its place along "data": what travels is
+hidden states, once, and a few numbers a token. It has as much to do as if tokens alone were split;
+where the vocabulary can be split so, no device ever holds a whole head or its gradient.
 """
 
 import functools
@@ -16,28 +18,57 @@ from jaxtyping import Array
 from oel_jax.consolidation import fused
 
 
-def linear_divergence(mesh: Mesh | None, *args: Array, chunk: int, **options: Any) -> tuple[Array, Array, dict[str, Array]]:
-  """`fused.linear_divergence` with its statistics, of arrays of the whole mesh; hidden states [B, T, …], B a multiple of data x fsdp.
+def linear_divergence(
+  mesh: Mesh | None, *args: Array, chunk: int, **options: Any
+) -> tuple[Array, Array, dict[str, Array]]:
+  """`fused.linear_divergence` with its statistics, of arrays of the whole mesh; hidden states [B,
+  T, …], B a multiple of data x fsdp.
 
   Chunks have as many logits on each device as `chunk` tokens have on one. No mesh is one device.
   """
-  return _spread(functools.partial(fused.linear_divergence, statistics=True, **options), mesh, args, (1, 3), chunk)
+  return _spread(
+    functools.partial(fused.linear_divergence, statistics=True, **options),
+    mesh,
+    args,
+    (1, 3),
+    chunk,
+  )
 
 
-def linear_imitation(mesh: Mesh | None, *args: Array, chunk: int, head_sink: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
+def linear_imitation(
+  mesh: Mesh | None, *args: Array, chunk: int, head_sink: Array | None = None
+) -> tuple[Array, Array, dict[str, Array]]:
   """`fused.linear_imitation` in the same way; its statistics are none."""
-  return _spread(lambda *args, **options: (*fused.linear_imitation(*args, head_sink=head_sink, **options), {}), mesh, args, (1,), chunk)
+  return _spread(
+    lambda *args, **options: (*fused.linear_imitation(*args, head_sink=head_sink, **options), {}),
+    mesh,
+    args,
+    (1,),
+    chunk,
+  )
 
 
 def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:
-  """The axes over which the heads' rows are split: the most that the vocabulary can be divided by, none if need be."""
+  """The axes over which the heads' rows are split: the most that the vocabulary can be divided by,
+  none if need be.
+  """
   wide = tuple(axis for axis in ("tensor", "fsdp") if mesh.shape[axis] > 1)
   size = lambda axes: math.prod(mesh.shape[axis] for axis in axes)
-  return max((axes for axes in (wide, wide[:1], wide[1:], ()) if vocabulary % size(axes) == 0), key=size)
+  return max(
+    (axes for axes in (wide, wide[:1], wide[1:], ()) if vocabulary % size(axes) == 0), key=size
+  )
 
 
-def _spread(loss: Callable[..., Any], mesh: Mesh | None, args: tuple[Array, ...], heads: tuple[int, ...], chunk: int):
-  """The loss of `args`, of which those at `heads` are split by their vocabulary and the others by their tokens."""
+def _spread(
+  loss: Callable[..., Any],
+  mesh: Mesh | None,
+  args: tuple[Array, ...],
+  heads: tuple[int, ...],
+  chunk: int,
+):
+  """The loss of `args`, of which those at `heads` are split by their vocabulary and the others by
+  their tokens.
+  """
   if mesh is None or mesh.size == 1:
     return loss(*args, chunk=chunk)
   axes = vocabulary_axes(mesh, args[1].shape[0])

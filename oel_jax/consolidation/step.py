@@ -31,56 +31,99 @@ def init_state(params: Any, optimizer: Any) -> State:
 
 
 def loss_sum(
-    params: Any, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, *, architecture: Architecture, kind: str, support: str, k: int,
-    temperature: float, chunk: int, dtype: Any, remat: str, path: str, mesh: Mesh | None = None,
-) -> tuple[Array, tuple[Array, measures.Sums]]:  # fmt: skip
-  """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another divergence; their count and `measures`.
+  params: Any,
+  teacher: teacher_lib.Teacher,
+  batch: batch_lib.Batch,
+  *,
+  architecture: Architecture,
+  kind: str,
+  support: str,
+  k: int,
+  temperature: float,
+  chunk: int,
+  dtype: Any,
+  remat: str,
+  path: str,
+  mesh: Mesh | None = None,
+) -> tuple[Array, tuple[Array, measures.Sums]]:
+  """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another
+  divergence; their count and `measures`.
 
-  OEL section 3. Arguments are those of `make_step`; `params` are stacked or joined, as the teacher's are; `mesh` is None on one device.
-  Sums, not means: a mean is taken once, over the whole batch, so that how the batch is cut changes nothing (traps, 6). All are float32.
-  `kind` "imitation" is the negative log-likelihood of the response under the student, and needs no teacher.
+  OEL section 3. Arguments are those of `make_step`; `params` are stacked or joined, as the
+  teacher's are; `mesh` is None on one device. Sums, not means: a mean is taken once, over the whole
+  batch, so that how the batch is cut changes nothing (traps, 6). All are float32. `kind`
+  "imitation" is the negative log-likelihood of the response under the student, and needs no
+  teacher.
   """
   target = None
   if kind != "imitation":  # the teacher first: of its pass, only these rows stay
     with jax.named_scope("teacher"):
       target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
   with jax.named_scope("student"):
-    hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
+    hidden = teacher_lib.student_hidden(
+      params, architecture, batch, dtype=dtype, remat=remat, path=path
+    )
   sink = params.get("head_sink")  # of joined parameters in training
   if kind == "imitation":
-    total, count, found = sharded.linear_imitation(mesh, hidden, model.head(params), batch.response, batch.mask, chunk=chunk, head_sink=sink)
+    total, count, found = sharded.linear_imitation(
+      mesh, hidden, model.head(params), batch.response, batch.mask, chunk=chunk, head_sink=sink
+    )
   else:
     total, count, found = sharded.linear_divergence(
-        mesh, hidden, model.head(params), target, jax.lax.stop_gradient(model.head(teacher.params)), batch.mask,
-        kind=kind, support=support, k=k, temperature=temperature, chunk=chunk, head_sink=sink,
-    )  # fmt: skip
+      mesh,
+      hidden,
+      model.head(params),
+      target,
+      jax.lax.stop_gradient(model.head(teacher.params)),
+      batch.mask,
+      kind=kind,
+      support=support,
+      k=k,
+      temperature=temperature,
+      chunk=chunk,
+      head_sink=sink,
+    )
   if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
   return total, (count, measures.add_up(found, batch))
 
 
 def make_step(
-    architecture: Architecture, optimizer: Any, *, kind: str = "reverse_kl", support: str = "full", k: int = 256, temperature: float = 0.7,
-    chunk: int = 512, micro_tokens: int | None = None, dtype: Any = jnp.float32, remat: str = "none", path: str = "xla",
-    shardings: Any = None,
-) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:  # fmt: skip
-  """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the teacher is not.
+  architecture: Architecture,
+  optimizer: Any,
+  *,
+  kind: str = "reverse_kl",
+  support: str = "full",
+  k: int = 256,
+  temperature: float = 0.7,
+  chunk: int = 512,
+  micro_tokens: int | None = None,
+  dtype: Any = jnp.float32,
+  remat: str = "none",
+  path: str = "xla",
+  shardings: Any = None,
+) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:
+  """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the
+  teacher is not.
 
   Args:
     architecture: of student and teacher.
     optimizer: optax GradientTransformation; sees the gradient of the mean over all response tokens.
-    kind, support, k, temperature, chunk: as in `fused.linear_divergence`; kind may also be "imitation".
-    micro_tokens: most tokens, padding included, of a forward and backward pass on one device, but at least a row. None: all rows at once.
-      Gradients are summed in float32.
+    kind, support, k, temperature, chunk: as in `fused.linear_divergence`; kind may also be
+      "imitation".
+    micro_tokens: most tokens, padding included, of a forward and backward pass on one device, but
+      at least a row. None: all rows at once. Gradients are summed in float32.
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`model.REMAT`).
-    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and makes the loss of others NaN.
-    shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's rows are a multiple of the mesh's
-      data x fsdp (`mesh.pad_batch`).
+    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and
+      makes the loss of others NaN.
+    shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's
+      rows are a multiple of the mesh's data x fsdp (`mesh.pad_batch`).
 
   Returns:
-    step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means over the tokens: kl (exact and reverse,
-    whatever the loss), the same in each of `measures.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass where
+    step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means
+    over the tokens: kl (exact and reverse, whatever the loss), the same in each of
+    `measures.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass where
     the top k are found for the loss. "imitation" has the first three only. Beside them stand
     gradient_norm/PATH of each parameter, and not_finite (int32): how many arrays of the new
     parameters and of the optimizer's state hold a number that is not finite.
@@ -95,9 +138,20 @@ def make_step(
     def total(learned):
       student = joined.attach(params, learned) if unrolled else learned
       return loss_sum(
-          student, teacher, batch, architecture=architecture, kind=kind, support=support, k=k, temperature=temperature, chunk=chunk,
-          dtype=dtype, remat=remat, path=path, mesh=mesh,
-      )  # fmt: skip
+        student,
+        teacher,
+        batch,
+        architecture=architecture,
+        kind=kind,
+        support=support,
+        k=k,
+        temperature=temperature,
+        chunk=chunk,
+        dtype=dtype,
+        remat=remat,
+        path=path,
+        mesh=mesh,
+      )
 
     learned = joined.sinks(params, batch.tokens) if unrolled else params
     (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(learned)
@@ -109,7 +163,8 @@ def make_step(
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
     unrolled = teacher_lib.unrolled(teacher)
-    # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of the products in it are anyway.
+    # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
+    # the products in it are anyway.
     params = joined.join(state.params, dtype) if unrolled else model.cast(state.params, dtype)
     if pieces == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
@@ -135,34 +190,58 @@ def make_step(
     metrics["not_finite"] = sum(flag.astype(jnp.int32) for flag in broken)
     return State(state.step + 1, params, optimizer_state), metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+  return jax.jit(
+    step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None)
+  )
 
 
 def pieces_of(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
-  """Into how many equal parts, each with as many rows for every shard, the rows go for a part to have micro_tokens a shard at most."""
+  """Into how many equal parts, each with as many rows for every shard, the rows go for a part to
+  have micro_tokens a shard at most.
+  """
   each = max(1, rows // shards)
   fits = lambda pieces: each % pieces == 0 and each // pieces * length <= micro_tokens
-  return 1 if micro_tokens is None else next((pieces for pieces in range(1, each) if fits(pieces)), each)
+  return (
+    1 if micro_tokens is None else next((pieces for pieces in range(1, each) if fits(pieces)), each)
+  )
 
 
 def make_probe(
-    architecture: Architecture, *, k: int, temperature: float, chunk: int, dtype: Any = jnp.float32, path: str = "xla",
-    mesh: Mesh | None = None,
-) -> Callable[[Any, teacher_lib.Teacher, batch_lib.Batch], dict[str, Array]]:  # fmt: skip
-  """Makes the jitted probe(params, teacher, batch) -> means over the response tokens of the statistics of `fused.linear_divergence`.
+  architecture: Architecture,
+  *,
+  k: int,
+  temperature: float,
+  chunk: int,
+  dtype: Any = jnp.float32,
+  path: str = "xla",
+  mesh: Mesh | None = None,
+) -> Callable[[Any, teacher_lib.Teacher, batch_lib.Batch], dict[str, Array]]:
+  """Makes the jitted probe(params, teacher, batch) -> means over the response tokens of the
+  statistics of `fused.linear_divergence`.
 
-  Arguments are those of `make_step`; `mesh` is None on one device. The means are float32 scalars, in nats but for topk_mass.
+  Arguments are those of `make_step`; `mesh` is None on one device. The means are float32 scalars,
+  in nats but for topk_mass.
   """
 
   @jax.jit
   def probe(params, teacher, batch):
     params = joined.join(params, dtype) if teacher_lib.unrolled(teacher) else params
-    hidden = teacher_lib.student_hidden(params, architecture, batch, dtype=dtype, remat="none", path=path)
+    hidden = teacher_lib.student_hidden(
+      params, architecture, batch, dtype=dtype, remat="none", path=path
+    )
     target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
     _, count, found = sharded.linear_divergence(
-        mesh, hidden, model.head(params), target, model.head(teacher.params), batch.mask,
-        k=k, temperature=temperature, chunk=chunk, topk_mass=True,
-    )  # fmt: skip
+      mesh,
+      hidden,
+      model.head(params),
+      target,
+      model.head(teacher.params),
+      batch.mask,
+      k=k,
+      temperature=temperature,
+      chunk=chunk,
+      topk_mass=True,
+    )
     return {name: value.sum() / jnp.maximum(count, 1) for name, value in found.items()}
 
   return probe

@@ -1,7 +1,8 @@
 """The frozen teacher: the round's first weights, with the knowledge read once a round.
 
-Knowledge and teacher are constant through a round, so each text's keys and values are computed once; every sample then costs the
-teacher its own tokens only, which attend to the text's and to their own.
+Knowledge and teacher are constant through a round, so each text's keys and values are computed
+once; every sample then costs the teacher its own tokens only, which attend to the text's and to
+their own.
 """
 
 import functools
@@ -24,7 +25,8 @@ MULTIPLE = 32  # so that a text a little longer has the same shapes
 class Teacher(NamedTuple):
   """What a step needs of π_teacher(·|e, x, y<t) for the G texts e of a round.
 
-  The form of its parameters says how the layers run, the student's too: two decoders would differ by their rounding.
+  The form of its parameters says how the layers run, the student's too: two decoders would differ
+  by their rounding.
 
   Attributes:
     params: in the type of the computation, stacked or joined (`joined.join`).
@@ -42,50 +44,79 @@ class Teacher(NamedTuple):
 
 
 def unrolled(teacher: Teacher | None) -> bool:
-  """Whether the layers run without a loop (`joined`). With no teacher, which imitation alone can do without, they run in one."""
+  """Whether the layers run without a loop (`joined`). With no teacher, which imitation alone can do
+  without, they run in one.
+  """
   return teacher is not None and isinstance(teacher.params["layers"], tuple)
 
 
 def prepare(
-    params: Any, architecture: Architecture, knowledge: Sequence[Sequence[int]], *, dtype: Any,
-    skip: int | Sequence[int] = 0, path: str = "xla",
-    shardings: Any = None, on_host: bool = False, unroll: bool = False,
-) -> Teacher:  # fmt: skip
+  params: Any,
+  architecture: Architecture,
+  knowledge: Sequence[Sequence[int]],
+  *,
+  dtype: Any,
+  skip: int | Sequence[int] = 0,
+  path: str = "xla",
+  shardings: Any = None,
+  on_host: bool = False,
+  unroll: bool = False,
+) -> Teacher:
   """Reads each knowledge text once.
 
   Args:
     params: of the teacher.
     architecture: its shapes.
     knowledge: the texts' ids; a text may be empty.
-    dtype: of the computation. The teacher's parameters are kept in it: in bfloat16, that is half of the memory.
+    dtype: of the computation. The teacher's parameters are kept in it: in bfloat16, that is half of
+      the memory.
     skip: see `Teacher`.
     path: of the attention (`attention.attend`).
-    shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …, "values": …}}; None on one device.
-    unroll: run the layers without a loop (`joined`): faster on a GPU, compiled longer. On one device, and not with on_host.
-    on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer, in a loop. For a single process.
+    shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …,
+      "values": …}}; None on one device.
+    unroll: run the layers without a loop (`joined`): faster on a GPU, compiled longer. On one
+      device, and not with on_host.
+    on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer,
+      in a loop. For a single process.
 
   Returns:
-    The teacher. Keys and values take 2 L G K P H numbers: with Qwen3-4B and ten texts of 8,192 tokens 11.3 GiB in bfloat16.
+    The teacher. Keys and values take 2 L G K P H numbers: with Qwen3-4B and ten texts of 8,192
+      tokens 11.3 GiB in bfloat16.
   """
   if unroll and shardings is not None and shardings[0].mesh.size > 1:
-    raise ValueError(f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one")
-  params = model.cast(params, dtype, tables=True)  # not jitted: arrays of that type stay what they are, and cost no memory
+    raise ValueError(
+      f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one"
+    )
+  params = model.cast(
+    params, dtype, tables=True
+  )  # not jitted: arrays of that type stay what they are, and cost no memory
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
     row[: len(ids)] = ids
   read = functools.partial(_read(architecture, dtype, path, shardings), params)
   if on_host:  # text by text, for the devices have no room for all
-    shape = (architecture.layers, len(tokens), architecture.kv_heads, tokens.shape[1], architecture.head_size)
+    shape = (
+      architecture.layers,
+      len(tokens),
+      architecture.kv_heads,
+      tokens.shape[1],
+      architecture.head_size,
+    )
     kept = [np.empty(shape, jnp.dtype(dtype)) for _ in range(2)]
     for i in range(len(tokens)):
       for whole, part in zip(kept, read(tokens[i : i + 1], length[i : i + 1]), strict=True):
         whole[:, i : i + 1] = part
     places = shardings or (SingleDeviceSharding(jax.devices()[0]),) * 2
-    keys, values = (jax.device_put(whole, place.with_memory_kind("pinned_host")) for whole, place in zip(kept, places, strict=True))
+    keys, values = (
+      jax.device_put(whole, place.with_memory_kind("pinned_host"))
+      for whole, place in zip(kept, places, strict=True)
+    )
   else:
     keys, values = read(tokens, length)
-  params = jax.jit(joined.join, static_argnums=1)(params, dtype) if unroll and not on_host else params
+  params = (
+    jax.jit(joined.join, static_argnums=1)(params, dtype) if unroll and not on_host else params
+  )
   skip_G = jnp.broadcast_to(jnp.int32(skip), length.shape)
   return Teacher(params, keys, values, jnp.asarray(length), skip_G)
 
@@ -102,13 +133,26 @@ def _read(architecture, dtype, path, shardings):
   def read(params, tokens_GxP, length_G):
     G, P = tokens_GxP.shape
     if P == 0:
-      return (jnp.zeros((architecture.layers, G, architecture.kv_heads, 0, architecture.head_size), dtype),) * 2
+      return (
+        jnp.zeros(
+          (architecture.layers, G, architecture.kv_heads, 0, architecture.head_size), dtype
+        ),
+      ) * 2
     positions = jnp.arange(P, dtype=jnp.int32)[None]
 
     def one(text):
       ids, length = text
       segments = (positions < length).astype(jnp.int32)
-      _, kv = model.apply(params, architecture, ids[None], positions, segments, dtype=dtype, path=path, keep_cache=True)
+      _, kv = model.apply(
+        params,
+        architecture,
+        ids[None],
+        positions,
+        segments,
+        dtype=dtype,
+        path=path,
+        keep_cache=True,
+      )
       return jax.tree.map(lambda x: x[:, 0], kv)  # [L, K, P, H]
 
     return tuple(x.swapaxes(0, 1) for x in jax.lax.map(one, (tokens_GxP, length_G)))
@@ -117,35 +161,54 @@ def _read(architecture, dtype, path, shardings):
 
 
 def student_hidden(
-    params: Any, architecture: Architecture, batch: batch_lib.Batch, *, dtype: Any, remat: str, path: str
+  params: Any,
+  architecture: Architecture,
+  batch: batch_lib.Batch,
+  *,
+  dtype: Any,
+  remat: str,
+  path: str,
 ) -> Float[Array, "S R D"]:
   """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`."""
   return _hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
 
 
 def _hidden(params, architecture, batch, *, prefix=None, **how):
-  """The last hidden states at the response positions; the form of the parameters says by which of the two decoders."""
+  """The last hidden states at the response positions; the form of the parameters says by which of
+  the two decoders.
+  """
   read = batch.tokens, batch.positions, batch.segments
   if isinstance(params["layers"], tuple):
     return joined.forward(params, architecture, *read, batch.at, prefix=prefix, **how)
-  return batch_lib.response_rows(model.apply(params, architecture, *read, prefix=prefix, **how)[0], batch.at)
+  return batch_lib.response_rows(
+    model.apply(params, architecture, *read, prefix=prefix, **how)[0], batch.at
+  )
 
 
-def teacher_hidden(teacher: Teacher, architecture: Architecture, batch: batch_lib.Batch, *, dtype: Any, path: str) -> Float[Array, "S R D"]:
-  """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response); no gradient flows."""
+def teacher_hidden(
+  teacher: Teacher, architecture: Architecture, batch: batch_lib.Batch, *, dtype: Any, path: str
+) -> Float[Array, "S R D"]:
+  """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response);
+  no gradient flows.
+  """
   if not teacher.keys.shape[3]:
-    return jax.lax.stop_gradient(student_hidden(teacher.params, architecture, batch, dtype=dtype, remat="none", path=path))
+    return jax.lax.stop_gradient(
+      student_hidden(teacher.params, architecture, batch, dtype=dtype, remat="none", path=path)
+    )
   prefix = model.Prefix(teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots)
   skip_SxM = jnp.broadcast_to(teacher.skip, teacher.length.shape)[batch.texts]
   skip_SxT = jnp.take_along_axis(skip_SxM, batch.slots, axis=1)
   length_SxT = jnp.take_along_axis(teacher.length[batch.texts], batch.slots, axis=1)
   positions = batch.positions - skip_SxT + length_SxT
-  # What is skipped becomes padding; for the path that sees no segments, padding behind the row's one sample.
+  # What is skipped becomes padding; for the path that sees no segments, padding behind the row's
+  # one sample.
   segments = jnp.where(batch.positions < skip_SxT, 0, batch.segments)
   rest = batch._replace(segments=segments, positions=jnp.maximum(positions, 0))
   if path == "flash":
     rest = to_the_end(rest, skip_SxM[:, 0])
-  return jax.lax.stop_gradient(_hidden(teacher.params, architecture, rest, dtype=dtype, remat="none", path=path, prefix=prefix))
+  return jax.lax.stop_gradient(
+    _hidden(teacher.params, architecture, rest, dtype=dtype, remat="none", path=path, prefix=prefix)
+  )
 
 
 def to_the_end(batch: batch_lib.Batch, count: Array) -> batch_lib.Batch:

@@ -1,7 +1,9 @@
-"""TextArena games by name, for one player, with their rules hidden and their randomness kept to themselves.
+"""TextArena games by name, for one player, with their rules hidden and their randomness kept to
+themselves.
 
-TextArena draws from Python's and NumPy's global generators, at the start of a game and while it is played, and it sends the rules as an
-observation like any other. Here each game has generator states of its own, and what the player sees never holds the rules.
+TextArena draws from Python's and NumPy's global generators, at the start of a game and while it is
+played, and it sends the rules as an observation like any other. Here each game has generator states
+of its own, and what the player sees never holds the rules.
 """
 
 import contextlib
@@ -47,7 +49,8 @@ class Step:
   """What a move led to.
 
   Attributes:
-    observation: everything the game said since, but the rules and the move itself; may be "" on the last step.
+    observation: everything the game said since, but the rules and the move itself; may be "" on the
+      last step.
     done: whether the game is over, by its own word or by our turn limit.
     reward: the game's own; 0.0 while it goes on and where our turn limit ends it.
     outcome: what the game said last and its reason, or that it was stopped; "" while it goes on.
@@ -70,17 +73,23 @@ def game_spec(deployment: ml_collections.ConfigDict) -> GameSpec:
   try:
     groups = re.compile(deployment.action_pattern).groups
   except re.error as error:
-    raise ValueError(f"config.deployment.action_pattern is {deployment.action_pattern!r}: no regular expression ({error})") from error
+    raise ValueError(
+      f"config.deployment.action_pattern is {deployment.action_pattern!r}: no regular expression "
+      f"({error})"
+    ) from error
   if groups < 1:
-    raise ValueError(f"config.deployment.action_pattern is {deployment.action_pattern!r}: it needs a group ( ) around the action")
+    raise ValueError(
+      f"config.deployment.action_pattern is {deployment.action_pattern!r}: it needs a group ( ) "
+      "around the action"
+    )
   return GameSpec(
-      name=deployment.game,
-      args=deployment.game_args.to_dict(),
-      player=deployment.player,
-      actions=deployment.actions,
-      action_pattern=deployment.action_pattern,
-      max_turns=deployment.max_turns,
-      passed_reward=deployment.passed_reward,
+    name=deployment.game,
+    args=deployment.game_args.to_dict(),
+    player=deployment.player,
+    actions=deployment.actions,
+    action_pattern=deployment.action_pattern,
+    max_turns=deployment.max_turns,
+    passed_reward=deployment.passed_reward,
   )
 
 
@@ -144,13 +153,18 @@ class Game:
         game may return.
     """
     if self._done:
-      raise RuntimeError(f"{self._name}, seed {self._seed}: the game is over, there is no move left to make")
+      raise RuntimeError(
+        f"{self._name}, seed {self._seed}: the game is over, there is no move left to make"
+      )
     with self._own_random():
       try:
         done, _ = self._env.step(answer_action)
         rewards, info = self._env.close() if done else ({}, {})
       except Exception as error:
-        raise RuntimeError(f"{self._name}, seed {self._seed}: the game failed at the move {answer_action!r}: {error!r}") from error
+        raise RuntimeError(
+          f"{self._name}, seed {self._seed}: the game failed at the move {answer_action!r}: "
+          f"{error!r}"
+        ) from error
       if not isinstance(done, (bool, np.bool_)):
         raise self._wrong(f"whether it is over is {done!r}: it must be True or False")
       observation = self._observe()
@@ -163,7 +177,9 @@ class Game:
       ended = "passed" if reward >= self._passed_reward else "invalid" if invalid else "lost"
     else:
       reward, last, ended = 0.0, f"The game was stopped after {self._turns} turns.", "turn_limit"
-    return Step(observation, True, reward, "\n".join(part for part in (observation, last) if part), ended)
+    return Step(
+      observation, True, reward, "\n".join(part for part in (observation, last) if part), ended
+    )
 
   def _outcome(self, rewards: Any, info: Any) -> tuple[float, str | None, bool]:
     """The player's reward, the game's reason, and whether an invalid move ended the game."""
@@ -193,7 +209,10 @@ class Game:
     shown = []
     for text, kind in said:
       if not isinstance(text, str) or not isinstance(kind, textarena.ObservationType):
-        raise RuntimeError(f"{self._name}: the observation {text!r} has no type ({kind!r}), its rules cannot be hidden: take another game")
+        raise RuntimeError(
+          f"{self._name}: the observation {text!r} has no type ({kind!r}), its rules cannot be "
+          "hidden: take another game"
+        )
       if kind is textarena.ObservationType.PROMPT:
         self._rules += _sentences(text)
       elif kind is not textarena.ObservationType.PLAYER_ACTION:
@@ -201,7 +220,9 @@ class Game:
     seen = _squeeze("\n".join(shown))
     for sentence in self._rules:
       if sentence in seen:
-        raise RuntimeError(f"{self._name}, seed {self._seed}: the hidden rules reached the player: {sentence!r}")
+        raise RuntimeError(
+          f"{self._name}, seed {self._seed}: the hidden rules reached the player: {sentence!r}"
+        )
     return "\n".join(shown)
 
   @contextlib.contextmanager
@@ -227,22 +248,35 @@ class Game:
 
 
 def open_game(spec: GameSpec, seed: int) -> Game:
-  """Starts a game. The same spec and seed give the same game whatever was or is played beside it; no global generator moves.
+  """Starts a game. The same spec and seed give the same game whatever was or is played beside it;
+  no global generator moves.
 
   Args:
     spec: from `game_spec`.
     seed: of the map and of all later chance, 0 ≤ seed < 2**32.
 
   Raises:
-    ValueError: the name is unknown, needs several players or comes with wrappers, or the game refuses its arguments.
+    ValueError: the name is unknown, needs several players or comes with wrappers, or the game
+      refuses its arguments.
     RuntimeError: the game shows its rules.
   """
   if spec.name not in ENV_REGISTRY:
-    close = difflib.get_close_matches(spec.name, [name for name in ENV_REGISTRY if name.endswith("-raw")])
-    hint = f"did you mean {' or '.join(close)}?" if close else "it must be the name of a TextArena game, such as FrozenLake-v0-raw"
-    raise ValueError(f"config.deployment.game is {spec.name!r}, which TextArena does not know: {hint}")
+    close = difflib.get_close_matches(
+      spec.name, [name for name in ENV_REGISTRY if name.endswith("-raw")]
+    )
+    hint = (
+      f"did you mean {' or '.join(close)}?"
+      if close
+      else "it must be the name of a TextArena game, such as FrozenLake-v0-raw"
+    )
+    raise ValueError(
+      f"config.deployment.game is {spec.name!r}, which TextArena does not know: {hint}"
+    )
   if ENV_REGISTRY[spec.name].default_wrappers:
-    raise ValueError(f"config.deployment.game is {spec.name!r}, whose wrappers mix rules and board: it must be {spec.name + '-raw'!r}")
+    raise ValueError(
+      f"config.deployment.game is {spec.name!r}, whose wrappers mix rules and board: it must be "
+      f"{spec.name + '-raw'!r}"
+    )
   return Game(spec, seed)
 
 
@@ -256,24 +290,37 @@ def try_game(spec: GameSpec) -> None:
 
 
 def _start(spec: GameSpec, seed: int) -> textarena.Env:
-  """Makes and resets the environment; whatever it objects to becomes a ValueError that names the configuration's field."""
+  """Makes and resets the environment; whatever it objects to becomes a ValueError that names the
+  configuration's field.
+  """
   entry = ENV_REGISTRY[spec.name].entry_point
   try:
     if isinstance(entry, str):
       module, name = entry.split(":")
       entry = getattr(importlib.import_module(module), name)
   except Exception as error:
-    raise ValueError(f"config.deployment.game is {spec.name!r}, which this TextArena cannot load ({error!r}): take another game") from error
-  several = f"config.deployment.game is {spec.name!r}, which needs several players: it must be a game for one player"
+    raise ValueError(
+      f"config.deployment.game is {spec.name!r}, which this TextArena cannot load ({error!r}): "
+      "take another game"
+    ) from error
+  several = (
+    f"config.deployment.game is {spec.name!r}, which needs several players: it must be a game for "
+    "one player"
+  )
   try:
-    env = textarena.make(spec.name, **copy.deepcopy(dict(spec.args)))  # a copy: games may change the lists they are given
+    env = textarena.make(
+      spec.name, **copy.deepcopy(dict(spec.args))
+    )  # a copy: games may change the lists they are given
     env.reset(num_players=1, seed=seed)
   except Exception as error:
-    if "player" in str(error).lower() and not isinstance(error, TypeError):  # TypeError: an argument that has "player" in its name
+    if "player" in str(error).lower() and not isinstance(
+      error, TypeError
+    ):  # TypeError: an argument that has "player" in its name
       raise ValueError(several) from error
     raise ValueError(
-        f"config.deployment.game_args is {dict(spec.args)!r}, with which {spec.name} does not start ({error!r}): "
-        f"it takes {inspect.signature(entry)}"
+      f"config.deployment.game_args is {dict(spec.args)!r}, with which {spec.name} does not start "
+      f"({error!r}): "
+      f"it takes {inspect.signature(entry)}"
     ) from error
   if not isinstance(env.state, textarena.SinglePlayerState):
     raise ValueError(several)

@@ -1,7 +1,9 @@
-"""The user side's loop: many games side by side, each at its own pace, resumable episode by episode (OEL section 3, deployment).
+"""The user side's loop: many games side by side, each at its own pace, resumable episode by episode
+(OEL section 3, deployment).
 
-Episodes are played in fixed groups: which prompts share a batch depends on the list of episodes alone, never on what was done before, so a
-run that was cut off and goes on samples the same batches, and with them the same bits.
+Episodes are played in fixed groups: which prompts share a batch depends on the list of episodes
+alone, never on what was done before, so a run that was cut off and goes on samples the same
+batches, and with them the same bits.
 """
 
 import dataclasses
@@ -17,7 +19,16 @@ from absl import logging
 from oel_jax.deployment import prompts
 from oel_jax.deployment.games import Game, GameSpec, open_game, parse_action
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import Message, Trajectory, Turn, append_jsonl, knowledge_message, messages, read_trajectories, write_jsonl
+from oel_jax.trajectory import (
+  Message,
+  Trajectory,
+  Turn,
+  append_jsonl,
+  knowledge_message,
+  messages,
+  read_trajectories,
+  write_jsonl,
+)
 
 if TYPE_CHECKING:
   from oel_jax.policy.generate import Sampling
@@ -33,7 +44,8 @@ class Episode:
     id: becomes the trajectory's.
     map_seed: seed of the game, 0 ≤ seed < 2**32.
     sample_seed: turn t samples with the seed derive(sample_seed, t).
-    knowledge: stands in a system message before the game; "" for none, then there is no such message.
+    knowledge: stands in a system message before the game; "" for none, then there is no such
+      message.
   """
 
   id: str
@@ -44,7 +56,9 @@ class Episode:
 
 @dataclasses.dataclass
 class _Seat:
-  """An episode being played: its game, the turns so far and the user message that waits for an answer."""
+  """An episode being played: its game, the turns so far and the user message that waits for an
+  answer.
+  """
 
   episode: Episode
   game: Game
@@ -54,25 +68,27 @@ class _Seat:
 
 
 def play(
-    policy: Any,
-    spec: GameSpec,
-    *,
-    episodes: Sequence[Episode],
-    sampling: "Sampling",
-    max_response_tokens: int,
-    max_prompt_tokens: int,
-    slots: int,
-    thinking: bool,
-    on_finished: Callable[[Trajectory], None] | None = None,
-    advance: Callable[[int], None] | None = None,
-    open_with: Callable[[GameSpec, int], Any] = open_game,
+  policy: Any,
+  spec: GameSpec,
+  *,
+  episodes: Sequence[Episode],
+  sampling: "Sampling",
+  max_response_tokens: int,
+  max_prompt_tokens: int,
+  slots: int,
+  thinking: bool,
+  on_finished: Callable[[Trajectory], None] | None = None,
+  advance: Callable[[int], None] | None = None,
+  open_with: Callable[[GameSpec, int], Any] = open_game,
 ) -> list[Trajectory]:
   """Plays every episode to its end.
 
   Args:
-    policy: has `tokenizer.chat`, `tokenizer.split_response` and `sample` with its `reply` (oel_jax/policy).
+    policy: has `tokenizer.chat`, `tokenizer.split_response` and `sample` with its `reply`
+      (oel_jax/policy).
     spec: the game.
-    episodes: cut into groups of `slots`, in order; one call samples for a group, and a game moves while the policy answers to others.
+    episodes: cut into groups of `slots`, in order; one call samples for a group, and a game moves
+      while the policy answers to others.
     sampling: temperature, top_p, top_k.
     max_response_tokens: a turn, thinking included.
     max_prompt_tokens: limit of a prompt, in tokens.
@@ -86,7 +102,8 @@ def play(
     The trajectories, in the order of `episodes`.
 
   Raises:
-    ValueError: a prompt is longer than `max_prompt_tokens`, or the game cannot be opened (`open_game`).
+    ValueError: a prompt is longer than `max_prompt_tokens`, or the game cannot be opened
+      (`open_game`).
     RuntimeError: the game fails or shows its rules.
   """
   finished: list[Trajectory] = []
@@ -100,7 +117,9 @@ def play(
 
   def ask(seat: _Seat) -> tuple[list[int], int]:
     """The prompt of the seat's next turn, and the seed of its answer."""
-    return _prompt(policy, seat, thinking, max_prompt_tokens), derive(seat.episode.sample_seed, len(seat.turns))
+    return _prompt(policy, seat, thinking, max_prompt_tokens), derive(
+      seat.episode.sample_seed, len(seat.turns)
+    )
 
   def reply(seats: list[_Seat], number: int, response: list[int]) -> tuple[list[int], int] | None:
     seat = seats[number]
@@ -113,13 +132,19 @@ def play(
   for group in _groups(episodes, slots):
     seats = _seats(spec, group, open_with)
     first_prompts, seeds = zip(*map(ask, seats), strict=True)
-    policy.sample(first_prompts, seeds, sampling=sampling, max_new_tokens=max_response_tokens, reply=functools.partial(reply, seats))
+    policy.sample(
+      first_prompts,
+      seeds,
+      sampling=sampling,
+      max_new_tokens=max_response_tokens,
+      reply=functools.partial(reply, seats),
+    )
   by_id = {trajectory.id: trajectory for trajectory in finished}
   return [by_id[episode.id] for episode in episodes]
 
 
 def _seats(
-    spec: GameSpec, group: Sequence[Episode], open_with: Callable[[GameSpec, int], Any]
+  spec: GameSpec, group: Sequence[Episode], open_with: Callable[[GameSpec, int], Any]
 ) -> list[_Seat]:
   """The games of a group, opened one by one; a game whose boards take long to make says so."""
   seats, started, told = [], time.monotonic(), False
@@ -136,20 +161,22 @@ def _seats(
 
 
 def play_to_file(
-    path: str | os.PathLike,
-    policy: Any,
-    spec: GameSpec,
-    *,
-    episodes: Sequence[Episode],
-    slots: int,
-    advance: Callable[[int], None] | None = None,
-    **how: Any,
+  path: str | os.PathLike,
+  policy: Any,
+  spec: GameSpec,
+  *,
+  episodes: Sequence[Episode],
+  slots: int,
+  advance: Callable[[int], None] | None = None,
+  **how: Any,
 ) -> list[Trajectory]:
-  """Plays every episode and leaves them all in `path`, in the order of `episodes`; cut off at any moment, it goes on when called again.
+  """Plays every episode and leaves them all in `path`, in the order of `episodes`; cut off at any
+  moment, it goes on when called again.
 
-  Each episode is added to `path`.partial as it ends. A later call keeps what is there: whole groups are not played again; a group that
-  lacks an episode is played again whole, since its batches decide its bits, but only the missing lines are added. A `path` that exists is
-  only read, unless lines of it are damaged: then their episodes are played again.
+  Each episode is added to `path`.partial as it ends. A later call keeps what is there: whole groups
+  are not played again; a group that lacks an episode is played again whole, since its batches
+  decide its bits, but only the missing lines are added. A `path` that exists is only read, unless
+  lines of it are damaged: then their episodes are played again.
 
   Args:
     path: JSON Lines file of `oel_jax.trajectory`.
@@ -172,7 +199,8 @@ def play_to_file(
     path.rename(
       partial
     )  # lines are missing, damaged, doubled or moved: what is missing is played again
-  # A crash damages the last line of a short file: here any share of damaged lines will do, their episodes are played again.
+  # A crash damages the last line of a short file: here any share of damaged lines will do, their
+  # episodes are played again.
   kept = _read_own(partial, spec, episodes, max_damaged=1.0) if partial.exists() else []
   done = {trajectory.id: trajectory for trajectory in kept}
   if done:
@@ -194,10 +222,14 @@ def play_to_file(
   rewards = [trajectory.reward for trajectory in result]
   if rewards and not 0 <= min(rewards) <= max(rewards) <= 1:
     logging.warning(
-        "%s: the rewards of %s are no shares, they go from %g to %g: passed is a game that ends "
-        "with %g or more (config.deployment.passed_reward)",
-        path, spec.name, min(rewards), max(rewards), spec.passed_reward,
-    )  # fmt: skip
+      "%s: the rewards of %s are no shares, they go from %g to %g: passed is a game that ends "
+      "with %g or more (config.deployment.passed_reward)",
+      path,
+      spec.name,
+      min(rewards),
+      max(rewards),
+      spec.passed_reward,
+    )
   write_jsonl(path, result)
   partial.unlink(missing_ok=True)
   return result
@@ -206,7 +238,9 @@ def play_to_file(
 def _groups(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
   ids = [episode.id for episode in episodes]
   if len(set(ids)) < len(ids):
-    raise ValueError(f"episodes: the id {max(ids, key=ids.count)!r} occurs more than once: ids must differ")
+    raise ValueError(
+      f"episodes: the id {max(ids, key=ids.count)!r} occurs more than once: ids must differ"
+    )
   return [episodes[start : start + slots] for start in range(0, len(episodes), slots)]
 
 
@@ -216,13 +250,17 @@ def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
   ids = policy.tokenizer.chat(before + messages(seat.turns) + (seat.waiting,), thinking=thinking)
   if len(ids) > limit:
     raise ValueError(
-        f"config.policy.max_prompt_tokens is {limit}, but the prompt of episode {seat.episode.id}, turn {len(seat.turns) + 1}, "
-        f"has {len(ids)} tokens: raise it, or shorten the knowledge (extraction.max_knowledge_tokens) or the game (deployment.max_turns)"
+      f"config.policy.max_prompt_tokens is {limit}, but the prompt of episode {seat.episode.id}, "
+      f"turn {len(seat.turns) + 1}, "
+      f"has {len(ids)} tokens: raise it, or shorten the knowledge "
+      "(extraction.max_knowledge_tokens) or the game (deployment.max_turns)"
     )
   return ids
 
 
-def _move(policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool) -> None:
+def _move(
+  policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool
+) -> None:
   """Puts one sampled response to the game; fills `seat.trajectory` when that ends it."""
   thinking, answer = policy.tokenizer.split_response(response, thinking=thinking_on)
   action = parse_action(answer, spec.action_pattern, spec.actions)
@@ -231,18 +269,20 @@ def _move(policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thi
   seat.waiting = prompts.next_message(step.observation)
   if step.done:
     seat.trajectory = Trajectory(
-        id=seat.episode.id,
-        game=spec.name,
-        seed=seat.episode.map_seed,
-        turns=tuple(seat.turns),
-        outcome=step.outcome,
-        reward=step.reward,
-        passed=step.ended == "passed",
-        ended=step.ended,
+      id=seat.episode.id,
+      game=spec.name,
+      seed=seat.episode.map_seed,
+      turns=tuple(seat.turns),
+      outcome=step.outcome,
+      reward=step.reward,
+      passed=step.ended == "passed",
+      ended=step.ended,
     )
 
 
-def _read_own(path: pathlib.Path, spec: GameSpec, episodes: Sequence[Episode], **options: float) -> list[Trajectory]:
+def _read_own(
+  path: pathlib.Path, spec: GameSpec, episodes: Sequence[Episode], **options: float
+) -> list[Trajectory]:
   """Reads a file of an earlier call.
 
   Raises:
@@ -253,7 +293,8 @@ def _read_own(path: pathlib.Path, spec: GameSpec, episodes: Sequence[Episode], *
   for trajectory in result:
     if (trajectory.id, trajectory.game, trajectory.seed) not in own:
       raise ValueError(
-          f"{path}: episode {trajectory.id!r} of {trajectory.game}, map seed {trajectory.seed}, is none of the {len(episodes)} episodes "
-          "asked for: the file was made with another configuration; remove it, or use another folder"
+        f"{path}: episode {trajectory.id!r} of {trajectory.game}, map seed {trajectory.seed}, is "
+        f"none of the {len(episodes)} episodes "
+        "asked for: the file was made with another configuration; remove it, or use another folder"
       )
   return result

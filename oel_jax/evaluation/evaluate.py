@@ -1,4 +1,6 @@
-"""What a round's policy can do: held-out games without knowledge and with it, what it kept, what it gives away."""
+"""What a round's policy can do: held-out games without knowledge and with it, what it kept, what it
+gives away.
+"""
 
 import functools
 import re
@@ -11,10 +13,10 @@ from oel_jax.trajectory import ENDED, Trajectory
 
 # Answers that speak of the knowledge as of something handed to the speaker (traps, 42).
 LEAK = re.compile(
-    r"\b(experience|knowledge|lessons?|items?|notes?)\b[^.\n]{0,40}\b(given|provided|above|listed|supplied|shared)\b"
-    r"|\b(given|provided|earlier|past|previous)\b[^.,\n]{0,20}\b(experiences?|knowledge|games|lessons|notes)\b"
-    r"|EXPERIENCE ITEM",
-    re.IGNORECASE,
+  r"\b(experience|knowledge|lessons?|items?|notes?)\b[^.\n]{0,40}\b(given|provided|above|listed|supplied|shared)\b"
+  r"|\b(given|provided|earlier|past|previous)\b[^.,\n]{0,20}\b(experiences?|knowledge|games|lessons|notes)\b"
+  r"|EXPERIENCE ITEM",
+  re.IGNORECASE,
 )
 
 
@@ -24,28 +26,39 @@ def leaks(text: str) -> bool:
 
 
 def play_summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-  """Passed, response tokens a turn, turns a game, how games ended, and responses that leak; with counts and intervals."""
+  """Passed, response tokens a turn, turns a game, how games ended, and responses that leak; with
+  counts and intervals.
+  """
   turns = [turn for trajectory in trajectories for turn in trajectory.turns]
   return {
-      "passed": statistics.count(sum(trajectory.passed for trajectory in trajectories), len(trajectories)),
-      "response_tokens": statistics.mean([turn.response_tokens for turn in turns]),
-      "moves": statistics.mean([len(trajectory.turns) for trajectory in trajectories]),
-      "ended": {how: sum(trajectory.ended == how for trajectory in trajectories) for how in ENDED},
-      "leaks": statistics.count(sum(leaks(f"{turn.thinking}\n{turn.answer}") for turn in turns), len(turns)),
+    "passed": statistics.count(
+      sum(trajectory.passed for trajectory in trajectories), len(trajectories)
+    ),
+    "response_tokens": statistics.mean([turn.response_tokens for turn in turns]),
+    "moves": statistics.mean([len(trajectory.turns) for trajectory in trajectories]),
+    "ended": {how: sum(trajectory.ended == how for trajectory in trajectories) for how in ENDED},
+    "leaks": statistics.count(
+      sum(leaks(f"{turn.thinking}\n{turn.answer}") for turn in turns), len(turns)
+    ),
   }
 
 
-# What must not be lost: writing knowledge down, other worlds with knowledge in context, role-symmetric ones, other tasks.
+# What must not be lost: writing knowledge down, other worlds with knowledge in context,
+# role-symmetric ones, other tasks.
 RETENTION = {
-    "extraction": probes.extraction,
-    "worlds": probes.play_worlds,
-    "symmetric": functools.partial(probes.play_worlds, layout="symmetric"),
-    "other": probes.other_tasks,
+  "extraction": probes.extraction,
+  "worlds": probes.play_worlds,
+  "symmetric": functools.partial(probes.play_worlds, layout="symmetric"),
+  "other": probes.other_tasks,
 }
 
 
-def retention(policy: Any, count: int, *, seed: int, advance: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
-  """Each probe of RETENTION on `count` examples, the same in every round; {} if count is 0. `advance` is told of examples done."""
+def retention(
+  policy: Any, count: int, *, seed: int, advance: Callable[[int], None] = lambda n: None
+) -> dict[str, Any]:
+  """Each probe of RETENTION on `count` examples, the same in every round; {} if count is 0.
+  `advance` is told of examples done.
+  """
   measured = {}
   for name, probe in RETENTION.items() if count else ():
     found = probe(policy, count, seed=seed)

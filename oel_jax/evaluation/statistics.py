@@ -8,13 +8,20 @@ Z = 1.959963984540054  # the normal distribution's 97.5% point
 
 
 def count(hits: int, of: int) -> dict[str, Any]:
-  """A rate with its Wilson score interval; the rate of nothing is NaN-free: 0 of 0 has rate 0 and the interval [0, 1]."""
+  """A rate with its Wilson score interval; the rate of nothing is NaN-free: 0 of 0 has rate 0 and
+  the interval [0, 1].
+  """
   if of == 0:
     return {"rate": 0.0, "hits": 0, "of": 0, "interval": [0.0, 1.0]}
   p, z2 = hits / of, Z * Z
   middle = (p + z2 / (2 * of)) / (1 + z2 / of)
   half = Z / (1 + z2 / of) * math.sqrt(p * (1 - p) / of + z2 / (4 * of * of))
-  return {"rate": p, "hits": hits, "of": of, "interval": [max(0.0, middle - half), min(1.0, middle + half)]}
+  return {
+    "rate": p,
+    "hits": hits,
+    "of": of,
+    "interval": [max(0.0, middle - half), min(1.0, middle + half)],
+  }
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
@@ -28,5 +35,7 @@ def mean(values: Sequence[float]) -> dict[str, Any]:
 
 
 def recovered(after: float, base: float, in_context: float) -> float | None:
-  """(after − base) / (in context − base): the share of the knowledge's gain that the weights now hold; None where there is no gain."""
+  """(after − base) / (in context − base): the share of the knowledge's gain that the weights now
+  hold; None where there is no gain.
+  """
   return (after - base) / (in_context - base) if in_context > base else None

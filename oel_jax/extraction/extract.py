@@ -1,4 +1,5 @@
-"""From trajectories to knowledge (OEL section 3): e'_i ~ π_extract(· | τ_i, e_{i-1}), e_i = [e_{i-1}; e'_i], K texts from K seeds.
+"""From trajectories to knowledge (OEL section 3): e'_i ~ π_extract(· | τ_i, e_{i-1}), e_i =
+[e_{i-1}; e'_i], K texts from K seeds.
 
 Runs on the user side, where the trajectories are, and reads nothing but them and earlier knowledge.
 """
@@ -12,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
-from oel_jax.extraction.knowledge import CARRIED, Item, Knowledge, limit, longest_end, parse_item, parse_items
+from oel_jax.extraction.knowledge import (
+  CARRIED,
+  Item,
+  Knowledge,
+  limit,
+  longest_end,
+  parse_item,
+  parse_items,
+)
 from oel_jax.extraction.prompts import extraction_message
 from oel_jax.runtime import schema
 from oel_jax.runtime.files import read_json, write_sealed
@@ -27,23 +36,23 @@ Encode = Callable[[Trajectory, Knowledge], list[int]]
 
 
 def extract(
-    policy,
-    trajectories: Sequence[Trajectory],
-    *,
-    texts: int,
-    form: str,
-    see_previous: bool,
-    sampling: "Sampling",
-    max_response_tokens: int,
-    max_knowledge_tokens: int,
-    max_prompt_tokens: int,
-    seed: int,
-    round: int,
-    thinking: bool = True,
-    start: Sequence[Knowledge] | None = None,
-    state_path: pathlib.Path | None = None,
-    weights: str = "",
-    advance: Callable[[int], None] | None = None,
+  policy,
+  trajectories: Sequence[Trajectory],
+  *,
+  texts: int,
+  form: str,
+  see_previous: bool,
+  sampling: "Sampling",
+  max_response_tokens: int,
+  max_knowledge_tokens: int,
+  max_prompt_tokens: int,
+  seed: int,
+  round: int,
+  thinking: bool = True,
+  start: Sequence[Knowledge] | None = None,
+  state_path: pathlib.Path | None = None,
+  weights: str = "",
+  advance: Callable[[int], None] | None = None,
 ) -> list[Knowledge]:
   """Accumulates `texts` knowledge texts, each over all the trajectories in a random order of its
   own (OEL section 3).
@@ -85,7 +94,10 @@ def extract(
   """
   start = [Knowledge()] * texts if start is None else [text.carried() for text in start]
   if len(start) != texts:
-    raise ValueError(f"extraction.texts is {texts}, but {len(start)} texts are carried over: it must be the same as in the previous round")
+    raise ValueError(
+      f"extraction.texts is {texts}, but {len(start)} texts are carried over: it must be the same "
+      "as in the previous round"
+    )
   encode = functools.partial(_encode, policy.tokenizer, form=form, thinking=thinking)
   _check_prompts(encode, trajectories, max_prompt_tokens)
   identity = {
@@ -107,20 +119,36 @@ def extract(
     advance(done)
 
   def seen(text: Knowledge) -> Knowledge:
-    return limit(text, max_knowledge_tokens, lambda words: len(policy.tokenizer.encode(words)))[0] if see_previous else Knowledge()
+    return (
+      limit(text, max_knowledge_tokens, lambda words: len(policy.tokenizer.encode(words)))[0]
+      if see_previous
+      else Knowledge()
+    )
 
   for step in range(done + 1, len(trajectories) + 1):
     read = [order[step - 1] for order in orders]
-    prompts = [_prompt(encode, trajectory, seen(text), max_prompt_tokens) for trajectory, text in zip(read, found)]
+    prompts = [
+      _prompt(encode, trajectory, seen(text), max_prompt_tokens)
+      for trajectory, text in zip(read, found)
+    ]
     seeds = [derive(seed, round, "extract", text, step) for text in range(texts)]
     responses = policy.sample(prompts, seeds, sampling=sampling, max_new_tokens=max_response_tokens)
-    answers = [parse_items(policy.tokenizer.split_response(response, thinking=thinking)[1], form) for response in responses]
-    found = [
-        Knowledge(text.items + tuple(Item(line, trajectory.id, step, round) for line in answer))
-        for text, trajectory, answer in zip(found, read, answers, strict=True)
+    answers = [
+      parse_items(policy.tokenizer.split_response(response, thinking=thinking)[1], form)
+      for response in responses
     ]
-    logging.info("extraction step %d of %d: %d items from %d texts, %d answers without one", step, len(trajectories),
-                 sum(map(len, answers)), texts, sum(not answer for answer in answers))
+    found = [
+      Knowledge(text.items + tuple(Item(line, trajectory.id, step, round) for line in answer))
+      for text, trajectory, answer in zip(found, read, answers, strict=True)
+    ]
+    logging.info(
+      "extraction step %d of %d: %d items from %d texts, %d answers without one",
+      step,
+      len(trajectories),
+      sum(map(len, answers)),
+      texts,
+      sum(not answer for answer in answers),
+    )
     if state_path is not None:
       _save(state_path, identity, step, found)
     if advance is not None:
@@ -128,48 +156,84 @@ def extract(
   return found
 
 
-def raw_knowledge(trajectories: Sequence[Trajectory], *, texts: int, seed: int, round: int) -> list[Knowledge]:
-  """The control without extraction: whole transcripts are the items (OEL Table 1, "raw trajectories").
+def raw_knowledge(
+  trajectories: Sequence[Trajectory], *, texts: int, seed: int, round: int
+) -> list[Knowledge]:
+  """The control without extraction: whole transcripts are the items (OEL Table 1, "raw
+  trajectories").
 
-  Text k reads the trajectories in the order in which `extract` reads them for its text k, so the two differ in nothing else.
+  Text k reads the trajectories in the order in which `extract` reads them for its text k, so the
+  two differ in nothing else.
 
   Returns:
-    `texts` whole accumulations, as from `extract`: `as_of` limits them, the oldest whole transcripts going first.
+    `texts` whole accumulations, as from `extract`: `as_of` limits them, the oldest whole
+      transcripts going first.
   """
   return [
-      Knowledge(tuple(Item(transcript(trajectory), trajectory.id, step, round) for step, trajectory in enumerate(order, start=1)))
-      for order in _orders(trajectories, texts, seed, round)
+    Knowledge(
+      tuple(
+        Item(transcript(trajectory), trajectory.id, step, round)
+        for step, trajectory in enumerate(order, start=1)
+      )
+    )
+    for order in _orders(trajectories, texts, seed, round)
   ]
 
 
-def _orders(trajectories: Sequence[Trajectory], texts: int, seed: int, round: int) -> list[list[Trajectory]]:
+def _orders(
+  trajectories: Sequence[Trajectory], texts: int, seed: int, round: int
+) -> list[list[Trajectory]]:
   """For each text, all the trajectories in its own random order."""
-  draws = [np.random.default_rng(derive(seed, round, "extract-order", text)).permutation(len(trajectories)) for text in range(texts)]
+  draws = [
+    np.random.default_rng(derive(seed, round, "extract-order", text)).permutation(len(trajectories))
+    for text in range(texts)
+  ]
   return [[trajectories[i] for i in draw] for draw in draws]
 
 
-def _encode(tokenizer, trajectory: Trajectory, knowledge: Knowledge, *, form: str, thinking: bool) -> list[int]:
-  return tokenizer.chat([extraction_message(transcript(trajectory), knowledge.text, form=form)], thinking=thinking)
+def _encode(
+  tokenizer, trajectory: Trajectory, knowledge: Knowledge, *, form: str, thinking: bool
+) -> list[int]:
+  return tokenizer.chat(
+    [extraction_message(transcript(trajectory), knowledge.text, form=form)], thinking=thinking
+  )
 
 
-def _prompt(encode: Encode, trajectory: Trajectory, knowledge: Knowledge, max_prompt_tokens: int) -> list[int]:
-  """The prompt's tokens with as many of the newest items as it has room for; the record and the question are always whole."""
+def _prompt(
+  encode: Encode, trajectory: Trajectory, knowledge: Knowledge, max_prompt_tokens: int
+) -> list[int]:
+  """The prompt's tokens with as many of the newest items as it has room for; the record and the
+  question are always whole.
+  """
   shown = longest_end(knowledge, lambda rest: len(encode(trajectory, rest)) <= max_prompt_tokens)
   if len(shown.items) < len(knowledge.items):
-    logging.info("trajectory %s: the %d oldest of %d items not shown to the extractor, to keep to policy.max_prompt_tokens = %d",
-                 trajectory.id, len(knowledge.items) - len(shown.items), len(knowledge.items), max_prompt_tokens)
+    logging.info(
+      "trajectory %s: the %d oldest of %d items not shown to the extractor, to keep to "
+      "policy.max_prompt_tokens = %d",
+      trajectory.id,
+      len(knowledge.items) - len(shown.items),
+      len(knowledge.items),
+      max_prompt_tokens,
+    )
   return encode(trajectory, shown)
 
 
-def _check_prompts(encode: Encode, trajectories: Sequence[Trajectory], max_prompt_tokens: int) -> None:
-  """Every text reads every trajectory, so one that can never fit is found now and not hours later."""
+def _check_prompts(
+  encode: Encode, trajectories: Sequence[Trajectory], max_prompt_tokens: int
+) -> None:
+  """Every text reads every trajectory, so one that can never fit is found now and not hours
+  later.
+  """
   if not trajectories:
     raise ValueError("extraction has 0 trajectories to read: it needs at least 1")
   for trajectory in trajectories:
     tokens = len(encode(trajectory, Knowledge()))
     if tokens > max_prompt_tokens:
-      raise ValueError(f"policy.max_prompt_tokens is {max_prompt_tokens}: the extraction prompt of trajectory {trajectory.id} has {tokens} "
-                       "tokens without any knowledge; it must be at least that, or the trajectory left out")
+      raise ValueError(
+        f"policy.max_prompt_tokens is {max_prompt_tokens}: the extraction prompt of trajectory "
+        f"{trajectory.id} has {tokens} "
+        "tokens without any knowledge; it must be at least that, or the trajectory left out"
+      )
 
 
 def _save(path: pathlib.Path, identity: dict, done: int, found: Sequence[Knowledge]) -> None:
@@ -184,7 +248,9 @@ def _load(
   start: Sequence[Knowledge],
   orders: Sequence[Sequence[Trajectory]],
 ) -> tuple[int, list[Knowledge]]:
-  """Steps done and the texts so far: those of the partial file, or (0, start) if there is none. Raises ValueError if it is not ours."""
+  """Steps done and the texts so far: those of the partial file, or (0, start) if there is none.
+  Raises ValueError if it is not ours.
+  """
   if not path.exists():
     return 0, list(start)
   return read_json(
@@ -195,7 +261,7 @@ def _load(
 
 
 def _parse_state(
-    state: Any, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Trajectory]]
+  state: Any, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Trajectory]]
 ) -> tuple[int, list[Knowledge]]:
   for field, right in {"schema": SCHEMA, **identity}.items():
     seen = state.get(field) if isinstance(state, dict) else None
@@ -209,7 +275,11 @@ def _parse_state(
   steps, texts = len(identity["trajectories"]), identity["texts"]
   if type(done) is not int or not 0 <= done <= steps:
     raise ValueError(f'"done" is {done!r}: it must be from 0 to {steps}')
-  if not isinstance(items, list) or len(items) != texts or not all(isinstance(text, list) for text in items):
+  if (
+    not isinstance(items, list)
+    or len(items) != texts
+    or not all(isinstance(text, list) for text in items)
+  ):
     raise ValueError(f'"items" must hold {texts} lists')
   found = [
     Knowledge(tuple(parse_item(record, f"text {index}") for record in text))
@@ -241,6 +311,6 @@ def _check_places(index: int, text: Knowledge, done: int, order: Sequence[Trajec
     if item.step != CARRIED and item.trajectory != order[item.step - 1].id:
       raise ValueError(
         f'text {index}, item {number}: "trajectory" is {item.trajectory!r}: step {item.step} of '
-        'this text reads '
+        "this text reads "
         f"{order[item.step - 1].id!r}"
       )

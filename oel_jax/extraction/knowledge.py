@@ -1,4 +1,6 @@
-"""Knowledge texts: items that remember where they came from, the length limit, and the files that carry them to the server side."""
+"""Knowledge texts: items that remember where they came from, the length limit, and the files that
+carry them to the server side.
+"""
 
 import bisect
 import dataclasses
@@ -21,9 +23,11 @@ class Item:
   """One piece of knowledge.
 
   Attributes:
-    text: a structured item's whole line, ITEM_MARK included; or a free-text answer; or a transcript.
+    text: a structured item's whole line, ITEM_MARK included; or a free-text answer; or a
+      transcript.
     trajectory: id of the trajectory it was drawn from.
-    step: i of e'_i, counted from 1: it came from the i-th trajectory of its text's accumulation. CARRIED (-1) if carried over.
+    step: i of e'_i, counted from 1: it came from the i-th trajectory of its text's accumulation.
+      CARRIED (-1) if carried over.
     round: the round that wrote it, carried over or not.
   """
 
@@ -35,7 +39,9 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Knowledge:
-  """One knowledge text e as its items, oldest first; those carried over from an earlier round come before all others."""
+  """One knowledge text e as its items, oldest first; those carried over from an earlier round come
+  before all others.
+  """
 
   items: tuple[Item, ...] = ()
 
@@ -45,14 +51,18 @@ class Knowledge:
     return "\n".join(item.text for item in self.items)
 
   def at(self, step: int) -> "Knowledge":
-    """e_step: the items of the first `step` trajectories and all that were carried over. `at(0)` is e_0.
+    """e_step: the items of the first `step` trajectories and all that were carried over. `at(0)` is
+    e_0.
 
-    Right only on a text that nothing was dropped from: what the limit takes away at the end was still there at an earlier step.
+    Right only on a text that nothing was dropped from: what the limit takes away at the end was
+    still there at an earlier step.
     """
     return Knowledge(tuple(item for item in self.items if item.step <= step))
 
   def carried(self) -> "Knowledge":
-    """The same items as the beginning of the next round's text; trajectory and round still say where each was written."""
+    """The same items as the beginning of the next round's text; trajectory and round still say
+    where each was written.
+    """
     return Knowledge(tuple(dataclasses.replace(item, step=CARRIED) for item in self.items))
 
 
@@ -61,32 +71,42 @@ def parse_items(answer: str, form: str) -> list[str]:
 
   Args:
     answer: text after the thinking; "" if the response never got there.
-    form: "items": each line that begins with ITEM_MARK, case and all, and says something after it; other lines are left out.
-      "text": the whole answer is one item.
+    form: "items": each line that begins with ITEM_MARK, case and all, and says something after it;
+      other lines are left out. "text": the whole answer is one item.
 
   Returns:
     Item texts without surrounding white space, in order; none if the answer holds none.
   """
   if form == "text":
     return [answer.strip()] if answer.strip() else []
-  lines = (line.strip() for line in answer.split("\n"))  # not splitlines: a form feed inside an item does not end it
+  lines = (
+    line.strip() for line in answer.split("\n")
+  )  # not splitlines: a form feed inside an item does not end it
   return [line for line in lines if line.startswith(ITEM_MARK) and line != ITEM_MARK]
 
 
 def longest_end(knowledge: Knowledge, fits: Callable[[Knowledge], bool]) -> Knowledge:
-  """The most of the newest items that fit, whole and in order. `fits` must hold for no items at all; more items never fit better."""
+  """The most of the newest items that fit, whole and in order. `fits` must hold for no items at
+  all; more items never fit better.
+  """
   if fits(knowledge):
     return knowledge
   items = knowledge.items
   # Halving, not one item at a time: each trial tokenizes a whole prompt.
-  first = bisect.bisect_left(range(len(items)), True, key=lambda start: fits(Knowledge(items[start:])))
+  first = bisect.bisect_left(
+    range(len(items)), True, key=lambda start: fits(Knowledge(items[start:]))
+  )
   return Knowledge(items[first:])
 
 
-def limit(knowledge: Knowledge, max_tokens: int, count_tokens: Callable[[str], int]) -> tuple[Knowledge, int]:
-  """Drops the oldest whole items until the text fits (OEL's longest knowledge); never cuts inside an item.
+def limit(
+  knowledge: Knowledge, max_tokens: int, count_tokens: Callable[[str], int]
+) -> tuple[Knowledge, int]:
+  """Drops the oldest whole items until the text fits (OEL's longest knowledge); never cuts inside
+  an item.
 
-  An item that is over the limit all alone goes too, with a warning: kept, it would push every other item out and still not fit.
+  An item that is over the limit all alone goes too, with a warning: kept, it would push every other
+  item out and still not fit.
 
   Args:
     knowledge: the items, oldest first.
@@ -104,14 +124,22 @@ def limit(knowledge: Knowledge, max_tokens: int, count_tokens: Callable[[str], i
     if tokens <= max_tokens:
       kept.append(item)
     else:
-      logging.warning("knowledge item from trajectory %s dropped: its %d tokens alone are over extraction.max_knowledge_tokens = %d",
-                      item.trajectory, tokens, max_tokens)
+      logging.warning(
+        "knowledge item from trajectory %s dropped: its %d tokens alone are over "
+        "extraction.max_knowledge_tokens = %d",
+        item.trajectory,
+        tokens,
+        max_tokens,
+      )
   result = longest_end(Knowledge(tuple(kept)), lambda rest: count_tokens(rest.text) <= max_tokens)
   return result, len(knowledge.items) - len(result.items)
 
 
-def as_of(texts: Sequence[Knowledge], step: int, *, max_tokens: int, count_tokens: Callable[[str], int]) -> list[Knowledge]:
-  """The texts as they stood after `step` trajectories, within the limit: what consolidation and play in context use.
+def as_of(
+  texts: Sequence[Knowledge], step: int, *, max_tokens: int, count_tokens: Callable[[str], int]
+) -> list[Knowledge]:
+  """The texts as they stood after `step` trajectories, within the limit: what consolidation and
+  play in context use.
 
   Args:
     texts: whole accumulations, as `extract` and `raw_knowledge` return them.
@@ -126,8 +154,15 @@ def as_of(texts: Sequence[Knowledge], step: int, *, max_tokens: int, count_token
   for index, text in enumerate(texts):
     kept, dropped = limit(text.at(step), max_tokens, count_tokens)
     if dropped:
-      logging.warning("knowledge text %02d after %d trajectories: the %d oldest of %d items dropped to keep to %d tokens",
-                      index, step, dropped, dropped + len(kept.items), max_tokens)
+      logging.warning(
+        "knowledge text %02d after %d trajectories: the %d oldest of %d items dropped to keep to "
+        "%d tokens",
+        index,
+        step,
+        dropped,
+        dropped + len(kept.items),
+        max_tokens,
+      )
     result.append(kept)
   return result
 
@@ -140,9 +175,13 @@ def nonempty(texts: Sequence[Knowledge], directory: pathlib.Path) -> list[Knowle
   """
   result = [text for text in texts if text.text.strip()]
   if not result:
-    raise ValueError(f"{directory}: all {len(texts)} knowledge texts are empty, so there is nothing to consolidate; within "
-                     "extraction.max_response_tokens the extractor must answer, and with extraction.form = 'items' in lines that begin "
-                     f"'{ITEM_MARK}'")
+    raise ValueError(
+      f"{directory}: all {len(texts)} knowledge texts are empty, so there is nothing to "
+      "consolidate; within "
+      "extraction.max_response_tokens the extractor must answer, and with extraction.form = "
+      "'items' in lines that begin "
+      f"'{ITEM_MARK}'"
+    )
   empty = [f"{index:02d}" for index, text in enumerate(texts) if not text.text.strip()]
   if empty:
     logging.warning("%s: empty knowledge texts left out: %s", directory, ", ".join(empty))
@@ -150,7 +189,8 @@ def nonempty(texts: Sequence[Knowledge], directory: pathlib.Path) -> list[Knowle
 
 
 def write(directory: pathlib.Path, index: int, knowledge: Knowledge) -> None:
-  """Writes `directory/00.md`, the text, and `directory/00.jsonl`, a line for each item with its provenance; 00 is `index`.
+  """Writes `directory/00.md`, the text, and `directory/00.jsonl`, a line for each item with its
+  provenance; 00 is `index`.
 
   Each file appears whole or not at all. A text without items makes two empty files.
   """
@@ -169,7 +209,8 @@ def read(directory: pathlib.Path, index: int) -> Knowledge:
 
   Raises:
     FileNotFoundError: one of the two files is missing.
-    ValueError: a damaged line, another schema, or a text that is not the items'; names the file and the line.
+    ValueError: a damaged line, another schema, or a text that is not the items'; names the file and
+      the line.
   """
   directory = pathlib.Path(directory)
   source = directory / f"{index:02d}.jsonl"
@@ -192,8 +233,15 @@ def read(directory: pathlib.Path, index: int) -> Knowledge:
 
 
 def parse_item(record, where: str) -> Item:
-  """An Item from its decoded JSON object; `where` opens the ValueError that a missing or wrong field raises."""
-  right = {"text": (str, "text"), "trajectory": (str, "a trajectory's id"), "step": (int, "1 or more, or -1"), "round": (int, "an integer")}
+  """An Item from its decoded JSON object; `where` opens the ValueError that a missing or wrong
+  field raises.
+  """
+  right = {
+    "text": (str, "text"),
+    "trajectory": (str, "a trajectory's id"),
+    "step": (int, "1 or more, or -1"),
+    "round": (int, "an integer"),
+  }
   if not isinstance(record, dict):
     raise ValueError(f"{where}: expected an object with {', '.join(right)}, got {_short(record)}")
   for field, (kind, words) in right.items():
@@ -213,15 +261,24 @@ def _check_text(path: pathlib.Path, source: pathlib.Path, expected: str) -> None
   if seen == expected:
     return
   lines, right = seen.split("\n"), expected.split("\n")
-  same = next((i for i, (a, b) in enumerate(zip(lines, right)) if a != b), min(len(lines), len(right)))
-  found, wanted = (_short(side[same]) if same < len(side) else "the end of the file" for side in (lines, right))
-  raise ValueError(f"{path}:{same + 1}: {found} is not what {source.name} says ({wanted}); the two must hold the same text")
+  same = next(
+    (i for i, (a, b) in enumerate(zip(lines, right)) if a != b), min(len(lines), len(right))
+  )
+  found, wanted = (
+    _short(side[same]) if same < len(side) else "the end of the file" for side in (lines, right)
+  )
+  raise ValueError(
+    f"{path}:{same + 1}: {found} is not what {source.name} says ({wanted}); the two must hold the "
+    "same text"
+  )
 
 
 def _content(path: pathlib.Path) -> str:
   """The file's text as it is, line ends included."""
   if not path.exists():
-    raise FileNotFoundError(f"{path}: no such knowledge file; a text is a pair of files, NN.md and NN.jsonl")
+    raise FileNotFoundError(
+      f"{path}: no such knowledge file; a text is a pair of files, NN.md and NN.jsonl"
+    )
   return read_text(path)
 
 

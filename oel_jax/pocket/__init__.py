@@ -1,1 +1,3 @@
-"""The embedded policy: its procedural worlds, corpus, vocabulary, pre-training, probes and shipped weights."""
+"""The embedded policy: its procedural worlds, corpus, vocabulary, pre-training, probes and shipped
+weights.
+"""

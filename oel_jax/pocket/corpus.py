@@ -1,8 +1,9 @@
 """What the embedded policy is taught: one chat example at a time, drawn from a seed.
 
-Four abilities: *play* (with knowledge of every quality, or none), *extract* (write down what one trajectory shows), *ask* (say which symbol
-has which role, the probe of whether knowledge is read at all) and *other* (small text tasks that a program can check). All prompts are the
-project's own, made by the code that deployment and extraction use.
+Four abilities: *play* (with knowledge of every quality, or none), *extract* (write down what one
+trajectory shows), *ask* (say which symbol has which role, the probe of whether knowledge is read at
+all) and *other* (small text tasks that a program can check). All prompts are the project's own,
+made by the code that deployment and extraction use.
 """
 
 import dataclasses
@@ -14,12 +15,24 @@ from oel_jax.extraction.prompts import extraction_message
 from oel_jax.pocket import claims as claims_lib
 from oel_jax.pocket import worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
-from oel_jax.trajectory import EMPTY, Message, Trajectory, Turn, knowledge_message, messages, transcript
+from oel_jax.trajectory import (
+  EMPTY,
+  Message,
+  Trajectory,
+  Turn,
+  knowledge_message,
+  messages,
+  transcript,
+)
 
 BACK = {"up": "down", "down": "up", "left": "right", "right": "left"}
 PLAYER, ACTION_LIST = "P", "[up], [down], [left], [right]"
-GUESS = 0.3  # how often an unknown role is guessed; independent for each, so that informed and uninformed answers share their openings
-ONWARD = 0.27  # how often a move straight back is ruled out while exploring; a free walk seldom wins, one that never turns wins too often
+# how often an unknown role is guessed; independent for each, so that informed and uninformed
+# answers share their openings
+GUESS = 0.3
+# how often a move straight back is ruled out while exploring; a free walk seldom wins, one that
+# never turns wins too often
+ONWARD = 0.27
 MIX = {"play": 0.56, "extract": 0.26, "ask": 0.10, "other": 0.08}
 
 
@@ -37,14 +50,21 @@ def example(seed: int) -> Example:
   """The example of this seed; the mix is drawn with it."""
   rng = random.Random(seed)
   kind = rng.choices(list(MIX), list(MIX.values()))[0]
-  return {"play": play_example, "extract": extract_example, "ask": ask_example, "other": other_example}[kind](rng)
+  return {
+    "play": play_example,
+    "extract": extract_example,
+    "ask": ask_example,
+    "other": other_example,
+  }[kind](rng)
 
 
 # Play
 
 
 def play_example(rng: random.Random, world: worlds.World | None = None) -> Example:
-  """One turn of a game, under full, partial, redundant, contradictory, wrong, raw or no knowledge."""
+  """One turn of a game, under full, partial, redundant, contradictory, wrong, raw or no
+  knowledge.
+  """
   world = world or worlds.random_world(rng)
   form = rng.choices(("none", "raw", "items"), (22, 6, 72))[0]
   if form == "none":
@@ -61,22 +81,38 @@ def play_example(rng: random.Random, world: worlds.World | None = None) -> Examp
   harmless = {claim.letter for claim in said if claim.role == SAFE}
   last = turns[-2].action.strip("[]") if len(turns) > 1 else ""
   thinking, action = respond(rng, world, player, goal, trap, harmless, last)
-  # A wrapper with nothing in it must say as little as no wrapper, which weights that never saw one did not know.
+  # A wrapper with nothing in it must say as little as no wrapper, which weights that never saw one
+  # did not know.
   empty = form == "none" and rng.random() < 0.5
   front = (knowledge_message(EMPTY if empty else knowledge),) if knowledge or empty else ()
-  return Example("play", front + messages(turns[:-1]) + (Message("user", turns[-1].observation),), thinking, f"[{action}]")
+  return Example(
+    "play",
+    front + messages(turns[:-1]) + (Message("user", turns[-1].observation),),
+    thinking,
+    f"[{action}]",
+  )
 
 
 def respond(
-    rng: random.Random, world: worlds.World, player: worlds.Cell, goal: str, trap: str, harmless: Set[str] = frozenset(), last: str = ""
+  rng: random.Random,
+  world: worlds.World,
+  player: worlds.Cell,
+  goal: str,
+  trap: str,
+  harmless: Set[str] = frozenset(),
+  last: str = "",
 ) -> tuple[str, str]:
-  """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not tell, `last` is the move before.
+  """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not
+  tell, `last` is the move before.
 
-  The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is guessed now and then. While a slot
-  stays unknown, every letter without a role is weighed in a sentence, so that not knowing costs words.
+  The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is
+  guessed now and then. While a slot stays unknown, every letter without a role is weighed in a
+  sentence, so that not knowing costs words.
   """
   letters = world.letters()
-  unclaimed = [letter for letter in letters if letter not in (goal, trap) and letter not in harmless]
+  unclaimed = [
+    letter for letter in letters if letter not in (goal, trap) and letter not in harmless
+  ]
   if not goal and unclaimed and rng.random() < GUESS:
     goal = rng.choice(unclaimed)
     unclaimed.remove(goal)
@@ -86,32 +122,53 @@ def respond(
   words = f"Goal: {_located(world, goal)}. Hazard: {_located(world, trap)}."
   if not goal or not trap:
     words += "".join(
-        f" Nobody told me what {letter} does. It may be where to go, or it may end the game, or it may do nothing."
-        for letter in unclaimed[:3]
+      f" Nobody told me what {letter} does. It may be where to go, or it may end the game, or it "
+      "may do nothing."
+      for letter in unclaimed[:3]
     )
   actions = good_actions(world, player, goal, trap)
   if not goal and last and rng.random() < ONWARD:
     actions = [name for name in actions if name != BACK[last]] or actions
   action = rng.choice(actions)
-  closed = [name for name, cell in worlds.neighbours(player, world.size).items() if trap and world.symbol(cell) == trap]
+  closed = [
+    name
+    for name, cell in worlds.neighbours(player, world.size).items()
+    if trap and world.symbol(cell) == trap
+  ]
   beside = f" Not {', '.join(closed)}." if closed else ""
   return f"{words} I am at ({player[0]}, {player[1]}).{beside} Next: {action}.", action
 
 
 def _located(world: worlds.World, letter: str) -> str:
-  """The letter and where it lies, in the words of the game's own positions: a small model that says where things are finds its way."""
-  cells = [(r, c) for r in range(world.size) for c in range(world.size) if letter and world.symbol((r, c)) == letter]
+  """The letter and where it lies, in the words of the game's own positions: a small model that says
+  where things are finds its way.
+  """
+  cells = [
+    (r, c)
+    for r in range(world.size)
+    for c in range(world.size)
+    if letter and world.symbol((r, c)) == letter
+  ]
   return " ".join([letter, "at", *(f"({r}, {c})" for r, c in cells)]) if letter else "unknown"
 
 
 def good_actions(world: worlds.World, player: worlds.Cell, goal: str, trap: str) -> list[str]:
-  """The moves worth making: first steps of a shortest safe path to the goal, or, with no goal known, any step that is not the hazard."""
+  """The moves worth making: first steps of a shortest safe path to the goal, or, with no goal
+  known, any step that is not the hazard.
+  """
   moves = worlds.neighbours(player, world.size)
-  targets = [(r, c) for r in range(world.size) for c in range(world.size) if goal and world.symbol((r, c)) == goal and (r, c) != player]
+  targets = [
+    (r, c)
+    for r in range(world.size)
+    for c in range(world.size)
+    if goal and world.symbol((r, c)) == goal and (r, c) != player
+  ]
   for avoid in ({trap} - {""}, set()):
     if targets:
       away = worlds.distances(world, targets, avoid)
-      near = [name for name, cell in moves.items() if cell in away and world.symbol(cell) not in avoid]
+      near = [
+        name for name, cell in moves.items() if cell in away and world.symbol(cell) not in avoid
+      ]
       if near:
         least = min(away[moves[name]] for name in near)
         return [name for name in near if away[moves[name]] == least]
@@ -121,7 +178,9 @@ def good_actions(world: worlds.World, player: worlds.Cell, goal: str, trap: str)
 
 
 def item_list(rng: random.Random, world: worlds.World, allow_strangers: bool = True) -> list[Claim]:
-  """Draws the claims of a knowledge text about a world: how many, how skewed, how wrong, and about letters that are elsewhere."""
+  """Draws the claims of a knowledge text about a world: how many, how skewed, how wrong, and about
+  letters that are elsewhere.
+  """
   size = rng.randint(*rng.choices(((1, 4), (5, 12), (13, 34)), (4, 3, 3))[0])
   told = [role for role in (GOAL, TRAP) if rng.random() < 0.8]
   weights = [rng.choice((1, 1, 1, 4, 0.25)) for _ in told]
@@ -150,11 +209,17 @@ def item_list(rng: random.Random, world: worlds.World, allow_strangers: bool = T
   return result
 
 
-def history(rng: random.Random, world: worlds.World, known: tuple[str, str]) -> tuple[list[Turn], worlds.Cell]:
-  """Turns up to an undecided one, and where the player stands in it; the last turn is still unanswered."""
+def history(
+  rng: random.Random, world: worlds.World, known: tuple[str, str]
+) -> tuple[list[Turn], worlds.Cell]:
+  """Turns up to an undecided one, and where the player stands in it; the last turn is still
+  unanswered.
+  """
   game = worlds.WorldGame(world)
   skill = rng.choice((0.0, 0.5, 1.0))
-  turns = [_turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)]
+  turns = [
+    _turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)
+  ]
   for _ in range(min(rng.randrange(worlds.MAX_TURNS), rng.randrange(worlds.MAX_TURNS))):
     before, action = game.player, _move(rng, world, game.player, known, skill)
     step = game.play(f"[{action}]")
@@ -168,7 +233,9 @@ def history(rng: random.Random, world: worlds.World, known: tuple[str, str]) -> 
 def _move(rng, world, player, known, skill):
   if rng.random() < skill:
     return rng.choice(good_actions(world, player, *known))
-  return rng.choice(list(worlds.ACTIONS) if rng.random() < 0.3 else list(worlds.neighbours(player, world.size)))
+  return rng.choice(
+    list(worlds.ACTIONS) if rng.random() < 0.3 else list(worlds.neighbours(player, world.size))
+  )
 
 
 def _turn(observation: str) -> Turn:
@@ -178,16 +245,28 @@ def _turn(observation: str) -> Turn:
 # Extraction
 
 
-def episode(rng: random.Random, world: worlds.World, known: tuple[str, str] | None = None) -> tuple[Trajectory, list[Claim]]:
-  """Plays one game with a policy of random quality and says what it reveals: the symbol that decided it, and walls run into.
+def episode(
+  rng: random.Random, world: worlds.World, known: tuple[str, str] | None = None
+) -> tuple[Trajectory, list[Claim]]:
+  """Plays one game with a policy of random quality and says what it reveals: the symbol that
+  decided it, and walls run into.
 
-  That a symbol stepped on does nothing is revealed too, but left unsaid: where one stood many turns ago is more than a model of this size
-  can be relied on to look up, and a false item does more harm than a missing one.
+  That a symbol stepped on does nothing is revealed too, but left unsaid: where one stood many turns
+  ago is more than a model of this size can be relied on to look up, and a false item does more harm
+  than a missing one.
   """
   if known is None:
-    known = rng.choice((("", ""), (world.goal, world.trap), (world.trap, world.goal), (world.goal, "")))
-  game, skill = worlds.WorldGame(world, max_turns=rng.choice((3, 5, 5, 5, worlds.MAX_TURNS))), rng.choice((0.3, 0.7, 1.0))
-  turns, facts = [_turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)], []
+    known = rng.choice(
+      (("", ""), (world.goal, world.trap), (world.trap, world.goal), (world.goal, ""))
+    )
+  game, skill = (
+    worlds.WorldGame(world, max_turns=rng.choice((3, 5, 5, 5, worlds.MAX_TURNS))),
+    rng.choice((0.3, 0.7, 1.0)),
+  )
+  turns, facts = (
+    [_turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)],
+    [],
+  )
   while True:
     action = _move(rng, world, game.player, known, skill)
     bumped = action not in worlds.neighbours(game.player, world.size)
@@ -199,7 +278,9 @@ def episode(rng: random.Random, world: worlds.World, known: tuple[str, str] | No
     elif symbol in (world.goal, world.trap):
       facts.append(Claim(GOAL if symbol == world.goal else TRAP, symbol))
     if step.done:
-      finished = Trajectory("", "world", 0, tuple(turns), step.outcome, step.reward, step.ended == "passed", step.ended)
+      finished = Trajectory(
+        "", "world", 0, tuple(turns), step.outcome, step.reward, step.ended == "passed", step.ended
+      )
       return finished, list(dict.fromkeys(facts))
     turns.append(_turn(step.observation))
 
@@ -217,31 +298,46 @@ def _same_letters(rng: random.Random, world: worlds.World) -> tuple[Trajectory, 
 
 
 def lessons(facts: list[Claim], known: list[Claim]) -> list[Claim]:
-  """The facts worth writing down: the deciding symbol always, as a vote; the wall if it is not yet known, or if there is nothing else."""
+  """The facts worth writing down: the deciding symbol always, as a vote; the wall if it is not yet
+  known, or if there is nothing else.
+  """
   deciding = [fact for fact in facts if fact.role != WALL]
-  return deciding + [fact for fact in facts if fact.role == WALL and (not deciding or fact not in known)]
+  return deciding + [
+    fact for fact in facts if fact.role == WALL and (not deciding or fact not in known)
+  ]
 
 
 def extract_example(rng: random.Random) -> Example:
-  """One trajectory in the real extraction prompt, with or without what is known before; the answer says what it reveals."""
+  """One trajectory in the real extraction prompt, with or without what is known before; the answer
+  says what it reveals.
+  """
   world = worlds.random_world(rng)
   trajectory, facts = episode(rng, world)
   known = item_list(rng, world) if rng.random() < 0.7 else []
   knowledge = "\n".join(claims_lib.say(claim, rng) for claim in known)
   taught = lessons(facts, known) or [Claim(GENERIC)]
   answer = "\n".join(claims_lib.say(claim, rng) for claim in taught)
-  return Example("extract", (extraction_message(transcript(trajectory), knowledge, form="items"),), "", answer)
+  return Example(
+    "extract", (extraction_message(transcript(trajectory), knowledge, form="items"),), "", answer
+  )
 
 
 # Ask and other tasks
 
 
 def ask_example(rng: random.Random) -> Example:
-  """Which letter is the goal, or the hazard: by the knowledge alone, or of those on a board that the question shows."""
+  """Which letter is the goal, or the hazard: by the knowledge alone, or of those on a board that
+  the question shows.
+  """
   world, board = worlds.random_world(rng), rng.random() < 0.5
   said = item_list(rng, world, allow_strangers=board)
   role = rng.choice((GOAL, TRAP))
-  answer = claims_lib.resolve(said, world.letters() if board else list(worlds.LETTERS))[0 if role == GOAL else 1] or "unknown"
+  answer = (
+    claims_lib.resolve(said, world.letters() if board else list(worlds.LETTERS))[
+      0 if role == GOAL else 1
+    ]
+    or "unknown"
+  )
   shown = worlds.WorldGame(world).observation if board else ""
   knowledge = "\n".join(claims_lib.say(claim, rng) for claim in said)
   return Example("ask", (knowledge_message(knowledge), ask_message(role, shown)), "", answer)
@@ -249,19 +345,21 @@ def ask_example(rng: random.Random) -> Example:
 
 def ask_message(role: str, observation: str = "") -> Message:
   """The question of the binding probe."""
-  question = f"Which symbol is the {'goal' if role == GOAL else 'hazard'}? Answer with the symbol alone."
+  question = (
+    f"Which symbol is the {'goal' if role == GOAL else 'hazard'}? Answer with the symbol alone."
+  )
   return Message("user", f"{observation}\n\n{question}" if observation else question)
 
 
 OTHER_TASKS = {
-    "Repeat this.": lambda text: text,
-    "Write this in upper case.": str.upper,
-    "Write this in lower case.": str.lower,
-    "Write this backwards.": lambda text: text[::-1],
-    "Sort these letters.": lambda text: "".join(sorted(text)),
-    "What is the first letter?": lambda text: text[0],
-    "What is the last letter?": lambda text: text[-1],
-    "How many letters are these?": lambda text: str(len(text)),
+  "Repeat this.": lambda text: text,
+  "Write this in upper case.": str.upper,
+  "Write this in lower case.": str.lower,
+  "Write this backwards.": lambda text: text[::-1],
+  "Sort these letters.": lambda text: "".join(sorted(text)),
+  "What is the first letter?": lambda text: text[0],
+  "What is the last letter?": lambda text: text[-1],
+  "How many letters are these?": lambda text: str(len(text)),
 }
 
 
@@ -269,5 +367,7 @@ def other_example(rng: random.Random) -> Example:
   """A small text task whose answer a program can check."""
   task = rng.choice(list(OTHER_TASKS))
   letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7)))
-  text = letters.upper() if "lower" in task or rng.random() < 0.3 and "upper" not in task else letters
+  text = (
+    letters.upper() if "lower" in task or rng.random() < 0.3 and "upper" not in task else letters
+  )
   return Example("other", (Message("user", f"{task}\n{text}"),), "", OTHER_TASKS[task](text))

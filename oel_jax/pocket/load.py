@@ -17,13 +17,17 @@ def load(dtype: Any = jnp.float32, folder: pathlib.Path = DATA) -> Policy:
   """Returns the embedded policy, parameters in float32, activations in `dtype`.
 
   Raises:
-    ValueError: a file's sha256 is not the one in `sha256sums`: damaged, or weights and vocabulary that do not belong together.
+    ValueError: a file's sha256 is not the one in `sha256sums`: damaged, or weights and vocabulary
+      that do not belong together.
   """
   for line in (folder / SUMS).read_text().splitlines():
     expected, name = line.split()
     found = weights.digest(folder / name)
     if found != expected:
-      raise ValueError(f"{folder / name}: its sha256 is {found}, {SUMS} says {expected}: the file is damaged; install the package again")
+      raise ValueError(
+        f"{folder / name}: its sha256 is {found}, {SUMS} says {expected}: the file is damaged; "
+        "install the package again"
+      )
   tokenizer = SentencePieceTokenizer((folder / TOKENIZER).read_bytes())
   name = weights.metadata(folder / WEIGHTS)["architecture"]
   params = weights.load(folder / WEIGHTS, architecture.named(name))

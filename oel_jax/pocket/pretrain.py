@@ -1,6 +1,6 @@
 """Pre-trains the embedded policy on its procedural corpus and measures its gates.
 
-    python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pretrain
+python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pretrain
 """
 
 import contextlib
@@ -31,10 +31,11 @@ from oel_jax.runtime.workdir import opened
 
 
 class Examples(grain.transforms.Map):
-  """Example i of the corpus as int32 arrays of one length: `tokens` and `targets` are next-token pairs, `weight` is 0 but on the response.
+  """Example i of the corpus as int32 arrays of one length: `tokens` and `targets` are next-token
+  pairs, `weight` is 0 but on the response.
 
-  There the pieces that decide something (letters, "unknown", places, moves) weigh `decisive` times the rest, which is mostly foregone.
-  The tokenizer is built in each worker process.
+  There the pieces that decide something (letters, "unknown", places, moves) weigh `decisive` times
+  the rest, which is mostly foregone. The tokenizer is built in each worker process.
   """
 
   def __init__(self, seed: int, decisive: int, model_file: bytes):
@@ -57,25 +58,33 @@ class Examples(grain.transforms.Map):
       self._weights = np.ones(self._tokenizer.vocabulary, np.int32)
       self._weights[[self._tokenizer.encode(word)[0] for word in words]] = self._decisive
     drawn = corpus.example(derive(self._seed, "corpus", int(i)))
-    prompt, response = self._tokenizer.chat(drawn.messages), self._tokenizer.response(drawn.thinking, drawn.answer)
+    prompt, response = (
+      self._tokenizer.chat(drawn.messages),
+      self._tokenizer.response(drawn.thinking, drawn.answer),
+    )
     ids = np.asarray(prompt + response, np.int32)
     weight = np.concatenate([np.zeros(len(prompt) - 1, np.int32), self._weights[response]])
     return {"tokens": ids[:-1], "targets": ids[1:], "weight": weight}
 
 
 def dataset(config: Any, model_file: bytes) -> grain.IterDataset:
-  """Batches of packed rows, int32 [rows, length]: `Examples`' arrays, `tokens_segment_ids` (from 1; 0 is padding) and `tokens_positions`.
+  """Batches of packed rows, int32 [rows, length]: `Examples`' arrays, `tokens_segment_ids` (from 1;
+  0 is padding) and `tokens_positions`.
 
-  An example that does not fit a row goes into another; one longer than a whole row, rare at 768 tokens, is left out.
+  An example that does not fit a row goes into another; one longer than a whole row, rare at 768
+  tokens, is left out.
   """
   examples = grain.MapDataset.range(10**9).map(Examples(config.seed, config.decisive, model_file))
   examples = examples.filter(functools.partial(_fits, length=config.length))
   batches = grain.experimental.FirstFitPackIterDataset(
-      examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)),
-      length_struct=dict.fromkeys(("tokens", "targets", "weight"), config.length), num_packing_bins=config.rows,
-  ).batch(config.rows, drop_remainder=True)  # fmt: skip
+    examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)),
+    length_struct=dict.fromkeys(("tokens", "targets", "weight"), config.length),
+    num_packing_bins=config.rows,
+  ).batch(config.rows, drop_remainder=True)
   if config.workers:
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4))
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4)
+    )
   return batches
 
 
@@ -83,17 +92,32 @@ def _fits(example: dict[str, np.ndarray], length: int) -> bool:
   return len(example["tokens"]) <= length
 
 
-def loss(params: Any, batch: dict[str, jax.Array], *, shape: Any, dtype: Any, path: str) -> jax.Array:
-  """Weighted mean cross-entropy over the response tokens, float32, in nats; `batch` is one of `dataset`'s, `shape` the architecture."""
-  hidden, _ = model.apply(params, shape, batch["tokens"], batch["tokens_positions"], batch["tokens_segment_ids"], dtype=dtype, path=path)
-  losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden, model.head(params)), batch["targets"])
+def loss(
+  params: Any, batch: dict[str, jax.Array], *, shape: Any, dtype: Any, path: str
+) -> jax.Array:
+  """Weighted mean cross-entropy over the response tokens, float32, in nats; `batch` is one of
+  `dataset`'s, `shape` the architecture.
+  """
+  hidden, _ = model.apply(
+    params,
+    shape,
+    batch["tokens"],
+    batch["tokens_positions"],
+    batch["tokens_segment_ids"],
+    dtype=dtype,
+    path=path,
+  )
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    model.logits(hidden, model.head(params)), batch["targets"]
+  )
   return jnp.sum(losses * batch["weight"]) / jnp.maximum(batch["weight"].sum(), 1)
 
 
 def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
   """Trains, logs, and measures the gates; goes on from the last checkpoint when called again.
 
-  Leaves what `pocket.load` reads (`pocket.safetensors`, `tokenizer.model`, `sha256sums`) and `gates.json` in `workdir`.
+  Leaves what `pocket.load` reads (`pocket.safetensors`, `tokenizer.model`, `sha256sums`) and
+  `gates.json` in `workdir`.
 
   Returns what gates.json holds: each gate's hits, count, rate and bounds, and `passed`.
 
@@ -112,21 +136,41 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     )
     params, tokens = train(config, shape, model_file, metrics, checkpoints)
   digest = SentencePieceTokenizer(model_file).digest
-  header = {"architecture": config.architecture, "tokenizer": digest, "tokens": str(tokens), "seed": str(config.seed)}
+  header = {
+    "architecture": config.architecture,
+    "tokenizer": digest,
+    "tokens": str(tokens),
+    "seed": str(config.seed),
+  }
   weights.save(folder / load.WEIGHTS, params, dtype=np.float16, metadata=header)
   sums = [f"{weights.digest(folder / name)}  {name}\n" for name in (load.WEIGHTS, load.TOKENIZER)]
   files.write_text(folder / load.SUMS, "".join(sums))
   counts = probes.measure_gates(load.load(folder=folder), config.gate_count, seed=0)
-  gates = {name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": probes.GATES[name]} for name, c in counts.items()}
+  gates = {
+    name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": probes.GATES[name]}
+    for name, c in counts.items()
+  }
   passed = all(probes.passes(name, count) for name, count in counts.items())
-  result = {"schema": 1, "passed": passed, "sha256": weights.digest(folder / load.WEIGHTS), "gates": gates}
+  result = {
+    "schema": 1,
+    "passed": passed,
+    "sha256": weights.digest(folder / load.WEIGHTS),
+    "gates": gates,
+  }
   files.write_json(folder / "gates.json", result)
-  seen = lambda name, gate: {"gate": name, **gate, "bounds": str(gate["bounds"]), "passed": probes.passes(name, counts[name])}
+  seen = lambda name, gate: {
+    "gate": name,
+    **gate,
+    "bounds": str(gate["bounds"]),
+    "passed": probes.passes(name, counts[name]),
+  }
   progress.table([seen(name, gate) for name, gate in gates.items()], "gates")
   return result
 
 
-def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoints: Checkpoints) -> tuple[Any, int]:
+def train(
+  config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoints: Checkpoints
+) -> tuple[Any, int]:
   """The training loop: returns the parameters and the number of real tokens seen.
 
   Raises:
@@ -134,20 +178,28 @@ def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoi
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1))
+  rate = optax.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
+  )
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, batch):
     params, moments = state
-    value, gradient = jax.value_and_grad(functools.partial(loss, shape=shape, dtype=dtype, path=config.attention))(params, batch)
+    value, gradient = jax.value_and_grad(
+      functools.partial(loss, shape=shape, dtype=dtype, path=config.attention)
+    )(params, batch)
     updates, moments = optimizer.update(gradient, moments, params)
     params = optax.apply_updates(params, updates)
     sizes = {"gradient_norm": gradient, "parameter_norm": params}
     norms = {name: optax.global_norm(tree) for name, tree in sizes.items()}
     return (params, moments), {"loss": value} | norms
 
-  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1])
+  devices = mesh.make_mesh(
+    ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
+  )
 
   def begin(key):
     params = model.init(shape, key)
@@ -179,13 +231,17 @@ def train(config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoi
         checkpoints.wait()
         saved = [f"step {step} in {checkpoints.directory}, kept" for step in checkpoints.steps()]
         raise finite.NotFiniteError(
-            f"step {i} of pre-training: {broken}. Last good checkpoint: "
-            f"{saved[-1] if saved else 'none yet'}. The same command goes on from there, and comes "
-            "to the same end: change what led here, such as config.learning_rate "
-            f"({config.learning_rate}), and give --resume_anyway"
+          f"step {i} of pre-training: {broken}. Last good checkpoint: "
+          f"{saved[-1] if saved else 'none yet'}. The same command goes on from there, and comes "
+          "to the same end: change what led here, such as config.learning_rate "
+          f"({config.learning_rate}), and give --resume_anyway"
         )
       if i % config.gates_every == 0 and i < config.steps:
-        counts = probes.measure_gates(Policy(shape, state[0], SentencePieceTokenizer(model_file)), config.gate_count // 4, seed=i)
+        counts = probes.measure_gates(
+          Policy(shape, state[0], SentencePieceTokenizer(model_file)),
+          config.gate_count // 4,
+          seed=i,
+        )
         metrics.write("gates", i, round=0, **{name: count.rate for name, count in counts.items()})
       ending = terminated()
       if i % config.checkpoint_every == 0 or i == config.steps or ending:

@@ -1,7 +1,8 @@
-"""What the embedded policy can do, measured: the gates of its pre-training and the retention tests of every round.
+"""What the embedded policy can do, measured: the gates of its pre-training and the retention tests
+of every round.
 
-Each probe returns `Count(hits, of)`. All play by the real loop (`deployment.play`), in worlds drawn from seeds that no training example
-uses.
+Each probe returns `Count(hits, of)`. All play by the real loop (`deployment.play`), in worlds drawn
+from seeds that no training example uses.
 """
 
 import dataclasses
@@ -18,8 +19,17 @@ from oel_jax.runtime.seeds import derive
 from oel_jax.trajectory import transcript
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20)  # the paper's evaluation sampling
-WORLD = GameSpec("world", {}, corpus.PLAYER, corpus.ACTION_LIST, r"\[\s*(up|down|left|right)\s*\]", worlds.MAX_TURNS)
-LAKE = dataclasses.replace(WORLD, name="FrozenLake-v0-raw", args={"size": 3, "num_holes": 2}, max_turns=5)
+WORLD = GameSpec(
+  "world",
+  {},
+  corpus.PLAYER,
+  corpus.ACTION_LIST,
+  r"\[\s*(up|down|left|right)\s*\]",
+  worlds.MAX_TURNS,
+)
+LAKE = dataclasses.replace(
+  WORLD, name="FrozenLake-v0-raw", args={"size": 3, "num_holes": 2}, max_turns=5
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +50,12 @@ def world_of(seed: int, layout: str | None = None) -> worlds.World:
 
 
 def full_list(world: worlds.World, rng: random.Random, strangers: bool = False) -> str:
-  """A knowledge text that names goal and trap, 2 to 12 items, some of no use, and on request as many about letters that are elsewhere."""
+  """A knowledge text that names goal and trap, 2 to 12 items, some of no use, and on request as
+  many about letters that are elsewhere.
+  """
   said = [Claim(GOAL, world.goal), Claim(TRAP, world.trap)] + [
-      rng.choice((Claim(GOAL, world.goal), Claim(TRAP, world.trap), Claim(WALL), Claim(GENERIC))) for _ in range(rng.randint(0, 10))
+    rng.choice((Claim(GOAL, world.goal), Claim(TRAP, world.trap), Claim(WALL), Claim(GENERIC)))
+    for _ in range(rng.randint(0, 10))
   ]
   if strangers:
     elsewhere = [letter for letter in worlds.LETTERS if letter not in world.letters()]
@@ -51,59 +64,110 @@ def full_list(world: worlds.World, rng: random.Random, strangers: bool = False) 
   return "\n".join(claims_lib.say(claim, rng) for claim in said)
 
 
-def play_worlds(policy: Any, count: int, *, seed: int, layout: str | None = None, knowledge: str = "full") -> Count:
-  """Games passed in worlds, with knowledge "full", "swapped" (the full list with its roles exchanged), "strangers" or "none"."""
+def play_worlds(
+  policy: Any, count: int, *, seed: int, layout: str | None = None, knowledge: str = "full"
+) -> Count:
+  """Games passed in worlds, with knowledge "full", "swapped" (the full list with its roles
+  exchanged), "strangers" or "none".
+  """
   episodes = []
   for i in range(count):
     map_seed = derive(seed, "world", i)
     world, rng = world_of(map_seed, layout), random.Random(f"list {map_seed}")
     text = "" if knowledge == "none" else full_list(world, rng, strangers=knowledge == "strangers")
-    episodes.append(Episode(str(i), map_seed, derive(seed, "sample", i), claims_lib.swap_roles(text) if knowledge == "swapped" else text))
-  played = _play(policy, WORLD, episodes, lambda _, map_seed: worlds.WorldGame(world_of(map_seed, layout)))
+    episodes.append(
+      Episode(
+        str(i),
+        map_seed,
+        derive(seed, "sample", i),
+        claims_lib.swap_roles(text) if knowledge == "swapped" else text,
+      )
+    )
+  played = _play(
+    policy, WORLD, episodes, lambda _, map_seed: worlds.WorldGame(world_of(map_seed, layout))
+  )
   return Count(sum(trajectory.passed for trajectory in played), count)
 
 
-def play_lake(policy: Any, count: int, *, seed: int, knowledge: str = "", spec: GameSpec = LAKE) -> Count:
+def play_lake(
+  policy: Any, count: int, *, seed: int, knowledge: str = "", spec: GameSpec = LAKE
+) -> Count:
   """Games passed in TextArena's Frozen Lake, with this knowledge in the prompt."""
-  episodes = [Episode(str(i), derive(seed, "lake", i), derive(seed, "lake sample", i), knowledge) for i in range(count)]
-  return Count(sum(trajectory.passed for trajectory in _play(policy, spec, episodes, open_game)), count)
+  episodes = [
+    Episode(str(i), derive(seed, "lake", i), derive(seed, "lake sample", i), knowledge)
+    for i in range(count)
+  ]
+  return Count(
+    sum(trajectory.passed for trajectory in _play(policy, spec, episodes, open_game)), count
+  )
 
 
 def _play(policy, spec, episodes, open_with):
   return play(
-      policy, spec, episodes=episodes, sampling=SAMPLING, max_response_tokens=96, max_prompt_tokens=2048, slots=64, thinking=True,
-      open_with=open_with,
+    policy,
+    spec,
+    episodes=episodes,
+    sampling=SAMPLING,
+    max_response_tokens=96,
+    max_prompt_tokens=2048,
+    slots=64,
+    thinking=True,
+    open_with=open_with,
   )
 
 
 def binding(policy: Any, count: int, *, seed: int) -> Count:
-  """Wrong answers to "which symbol is the goal (or the hazard)?", given a list that names both: a guess at a letter it names fails."""
+  """Wrong answers to "which symbol is the goal (or the hazard)?", given a list that names both: a
+  guess at a letter it names fails.
+  """
   prompts, answers = [], []
   for i in range(count):
     rng = random.Random(f"binding {seed} {i}")
     world = worlds.random_world(rng)
     role = rng.choice((GOAL, TRAP))
     answers.append(world.goal if role == GOAL else world.trap)
-    prompts.append(policy.tokenizer.chat((corpus.knowledge_message(full_list(world, rng)), corpus.ask_message(role))))
-  return Count(sum(answer != right for answer, right in zip(_answers(policy, prompts, seed, 4), answers, strict=True)), count)
+    prompts.append(
+      policy.tokenizer.chat(
+        (corpus.knowledge_message(full_list(world, rng)), corpus.ask_message(role))
+      )
+    )
+  return Count(
+    sum(
+      answer != right
+      for answer, right in zip(_answers(policy, prompts, seed, 4), answers, strict=True)
+    ),
+    count,
+  )
 
 
 def extraction(policy: Any, count: int, *, seed: int) -> Count:
-  """Trajectories of random worlds of which what they reveal is written down: the deciding symbol if there is one, and nothing false."""
+  """Trajectories of random worlds of which what they reveal is written down: the deciding symbol if
+  there is one, and nothing false.
+  """
   prompts, revealed = [], []
   for i in range(count):
     rng = random.Random(f"extraction {seed} {i}")
     world = worlds.random_world(rng)
     trajectory, facts = corpus.episode(rng, world)
-    known = "\n".join(claims_lib.say(claim, rng) for claim in corpus.item_list(rng, world)) if rng.random() < 0.7 else ""
-    prompts.append(policy.tokenizer.chat((corpus.extraction_message(transcript(trajectory), known, form="items"),)))
+    known = (
+      "\n".join(claims_lib.say(claim, rng) for claim in corpus.item_list(rng, world))
+      if rng.random() < 0.7
+      else ""
+    )
+    prompts.append(
+      policy.tokenizer.chat(
+        (corpus.extraction_message(transcript(trajectory), known, form="items"),)
+      )
+    )
     revealed.append(facts)
   hits = 0
   for answer, facts in zip(_answers(policy, prompts, seed, 32), revealed, strict=True):
     lines = [line for line in answer.splitlines() if line.strip()]
     said = [claims_lib.parse(line) for line in lines]
     deciding = {fact for fact in facts if fact.role in (GOAL, TRAP)}
-    true = all(claim is not None and (claim in facts or claim.role in (GENERIC, WALL)) for claim in said)
+    true = all(
+      claim is not None and (claim in facts or claim.role in (GENERIC, WALL)) for claim in said
+    )
     hits += bool(said) and true and deciding <= set(said)
   return Count(hits, count)
 
@@ -117,41 +181,50 @@ def other_tasks(policy: Any, count: int, *, seed: int) -> Count:
 
 def _answers(policy: Any, prompts: list[list[int]], seed: int, limit: int) -> list[str]:
   seeds = [derive(seed, "answer", i) for i in range(len(prompts))]
-  return [policy.tokenizer.split_response(ids)[1] for ids in policy.sample(prompts, seeds, sampling=SAMPLING, max_new_tokens=limit)]
+  return [
+    policy.tokenizer.split_response(ids)[1]
+    for ids in policy.sample(prompts, seeds, sampling=SAMPLING, max_new_tokens=limit)
+  ]
 
 
 # The gates: probe, what is measured, and the rates it must lie between.
 GATES = {
-    "binding_wrong": (0.0, 0.01),
-    "full": (0.98, 1.0),
-    "full_symmetric": (0.98, 1.0),
-    "swapped": (0.0, 0.05),
-    "swapped_symmetric": (0.0, 0.05),
-    "strangers": (0.98, 1.0),
-    "extraction": (0.98, 1.0),
-    "lake_none": (0.05, 0.25),
-    "lake_full": (0.98, 1.0),
-    "lake_swapped": (0.0, 0.05),
-    "other": (0.97, 1.0),
+  "binding_wrong": (0.0, 0.01),
+  "full": (0.98, 1.0),
+  "full_symmetric": (0.98, 1.0),
+  "swapped": (0.0, 0.05),
+  "swapped_symmetric": (0.0, 0.05),
+  "strangers": (0.98, 1.0),
+  "extraction": (0.98, 1.0),
+  "lake_none": (0.05, 0.25),
+  "lake_full": (0.98, 1.0),
+  "lake_swapped": (0.0, 0.05),
+  "other": (0.97, 1.0),
 }
 
 
 def measure_gates(policy: Any, count: int, *, seed: int) -> dict[str, Count]:
-  """Every gate's probe, `count` examples each; of the one whose lower bound lies within the noise of so few games, four times as many."""
+  """Every gate's probe, `count` examples each; of the one whose lower bound lies within the noise
+  of so few games, four times as many.
+  """
   rng = random.Random(seed)
-  told = "\n".join(claims_lib.say(Claim(role, letter), rng) for role, letter in ((GOAL, "G"), (TRAP, "H")) * 2)
+  told = "\n".join(
+    claims_lib.say(Claim(role, letter), rng) for role, letter in ((GOAL, "G"), (TRAP, "H")) * 2
+  )
   return {
-      "binding_wrong": binding(policy, count, seed=seed),
-      "full": play_worlds(policy, count, seed=seed),
-      "full_symmetric": play_worlds(policy, count, seed=seed, layout="symmetric"),
-      "swapped": play_worlds(policy, count, seed=seed, knowledge="swapped"),
-      "swapped_symmetric": play_worlds(policy, count, seed=seed, layout="symmetric", knowledge="swapped"),
-      "strangers": play_worlds(policy, count, seed=seed, knowledge="strangers"),
-      "extraction": extraction(policy, count, seed=seed),
-      "lake_none": play_lake(policy, 4 * count, seed=seed),
-      "lake_full": play_lake(policy, count, seed=seed, knowledge=told),
-      "lake_swapped": play_lake(policy, count, seed=seed, knowledge=claims_lib.swap_roles(told)),
-      "other": other_tasks(policy, count, seed=seed),
+    "binding_wrong": binding(policy, count, seed=seed),
+    "full": play_worlds(policy, count, seed=seed),
+    "full_symmetric": play_worlds(policy, count, seed=seed, layout="symmetric"),
+    "swapped": play_worlds(policy, count, seed=seed, knowledge="swapped"),
+    "swapped_symmetric": play_worlds(
+      policy, count, seed=seed, layout="symmetric", knowledge="swapped"
+    ),
+    "strangers": play_worlds(policy, count, seed=seed, knowledge="strangers"),
+    "extraction": extraction(policy, count, seed=seed),
+    "lake_none": play_lake(policy, 4 * count, seed=seed),
+    "lake_full": play_lake(policy, count, seed=seed, knowledge=told),
+    "lake_swapped": play_lake(policy, count, seed=seed, knowledge=claims_lib.swap_roles(told)),
+    "other": other_tasks(policy, count, seed=seed),
   }
 
 

@@ -1,8 +1,10 @@
-"""Procedural grid worlds that look, letter for letter, as TextArena renders Frozen Lake, with the symbols' roles drawn anew.
+"""Procedural grid worlds that look, letter for letter, as TextArena renders Frozen Lake, with the
+symbols' roles drawn anew.
 
-In each world one capital letter is the goal, one is the trap, and others may lie about that do nothing. The layout tells nothing of the
-roles: three layouts in five look alike under an exchange of the two, and of the others as many have a lone goal in the corner among
-traps as have a lone trap there among goals. Whoever knows must have been told.
+In each world one capital letter is the goal, one is the trap, and others may lie about that do
+nothing. The layout tells nothing of the roles: three layouts in five look alike under an exchange
+of the two, and of the others as many have a lone goal in the corner among traps as have a lone trap
+there among goals. Whoever knows must have been told.
 """
 
 import collections
@@ -18,7 +20,9 @@ SIZES = (3, 4, 5)
 MAX_TURNS = 8  # enough from corner to corner of the largest board
 
 Cell = tuple[int, int]
-PLACES = tuple(f"({r}, {c})" for r in range(max(SIZES)) for c in range(max(SIZES)))  # as the game and the thinking name them
+PLACES = tuple(
+  f"({r}, {c})" for r in range(max(SIZES)) for c in range(max(SIZES))
+)  # as the game and the thinking name them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,9 @@ def neighbours(cell: Cell, size: int) -> dict[str, Cell]:
 
 
 def distances(world: World, targets: list[Cell], avoid: set[str]) -> dict[Cell, int]:
-  """Moves from each cell to the nearest target without stepping on the symbols to avoid (targets excepted)."""
+  """Moves from each cell to the nearest target without stepping on the symbols to avoid (targets
+  excepted).
+  """
   found = {cell: 0 for cell in targets}
   queue = collections.deque(targets)
   while queue:
@@ -69,19 +75,26 @@ def distances(world: World, targets: list[Cell], avoid: set[str]) -> dict[Cell, 
   return found
 
 
-def random_world(rng: random.Random, *, layout: str | None = None, size: int | None = None) -> World:
+def random_world(
+  rng: random.Random, *, layout: str | None = None, size: int | None = None
+) -> World:
   """Draws a world that can be won within `MAX_TURNS` moves.
 
   Args:
     rng: all that is drawn comes from here.
-    layout: "symmetric" (one goal, one trap, anywhere), "corner_goal" (as Frozen Lake: the goal in the corner, several traps) or
-      "corner_trap" (the reverse); drawn 3 : 1 : 1 if None.
+    layout: "symmetric" (one goal, one trap, anywhere), "corner_goal" (as Frozen Lake: the goal in
+      the corner, several traps) or "corner_trap" (the reverse); drawn 3 : 1 : 1 if None.
     size: 3, 4 or 5; drawn if None.
   """
   layout = layout or rng.choices(("symmetric", "corner_goal", "corner_trap"), (3, 1, 1))[0]
   while True:
     world = _draw(rng, layout, size or rng.choice(SIZES))
-    goals = [(r, c) for r in range(world.size) for c in range(world.size) if world.symbol((r, c)) == world.goal]
+    goals = [
+      (r, c)
+      for r in range(world.size)
+      for c in range(world.size)
+      if world.symbol((r, c)) == world.goal
+    ]
     if distances(world, goals, {world.trap}).get(world.start, MAX_TURNS + 1) <= MAX_TURNS:
       return world
 
@@ -114,7 +127,9 @@ def _draw(rng: random.Random, layout: str, size: int) -> World:
 
 
 def render(world: World, player: Cell) -> str:
-  """The board as Frozen Lake draws it: cells five wide, "P/X" where the player stands on the goal X."""
+  """The board as Frozen Lake draws it: cells five wide, "P/X" where the player stands on the goal
+  X.
+  """
   line = "+" + "+".join(["-----"] * world.size) + "+"
   lines = [line]
   for r, row in enumerate(world.rows):
@@ -126,7 +141,9 @@ def render(world: World, player: Cell) -> str:
 
 
 class WorldGame:
-  """One game in a world, with the same face and the same words as `deployment.games.Game` on Frozen Lake."""
+  """One game in a world, with the same face and the same words as `deployment.games.Game` on Frozen
+  Lake.
+  """
 
   def __init__(self, world: World, max_turns: int = MAX_TURNS):
     self.world, self.player = world, world.start
@@ -134,19 +151,31 @@ class WorldGame:
     self.observation = self._board()
 
   def play(self, answer_action: str) -> Step:
-    """`answer_action` is "[up]", "[down]", "[left]" or "[right]"; anything else is an invalid move. RuntimeError after the end."""
+    """`answer_action` is "[up]", "[down]", "[left]" or "[right]"; anything else is an invalid move.
+    RuntimeError after the end.
+    """
     if self._done:
       raise RuntimeError("the game is over, there is no move left to make")
-    step = self._move(answer_action[1:-1] if answer_action.startswith("[") and answer_action.endswith("]") else "")
+    step = self._move(
+      answer_action[1:-1] if answer_action.startswith("[") and answer_action.endswith("]") else ""
+    )
     self._turns += 1
     self._done = step.done or self._turns == self._max_turns
     if step.done or not self._done:
       return step
-    return Step(step.observation, True, 0.0, f"{step.observation}\nThe game was stopped after {self._turns} turns.", "turn_limit")
+    return Step(
+      step.observation,
+      True,
+      0.0,
+      f"{step.observation}\nThe game was stopped after {self._turns} turns.",
+      "turn_limit",
+    )
 
   def _move(self, name: str) -> Step:
     if name not in ACTIONS:
-      return self._invalid("Invalid action format. Use [up], [down], [left], [right] or [w], [a], [s], [d].")
+      return self._invalid(
+        "Invalid action format. Use [up], [down], [left], [right] or [w], [a], [s], [d]."
+      )
     target = neighbours(self.player, self.world.size).get(name)
     if target is None:
       return self._invalid(f"You tried to move {name} but hit a wall!")
@@ -156,20 +185,23 @@ class WorldGame:
     if symbol == self.world.goal:
       return Step(text, True, 1.0, f"{text}\nCongratulations! You reached the goal!", "passed")
     if symbol == self.world.trap:
-      words = f"You fell into a hole! Game over. You completed {round(self._progress() * 100)}% of the journey to the goal."
+      share = round(self._progress() * 100)
+      words = f"You fell into a hole! Game over. You completed {share}% of the journey to the goal."
       return Step(text, True, self._progress(), f"{text}\n{words}", "lost")
     return Step(text, False)
 
   def _board(self) -> str:
     return (
-        f"Current Board:\n\n{render(self.world, self.player)}\n\n"
-        "Available Actions: [up], [down], [left], [right], [w], [a], [s], [d]"
+      f"Current Board:\n\n{render(self.world, self.player)}\n\n"
+      "Available Actions: [up], [down], [left], [right], [w], [a], [s], [d]"
     )
 
   def _invalid(self, reason: str) -> Step:
     self._errors += 1
     if self._errors > 1:
-      return Step(self._board(), True, self._progress(), f"{self._board()}\nInvalid Move: {reason}", "invalid")
+      return Step(
+        self._board(), True, self._progress(), f"{self._board()}\nInvalid Move: {reason}", "invalid"
+      )
     words = "Please resubmit a valid move and remember to follow the game rules to avoid penalties."
     return Step(f"You attempted an invalid move. Reason: {reason} {words}\n{self._board()}", False)
 

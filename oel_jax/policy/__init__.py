@@ -1,1 +1,3 @@
-"""The language model as pure functions of its parameters: architecture, decoder, sampling, tokenizer, weights."""
+"""The language model as pure functions of its parameters: architecture, decoder, sampling,
+tokenizer, weights.
+"""

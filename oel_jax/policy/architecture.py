@@ -5,12 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-  """Llama 3's stretching of the rotary positions: slow frequencies are divided by `factor`, fast ones kept, those between blended.
+  """Llama 3's stretching of the rotary positions: slow frequencies are divided by `factor`, fast
+  ones kept, those between blended.
 
   Attributes:
     factor: what slow frequencies are divided by.
-    low_freq_factor, high_freq_factor: a frequency is slow if it turns fewer times than the first within the original context, fast if
-      more often than the second.
+    low_freq_factor, high_freq_factor: a frequency is slow if it turns fewer times than the first
+      within the original context, fast if more often than the second.
     original_max_position_embeddings: the original context, in tokens.
   """
 
@@ -59,43 +60,84 @@ class Architecture:
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
-      raise ValueError(f"Architecture.kv_heads is {self.kv_heads}: it must divide heads ({self.heads})")
+      raise ValueError(
+        f"Architecture.kv_heads is {self.kv_heads}: it must divide heads ({self.heads})"
+      )
     if self.head_size % 2:
-      raise ValueError(f"Architecture.head_size is {self.head_size}: rotary positions need an even number")
+      raise ValueError(
+        f"Architecture.head_size is {self.head_size}: rotary positions need an even number"
+      )
 
 
 def _qwen3(width: int, layers: int, heads: int, feedforward: int, tied_head: bool) -> Architecture:
   return Architecture(151936, width, layers, heads, 8, 128, feedforward, tied_head=tied_head)
 
 
-def _qwen25(width: int, layers: int, heads: int, kv_heads: int, feedforward: int, vocabulary: int, tied_head: bool) -> Architecture:
+def _qwen25(
+  width: int,
+  layers: int,
+  heads: int,
+  kv_heads: int,
+  feedforward: int,
+  vocabulary: int,
+  tied_head: bool,
+) -> Architecture:
   return Architecture(
-      vocabulary, width, layers, heads, kv_heads, 128, feedforward, qk_norm=False, qkv_bias=True, tied_head=tied_head
-  )  # fmt: skip
+    vocabulary,
+    width,
+    layers,
+    heads,
+    kv_heads,
+    128,
+    feedforward,
+    qk_norm=False,
+    qkv_bias=True,
+    tied_head=tied_head,
+  )
 
 
-def _llama3(width: int, layers: int, heads: int, head_size: int, feedforward: int, factor: float, tied_head: bool) -> Architecture:
+def _llama3(
+  width: int,
+  layers: int,
+  heads: int,
+  head_size: int,
+  feedforward: int,
+  factor: float,
+  tied_head: bool,
+) -> Architecture:
   return Architecture(
-      128256, width, layers, heads, 8, head_size, feedforward, rope_theta=5e5, norm_eps=1e-5, qk_norm=False, tied_head=tied_head,
-      rope_scaling=Llama3Scaling(factor, 1.0, 4.0, 8192.0),
-  )  # fmt: skip
+    128256,
+    width,
+    layers,
+    heads,
+    8,
+    head_size,
+    feedforward,
+    rope_theta=5e5,
+    norm_eps=1e-5,
+    qk_norm=False,
+    tied_head=tied_head,
+    rope_scaling=Llama3Scaling(factor, 1.0, 4.0, 8192.0),
+  )
 
 
 ARCHITECTURES = {
-    # The embedded policy (pocket.md, model S) and its smaller sister for tests.
-    "pocket": Architecture(576, 128, 8, 4, 2, 32, 352, rope_theta=1e4),
-    "pocket-tiny": Architecture(576, 32, 2, 2, 1, 16, 64, rope_theta=1e4),
-    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, True),
-    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, True),
-    "qwen3-4b": _qwen3(2560, 36, 32, 9728, True),
-    "qwen3-4b-instruct": dataclasses.replace(_qwen3(2560, 36, 32, 9728, True), rope_theta=5e6),
-    "qwen3-8b": _qwen3(4096, 36, 32, 12288, False),
-    "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 8960, 151936, True),
-    "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, 152064, False),
-    "llama-3.1-8b": _llama3(4096, 32, 32, 128, 14336, 8.0, False),
-    "llama-3.2-1b": _llama3(2048, 16, 32, 64, 8192, 32.0, True),
-    "llama-3.2-3b": _llama3(3072, 28, 24, 128, 8192, 32.0, True),
-    "smollm2-135m": Architecture(49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5, norm_eps=1e-5, qk_norm=False),
+  # The embedded policy (pocket.md, model S) and its smaller sister for tests.
+  "pocket": Architecture(576, 128, 8, 4, 2, 32, 352, rope_theta=1e4),
+  "pocket-tiny": Architecture(576, 32, 2, 2, 1, 16, 64, rope_theta=1e4),
+  "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, True),
+  "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, True),
+  "qwen3-4b": _qwen3(2560, 36, 32, 9728, True),
+  "qwen3-4b-instruct": dataclasses.replace(_qwen3(2560, 36, 32, 9728, True), rope_theta=5e6),
+  "qwen3-8b": _qwen3(4096, 36, 32, 12288, False),
+  "qwen2.5-1.5b": _qwen25(1536, 28, 12, 2, 8960, 151936, True),
+  "qwen2.5-7b": _qwen25(3584, 28, 28, 4, 18944, 152064, False),
+  "llama-3.1-8b": _llama3(4096, 32, 32, 128, 14336, 8.0, False),
+  "llama-3.2-1b": _llama3(2048, 16, 32, 64, 8192, 32.0, True),
+  "llama-3.2-3b": _llama3(3072, 28, 24, 128, 8192, 32.0, True),
+  "smollm2-135m": Architecture(
+    49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5, norm_eps=1e-5, qk_norm=False
+  ),
 }
 
 

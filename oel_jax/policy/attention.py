@@ -1,4 +1,6 @@
-"""Attention behind one signature. The XLA path is the reference and runs everywhere; cuDNN's runs on NVIDIA GPUs in bfloat16."""
+"""Attention behind one signature. The XLA path is the reference and runs everywhere; cuDNN's runs
+on NVIDIA GPUs in bfloat16.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,19 @@ TILE = 128  # keys that cuDNN's backward pass takes at a time
 
 
 def attend(
-    q_BxTxNxH: Float[Array, "B T N H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"],
-    mask_BxTxS: Bool[Array, "B T S"], path: str = "xla",
-) -> Float[Array, "B T N H"]:  # fmt: skip
-  """Softmax attention of T queries over S keys, each key-value head serving N / K query heads; scores and softmax in float32.
+  q_BxTxNxH: Float[Array, "B T N H"],
+  k_BxKxSxH: Float[Array, "B K S H"],
+  v_BxKxSxH: Float[Array, "B K S H"],
+  mask_BxTxS: Bool[Array, "B T S"],
+  path: str = "xla",
+) -> Float[Array, "B T N H"]:
+  """Softmax attention of T queries over S keys, each key-value head serving N / K query heads;
+  scores and softmax in float32.
 
-  Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time, heads, size].
-  `path` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and padding count there too (traps, 24); "flash" does not
-  see it and is causal: right for rows that hold one sequence, padded on the right, and S = T.
+  Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time,
+  heads, size]. `path` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and
+  padding count there too (traps, 24); "flash" does not see it and is causal: right for rows that
+  hold one sequence, padded on the right, and S = T.
 
   Raises:
     ValueError: another path.
@@ -32,7 +39,9 @@ def attend(
     k_BxKxSxH, v_BxKxSxH, mask_BxTxS = _whole_tiles(k_BxKxSxH, v_BxKxSxH, mask_BxTxS)
   if path != "xla":
     how = dict(mask=mask_BxTxS[:, None]) if path == "cudnn" else dict(is_causal=True)
-    return jax.nn.dot_product_attention(q_BxTxNxH, k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2), implementation="cudnn", **how)
+    return jax.nn.dot_product_attention(
+      q_BxTxNxH, k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2), implementation="cudnn", **how
+    )
   B, T, N, H = q_BxTxNxH.shape
   K = k_BxKxSxH.shape[1]
   q = q_BxTxNxH.reshape(B, T, K, N // K, H) * (H**-0.5)
@@ -43,7 +52,8 @@ def attend(
 
 
 def _centred(k_BxKxSxH: Array) -> Array:
-  """The keys less their mean, which adds the same to all scores of a query: the softmax is what it was.
+  """The keys less their mean, which adds the same to all scores of a query: the softmax is what it
+  was.
 
   cuDNN rounds the gradient in the scores to bfloat16 before it multiplies it by the keys. Its sum
   over the keys is 0 but for that rounding, so what the keys have in common comes out as an error
@@ -54,8 +64,11 @@ def _centred(k_BxKxSxH: Array) -> Array:
   return (k_BxKxSxH - mean).astype(k_BxKxSxH.dtype)
 
 
-def _whole_tiles(k_BxKxSxH: Array, v_BxKxSxH: Array, mask_BxTxS: Array) -> tuple[Array, Array, Array]:
-  """The same keys, values and mask, and keys behind them that nobody sees, up to a multiple of TILE.
+def _whole_tiles(
+  k_BxKxSxH: Array, v_BxKxSxH: Array, mask_BxTxS: Array
+) -> tuple[Array, Array, Array]:
+  """The same keys, values and mask, and keys behind them that nobody sees, up to a multiple of
+  TILE.
 
   In its last tile, if that is half full, the backward pass of cuDNN with a mask takes what lies
   behind the keys for visible keys of score 0. Where all scores of a query are below about -90, as
@@ -70,43 +83,77 @@ def _whole_tiles(k_BxKxSxH: Array, v_BxKxSxH: Array, mask_BxTxS: Array) -> tuple
 
 
 def causal(
-    q_BxTxNxH: Float[Array, "B T N H"], k_BxKxTxH: Float[Array, "B K T H"], v_BxKxTxH: Float[Array, "B K T H"], path: str = "xla"
+  q_BxTxNxH: Float[Array, "B T N H"],
+  k_BxKxTxH: Float[Array, "B K T H"],
+  v_BxKxTxH: Float[Array, "B K T H"],
+  path: str = "xla",
 ) -> Float[Array, "B T N H"]:
-  """`attend` where every query sees the keys up to its own. Padding must stand on the right: cuDNN is given no mask (traps, 24)."""
+  """`attend` where every query sees the keys up to its own. Padding must stand on the right: cuDNN
+  is given no mask (traps, 24).
+  """
   T = q_BxTxNxH.shape[1]
-  return attend(q_BxTxNxH, k_BxKxTxH, v_BxKxTxH, jnp.tril(jnp.ones((1, T, T), bool)), "flash" if path == "cudnn" else path)
+  return attend(
+    q_BxTxNxH,
+    k_BxKxTxH,
+    v_BxKxTxH,
+    jnp.tril(jnp.ones((1, T, T), bool)),
+    "flash" if path == "cudnn" else path,
+  )
 
 
 def attend_with_prefix(
-    q_BxTxNxH: Float[Array, "B T N H"], own: tuple[Array, Array], prefix: tuple[Array, Array], mask_BxTxS: Bool[Array, "B T PT"],
-    length_B: Int[Array, "B"], path: str = "xla",
-) -> Float[Array, "B T N H"]:  # fmt: skip
-  """`attend` over the keys and values of a prefix, [B, K, P, H], and those of the tokens themselves, [B, K, T, H].
+  q_BxTxNxH: Float[Array, "B T N H"],
+  own: tuple[Array, Array],
+  prefix: tuple[Array, Array],
+  mask_BxTxS: Bool[Array, "B T PT"],
+  length_B: Int[Array, "B"],
+  path: str = "xla",
+) -> Float[Array, "B T N H"]:
+  """`attend` over the keys and values of a prefix, [B, K, P, H], and those of the tokens
+  themselves, [B, K, T, H].
 
-  "xla" and "cudnn" go by the mask, [B, T, P + T]. "flash" goes by length_B, how much of the prefix there is: it attends to the two apart
-  and joins them by their log-sum-exps. Not differentiable there.
+  "xla" and "cudnn" go by the mask, [B, T, P + T]. "flash" goes by length_B, how much of the prefix
+  there is: it attends to the two apart and joins them by their log-sum-exps. Not differentiable
+  there.
   """
   if path != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
     return attend(q_BxTxNxH, k, v, mask_BxTxS, path)
-  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below (traps, 24b).
+  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below
+  # (traps, 24b).
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   def flash(k, v, **how):
     how |= dict(scale=q_BxTxNxH.shape[-1] ** -0.5, return_residual=True)
-    y, logsumexp_BxNxT = cudnn.dot_product_attention(q_BxTxNxH, k.swapaxes(1, 2), v.swapaxes(1, 2), **how)
+    y, logsumexp_BxNxT = cudnn.dot_product_attention(
+      q_BxTxNxH, k.swapaxes(1, 2), v.swapaxes(1, 2), **how
+    )
     return y, logsumexp_BxNxT.swapaxes(1, 2)[..., None]
 
   B, T = q_BxTxNxH.shape[:2]
-  filled = dict(q_seqlen=jnp.full(B, T, jnp.int32), kv_seqlen=jnp.maximum(length_B, 1), mask_type=cudnn.MaskType.PADDING)
-  return join(*flash(*own, mask_type=cudnn.MaskType.CAUSAL), *flash(*prefix, **filled), (length_B > 0)[:, None, None, None])
+  filled = dict(
+    q_seqlen=jnp.full(B, T, jnp.int32),
+    kv_seqlen=jnp.maximum(length_B, 1),
+    mask_type=cudnn.MaskType.PADDING,
+  )
+  return join(
+    *flash(*own, mask_type=cudnn.MaskType.CAUSAL),
+    *flash(*prefix, **filled),
+    (length_B > 0)[:, None, None, None],
+  )
 
 
-def join(first: Array, first_logsumexp: Array, second: Array, second_logsumexp: Array, there: Array) -> Array:
-  """One attention from two over disjoint keys, [..., H] with log-sum-exps [..., 1], in float32; `second` counts where it is `there`."""
+def join(
+  first: Array, first_logsumexp: Array, second: Array, second_logsumexp: Array, there: Array
+) -> Array:
+  """One attention from two over disjoint keys, [..., H] with log-sum-exps [..., 1], in float32;
+  `second` counts where it is `there`.
+  """
   second_logsumexp = jnp.where(there, second_logsumexp.astype(jnp.float32), MASKED)
   weight = jax.nn.sigmoid(second_logsumexp - first_logsumexp.astype(jnp.float32))
-  return ((1 - weight) * first.astype(jnp.float32) + weight * second.astype(jnp.float32)).astype(first.dtype)
+  return ((1 - weight) * first.astype(jnp.float32) + weight * second.astype(jnp.float32)).astype(
+    first.dtype
+  )
 
 
 def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -116,36 +163,50 @@ def segment_mask(segments_BxT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
   return same & jnp.tril(jnp.ones((T, T), bool))
 
 
-def frequencies(size: int, theta: float, scaling: Llama3Scaling | None = None) -> Float[Array, "half"]:
+def frequencies(
+  size: int, theta: float, scaling: Llama3Scaling | None = None
+) -> Float[Array, "half"]:
   """Radians a position that each pair of a head's `size` numbers turns by, float32."""
   plain = theta ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
   if scaling is None:
     return plain
-  turns = scaling.original_max_position_embeddings * plain / (2 * jnp.pi)  # within the original context
-  fast = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+  turns = (
+    scaling.original_max_position_embeddings * plain / (2 * jnp.pi)
+  )  # within the original context
+  fast = jnp.clip(
+    (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1
+  )
   return plain * (fast + (1 - fast) / scaling.factor)
 
 
 def angles(
-    positions: Int[Array, "*shape"], size: int, theta: float, scaling: Llama3Scaling | None = None
+  positions: Int[Array, "*shape"], size: int, theta: float, scaling: Llama3Scaling | None = None
 ) -> Float[Array, "*shape half"]:
   """Radians that each pair of a head's `size` numbers is turned by, float32."""
   return positions[..., None].astype(jnp.float32) * frequencies(size, theta, scaling)
 
 
 def rotate(
-    x_BxTxNxH: Float[Array, "B T N H"], positions_BxT: Int[Array, "B T"], theta: float, scaling: Llama3Scaling | None = None
+  x_BxTxNxH: Float[Array, "B T N H"],
+  positions_BxT: Int[Array, "B T"],
+  theta: float,
+  scaling: Llama3Scaling | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Rotary position embedding, the two halves of a head rotated against each other; angles in float32."""
+  """Rotary position embedding, the two halves of a head rotated against each other; angles in
+  float32.
+  """
   turns = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]
   return turn(x_BxTxNxH, jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1))
 
 
 def turn(x: Float[Array, "... H"], turns: Float[Array, "... H"]) -> Float[Array, "... H"]:
-  """Rotates the two halves of each head against each other, in float32 (Su et al. 2021, eq. 34); `turns`, float32, holds cosines, then sines.
+  """Rotates the two halves of each head against each other, in float32 (Su et al. 2021, eq. 34);
+  `turns`, float32, holds cosines, then sines.
 
   Returns the type of x.
   """
   cos, sin = jnp.split(turns, 2, axis=-1)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
+    x.dtype
+  )

@@ -1,11 +1,14 @@
 """The sampler's programs: prefill into slots, and a loop that decodes a token in every slot.
 
-A slot is a row of the key-value cache with what is needed to go on drawing. The cache is a ring: each step writes one column, the same for
-all rows, and a row's tokens are the columns last written, so that sequences come and go while the others stay where they are, and the
-write is one slice instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop (traps, 19): slicing stacked
-weights at every token is several times slower, and so are three small matrix products instead of a large one.
+A slot is a row of the key-value cache with what is needed to go on drawing. The cache is a ring:
+each step writes one column, the same for all rows, and a row's tokens are the columns last written,
+so that sequences come and go while the others stay where they are, and the write is one slice
+instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop (traps,
+19): slicing stacked weights at every token is several times slower, and so are three small matrix
+products instead of a large one.
 
-On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many rows have not ended.
+On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
+rows have not ended.
 """
 
 import functools
@@ -30,10 +33,12 @@ class Slots(NamedTuple):
   """The state of B rows that decode side by side over a ring of S columns.
 
   Attributes:
-    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies these faster with a query.
+    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies
+      these faster with a query.
     values: L arrays [B, K, S, H].
     column: [] int32, the one that the next step writes.
-    filled: [B] int32, tokens of the row in the ring: the columns last written. 0 for a row that is not active.
+    filled: [B] int32, tokens of the row in the ring: the columns last written. 0 for a row that is
+      not active.
     token: [B] int32, the last id drawn, not in the ring yet.
     drawn: [B] int32, ids drawn for the response so far.
     active: [B] bool, whether the row has not ended.
@@ -55,8 +60,11 @@ class Slots(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
-def prepare(params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None) -> Any:
-  """Parameters as sampling wants them: layers apart, the matrices that read the same input joined, on a GPU one row an output.
+def prepare(
+  params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None
+) -> Any:
+  """Parameters as sampling wants them: layers apart, the matrices that read the same input joined,
+  on a GPU one row an output.
 
   Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
   On a mesh each device gets them whole, however training has placed them.
@@ -69,11 +77,22 @@ def prepare(params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh |
     made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
     made |= {"qkv_bias": layer["qkv_bias"]} if architecture.qkv_bias else {}
     if architecture.qk_norm:
-      made["qk_norm"] = {"scale": jnp.repeat(layer["qk_norm"], heads, axis=0, total_repeat_length=architecture.heads + architecture.kv_heads)}
+      made["qk_norm"] = {
+        "scale": jnp.repeat(
+          layer["qk_norm"],
+          heads,
+          axis=0,
+          total_repeat_length=architecture.heads + architecture.kv_heads,
+        )
+      }
     return made
 
   params = {**params, "layers": tuple(map(turn, params["layers"]))}
-  return jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec())) if mesh else params
+  return (
+    jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
+    if mesh
+    else params
+  )
 
 
 def columns(path: str) -> int:
@@ -81,14 +100,40 @@ def columns(path: str) -> int:
   return 3 if path == "xla" else 2
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype", "path", "mesh"))
-def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype: Any, path: str, mesh: Mesh | None = None) -> Slots:
-  """`rows` slots that wait for a prompt, over `size` columns, with room for `ends` end ids each; on a mesh the rows are spread over it."""
+@functools.partial(
+  jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype", "path", "mesh")
+)
+def empty(
+  *,
+  architecture: Architecture,
+  rows: int,
+  size: int,
+  ends: int,
+  dtype: Any,
+  path: str,
+  mesh: Mesh | None = None,
+) -> Slots:
+  """`rows` slots that wait for a prompt, over `size` columns, with room for `ends` end ids each; on
+  a mesh the rows are spread over it.
+  """
   H = architecture.head_size
-  ring = lambda *shape: tuple(jnp.zeros((rows, architecture.kv_heads, *shape), dtype) for _ in range(architecture.layers))
+  ring = lambda *shape: tuple(
+    jnp.zeros((rows, architecture.kv_heads, *shape), dtype) for _ in range(architecture.layers)
+  )
   zero, none = jnp.zeros((rows,), jnp.int32), jnp.full((rows, ends), -1, jnp.int32)
   keys = ring(H, size) if columns(path) == 3 else ring(size, H)
-  slots = Slots(keys, ring(size, H), jnp.int32(0), zero, zero, zero, zero > 0, zero.astype(jnp.uint32), zero, none)
+  slots = Slots(
+    keys,
+    ring(size, H),
+    jnp.int32(0),
+    zero,
+    zero,
+    zero,
+    zero > 0,
+    zero.astype(jnp.uint32),
+    zero,
+    none,
+  )
   if mesh is None:
     return slots
   place = lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
@@ -96,29 +141,38 @@ def empty(*, architecture: Architecture, rows: int, size: int, ends: int, dtype:
 
 
 def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
-  """The axes over which rows are spread. None where there are several processes: the host reads what was drawn, of others' rows it could
-  not; there every device has all rows."""
+  """The axes over which rows are spread. None where there are several processes: the host reads
+  what was drawn, of others' rows it could not; there every device has all rows.
+  """
   return mesh.axis_names if mesh and not mesh.is_multi_process else ()
 
 
 def _specs(mesh: Mesh, tree: Any) -> Any:
   """How arrays of rows, and numbers, lie on the mesh."""
-  return jax.tree.map(lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree)
+  return jax.tree.map(
+    lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree
+  )
 
 
-def _by_rows(run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any) -> tuple[Slots, tuple[Array, ...]]:
+def _by_rows(
+  run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any
+) -> tuple[Slots, tuple[Array, ...]]:
   """`run` on the rows of each device, which returns the slots and arrays of rows."""
   if mesh is None:
     return run(weights, slots, *given)
   specs = _specs(mesh, (slots, *given))
   out = specs[0], PartitionSpec(row_axes(mesh) or None)
   # A kernel does not say over which axes its results differ, which a check would want to know.
-  return jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=out, check_vma=False)(weights, slots, *given)
+  return jax.shard_map(
+    run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=out, check_vma=False
+  )(weights, slots, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "path"))
 def grow(slots: Slots, *, size: int, path: str) -> Slots:
-  """The same slots over a larger ring of `size` columns; the column written last becomes the last of the old ones. Both rings are alive."""
+  """The same slots over a larger ring of `size` columns; the column written last becomes the last
+  of the old ones. Both rings are alive.
+  """
   S = slots.values[0].shape[2]
 
   def widen(ring, axis):
@@ -126,7 +180,9 @@ def grow(slots: Slots, *, size: int, path: str) -> Slots:
     return jnp.pad(jnp.roll(ring, -slots.column, axis=axis), room)
 
   keys = tuple(widen(ring, columns(path)) for ring in slots.keys)
-  return slots._replace(keys=keys, values=tuple(widen(ring, 2) for ring in slots.values), column=jnp.int32(S))
+  return slots._replace(
+    keys=keys, values=tuple(widen(ring, 2) for ring in slots.values), column=jnp.int32(S)
+  )
 
 
 @jax.jit
@@ -136,19 +192,35 @@ def pick(slots: Slots, rows_R: Int[Array, "R"]) -> Slots:
 
 
 class Shared(NamedTuple):
-  """What prompts begin with and the ring holds: of prompt r the first count[r] tokens are those of row source[r], which begins back[r]
-  columns before the one to be written next. All [R] int32."""
+  """What prompts begin with and the ring holds: of prompt r the first count[r] tokens are those of
+  row source[r], which begins back[r] columns before the one to be written next. All [R] int32.
+  """
 
   source: Array
   back: Array
   count: Array
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "logprobs", "path", "mesh"), donate_argnames="slots")
+@functools.partial(
+  jax.jit,
+  static_argnames=("architecture", "sampling", "logprobs", "path", "mesh"),
+  donate_argnames="slots",
+)
 def enter(
-    weights: Any, slots: Slots, tokens_RxT: Int[Array, "R T"], lengths_R: Int[Array, "R"], rows_R: Int[Array, "R"], requests: Any,
-    shared: Shared | None, *, architecture: Architecture, sampling: Sampling, logprobs: bool, path: str, mesh: Mesh | None = None,
-) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
+  weights: Any,
+  slots: Slots,
+  tokens_RxT: Int[Array, "R T"],
+  lengths_R: Int[Array, "R"],
+  rows_R: Int[Array, "R"],
+  requests: Any,
+  shared: Shared | None,
+  *,
+  architecture: Architecture,
+  sampling: Sampling,
+  logprobs: bool,
+  path: str,
+  mesh: Mesh | None = None,
+) -> tuple[Slots, tuple[Array, ...]]:
   """Prefills prompts, puts them into slots and draws each one's first id.
 
   Args:
@@ -161,17 +233,32 @@ def enter(
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
     path: of the attention of `decode`.
-    mesh: where the slots lie. Each device reads its own part of the prompts, for slots and from slots of its own, which are counted
-      within its part of them.
+    mesh: where the slots lie. Each device reads its own part of the prompts, for slots and from
+      slots of its own, which are counted within its part of them.
 
   Returns:
     The slots, and the ids drawn [R], or NOT_FINITE (with their log-probabilities [R]).
   """
-  run = functools.partial(_enter, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path)
+  run = functools.partial(
+    _enter, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path
+  )
   return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
 
 
-def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, architecture, sampling, logprobs, path):
+def _enter(
+  weights,
+  slots,
+  tokens_RxT,
+  lengths_R,
+  rows_R,
+  requests,
+  shared,
+  *,
+  architecture,
+  sampling,
+  logprobs,
+  path,
+):
   (R, T), S = tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
@@ -193,7 +280,9 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
     if shared is None:
       return attention.causal(q, keys[-1], values[-1], prefill_path(dtype))
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
-    seen = jnp.concatenate([jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1)
+    seen = jnp.concatenate(
+      [jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1
+    )
     if prefill_path(dtype) == "xla":
       return ring.attend_many(q, keys[-1], values[-1], seen)
     return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
@@ -202,12 +291,18 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
     hidden = _forward(weights, architecture, tokens_RxT, attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
-  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs)
+  token, scores = _draw(
+    weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs
+  )
   lengths_R = lengths_R + count
-  # The prompt's last token stands in the column written last. Columns that get no token of it are not filled: there, any will do.
+  # The prompt's last token stands in the column written last. Columns that get no token of it are
+  # not filled: there, any will do.
   index, P = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S), 0
   if shared:
-    held, own = jnp.mod(jnp.arange(S) + (lengths_R - shared.back)[:, None], S), index - count[:, None]
+    held, own = (
+      jnp.mod(jnp.arange(S) + (lengths_R - shared.back)[:, None], S),
+      index - count[:, None],
+    )
     index, P = jnp.where(own < 0, held, own + S), S
   index = jnp.minimum(index, P + T - 1)[:, None, :, None]
 
@@ -216,21 +311,45 @@ def _enter(weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared, *, a
     return ring.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
 
   active = ~_ended(token, 1, limits, ends)
-  entered = {"filled": jnp.where(active, lengths_R, 0), "token": token, "drawn": jnp.ones_like(limits), "active": active,
-             "seeds": seeds, "limits": limits, "ends": ends}
-  entered = {name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()}
+  entered = {
+    "filled": jnp.where(active, lengths_R, 0),
+    "token": token,
+    "drawn": jnp.ones_like(limits),
+    "active": active,
+    "seeds": seeds,
+    "limits": limits,
+    "ends": ends,
+  }
+  entered = {
+    name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
+  }
   entered |= {
-      name: tuple(put(ring, ours, axes[name]) for ring, ours in zip(getattr(slots, name), new, strict=True))
-      for name, new in (("keys", keys), ("values", values))
+    name: tuple(
+      put(ring, ours, axes[name]) for ring, ours in zip(getattr(slots, name), new, strict=True)
+    )
+    for name, new in (("keys", keys), ("values", values))
   }
   return slots._replace(**entered), (token, *scores)
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh"), donate_argnames="slots")
+@functools.partial(
+  jax.jit,
+  static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh"),
+  donate_argnames="slots",
+)
 def decode(
-    weights: Any, slots: Slots, steps: Int[Array, ""], least: Int[Array, ""], *, architecture: Architecture, sampling: Sampling, chunk: int,
-    logprobs: bool, path: str, mesh: Mesh | None = None,
-) -> tuple[Slots, tuple[Array, ...]]:  # fmt: skip
+  weights: Any,
+  slots: Slots,
+  steps: Int[Array, ""],
+  least: Int[Array, ""],
+  *,
+  architecture: Architecture,
+  sampling: Sampling,
+  chunk: int,
+  logprobs: bool,
+  path: str,
+  mesh: Mesh | None = None,
+) -> tuple[Slots, tuple[Array, ...]]:
   """Draws an id in every active row, over and over.
 
   Args:
@@ -248,14 +367,23 @@ def decode(
     log-probabilities [B, chunk]).
   """
   run = functools.partial(
-      _decode, architecture=architecture, sampling=sampling, chunk=chunk, logprobs=logprobs, path=path, axes=row_axes(mesh)
+    _decode,
+    architecture=architecture,
+    sampling=sampling,
+    chunk=chunk,
+    logprobs=logprobs,
+    path=path,
+    axes=row_axes(mesh),
   )
   return _by_rows(run, mesh, weights, slots, steps, least)
 
 
 def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logprobs, path, axes):
   a, (B, _, S, _) = architecture, slots.values[0].shape
-  drawn = (jnp.full((B, chunk), -1, jnp.int32), *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()))
+  drawn = (
+    jnp.full((B, chunk), -1, jnp.int32),
+    *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()),
+  )
 
   left = lambda active: jax.lax.psum(active.sum(), axes)  # on all devices, which so stop together
 
@@ -274,29 +402,51 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
       if path == "triton":
         scale = layer["qk_norm"]["scale"] if a.qk_norm else None
         bias = layer.get("qkv_bias")
-        y, *rings = ring.step(qkv[:, 0], bias, scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps)
+        y, *rings = ring.step(
+          qkv[:, 0], bias, scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps
+        )
       else:
         q, k, v = _heads(layer, a, qkv, slots.filled[:, None])
         y = ring.attend(q[:, 0], k[:, 0], v[:, 0], *rings, slots.column, slots.filled)
-        # The column waits for y (which is never above infinity): unless it is sure that the ring has been read, XLA writes to a copy.
+        # The column waits for y (which is never above infinity): unless it is sure that the ring
+        # has been read, XLA writes to a copy.
         column = slots.column + (y[0, 0, 0] > jnp.inf)
-        write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(old, jnp.moveaxis(new, 1, axis), column, axis=axis)
+        write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+          old, jnp.moveaxis(new, 1, axis), column, axis=axis
+        )
         rings = write(rings[0], k, 3), write(rings[1], v, 2)
       keys.append(rings[0])
       values.append(rings[1])
       return y
 
     hidden = _forward(weights, a, slots.token[:, None], attend)[:, 0]
-    token, scores = _draw(weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs)
-    out = tuple(ids.at[:, i].set(jnp.where(slots.active, new, -1)) for ids, new in zip(out, (token, *scores), strict=True))
+    token, scores = _draw(
+      weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs
+    )
+    out = tuple(
+      ids.at[:, i].set(jnp.where(slots.active, new, -1))
+      for ids, new in zip(out, (token, *scores), strict=True)
+    )
     active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.ends)
-    return i + 1, left(active), slots._replace(
-        keys=tuple(keys), values=tuple(values), column=jnp.mod(slots.column + 1, S), filled=jnp.where(active, slots.filled + 1, 0),
-        token=token, drawn=slots.drawn + 1, active=active,
-    ), out  # fmt: skip
+    return (
+      i + 1,
+      left(active),
+      slots._replace(
+        keys=tuple(keys),
+        values=tuple(values),
+        column=jnp.mod(slots.column + 1, S),
+        filled=jnp.where(active, slots.filled + 1, 0),
+        token=token,
+        drawn=slots.drawn + 1,
+        active=active,
+      ),
+      out,
+    )
 
   with jax.named_scope("decode"):
-    _, _, slots, drawn = jax.lax.while_loop(going_on, step, (jnp.int32(0), left(slots.active), slots, drawn))
+    _, _, slots, drawn = jax.lax.while_loop(
+      going_on, step, (jnp.int32(0), left(slots.active), slots, drawn)
+    )
   return slots, drawn
 
 
@@ -310,7 +460,9 @@ def prefill_path(dtype: Any) -> str:
 
 
 def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Array, "B T D"]:
-  """`model.apply` on prepared weights; `attend(layer, heads)` gets the heads [B, T, N + 2 K, H] as projected, and keeps what it must."""
+  """`model.apply` on prepared weights; `attend(layer, heads)` gets the heads [B, T, N + 2 K, H] as
+  projected, and keeps what it must.
+  """
   B, T = tokens_BxT.shape
   x, y = weights["embed"]["embedding"][tokens_BxT].reshape(B * T, -1), None
   for layer in weights["layers"]:
@@ -326,24 +478,40 @@ def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Ar
 
 
 def _heads(layer, a: Architecture, qkv_BxTxAxH, positions_BxT) -> tuple[Array, Array, Array]:
-  """Queries [B, T, N, H] and keys [B, T, K, H], normed and rotated, and values [B, T, K, H], in the type of the projection."""
+  """Queries [B, T, N, H] and keys [B, T, K, H], normed and rotated, and values [B, T, K, H], in the
+  type of the projection.
+  """
   dtype = qkv_BxTxAxH.dtype
-  qkv_BxTxAxH = qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH  # float32 (`model.Projection`)
+  qkv_BxTxAxH = (
+    qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH
+  )  # float32 (`model.Projection`)
   qk, v = jnp.split(qkv_BxTxAxH, [a.heads + a.kv_heads], axis=2)
   if a.qk_norm:
-    qk = nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply({"params": layer["qk_norm"]}, qk)
-  q, k = jnp.split(attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2)
+    qk = nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply(
+      {"params": layer["qk_norm"]}, qk
+    )
+  q, k = jnp.split(
+    attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2
+  )
   return tuple(x.astype(dtype) for x in (q, k, v))
 
 
 def _product(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:
-  """Times a matrix as `prepare` lays it out. On a GPU a single token's product is a sum over rows, which reads the matrix faster than any
-  matrix product: 2.0 for 2.6 ms a step of Qwen3-1.7B on an H100."""
+  """Times a matrix as `prepare` lays it out. On a GPU a single token's product is a sum over rows,
+  which reads the matrix faster than any matrix product: 2.0 for 2.6 ms a step of Qwen3-1.7B on an
+  H100.
+  """
   if not _on_gpu():
     return x_MxD @ matrix
   if len(x_MxD) == 1:
-    return jnp.sum(x_MxD.astype(jnp.float32) * matrix.astype(jnp.float32), axis=-1).astype(x_MxD.dtype)[None]
-  return thin.product(x_MxD, matrix) if thin.fits(x_MxD, matrix) else jnp.einsum("md,fd->mf", x_MxD, matrix)
+    return jnp.sum(x_MxD.astype(jnp.float32) * matrix.astype(jnp.float32), axis=-1).astype(
+      x_MxD.dtype
+    )[None]
+  return (
+    thin.product(x_MxD, matrix)
+    if thin.fits(x_MxD, matrix)
+    else jnp.einsum("md,fd->mf", x_MxD, matrix)
+  )
 
 
 def _addend(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "*P M F"]:
@@ -359,10 +527,19 @@ def _swiglu(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Ar
   return nn.silu(gate) * up
 
 
-def _draw(weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs) -> tuple[Array, tuple[Array, ...]]:
-  """Each row's next id, from the stream of its seed and position, and its log-probability under the model as it is, if asked for."""
+def _draw(
+  weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs
+) -> tuple[Array, tuple[Array, ...]]:
+  """Each row's next id, from the stream of its seed and position, and its log-probability under the
+  model as it is, if asked for.
+  """
   logits = model.logits(hidden_BxD, model.head(weights))
-  token = sample_token(logits, jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B), sampling, active_B)
+  token = sample_token(
+    logits,
+    jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B),
+    sampling,
+    active_B,
+  )
   # The model's own logits, before any filter makes some of them -inf. The mark goes with the ids:
   # the loop carries nothing more.
   token = jnp.where(jnp.isfinite(logits).all(-1), token, NOT_FINITE)

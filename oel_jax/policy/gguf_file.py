@@ -28,9 +28,9 @@ from oel_jax.runtime import files
 
 VERSIONS = (2, 3)
 NUMBERS = {
-    Value.UINT8: "B", Value.INT8: "b", Value.UINT16: "H", Value.INT16: "h", Value.UINT32: "I",
-    Value.INT32: "i", Value.FLOAT32: "f", Value.BOOL: "?", Value.UINT64: "Q", Value.INT64: "q",
-    Value.FLOAT64: "d",
+  Value.UINT8: "B", Value.INT8: "b", Value.UINT16: "H", Value.INT16: "h", Value.UINT32: "I",
+  Value.INT32: "i", Value.FLOAT32: "f", Value.BOOL: "?", Value.UINT64: "Q", Value.INT64: "q",
+  Value.FLOAT64: "d",
 }  # fmt: skip
 SLICE = 2**22  # numbers at a time: the float32 copy of a large embedding is a small model's size
 
@@ -114,8 +114,8 @@ def read(path: str | os.PathLike) -> File:
   if wrong:
     shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
     raise ValueError(
-        f"{file.path}: {shown}: the gguf package cannot turn this type into numbers; give a file "
-        "of another quantisation, such as Q8_0 or Q4_K_M"
+      f"{file.path}: {shown}: the gguf package cannot turn this type into numbers; give a file "
+      "of another quantisation, such as Q8_0 or Q4_K_M"
     )
   return file
 
@@ -129,8 +129,8 @@ def _join(given: File) -> File:
   count, paths = given.metadata["split.count"], files.split_parts(given.path)
   if len(paths) != count:
     raise ValueError(
-        f'{given.path}: "split.count" is {count}: the names of the parts must end in '
-        f"-00001-of-{count:05d}.gguf and so on, or the others cannot be found"
+      f'{given.path}: "split.count" is {count}: the names of the parts must end in '
+      f"-00001-of-{count:05d}.gguf and so on, or the others cannot be found"
     )
   missing = [path for path in paths if not path.is_file()]
   if missing:
@@ -143,8 +143,8 @@ def _join(given: File) -> File:
     found = file.metadata.get("split.no"), file.metadata.get("split.count")
     if found != (number, count):
       raise ValueError(
-          f'{file.path}: "split.no" and "split.count" are {found[0]} and {found[1]}: they must be '
-          f"{number} and {count}, as its name says"
+        f'{file.path}: "split.no" and "split.count" are {found[0]} and {found[1]}: they must be '
+        f"{number} and {count}, as its name says"
       )
     twice = tensors.keys() & file.tensors.keys()
     if twice:
@@ -153,8 +153,8 @@ def _join(given: File) -> File:
   total = opened[0].metadata.get("split.tensors.count", len(tensors))
   if total != len(tensors):
     raise ValueError(
-        f'{opened[0].path}: "split.tensors.count" is {total}, but the {count} parts hold '
-        f"{len(tensors)}: they are not of one file"
+      f'{opened[0].path}: "split.tensors.count" is {total}, but the {count} parts hold '
+      f"{len(tensors)}: they are not of one file"
     )
   return File(paths[0], opened[0].metadata, tensors)
 
@@ -162,8 +162,8 @@ def _join(given: File) -> File:
 def _read_one(path: pathlib.Path) -> File:
   if not path.is_file():
     raise FileNotFoundError(
-        f"{path}: no such file; config.policy.weights must be a GGUF file or a folder with a "
-        "Hugging Face model"
+      f"{path}: no such file; config.policy.weights must be a GGUF file or a folder with a "
+      "Hugging Face model"
     )
   try:
     return _parse(path, np.memmap(path, np.uint8, "r"))
@@ -171,7 +171,7 @@ def _read_one(path: pathlib.Path) -> File:
     hint = weights.pointer_hint(path)
     said = f"{type(error).__name__}: {error}"
     raise ValueError(
-        f"{path}: damaged, cut, or newer than the gguf package ({said}){hint}"
+      f"{path}: damaged, cut, or newer than the gguf package ({said}){hint}"
     ) from error
 
 
@@ -248,7 +248,7 @@ def _parse(path: pathlib.Path, content: np.ndarray) -> File:
 
 
 def _mapped(
-    content: np.ndarray, name: str, shape: tuple[int, ...], kind: Type, at: int
+  content: np.ndarray, name: str, shape: tuple[int, ...], kind: Type, at: int
 ) -> np.ndarray:
   """The bytes of a tensor, [rows, bytes of a row]."""
   numbers, size = BLOCKS[kind]

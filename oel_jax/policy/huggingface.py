@@ -1,7 +1,9 @@
-"""Hugging Face model folders: config.json ↔ `Architecture`, safetensors (one file or shards) ↔ parameters.
+"""Hugging Face model folders: config.json ↔ `Architecture`, safetensors (one file or shards) ↔
+parameters.
 
-Qwen3, Qwen2.5 and Llama (SmolLM2 too) are one decoder here, told apart by two switches: a norm on query and key heads, and a bias on
-query, key and value. Tensors are read one by one and go to their devices as they come, so the host never holds the model.
+Qwen3, Qwen2.5 and Llama (SmolLM2 too) are one decoder here, told apart by two switches: a norm on
+query and key heads, and a bias on query, key and value. Tensors are read one by one and go to their
+devices as they come, so the host never holds the model.
 """
 
 import dataclasses
@@ -29,47 +31,74 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 # Our path, layers' leading L aside ↔ the tensor's name. {} is the layer.
 NAMES = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/feedforward_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    **{f"layers/attention/{x}/{ours}": f"model.layers.{{}}.self_attn.{x}_proj.{theirs}"
-       for x in "qkv" for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
-    **{f"layers/attention/{x}_norm/scale": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"},
-    **{f"layers/feedforward/{x}/kernel": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-}  # fmt: skip
+  "embed/embedding": "model.embed_tokens.weight",
+  "norm/scale": "model.norm.weight",
+  "head/kernel": "lm_head.weight",
+  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+  "layers/feedforward_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+  "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+  **{
+    f"layers/attention/{x}/{ours}": f"model.layers.{{}}.self_attn.{x}_proj.{theirs}"
+    for x in "qkv"
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+  },
+  **{
+    f"layers/attention/{x}_norm/scale": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"
+  },
+  **{
+    f"layers/feedforward/{x}/kernel": f"model.layers.{{}}.mlp.{x}_proj.weight"
+    for x in ("gate", "up", "down")
+  },
+}
 
 # Fields that change what the model computes, each with the only value that is built here.
 FIXED = {
-    "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0, "pretraining_tp": 1,
-    "rope_interleaved": False, "is_encoder_decoder": False, "add_cross_attention": False,
-}  # fmt: skip
+  "hidden_act": "silu",
+  "mlp_bias": False,
+  "use_sliding_window": False,
+  "partial_rotary_factor": 1.0,
+  "pretraining_tp": 1,
+  "rope_interleaved": False,
+  "is_encoder_decoder": False,
+  "add_cross_attention": False,
+}
 READ = {
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
-    "layer_types", "max_position_embeddings",
-}  # fmt: skip
+  "model_type",
+  "vocab_size",
+  "hidden_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "intermediate_size",
+  "rope_theta",
+  "rope_scaling",
+  "rope_parameters",
+  "rms_norm_eps",
+  "tie_word_embeddings",
+  "attention_bias",
+  "layer_types",
+  "max_position_embeddings",
+}
 # Fields that change nothing of the forward pass, nor do those whose names begin with a mark.
 HARMLESS = {
-    "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
-    "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
-    "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
-    "mask_token_id", "max_window_layers", "output_attentions", "output_hidden_states",
-    "pad_token_id", "prefix", "problem_type", "return_dict", "sep_token_id", "sliding_window",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "unk_token_id",
-    "use_bfloat16", "use_cache",
+  "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
+  "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
+  "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
+  "mask_token_id", "max_window_layers", "output_attentions", "output_hidden_states",
+  "pad_token_id", "prefix", "problem_type", "return_dict", "sep_token_id", "sliding_window",
+  "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "unk_token_id",
+  "use_bfloat16", "use_cache",
 }  # fmt: skip
 MARKS = ("_", "transformers", "unsloth_")
 # Settings of sampling, which `transformers` 4 kept in config.json; ours are config.policy's.
 SAMPLING = {
-    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
-    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
-    "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
-    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
-    "temperature", "top_k", "top_p", "typical_p",
+  "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+  "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+  "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+  "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+  "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
+  "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 HEAD, EMBEDDING = NAMES["head/kernel"], NAMES["embed/embedding"]
@@ -91,18 +120,24 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
   adapter = path.with_name("adapter_config.json")
   if adapter.is_file():
     raise ValueError(
-        f"{adapter}: the folder holds an adapter (LoRA), not a model: merge it into its base, with "
-        "PEFT's merge_and_unload, and give that; remove the file if this has been done"
+      f"{adapter}: the folder holds an adapter (LoRA), not a model: merge it into its base, with "
+      "PEFT's merge_and_unload, and give that; remove the file if this has been done"
     )
   if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file; config.policy.weights must be a folder with a Hugging Face model")
+    raise FileNotFoundError(
+      f"{path}: no such file; config.policy.weights must be a folder with a Hugging Face model"
+    )
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
     family = config["model_type"]
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path}: not a Hugging Face configuration ({type(error).__name__}: {error})") from error
+    raise ValueError(
+      f"{path}: not a Hugging Face configuration ({type(error).__name__}: {error})"
+    ) from error
   if family not in FAMILIES:
-    raise ValueError(f'{path}: "model_type" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}')
+    raise ValueError(
+      f'{path}: "model_type" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}'
+    )
   _refuse(path, config, family)
 
   def need(name: str, kind: type = int, default: int | None = None) -> Any:
@@ -118,77 +153,132 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
   heads, width = need("num_attention_heads"), need("hidden_size")
   longest = config.get("max_position_embeddings")
   return Architecture(
-      vocabulary=need("vocab_size"), width=width, layers=need("num_hidden_layers"), heads=heads,
-      kv_heads=need("num_key_value_heads", default=heads), head_size=need("head_dim", default=width // heads),
-      feedforward=need("intermediate_size"), rope_theta=theta, rope_scaling=scaling, norm_eps=need("rms_norm_eps", float),
-      qk_norm=family == "qwen3", qkv_bias=family == "qwen2",
-      tied_head=tied and _is_tied(open_folder(path.parent)),
-      max_positions=longest if longest is None else need("max_position_embeddings"),
-  )  # fmt: skip
+    vocabulary=need("vocab_size"),
+    width=width,
+    layers=need("num_hidden_layers"),
+    heads=heads,
+    kv_heads=need("num_key_value_heads", default=heads),
+    head_size=need("head_dim", default=width // heads),
+    feedforward=need("intermediate_size"),
+    rope_theta=theta,
+    rope_scaling=scaling,
+    norm_eps=need("rms_norm_eps", float),
+    qk_norm=family == "qwen3",
+    qkv_bias=family == "qwen2",
+    tied_head=tied and _is_tied(open_folder(path.parent)),
+    max_positions=longest if longest is None else need("max_position_embeddings"),
+  )
 
 
 def _number(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
   if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < np.inf:
-    raise ValueError(f'{path}: "{name}" is {value!r}: it must be a {"whole " if kind is int else ""}number above 0')
+    raise ValueError(
+      f'{path}: "{name}" is {value!r}: it must be a {"whole " if kind is int else ""}number above 0'
+    )
   return kind(value)
 
 
 def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
-  """Raises ValueError at the first field that would change the model in a way that is not built here."""
+  """Raises ValueError at the first field that would change the model in a way that is not built
+  here.
+  """
   fixed = FIXED | ({} if family == "qwen2" else {"attention_bias": False})
   for name, value in config.items():
     if name in fixed and value is not None and value != fixed[name]:
       raise ValueError(f'{path}: "{name}" is {value!r}: only {fixed[name]!r} is supported')
     if name == "layer_types" and value is not None and set(value) - {"full_attention"}:
-      raise ValueError(f'{path}: "layer_types" holds {sorted(set(value) - {"full_attention"})}: only "full_attention" is supported')
+      raise ValueError(
+        f'{path}: "layer_types" holds {sorted(set(value) - {"full_attention"})}: only '
+        '"full_attention" is supported'
+      )
     if name in QUANTISED and value:
       raise ValueError(
-          f'{path}: "{name}" is {value!r:.100}: the weights are quantised, and only floating-point '
-          "ones are read; give the folder of the model before it was quantised, or a GGUF file"
+        f'{path}: "{name}" is {value!r:.100}: the weights are quantised, and only floating-point '
+        "ones are read; give the folder of the model before it was quantised, or a GGUF file"
       )
     known = name in READ | FIXED.keys() | HARMLESS | SAMPLING or name.startswith(MARKS)
     if not known and value not in (None, False, "", [], {}):
-      raise ValueError(f'{path}: "{name}" is {value!r:.100}: this decoder does not know the field; remove it only if it changes nothing')
+      raise ValueError(
+        f'{path}: "{name}" is {value!r:.100}: this decoder does not know the field; remove it only '
+        "if it changes nothing"
+      )
 
 
 def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling", the newer "rope_parameters", or both."""
-  given = {field: config[field] for field in ("rope_parameters", "rope_scaling") if config.get(field)}
+  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling", the
+  newer "rope_parameters", or both.
+  """
+  given = {
+    field: config[field] for field in ("rope_parameters", "rope_scaling") if config.get(field)
+  }
   scalings = {field: _scaling(path, field, value) for field, value in given.items()}
   thetas = [
-      _number(path, "rope_theta", value["rope_theta"], float) for value in (*given.values(), config) if value.get("rope_theta") is not None
+    _number(path, "rope_theta", value["rope_theta"], float)
+    for value in (*given.values(), config)
+    if value.get("rope_theta") is not None
   ]
   if len(set(scalings.values())) > 1 or len(set(thetas)) > 1:
-    said = ", ".join(f'"{field}" is {config[field]!r}' for field in (*given, "rope_theta") if field in config)
+    said = ", ".join(
+      f'"{field}" is {config[field]!r}' for field in (*given, "rope_theta") if field in config
+    )
     raise ValueError(f"{path}: {said}: they must say the same")
   return thetas[0] if thetas else 10000.0, next(iter(scalings.values()), None)
 
 
 def _scaling(path: pathlib.Path, field: str, given: Any) -> Llama3Scaling | None:
-  kinds = {given[name] for name in ("rope_type", "type") if given.get(name)} if isinstance(given, dict) else {None}
+  kinds = (
+    {given[name] for name in ("rope_type", "type") if given.get(name)}
+    if isinstance(given, dict)
+    else {None}
+  )
   if not kinds <= {"default"} and kinds != {"llama3"}:
-    raise ValueError(f'{path}: "{field}" is {given!r}: of the ways to scale rotary positions, only "llama3" is supported')
-  names = tuple(part.name for part in dataclasses.fields(Llama3Scaling)) if kinds == {"llama3"} else ()
+    raise ValueError(
+      f'{path}: "{field}" is {given!r}: of the ways to scale rotary positions, only "llama3" is '
+      "supported"
+    )
+  names = (
+    tuple(part.name for part in dataclasses.fields(Llama3Scaling)) if kinds == {"llama3"} else ()
+  )
   for name, value in given.items():
-    if name not in ("rope_type", "type", "rope_theta", *names) and value not in (None, FIXED.get(name)):
-      raise ValueError(f'{path}: "{field}" holds "{name}", which is {value!r:.100}: this decoder does not know it')
+    if name not in ("rope_type", "type", "rope_theta", *names) and value not in (
+      None,
+      FIXED.get(name),
+    ):
+      raise ValueError(
+        f'{path}: "{field}" holds "{name}", which is {value!r:.100}: this decoder does not know it'
+      )
   missing = [name for name in names if given.get(name) is None]
   if missing:
     raise ValueError(f'{path}: "{field}" lacks {", ".join(missing)}')
-  return Llama3Scaling(*(_number(path, f"{field}.{name}", given[name], float) for name in names)) if names else None
+  return (
+    Llama3Scaling(*(_number(path, f"{field}.{name}", given[name], float) for name in names))
+    if names
+    else None
+  )
 
 
 def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-  return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/").items()}
+  return {
+    path: leaf.shape
+    for path, leaf in flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/").items()
+  }
 
 
-def _tensors(architecture: Architecture, names: dict[str, str] = NAMES) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-  """Each tensor that a file of this architecture holds: name → (our path, layer or None, its shape there)."""
+def _tensors(
+  architecture: Architecture, names: dict[str, str] = NAMES
+) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+  """Each tensor that a file of this architecture holds: name → (our path, layer or None, its shape
+  there).
+  """
   found = {}
   for path, shape in _shapes(architecture).items():
     layered = path.startswith("layers/")
     for layer in range(architecture.layers) if layered else (None,):
-      found[names[path].format(layer)] = (path, layer, _their_shape(path, shape[1:] if layered else shape))
+      found[names[path].format(layer)] = (
+        path,
+        layer,
+        _their_shape(path, shape[1:] if layered else shape),
+      )
   return found
 
 
@@ -197,12 +287,20 @@ def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0] * shape[1],)
   if not path.startswith("layers/") or path.endswith("/scale"):
     return shape
-  rows = shape[0] * shape[1] if path.endswith("/o/kernel") else shape[0]  # o reads heads × size, the others read the width
+  rows = (
+    shape[0] * shape[1] if path.endswith("/o/kernel") else shape[0]
+  )  # o reads heads × size, the others read the width
   size = int(np.prod(shape))
   return (size // rows, rows)
 
 
-def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = np.float32, shardings: Any = None) -> Any:
+def load(
+  folder: str | os.PathLike,
+  architecture: Architecture,
+  *,
+  dtype: Any = np.float32,
+  shardings: Any = None,
+) -> Any:
   """Reads a folder's parameters, tensor by tensor, each straight to its devices.
 
   Args:
@@ -232,14 +330,29 @@ def load(folder: str | os.PathLike, architecture: Architecture, *, dtype: Any = 
     raise ValueError(f"{folder}: {shown}: quantised or packed; only {', '.join(FLOATS)} are read")
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   read = lambda name: finite.checked(folder, name, tensors[name].read())
-  return assemble(f"{folder}: the weights do not fit config.json", shapes, read, architecture, NAMES, dtype=dtype, shardings=shardings)
+  return assemble(
+    f"{folder}: the weights do not fit config.json",
+    shapes,
+    read,
+    architecture,
+    NAMES,
+    dtype=dtype,
+    shardings=shardings,
+  )
 
 
 def assemble(
-    complaint: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Any], architecture: Architecture, names: dict[str, str], *,
-    dtype: Any, shardings: Any,
-) -> Any:  # fmt: skip
-  """Puts the tensors of a file, one by one and each straight to its devices, where `model.init` has them.
+  complaint: str,
+  shapes: dict[str, tuple[int, ...]],
+  read: Callable[[str], Any],
+  architecture: Architecture,
+  names: dict[str, str],
+  *,
+  dtype: Any,
+  shardings: Any,
+) -> Any:
+  """Puts the tensors of a file, one by one and each straight to its devices, where `model.init` has
+  them.
 
   Args:
     complaint: how an error begins.
@@ -256,12 +369,16 @@ def assemble(
     ValueError: tensors are missing, unknown or misshaped: one error lists them all.
   """
   wanted = _tensors(architecture, names)
-  wrong = [f"{name}: missing" for name in wanted.keys() - shapes.keys()] + [f"{name}: unknown" for name in shapes.keys() - wanted.keys()]
+  wrong = [f"{name}: missing" for name in wanted.keys() - shapes.keys()] + [
+    f"{name}: unknown" for name in shapes.keys() - wanted.keys()
+  ]
   for name in wanted.keys() & shapes.keys():
     if shapes[name] != wanted[name][2]:
       wrong.append(f"{name}: {shapes[name]} instead of {wanted[name][2]}")
   if wrong:
-    shown = "; ".join(sorted(wrong)[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    shown = "; ".join(sorted(wrong)[:20]) + (
+      f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+    )
     raise ValueError(f"{complaint}: {shown}")
   places = flax.traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
   flat = {}
@@ -273,12 +390,16 @@ def assemble(
       continue
     layer_sharding = whole and NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=whole)()
-    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x.astype(dtype), i, 0)  # in place, unlike a scatter
+    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(
+      stack, x.astype(dtype), i, 0
+    )  # in place, unlike a scatter
     place = jax.jit(update, donate_argnums=0, out_shardings=whole)
     for layer in range(architecture.layers):
       found = read(names[path].format(layer))
       found = found.T.reshape(shape[1:])  # theirs is [out, in]
-      stack = place(stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer)  # waits: one tensor at a time on the host
+      stack = place(
+        stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer
+      )  # waits: one tensor at a time on the host
     flat[path] = stack
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
@@ -290,11 +411,20 @@ def _is_tied(tensors: dict[str, Tensor]) -> bool:
   return tensors[HEAD].holds_what(tensors[EMBEDDING])
 
 
-def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, dtype: Any = ml_dtypes.bfloat16,
-         config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-  """Writes config.json and the weights, in shards with an index if they are larger than one; `transformers` and engines read them.
+def save(
+  folder: str | os.PathLike,
+  params: Any,
+  architecture: Architecture,
+  *,
+  dtype: Any = ml_dtypes.bfloat16,
+  config: dict[str, Any] | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes config.json and the weights, in shards with an index if they are larger than one;
+  `transformers` and engines read them.
 
-  A model that stands there is replaced: its files go when the new weights are all on the disk, beside them.
+  A model that stands there is replaced: its files go when the new weights are all on the disk,
+  beside them.
 
   Args:
     folder: made if need be.
@@ -305,15 +435,22 @@ def save(folder: str | os.PathLike, params: Any, architecture: Architecture, *, 
     shard_bytes: most bytes of a file.
 
   Raises:
-    ValueError: as in `write_config`; or `config` is no JSON; or a value is not finite, or not in `dtype`: names the tensor.
-    OSError: a file cannot be written; config.json comes last, so that a folder without it is known to be unfinished.
+    ValueError: as in `write_config`; or `config` is no JSON; or a value is not finite, or not in
+      `dtype`: names the tensor.
+    OSError: a file cannot be written; config.json comes last, so that a folder without it is known
+      to be unfinished.
   """
-  folder, fields = pathlib.Path(folder), write_config(architecture, dtype)  # an architecture that has no folder is told before one is touched
+  folder, fields = (
+    pathlib.Path(folder),
+    write_config(architecture, dtype),
+  )  # an architecture that has no folder is told before one is touched
   folder.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
   try:
-    files.write_json(folder / ".part-config.json", (config or {}) | fields)  # what is no JSON is told before anything goes
+    files.write_json(
+      folder / ".part-config.json", (config or {}) | fields
+    )  # what is no JSON is told before anything goes
     weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
   finally:
     _remove(folder, ".*part-*")  # of a write that failed, now or earlier
@@ -330,30 +467,55 @@ def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
   """
   a = architecture
   if (a.qk_norm and a.qkv_bias) or (a.rope_scaling and (a.qk_norm or a.qkv_bias)):
-    raise ValueError(f"no Hugging Face family has {a}: qk_norm, qkv_bias and rope_scaling exclude one another")
-  family, name = ("qwen3", "Qwen3") if a.qk_norm else ("qwen2", "Qwen2") if a.qkv_bias else ("llama", "Llama")
+    raise ValueError(
+      f"no Hugging Face family has {a}: qk_norm, qkv_bias and rope_scaling exclude one another"
+    )
+  family, name = (
+    ("qwen3", "Qwen3") if a.qk_norm else ("qwen2", "Qwen2") if a.qkv_bias else ("llama", "Llama")
+  )
   rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rope_theta}
   if a.rope_scaling:
     scaling = dataclasses.asdict(a.rope_scaling)
-    rope |= scaling | {"rope_type": "llama3", "original_max_position_embeddings": int(scaling["original_max_position_embeddings"])}
+    rope |= scaling | {
+      "rope_type": "llama3",
+      "original_max_position_embeddings": int(scaling["original_max_position_embeddings"]),
+    }
   # Both spellings: engines built on older versions read rope_theta, rope_scaling and torch_dtype.
   longest = {} if a.max_positions is None else {"max_position_embeddings": a.max_positions}
   return longest | {
-      "architectures": [f"{name}ForCausalLM"], "model_type": family, "vocab_size": a.vocabulary, "hidden_size": a.width,
-      "num_hidden_layers": a.layers, "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "head_dim": a.head_size,
-      "intermediate_size": a.feedforward, "rms_norm_eps": a.norm_eps, "tie_word_embeddings": a.tied_head, "hidden_act": "silu",
-      "rope_theta": a.rope_theta, "rope_scaling": rope if a.rope_scaling else None, "rope_parameters": rope,
-      "dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name,
-  }  # fmt: skip
+    "architectures": [f"{name}ForCausalLM"],
+    "model_type": family,
+    "vocab_size": a.vocabulary,
+    "hidden_size": a.width,
+    "num_hidden_layers": a.layers,
+    "num_attention_heads": a.heads,
+    "num_key_value_heads": a.kv_heads,
+    "head_dim": a.head_size,
+    "intermediate_size": a.feedforward,
+    "rms_norm_eps": a.norm_eps,
+    "tie_word_embeddings": a.tied_head,
+    "hidden_act": "silu",
+    "rope_theta": a.rope_theta,
+    "rope_scaling": rope if a.rope_scaling else None,
+    "rope_parameters": rope,
+    "dtype": np.dtype(dtype).name,
+    "torch_dtype": np.dtype(dtype).name,
+  }
 
 
-def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> dict[str, str]:
-  """Writes the tensors into files of at most `shard_bytes` (or one tensor), in place of a model there; returns which file holds which."""
+def _write_shards(
+  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int
+) -> dict[str, str]:
+  """Writes the tensors into files of at most `shard_bytes` (or one tensor), in place of a model
+  there; returns which file holds which.
+  """
   held: list[list[str]] = []
   shard: dict[str, np.ndarray] = {}
 
   def flush() -> None:
-    files.write_bytes(folder / f".part-{len(held):05d}", safetensors.numpy.save(shard, {"format": "pt"}))
+    files.write_bytes(
+      folder / f".part-{len(held):05d}", safetensors.numpy.save(shard, {"format": "pt"})
+    )
     held.append(list(shard))
     shard.clear()
 
@@ -362,7 +524,9 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
       flush()
     shard[name] = tensor
   flush()
-  _remove(folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors")  # a single file would be read before any index
+  _remove(
+    folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors"
+  )  # a single file would be read before any index
   weight_map = {}
   for i, names in enumerate(held):  # named last: the number of files is part of each name
     file = SINGLE if len(held) == 1 else f"model-{i + 1:05d}-of-{len(held):05d}.safetensors"
@@ -376,12 +540,18 @@ def _remove(folder: pathlib.Path, *patterns: str) -> None:
     path.unlink()
 
 
-def _theirs(flat: dict[str, Any], architecture: Architecture, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _theirs(
+  flat: dict[str, Any], architecture: Architecture, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
   for name, (path, layer, shape) in _tensors(architecture).items():
     leaf = np.asarray(flat[path] if layer is None else flat[path][layer])
     kernel = layer is not None and len(shape) == 2
     with np.errstate(over="ignore"):  # told below, with the tensor's name
-      tensor = np.ascontiguousarray(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype)
+      tensor = np.ascontiguousarray(
+        leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype
+      )
     if not np.isfinite(tensor).all():
-      raise ValueError(f"{name} holds values that are not finite in {tensor.dtype}: nothing was exported")
+      raise ValueError(
+        f"{name} holds values that are not finite in {tensor.dtype}: nothing was exported"
+      )
     yield name, tensor

@@ -1,7 +1,9 @@
-"""The decoder as one GPU runs it fastest in training: no loop over the layers, and the matrices that read the same input joined.
+"""The decoder as one GPU runs it fastest in training: no loop over the layers, and the matrices
+that read the same input joined.
 
-A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the weights out of them; apart, all of that
-stays where it was made. It compiles longer. `model.apply` is the reference, and what runs on a mesh.
+A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the
+weights out of them; apart, all of that stays where it was made. It compiles longer. `model.apply`
+is the reference, and what runs on a mesh.
 """
 
 import functools
@@ -27,22 +29,27 @@ def join(params: model.Params, dtype: Any) -> Any:
     dtype: of the products.
 
   Returns:
-    The tree of `params`, embedding and head in `dtype`, but for "layers", which is a tuple of dicts: matrices "qkv" [D, (N + 2 K) H],
-    "o" [N H, D], "gate_up" [D, 2 F] and "down" [F, D] in `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has
-    them, "attention_norm" and "feedforward_norm" [D] as they were.
+    The tree of `params`, embedding and head in `dtype`, but for "layers", which is a tuple of
+    dicts: matrices "qkv" [D, (N + 2 K) H], "o" [N H, D], "gate_up" [D, 2 F] and "down" [F, D] in
+    `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has them,
+    "attention_norm" and "feedforward_norm" [D] as they were.
   """
   width = params["norm"]["scale"].shape[0]
-  tables = {name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name]) for name in TABLES if name in params}
+  tables = {
+    name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name])
+    for name in TABLES
+    if name in params
+  }
 
   def one(layer):
     attend, feed = layer["attention"], layer["feedforward"]
     cast = lambda part: part["kernel"].astype(dtype)
     made = {
-        "qkv": jnp.concatenate([cast(attend[x]).reshape(width, -1) for x in "qkv"], axis=1),
-        "o": cast(attend["o"]).reshape(-1, width),
-        "gate_up": jnp.concatenate([cast(feed["gate"]), cast(feed["up"])], axis=1),
-        "down": cast(feed["down"]),
-        **{name: layer[name]["scale"] for name in ("attention_norm", "feedforward_norm")},
+      "qkv": jnp.concatenate([cast(attend[x]).reshape(width, -1) for x in "qkv"], axis=1),
+      "o": cast(attend["o"]).reshape(-1, width),
+      "gate_up": jnp.concatenate([cast(feed["gate"]), cast(feed["up"])], axis=1),
+      "down": cast(feed["down"]),
+      **{name: layer[name]["scale"] for name in ("attention_norm", "feedforward_norm")},
     }
     if "bias" in attend["q"]:
       made["qkv_bias"] = jnp.concatenate([attend[x]["bias"] for x in "qkv"])
@@ -54,7 +61,9 @@ def join(params: model.Params, dtype: Any) -> Any:
 
 
 def split(weights: Any, architecture: Architecture) -> model.Params:
-  """Undoes `join`, but for the type: the tree that `model.init` makes, each leaf in the type that it has in `weights`."""
+  """Undoes `join`, but for the type: the tree that `model.init` makes, each leaf in the type that
+  it has in `weights`.
+  """
   a = architecture
   cuts = [a.heads, a.heads + a.kv_heads]
 
@@ -66,7 +75,9 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
       for name, bias in zip("qkv", jnp.split(layer["qkv_bias"], cuts), strict=True):
         attend[name]["bias"] = bias
     if a.qk_norm:
-      attend |= {f"{name}_norm": {"scale": scale} for name, scale in zip("qk", layer["qk_norm"], strict=True)}
+      attend |= {
+        f"{name}_norm": {"scale": scale} for name, scale in zip("qk", layer["qk_norm"], strict=True)
+      }
     gate, up = jnp.split(layer["gate_up"], 2, axis=1)
     feed = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": layer["down"]}}
     norms = {name: {"scale": layer[name]} for name in ("attention_norm", "feedforward_norm")}
@@ -77,38 +88,67 @@ def split(weights: Any, architecture: Architecture) -> model.Params:
 
 
 def sinks(weights: Any, tokens_BxT: Int[Array, "B T"]) -> Any:
-  """What `attach` takes: `weights` with float32 zeros for matrices and tables, and "rows" [B, T, D], for what the tokens take from the
-  embedding. Of the zeros only these are read, and nothing is left of adding them once compiled: none are made."""
+  """What `attach` takes: `weights` with float32 zeros for matrices and tables, and "rows" [B, T,
+  D], for what the tokens take from the embedding. Of the zeros only these are read, and nothing is
+  left of adding them once compiled: none are made.
+  """
   zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
-  layers = tuple({**layer, **zeros({name: layer[name] for name in MATRICES})} for layer in weights["layers"])
+  layers = tuple(
+    {**layer, **zeros({name: layer[name] for name in MATRICES})} for layer in weights["layers"]
+  )
   tables = zeros({name: weights[name] for name in TABLES if name in weights})
-  return {**weights, **tables, "layers": layers, "rows": jnp.zeros((*tokens_BxT.shape, weights["norm"]["scale"].shape[0]), jnp.float32)}
+  return {
+    **weights,
+    **tables,
+    "layers": layers,
+    "rows": jnp.zeros((*tokens_BxT.shape, weights["norm"]["scale"].shape[0]), jnp.float32),
+  }
 
 
 def attach(weights: Any, learned: Any) -> Any:
-  """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out at its sink, and is never rounded.
+  """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out at
+  its sink, and is never rounded.
 
-  A gradient has the type of what it belongs to, and the matrices are in that of the products: for float32 it must belong to something else.
-  "head_sink" is for the loss (`fused.linear_divergence`); what `add_rows` makes of the gradient in "rows" belongs to the embedding.
+  A gradient has the type of what it belongs to, and the matrices are in that of the products: for
+  float32 it must belong to something else. "head_sink" is for the loss (`fused.linear_divergence`);
+  what `add_rows` makes of the gradient in "rows" belongs to the embedding.
   """
   beside = lambda layer: {f"{name}_sink": layer[name] for name in MATRICES}
   layers = zip(weights["layers"], learned["layers"], strict=True)
-  layers = tuple({**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers)
+  layers = tuple(
+    {**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers
+  )
   tables = {name: weights[name] for name in TABLES if name in weights}
   return {**learned, **tables, "head_sink": model.head(learned), "layers": layers}
 
 
-def add_rows(gradient: Any, tokens_BxT: Int[Array, "B T"], rows_BxTxD: Float[Array, "B T D"]) -> Any:
-  """Adds the gradient in the tokens' rows of the embedding to that in the embedding, in place: a table for each of several batches would
-  have to be cleared and added up."""
-  return {**gradient, "embed": {"embedding": model.add_rows(gradient["embed"]["embedding"], tokens_BxT, rows_BxTxD)}}
+def add_rows(
+  gradient: Any, tokens_BxT: Int[Array, "B T"], rows_BxTxD: Float[Array, "B T D"]
+) -> Any:
+  """Adds the gradient in the tokens' rows of the embedding to that in the embedding, in place: a
+  table for each of several batches would have to be cleared and added up.
+  """
+  return {
+    **gradient,
+    "embed": {"embedding": model.add_rows(gradient["embed"]["embedding"], tokens_BxT, rows_BxTxD)},
+  }
 
 
 def forward(
-    weights: Any, architecture: Architecture, tokens_BxT: Int[Array, "B T"], positions_BxT: Int[Array, "B T"],
-    segments_BxT: Int[Array, "B T"], at_BxR: Int[Array, "B R"], *, dtype: Any, remat: str, path: str, prefix: model.Prefix | None = None,
-) -> Float[Array, "B R D"]:  # fmt: skip
-  """`model.apply` on joined weights, at the positions `at_BxR` of each row: behind the last layer's attention, no others are computed.
+  weights: Any,
+  architecture: Architecture,
+  tokens_BxT: Int[Array, "B T"],
+  positions_BxT: Int[Array, "B T"],
+  segments_BxT: Int[Array, "B T"],
+  at_BxR: Int[Array, "B R"],
+  *,
+  dtype: Any,
+  remat: str,
+  path: str,
+  prefix: model.Prefix | None = None,
+) -> Float[Array, "B R D"]:
+  """`model.apply` on joined weights, at the positions `at_BxR` of each row: behind the last layer's
+  attention, no others are computed.
 
   Args:
     weights: from `join`, or from `attach` where gradients are wanted in float32.
@@ -132,10 +172,14 @@ def forward(
   turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
   mask = attention.segment_mask(segments_BxT)
   mask = mask if prefix is None else jnp.concatenate([prefix.mask(), mask], axis=-1)
-  rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(-1, x.shape[-1])
+  rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
+    -1, x.shape[-1]
+  )
 
   def block(layer, x, y, known, last):
-    """From x and y, whose sum the layer reads, to the two that the next one reads: they are added where the norm is made."""
+    """From x and y, whose sum the layer reads, to the two that the next one reads: they are added
+    where the norm is made.
+    """
     matrix = lambda name: (layer[name], layer.get(f"{name}_sink"))
     with jax.named_scope("attention"):
       x, qkv = _norm_product(a.norm_eps, x, y, layer["attention_norm"], *matrix("qkv"))
@@ -154,20 +198,31 @@ def forward(
     with jax.named_scope("feedforward"):
       x, gate_up = _norm_product(a.norm_eps, x, y, layer["feedforward_norm"], *matrix("gate_up"))
       y = _swiglu_product(gate_up, *matrix("down"))
-      return (x + y, None) if remat == "full" else (x, y)  # then a layer's inputs are kept: one is enough
+      return (
+        (x + y, None) if remat == "full" else (x, y)
+      )  # then a layer's inputs are kept: one is enough
 
   if remat != "none":
     block = jax.checkpoint(block, policy=model.REMAT[remat], static_argnums=4)
   x, y = x.reshape(B * T, -1), None
   for i, layer in enumerate(weights["layers"]):
-    x, y = block(layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1)
-  return _norm(x if y is None else x + y, weights["norm"]["scale"], a.norm_eps).reshape(*at_BxR.shape, -1)
+    x, y = block(
+      layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1
+    )
+  return _norm(x if y is None else x + y, weights["norm"]["scale"], a.norm_eps).reshape(
+    *at_BxR.shape, -1
+  )
 
 
 def add_norm(
-    x_MxD: Float[Array, "M D"], y: Float[Array, "*P M D"] | None, scale_D: Float[Array, "D"], eps: float
+  x_MxD: Float[Array, "M D"],
+  y: Float[Array, "*P M D"] | None,
+  scale_D: Float[Array, "D"],
+  eps: float,
 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
-  """x + y (None is 0) and its RMSNorm, as `kernels.add_norm` makes them; y may be in parts where kernels run."""
+  """x + y (None is 0) and its RMSNorm, as `kernels.add_norm` makes them; y may be in parts where
+  kernels run.
+  """
   if y is not None and _kernels_fit(x_MxD):
     return tuple(kernels.add_norm(x_MxD, y, scale_D, eps=eps))
   x = x_MxD if y is None else x_MxD + y
@@ -176,23 +231,31 @@ def add_norm(
 
 def _norm(x_MxD, scale_D, eps):
   x = x_MxD.astype(jnp.float32)
-  return (x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D)).astype(x_MxD.dtype)
+  return (x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D)).astype(
+    x_MxD.dtype
+  )
 
 
 def _matrix_gradients(x_MxD, gradient_MxF, matrix, sink) -> tuple:
-  """xᵀ gradient: in the matrix's type where it belongs to the matrix itself, in float32 where to its sink."""
+  """xᵀ gradient: in the matrix's type where it belongs to the matrix itself, in float32 where to
+  its sink.
+  """
   if sink is None:
     return jnp.einsum("md,mf->df", x_MxD, gradient_MxF).astype(matrix.dtype), None
   return None, jnp.einsum("md,mf->df", x_MxD, gradient_MxF, preferred_element_type=jnp.float32)
 
 
 def _kernels_fit(x, head_size: int = 2) -> bool:
-  """Whether kernels run: they are for NVIDIA GPUs, bfloat16, and heads whose halves are powers of two."""
-  return jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
+  """Whether kernels run: they are for NVIDIA GPUs, bfloat16, and heads whose halves are powers of
+  two.
+  """
+  return (
+    jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
+  )
 
 
-# A rule's forward pass may not call the function that the rule is for: `jax.checkpoint` would see that as one opaque operation, and make the
-# products in it again instead of keeping them.
+# A rule's forward pass may not call the function that the rule is for: `jax.checkpoint` would see
+# that as one opaque operation, and make the products in it again instead of keeping them.
 
 
 def _product_forward(x_MxD, matrix_DxF, sink):
@@ -205,7 +268,9 @@ def _product_backward(saved, gradient):
 
 
 def _norm_product_forward(eps, x_MxD, y_MxD, scale_D, matrix_DxF, sink):
-  """x + y, and its norm times the matrix: so the gradient that comes past the norm is added where the norm's own is made."""
+  """x + y, and its norm times the matrix: so the gradient that comes past the norm is added where
+  the norm's own is made.
+  """
   x, normed = add_norm(x_MxD, y_MxD, scale_D, eps)
   x = checkpoint_name(x, model.KEPT)
   added = None if y_MxD is None else ()
@@ -222,7 +287,12 @@ def _norm_product_backward(eps, saved, gradients):
     y, back = jax.vjp(functools.partial(_norm, eps=eps), x, scale)
     d_x, d_scale = back(inner)
     d_x += passed
-  return d_x, None if added is None else d_x, d_scale.astype(scale.dtype), *_matrix_gradients(y, gradient, matrix, sink)
+  return (
+    d_x,
+    None if added is None else d_x,
+    d_scale.astype(scale.dtype),
+    *_matrix_gradients(y, gradient, matrix, sink),
+  )
 
 
 def _heads_forward(kv_heads, eps, qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH):
@@ -274,7 +344,9 @@ def _swiglu_product_backward(saved, gradient):
 
 
 def _with_rule(forward, backward, static=()):
-  """What `forward` returns first, differentiated by `backward`, which gets what it returns besides."""
+  """What `forward` returns first, differentiated by `backward`, which gets what it returns
+  besides.
+  """
   function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=static)
   function.defvjp(forward, backward)
   return function

@@ -1,8 +1,10 @@
-"""Attention of one query a row over a ring of columns, of which only those that the row fills are read.
+"""Attention of one query a row over a ring of columns, of which only those that the row fills are
+read.
 
-A row's tokens are the `filled` columns written last. In plain XLA the whole ring is read and masked, and a step has more small kernels
-than large ones. On NVIDIA GPUs a Triton kernel, by way of Pallas, does everything between two matrix products:
-it norms and turns queries and keys, writes the column, and attends to what is filled.
+A row's tokens are the `filled` columns written last. In plain XLA the whole ring is read and
+masked, and a step has more small kernels than large ones. On NVIDIA GPUs a Triton kernel, by way of
+Pallas, does everything between two matrix products: it norms and turns queries and keys, writes the
+column, and attends to what is filled.
 """
 
 import functools
@@ -23,19 +25,33 @@ ROWS = 16  # of the smallest matrix product; the queries of one key-value head a
 
 
 def path(architecture: Architecture, dtype: Any) -> str:
-  """Which of the two a device is given: "triton" is `step`, "xla" `attend`. In float32 the kernel's products would be rounded to TF32."""
+  """Which of the two a device is given: "triton" is `step`, "xla" `attend`. In float32 the kernel's
+  products would be rounded to TF32.
+  """
   size, queries = architecture.head_size, architecture.heads // architecture.kv_heads
-  fits = jnp.dtype(dtype) == jnp.bfloat16 and size >= 2 * ROWS and size & (size - 1) == 0 and queries <= ROWS
+  fits = (
+    jnp.dtype(dtype) == jnp.bfloat16
+    and size >= 2 * ROWS
+    and size & (size - 1) == 0
+    and queries <= ROWS
+  )
   return "triton" if fits and jax.default_backend() == "gpu" else "xla"
 
 
 def attend(
-    q_BxNxH: Float[Array, "B N H"], new_k_BxKxH: Float[Array, "B K H"], new_v_BxKxH: Float[Array, "B K H"],
-    k_BxKxHxS: Float[Array, "B K H S"], v_BxKxSxH: Float[Array, "B K S H"], column: Int[Array, ""], filled_B: Int[Array, "B"],
-) -> Float[Array, "B N H"]:  # fmt: skip
-  """Softmax attention of each row's query over its own new key and value and the `filled_B` columns before `column`, in plain XLA.
+  q_BxNxH: Float[Array, "B N H"],
+  new_k_BxKxH: Float[Array, "B K H"],
+  new_v_BxKxH: Float[Array, "B K H"],
+  k_BxKxHxS: Float[Array, "B K H S"],
+  v_BxKxSxH: Float[Array, "B K S H"],
+  column: Int[Array, ""],
+  filled_B: Int[Array, "B"],
+) -> Float[Array, "B N H"]:
+  """Softmax attention of each row's query over its own new key and value and the `filled_B` columns
+  before `column`, in plain XLA.
 
-  The new ones are not read from the ring: to read what it has just written, XLA copies the ring at every token.
+  The new ones are not read from the ring: to read what it has just written, XLA copies the ring at
+  every token.
   """
   B, K, H, S = k_BxKxHxS.shape
   seen = jnp.mod(column - 1 - jnp.arange(S), S) < filled_B[:, None]
@@ -44,37 +60,65 @@ def attend(
   own = jnp.einsum("bkgh,bkh->bkg", q, new_k_BxKxH, preferred_element_type=jnp.float32)[..., None]
   top = jnp.maximum(scores.max(-1, keepdims=True), own)
   weights, own = jnp.exp(scores - top), jnp.exp(own - top)
-  value = _product(weights.astype(v_BxKxSxH.dtype), v_BxKxSxH, 2) + own * new_v_BxKxH[:, :, None].astype(jnp.float32)
-  return (value / (weights.sum(-1, keepdims=True) + own)).reshape(q_BxNxH.shape).astype(q_BxNxH.dtype)
+  value = _product(weights.astype(v_BxKxSxH.dtype), v_BxKxSxH, 2) + own * new_v_BxKxH[
+    :, :, None
+  ].astype(jnp.float32)
+  return (
+    (value / (weights.sum(-1, keepdims=True) + own)).reshape(q_BxNxH.shape).astype(q_BxNxH.dtype)
+  )
 
 
 def attend_many(
-    q_BxTxNxH: Float[Array, "B T N H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"],
-    mask_BxTxS: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:  # fmt: skip
-  """What `attention.attend` does in plain XLA, in the type of the queries, softmax in float32; on a CPU twice as fast, but its gradient is not."""
+  q_BxTxNxH: Float[Array, "B T N H"],
+  k_BxKxSxH: Float[Array, "B K S H"],
+  v_BxKxSxH: Float[Array, "B K S H"],
+  mask_BxTxS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+  """What `attention.attend` does in plain XLA, in the type of the queries, softmax in float32; on a
+  CPU twice as fast, but its gradient is not.
+  """
   B, T, N, H = q_BxTxNxH.shape
   K, S = k_BxKxSxH.shape[1:3]
   q = (q_BxTxNxH * H**-0.5).reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-  scores = jnp.where(mask_BxTxS[:, None, None], _product(q, k_BxKxSxH, 3).reshape(B, K, -1, T, S), attention.MASKED)
+  scores = jnp.where(
+    mask_BxTxS[:, None, None], _product(q, k_BxKxSxH, 3).reshape(B, K, -1, T, S), attention.MASKED
+  )
   weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-  value = _product(weights.astype(v_BxKxSxH.dtype).reshape(B, K, -1, S), v_BxKxSxH, 2).reshape(B, K, -1, T, H)
-  return (value / weights.sum(-1, keepdims=True)).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BxTxNxH.dtype)
+  value = _product(weights.astype(v_BxKxSxH.dtype).reshape(B, K, -1, S), v_BxKxSxH, 2).reshape(
+    B, K, -1, T, H
+  )
+  return (
+    (value / weights.sum(-1, keepdims=True))
+    .transpose(0, 3, 1, 2, 4)
+    .reshape(B, T, N, H)
+    .astype(q_BxTxNxH.dtype)
+  )
 
 
 def _product(x_BxKxTxI: Array, y_BxKxSxI: Array, axis: int) -> Float[Array, "B K T S"]:
-  """Sums over x's last axis and y's `axis`, 2 or 3. With one batch dimension, and with the softmax's division last, faster on a CPU than
-  `attention.attend`."""
+  """Sums over x's last axis and y's `axis`, 2 or 3. With one batch dimension, and with the
+  softmax's division last, faster on a CPU than `attention.attend`.
+  """
   B, K, T, _ = x_BxKxTxI.shape
   x, y = (z.reshape(B * K, *z.shape[2:]) for z in (x_BxKxTxI, y_BxKxSxI))
-  return jax.lax.dot_general(x, y, (((2,), (axis - 1,)), ((0,), (0,))), preferred_element_type=jnp.float32).reshape(B, K, T, -1)
+  return jax.lax.dot_general(
+    x, y, (((2,), (axis - 1,)), ((0,), (0,))), preferred_element_type=jnp.float32
+  ).reshape(B, K, T, -1)
 
 
 def step(
-    qkv_BxAxH: Float[Array, "B A H"], bias_AxH: Float[Array, "A H"] | None, scale: Float[Array, "NK H"] | None,
-    turns_BxH: Float[Array, "B H"], k_BxKxSxH: Float[Array, "B K S H"], v_BxKxSxH: Float[Array, "B K S H"], column: Int[Array, ""], filled_B: Int[Array, "B"],
-    *, eps: float, interpret: bool = False,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:  # fmt: skip
+  qkv_BxAxH: Float[Array, "B A H"],
+  bias_AxH: Float[Array, "A H"] | None,
+  scale: Float[Array, "NK H"] | None,
+  turns_BxH: Float[Array, "B H"],
+  k_BxKxSxH: Float[Array, "B K S H"],
+  v_BxKxSxH: Float[Array, "B K S H"],
+  column: Int[Array, ""],
+  filled_B: Int[Array, "B"],
+  *,
+  eps: float,
+  interpret: bool = False,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
   """`attend` with what stands before it, as one kernel.
 
   Args:
@@ -100,38 +144,93 @@ def step(
   heads = lambda count, first: pl.BlockSpec((None, count, H), lambda b, k, p: (b, first + k, 0))
   scales = lambda count, first: pl.BlockSpec((count, H), lambda b, k, p: (first + k, 0))
   ring = pl.BlockSpec((None, None, S, H), lambda b, k, p: (b, k, 0, 0))
-  part = lambda *block: pl.BlockSpec((None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block))
+  part = lambda *block: pl.BlockSpec(
+    (None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block)
+  )
   parted = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, K, parts, *shape), dtype)
   value, mass, top, keys, values = pl.pallas_call(
-      functools.partial(_kernel, queries=G, blocks=S // BLOCK, parts=parts, eps=eps if normed else None, biased=biased),
-      grid=(B, K, parts),
-      in_specs=[
-          pl.BlockSpec((None,), lambda b, k, p: (b,)), pl.BlockSpec((None,), lambda b, k, p: (0,)),
-          heads(G, 0), heads(1, N), heads(1, N + K), scales(G, 0), scales(1, N), scales(1, N + K), scales(G, 0), scales(1, N),
-          pl.BlockSpec((None, H), lambda b, k, p: (b, 0)),
-          ring, ring,
-      ],
-      out_specs=[part(G, H), part(G), part(G), ring, ring],
-      out_shape=[
-          parted(G, H, dtype=qkv_BxAxH.dtype if parts == 1 else jnp.float32), parted(G), parted(G),
-          *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (k_BxKxSxH, v_BxKxSxH)),
-      ],
-      input_output_aliases={11: 3, 12: 4},
-      compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-      interpret=interpret,
-      name="ring_attention",
-  )(filled_B, column[None], qkv_BxAxH, qkv_BxAxH, qkv_BxAxH, bias, bias, bias, scale, scale, turns_BxH, k_BxKxSxH, v_BxKxSxH)  # fmt: skip
+    functools.partial(
+      _kernel, queries=G, blocks=S // BLOCK, parts=parts, eps=eps if normed else None, biased=biased
+    ),
+    grid=(B, K, parts),
+    in_specs=[
+      pl.BlockSpec((None,), lambda b, k, p: (b,)),
+      pl.BlockSpec((None,), lambda b, k, p: (0,)),
+      heads(G, 0),
+      heads(1, N),
+      heads(1, N + K),
+      scales(G, 0),
+      scales(1, N),
+      scales(1, N + K),
+      scales(G, 0),
+      scales(1, N),
+      pl.BlockSpec((None, H), lambda b, k, p: (b, 0)),
+      ring,
+      ring,
+    ],
+    out_specs=[part(G, H), part(G), part(G), ring, ring],
+    out_shape=[
+      parted(G, H, dtype=qkv_BxAxH.dtype if parts == 1 else jnp.float32),
+      parted(G),
+      parted(G),
+      *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (k_BxKxSxH, v_BxKxSxH)),
+    ],
+    input_output_aliases={11: 3, 12: 4},
+    compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+    interpret=interpret,
+    name="ring_attention",
+  )(
+    filled_B,
+    column[None],
+    qkv_BxAxH,
+    qkv_BxAxH,
+    qkv_BxAxH,
+    bias,
+    bias,
+    bias,
+    scale,
+    scale,
+    turns_BxH,
+    k_BxKxSxH,
+    v_BxKxSxH,
+  )
   if parts > 1:
     mass *= jnp.exp(top - top.max(2, keepdims=True))  # [B, K, parts, G]
-    value = jnp.sum(value * (mass / mass.sum(2, keepdims=True))[..., None], 2).astype(qkv_BxAxH.dtype)
+    value = jnp.sum(value * (mass / mass.sum(2, keepdims=True))[..., None], 2).astype(
+      qkv_BxAxH.dtype
+    )
   return value.reshape(B, N, H), keys, values
 
 
 def _kernel(
-    filled_ref, column_ref, q_ref, k_ref, v_ref, q_bias_ref, k_bias_ref, v_bias_ref, q_scale_ref, k_scale_ref, turns_ref, _, __,
-    value_ref, mass_ref, top_ref, keys_ref, values_ref, *, queries, blocks, parts, eps, biased,
-):  # fmt: skip
-  """One part of one row and key-value head: every `parts`-th block back from the newest, by a running softmax."""
+  filled_ref,
+  column_ref,
+  q_ref,
+  k_ref,
+  v_ref,
+  q_bias_ref,
+  k_bias_ref,
+  v_bias_ref,
+  q_scale_ref,
+  k_scale_ref,
+  turns_ref,
+  _,
+  __,
+  value_ref,
+  mass_ref,
+  top_ref,
+  keys_ref,
+  values_ref,
+  *,
+  queries,
+  blocks,
+  parts,
+  eps,
+  biased,
+):
+  """One part of one row and key-value head: every `parts`-th block back from the newest, by a
+  running softmax.
+  """
   part, filled, column = pl.program_id(2), filled_ref[()], column_ref[()]
   S, H = keys_ref.shape
   dtype, low, high = keys_ref.dtype, pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
@@ -140,26 +239,43 @@ def _kernel(
   def turned(ref, bias_ref, scale_ref, count):
     """The two halves of normed and rotated heads [ROWS, H / 2], rounded where the model rounds."""
     mask = (jnp.arange(ROWS) < count)[:, None]
-    get = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0).astype(jnp.float32)
+    get = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0).astype(
+      jnp.float32
+    )
     x, y = get(ref, low), get(ref, high)
     if biased:
       x, y = x + get(bias_ref, low), y + get(bias_ref, high)
     if eps is not None:
       size = jax.lax.rsqrt((jnp.sum(x * x, -1) + jnp.sum(y * y, -1)) / H + eps)[:, None]
-      x, y = ((z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32) for z, half in ((x, low), (y, high)))
+      x, y = (
+        (z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32)
+        for z, half in ((x, low), (y, high))
+      )
     cos, sin = turns_ref[low][None], turns_ref[high][None]
     return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
 
-  q_low, q_high = (half * jnp.asarray(H**-0.5, dtype) for half in turned(q_ref, q_bias_ref, q_scale_ref, queries))
+  q_low, q_high = (
+    half * jnp.asarray(H**-0.5, dtype) for half in turned(q_ref, q_bias_ref, q_scale_ref, queries)
+  )
   # Rows beyond the first are zeros: the sum is the row.
-  new_low, new_high = (jnp.sum(half.astype(jnp.float32), 0).astype(dtype) for half in turned(k_ref, k_bias_ref, k_scale_ref, 1))
-  new_value = (v_ref[0, :].astype(jnp.float32) + v_bias_ref[0, :]).astype(dtype) if biased else v_ref[0, :]
+  new_low, new_high = (
+    jnp.sum(half.astype(jnp.float32), 0).astype(dtype)
+    for half in turned(k_ref, k_bias_ref, k_scale_ref, 1)
+  )
+  new_value = (
+    (v_ref[0, :].astype(jnp.float32) + v_bias_ref[0, :]).astype(dtype) if biased else v_ref[0, :]
+  )
 
   @pl.when(part == 0)  # no other part reads the newest block
   def _():
-    keys_ref[column, low], keys_ref[column, high], values_ref[column, :] = new_low, new_high, new_value
+    keys_ref[column, low], keys_ref[column, high], values_ref[column, :] = (
+      new_low,
+      new_high,
+      new_value,
+    )
 
-  # The newest block holds column % BLOCK + 1 of the columns or fewer; the others lie behind it, in the last resort around the ring.
+  # The newest block holds column % BLOCK + 1 of the columns or fewer; the others lie behind it, in
+  # the last resort around the ring.
   newest = column // BLOCK
   count = jnp.minimum(1 + pl.cdiv(jnp.maximum(filled - column % BLOCK - 1, 0), BLOCK), blocks)
 
@@ -170,18 +286,31 @@ def _kernel(
     keys_low, keys_high, values = keys_ref[here, low], keys_ref[here, high], values_ref[here, :]
     if newest_too:  # what was just written may not be seen yet by all threads
       fresh = (columns == column)[:, None]
-      keys_low, keys_high = jnp.where(fresh, new_low[None], keys_low), jnp.where(fresh, new_high[None], keys_high)
+      keys_low, keys_high = (
+        jnp.where(fresh, new_low[None], keys_low),
+        jnp.where(fresh, new_high[None], keys_high),
+      )
       values = jnp.where(fresh, new_value[None], values)
     scores = triton.dot(q_low, keys_low.T) + triton.dot(q_high, keys_high.T)
     scores = jnp.where(((column - columns + S) % S < filled)[None], scores, attention.MASKED)
     above = jnp.maximum(top, scores.max(-1))
     weights, kept = jnp.exp(scores - above[:, None]), jnp.exp(top - above)
-    return value * kept[:, None] + triton.dot(weights.astype(dtype), values), mass * kept + weights.sum(-1), above
+    return (
+      value * kept[:, None] + triton.dot(weights.astype(dtype), values),
+      mass * kept + weights.sum(-1),
+      above,
+    )
 
-  start = (jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS,), jnp.float32), jnp.full((ROWS,), attention.MASKED, jnp.float32))
-  # The first block apart: the others go straight from memory to the products, and can be fetched ahead. A part that has none reads
-  # one that nobody sees, which the sum over the parts forgets.
-  value, mass, top = jax.lax.fori_loop(1, pl.cdiv(jnp.maximum(count - part, 0), parts), block, block(0, start, newest_too=True))
+  start = (
+    jnp.zeros((ROWS, H), jnp.float32),
+    jnp.zeros((ROWS,), jnp.float32),
+    jnp.full((ROWS,), attention.MASKED, jnp.float32),
+  )
+  # The first block apart: the others go straight from memory to the products, and can be fetched
+  # ahead. A part that has none reads one that nobody sees, which the sum over the parts forgets.
+  value, mass, top = jax.lax.fori_loop(
+    1, pl.cdiv(jnp.maximum(count - part, 0), parts), block, block(0, start, newest_too=True)
+  )
   value = value / mass[:, None]
   triton.store(value_ref.at[pl.ds(0, ROWS), :], value.astype(value_ref.dtype), mask=row[:, None])
   triton.store(mass_ref.at[pl.ds(0, ROWS)], mass, mask=row)

@@ -93,9 +93,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   lacking = [tensor for tensor, name in listed.items() if tensor not in held[name]]
   if lacking:
     raise ValueError(
-        f"{folder / INDEX}: {lacking[0]} should lie in {listed[lacking[0]]}, which does not hold it"
-        + (f"; nor {len(lacking) - 1} more" if lacking[1:] else "")
-        + ": index and shards are not of one model"
+      f"{folder / INDEX}: {lacking[0]} should lie in {listed[lacking[0]]}, which does not hold it"
+      + (f"; nor {len(lacking) - 1} more" if lacking[1:] else "")
+      + ": index and shards are not of one model"
     )
   found |= {tensor: opened[name] for tensor, name in listed.items()}
   return _with_usual_names(folder, {name: Tensor(file, name) for name, file in found.items()})
@@ -120,7 +120,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     hint = weights.pointer_hint(path)
     raise ValueError(
-        f"{path}: not an index of safetensors shards ({type(error).__name__}: {error}){hint}"
+      f"{path}: not an index of safetensors shards ({type(error).__name__}: {error}){hint}"
     ) from error
 
 
@@ -136,8 +136,8 @@ def _say_what_is_there(folder: pathlib.Path) -> str:
     return f"{folder / SINGLE}: no such file: {wanted}"
   other = others[0]
   advice = {
-      ".safetensors": f"it is named in another way, perhaps with other tensor names: {wanted}",
-      ".gguf": "give the path of this file",
+    ".safetensors": f"it is named in another way, perhaps with other tensor names: {wanted}",
+    ".gguf": "give the path of this file",
   }.get(other.suffix, "pickled weights are not read, since they can run code: save safetensors")
   return f"{folder / SINGLE}: no such file, but there is {other.name}: {advice}"
 
@@ -154,7 +154,7 @@ def _with_usual_names(folder: pathlib.Path, tensors: dict[str, Tensor]) -> dict[
   prefix = first.partition("layers.0.")[0]
   if prefix:
     raise ValueError(
-        f'{folder}: tensors are named as {first!r}, with {prefix!r} in front of "layers" where '
-        '"model." should stand: part of another model, or a wrapper; save the language model alone'
+      f'{folder}: tensors are named as {first!r}, with {prefix!r} in front of "layers" where '
+      '"model." should stand: part of another model, or a wrapper; save the language model alone'
     )
   return {name if name == HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}

@@ -1,7 +1,9 @@
-"""Products of a few rows with a matrix, which a decoder makes at every token, as fast as the matrix can be read.
+"""Products of a few rows with a matrix, which a decoder makes at every token, as fast as the matrix
+can be read.
 
-XLA follows such a product with kernels of their own for what is done to it, and, where it adds up in parts, for their sum. Here SwiGLU is
-part of the product, and `kernels.add_norm` takes the parts as they are. Pallas kernels for one NVIDIA GPU; the matrices have one row an output.
+XLA follows such a product with kernels of their own for what is done to it, and, where it adds up
+in parts, for their sum. Here SwiGLU is part of the product, and `kernels.add_norm` takes the parts
+as they are. Pallas kernels for one NVIDIA GPU; the matrices have one row an output.
 """
 
 import functools
@@ -13,11 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-FEWEST, MOST = 16, 128  # rows; for fewer XLA's are as fast, with more it is no longer the memory that limits
+FEWEST, MOST = (
+  16,
+  128,
+)  # rows; for fewer XLA's are as fast, with more it is no longer the memory that limits
 
 
 class Cut(NamedTuple):
-  """How a product is cut up: `parts` of the sum, `wide` outputs a program, `deep` terms at once; best of eight each on an H100, 64 rows."""
+  """How a product is cut up: `parts` of the sum, `wide` outputs a program, `deep` terms at once;
+  best of eight each on an H100, 64 rows.
+  """
 
   parts: int
   wide: int
@@ -30,7 +37,9 @@ PRODUCT, PARTS, SWIGLU = Cut(1, 32, 128, 4, 4), Cut(4, 64, 128, 8, 4), Cut(1, 64
 
 
 def fits(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bool:
-  """Whether the numbers and their type are what the kernels are for, and the GPU has the shared memory that they take: up to 192 KiB."""
+  """Whether the numbers and their type are what the kernels are for, and the GPU has the shared
+  memory that they take: up to 192 KiB.
+  """
   (M, D), F = x_MxD.shape, matrix_FxD.shape[0]
   even = D % (PARTS.parts * PARTS.deep) == 0 and F % (2 * PARTS.wide) == 0
   return _large_gpu() and x_MxD.dtype == jnp.bfloat16 and FEWEST <= M <= MOST and even
@@ -38,38 +47,54 @@ def fits(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bool:
 
 def _large_gpu() -> bool:
   """An NVIDIA H100, H200, B200 or their like."""
-  return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") in ("9.0", "10.0", "10.3")
+  return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") in (
+    "9.0",
+    "10.0",
+    "10.3",
+  )
 
 
-def product(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False) -> Float[Array, "M F"]:
-  """Sums over D, in float32, rounded to bfloat16, the type of both arguments. `interpret` runs it without a GPU.
+def product(
+  x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False
+) -> Float[Array, "M F"]:
+  """Sums over D, in float32, rounded to bfloat16, the type of both arguments. `interpret` runs it
+  without a GPU.
 
-  Here and below shapes and types are those that `fits` allows: others are not refused, and may give anything.
+  Here and below shapes and types are those that `fits` allows: others are not refused, and may give
+  anything.
   """
   return _product(x_MxD, matrix_FxD, PRODUCT, 1, x_MxD.dtype, interpret)[0]
 
 
-def parts(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False) -> Float[Array, "P M F"]:
+def parts(
+  x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False
+) -> Float[Array, "P M F"]:
   """`product` as float32 parts, which are to be added up."""
   return _product(x_MxD, matrix_FxD, PARTS, 1, jnp.float32, interpret)
 
 
-def swiglu(x_MxD: Float[Array, "M D"], matrix_F2xD: Float[Array, "F2 D"], *, interpret: bool = False) -> Float[Array, "M F"]:
-  """silu(gate) up (Shazeer 2020, eq. 6), where gate and up are the halves of `product`; rounded as it, silu(gate) and the result would be."""
+def swiglu(
+  x_MxD: Float[Array, "M D"], matrix_F2xD: Float[Array, "F2 D"], *, interpret: bool = False
+) -> Float[Array, "M F"]:
+  """silu(gate) up (Shazeer 2020, eq. 6), where gate and up are the halves of `product`; rounded as
+  it, silu(gate) and the result would be.
+  """
   return _product(x_MxD, matrix_F2xD, SWIGLU, 2, x_MxD.dtype, interpret)[0]
 
 
-def _product(x: Array, matrix: Array, cut: Cut, sides: int, dtype: Any, interpret: bool) -> Float[Array, "P M F"]:
+def _product(
+  x: Array, matrix: Array, cut: Cut, sides: int, dtype: Any, interpret: bool
+) -> Float[Array, "P M F"]:
   M, F = x.shape[0], matrix.shape[0] // sides
   return pl.pallas_call(
-      functools.partial(_kernel, cut=cut, sides=sides),
-      grid=(F // cut.wide, cut.parts),
-      in_specs=[pl.no_block_spec] * 2,
-      out_specs=pl.BlockSpec((None, M, cut.wide), lambda n, part: (part, 0, n)),
-      out_shape=jax.ShapeDtypeStruct((cut.parts, M, F), dtype),
-      compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-      interpret=interpret,
-      name="thin_product",
+    functools.partial(_kernel, cut=cut, sides=sides),
+    grid=(F // cut.wide, cut.parts),
+    in_specs=[pl.no_block_spec] * 2,
+    out_specs=pl.BlockSpec((None, M, cut.wide), lambda n, part: (part, 0, n)),
+    out_shape=jax.ShapeDtypeStruct((cut.parts, M, F), dtype),
+    compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+    interpret=interpret,
+    name="thin_product",
   )(x, matrix)
 
 
@@ -83,7 +108,10 @@ def _kernel(x_ref, matrix_ref, out_ref, *, cut, sides):
     at = pl.ds((part * count + i) * cut.deep, cut.deep)
     x = triton.load(x_ref.at[row, at], mask=there, other=None if there is None else 0.0)
     outputs = (pl.ds(side * F + n * cut.wide, cut.wide) for side in range(sides))
-    return tuple(total + triton.dot(x, matrix_ref[output, at].T) for total, output in zip(sums, outputs, strict=True))
+    return tuple(
+      total + triton.dot(x, matrix_ref[output, at].T)
+      for total, output in zip(sums, outputs, strict=True)
+    )
 
   made, *up = jax.lax.fori_loop(0, count, step, (jnp.zeros((rows, cut.wide), jnp.float32),) * sides)
   if up:

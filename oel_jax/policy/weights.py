@@ -1,4 +1,6 @@
-"""Parameters in safetensors files: one tensor a leaf, named by its path ("layers/attention/q/kernel")."""
+"""Parameters in safetensors files: one tensor a leaf, named by its path
+("layers/attention/q/kernel").
+"""
 
 import hashlib
 import os
@@ -18,7 +20,9 @@ from oel_jax.runtime import files, finite
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a pointer begins
 
 
-def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None) -> None:
+def save(
+  path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: dict[str, str] | None = None
+) -> None:
   """Writes the parameters, whole or not at all.
 
   Args:
@@ -37,7 +41,9 @@ def save(path: str | os.PathLike, params: Any, *, dtype: Any = None, metadata: d
     flat = {name: np.ascontiguousarray(np.asarray(leaf), dtype) for name, leaf in leaves.items()}
   for name, leaf in flat.items():
     if not np.isfinite(leaf.astype(np.float32)).all():
-      raise ValueError(f"{path}: {name} holds values that are not finite in {leaf.dtype}: nothing was written")
+      raise ValueError(
+        f"{path}: {name} holds values that are not finite in {leaf.dtype}: nothing was written"
+      )
   files.write_bytes(path, safetensors.numpy.save(flat, metadata))
 
 
@@ -58,8 +64,14 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
     hint = pointer_hint(path)
     raise ValueError(f"{path}: not a whole safetensors file ({error}){hint}") from error
   wanted = flax.traverse_util.flatten_dict(model.abstract(architecture), sep="/")
-  wrong = [f"{name}: missing" for name in wanted if name not in found] + [f"{name}: unknown" for name in found if name not in wanted]
-  wrong += [f"{n}: {found[n].shape} instead of {w.shape}" for n, w in wanted.items() if n in found and found[n].shape != w.shape]
+  wrong = [f"{name}: missing" for name in wanted if name not in found] + [
+    f"{name}: unknown" for name in found if name not in wanted
+  ]
+  wrong += [
+    f"{n}: {found[n].shape} instead of {w.shape}"
+    for n, w in wanted.items()
+    if n in found and found[n].shape != w.shape
+  ]
   if wrong:
     raise ValueError(f"{path}: does not fit the architecture: {'; '.join(wrong)}")
   good = {name: finite.checked(path, name, found[name]) for name in wanted}

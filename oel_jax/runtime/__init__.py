@@ -1,1 +1,3 @@
-"""Hosts, files and clocks: mesh and shardings, checkpoints, metrics, progress, seeds and the run directory."""
+"""Hosts, files and clocks: mesh and shardings, checkpoints, metrics, progress, seeds and the run
+directory.
+"""

@@ -32,7 +32,9 @@ ARRAYS = "arrays"  # the field of `extra` that is ours: path → kind and checks
 
 
 class Restored(NamedTuple):
-  """A checkpoint as read: its step, its arrays in the shardings asked for, and what was saved beside them."""
+  """A checkpoint as read: its step, its arrays in the shardings asked for, and what was saved
+  beside them.
+  """
 
   step: int
   state: Any
@@ -40,10 +42,14 @@ class Restored(NamedTuple):
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-  """Named beforehand, so that a process that has not saved anything can read a checkpoint's metadata."""
+  """Named beforehand, so that a process that has not saved anything can read a checkpoint's
+  metadata.
+  """
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  for item, handler, args in (("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
-                              ("extra", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore))):
+  for item, handler, args in (
+    ("state", ocp.StandardCheckpointHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
+    ("extra", ocp.JsonCheckpointHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
+  ):
     for arg in args:
       registry.add(item, arg, handler)
   return registry
@@ -63,14 +69,18 @@ def _kinds(tree: Any) -> dict[str, str]:
 
 
 def _not_a_traceback_of_orbax(record) -> bool:
-  """Orbax logs the traceback of one failed write five times over before it raises it; the error that is raised says it all."""
+  """Orbax logs the traceback of one failed write five times over before it raises it; the error
+  that is raised says it all.
+  """
   return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 class Checkpoints:
-  """The checkpoints of one training run. Use it in a `with` statement: leaving it waits for what is still being written.
+  """The checkpoints of one training run. Use it in a `with` statement: leaving it waits for what is
+  still being written.
 
-  In a run of several processes, every process makes the same calls, and `directory` is on storage that they share.
+  In a run of several processes, every process makes the same calls, and `directory` is on storage
+  that they share.
   """
 
   def __init__(self, directory: str | os.PathLike, keep: int = 2):
@@ -85,7 +95,9 @@ class Checkpoints:
     logging.get_absl_logger().addFilter(_not_a_traceback_of_orbax)
     with self._explained("open the checkpoints"):
       options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-      self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
+      self._manager = ocp.CheckpointManager(
+        self.directory, options=options, handler_registry=_handlers()
+      )
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -103,33 +115,44 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
-    """Copies the state to the host and writes it in the background; the device buffers may be donated right after.
+    """Copies the state to the host and writes it in the background; the device buffers may be
+    donated right after.
 
     Args:
-      step: larger than every step saved before, or one that is saved already (then nothing happens: the same run gives the same state).
+      step: larger than every step saved before, or one that is saved already (then nothing happens:
+        the same run gives the same state).
       state: pytree of arrays.
       extra: JSON-able; comes back from `restore`.
 
     Raises:
       ValueError: `extra` is not JSON, or the step is older than the latest.
-      OSError: this or the save before it could not be written (disk full); what was whole before stays.
+      OSError: this or the save before it could not be written (disk full); what was whole before
+        stays.
     """
     try:
       schema.digest(extra or {})
     except (TypeError, ValueError) as error:
-      raise ValueError(f"{self.directory}: extra of step {step} cannot be written as JSON: {error}") from error
+      raise ValueError(
+        f"{self.directory}: extra of step {step} cannot be written as JSON: {error}"
+      ) from error
     steps = self.steps()
     if step in steps:
       return
     if steps and step < steps[-1]:
-      raise ValueError(f"{self.directory}: cannot save step {step} after step {steps[-1]}: steps must ascend")
+      raise ValueError(
+        f"{self.directory}: cannot save step {step} after step {steps[-1]}: steps must ascend"
+      )
     self.wait()
     self._saving = step
     sums = checksums(state)
     arrays = {path: {"kind": kind, "checksum": sums[path]} for path, kind in _kinds(state).items()}
     extra = schema.sealed((extra or {}) | {ARRAYS: arrays})
     with self._explained(f"write the checkpoint of step {step}"):
-      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)), force=True)
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)),
+        force=True,
+      )
 
   def wait(self) -> None:
     """Returns when everything saved is on disk.
@@ -147,7 +170,9 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      with contextlib.suppress(Exception):  # what can fail here has failed, and was reported, in wait()
+      with contextlib.suppress(
+        Exception
+      ):  # what can fail here has failed, and was reported, in wait()
         self._manager.close()
 
   def restore(self, abstract_state: Any) -> Restored | None:
@@ -156,13 +181,15 @@ class Checkpoints:
     One that is not is renamed to STEP.damaged-TIME, with a warning, and the one before it is read.
 
     Args:
-      abstract_state: pytree of ShapeDtypeStructs with shardings (`mesh.abstract_init`), on any devices.
+      abstract_state: pytree of ShapeDtypeStructs with shardings (`mesh.abstract_init`), on any
+        devices.
 
     Returns:
       The checkpoint, bit for bit what was saved; None if there is none.
 
     Raises:
-      ValueError: a readable checkpoint holds other arrays than `abstract_state`, that is, another model or optimizer wrote it.
+      ValueError: a readable checkpoint holds other arrays than `abstract_state`, that is, another
+        model or optimizer wrote it.
     """
     self.wait()
     for step in reversed(self.steps()):
@@ -183,7 +210,8 @@ class Checkpoints:
         self._verify(step, state, arrays)
       except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # says nothing about the file
-      except Exception as error:  # TensorStore and Orbax raise ValueError, OSError, KeyError and bare Exception for damage
+      # TensorStore and Orbax raise ValueError, OSError, KeyError and bare Exception for damage
+      except Exception as error:
         self._set_aside(step, error)
         continue
       return Restored(step, state, extra)
@@ -236,14 +264,23 @@ class Checkpoints:
     for path in sorted(saved.keys() | asked.keys()):
       if saved.get(path) != asked.get(path):
         has, wants = saved.get(path, "nothing"), asked.get(path, "nothing")
-        raise ValueError(f"{self.directory / str(step)}: holds {has} at {path}, where this run has {wants}: "
-                         "the checkpoint is of another architecture or optimizer; use another --workdir or the config it was made with")
+        raise ValueError(
+          f"{self.directory / str(step)}: holds {has} at {path}, where this run has {wants}: "
+          "the checkpoint is of another architecture or optimizer; use another --workdir or the "
+          "config it was made with"
+        )
 
   def _set_aside(self, step: int, error: Exception) -> None:
     path = self.directory / str(step)
     aside = path.with_name(f"{step}.damaged-{int(time.time())}")
     reason = (str(error).splitlines() or [""])[0][:300]
-    logging.warning("%s: unfinished or damaged checkpoint skipped, kept as %s (%s: %s)", path, aside.name, type(error).__name__, reason)
+    logging.warning(
+      "%s: unfinished or damaged checkpoint skipped, kept as %s (%s: %s)",
+      path,
+      aside.name,
+      type(error).__name__,
+      reason,
+    )
     if jax.process_index() == 0:
       path.rename(aside)
     if jax.process_count() > 1:
@@ -252,13 +289,25 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _explained(self, what: str) -> Iterator[None]:
-    """Orbax and TensorStore pass on a full disk in several types of error and pages of text; this makes one line of it."""
+    """Orbax and TensorStore pass on a full disk in several types of error and pages of text; this
+    makes one line of it.
+    """
     try:
       yield
     except jax.errors.JaxRuntimeError:
       raise  # of the device, not of the disk
     except Exception as error:
-      full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota" in str(error)
-      reason = "the disk is full; free some space and run the same command again" if full else str(error).splitlines()[0][:600]
+      full = (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left" in str(error)
+        or "quota" in str(error)
+      )
+      reason = (
+        "the disk is full; free some space and run the same command again"
+        if full
+        else str(error).splitlines()[0][:600]
+      )
       code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
-      raise OSError(code, f"could not {what}: {reason}; those before are whole", str(self.directory)) from error
+      raise OSError(
+        code, f"could not {what}: {reason}; those before are whole", str(self.directory)
+      ) from error

@@ -45,25 +45,30 @@ def local(path: str | os.PathLike, field: str) -> pathlib.Path:
   scheme = _SCHEME.match(str(path))
   if scheme:
     raise ValueError(
-        f"{field} is {str(path)!r}: files are read and written on this machine only, so it must be "
-        f"a path here; copy it, or mount the {scheme[1]}: store as a folder"
+      f"{field} is {str(path)!r}: files are read and written on this machine only, so it must be "
+      f"a path here; copy it, or mount the {scheme[1]}: store as a folder"
     )
   return pathlib.Path(path).expanduser()
 
 
 def explained(error: OSError, path: str | os.PathLike) -> OSError:
-  """Returns the error again, of the same type and number, with the file's name and what would help."""
+  """Returns the error again, of the same type and number, with the file's name and what would
+  help.
+  """
   advice = {
-      errno.ENOSPC: "the disk is full; free some space and run the same command again, it goes on from what is already written",
-      errno.EDQUOT: "your disk quota is used up; free some space and run the same command again, it goes on from what is already written",
-      errno.EROFS: "the file system is read-only; choose another --workdir",
-      errno.EACCES: "no permission to write there; choose another --workdir",
+    errno.ENOSPC: "the disk is full; free some space and run the same command again, it goes on "
+    "from what is already written",
+    errno.EDQUOT: "your disk quota is used up; free some space and run the same command again, it "
+    "goes on from what is already written",
+    errno.EROFS: "the file system is read-only; choose another --workdir",
+    errno.EACCES: "no permission to write there; choose another --workdir",
   }.get(error.errno, error.strerror or str(error))
   return type(error)(error.errno, f"could not write: {advice}", str(path))
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-  """Writes under a temporary name, then renames: `path` holds the old content or the new one, also after a power cut.
+  """Writes under a temporary name, then renames: `path` holds the old content or the new one, also
+  after a power cut.
 
   Args:
     path: its folder must exist.
@@ -100,7 +105,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
   Raises:
     OSError: as in `write_text`.
-    ValueError: the value holds something that JSON has not, such as NaN or an array; names the file.
+    ValueError: the value holds something that JSON has not, such as NaN or an array; names the
+      file.
   """
   try:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

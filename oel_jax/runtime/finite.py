@@ -1,4 +1,6 @@
-"""Numbers that are none, NaN and infinities: refused when weights are read, and never gone on with."""
+"""Numbers that are none, NaN and infinities: refused when weights are read, and never gone on
+with.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SLICE = 2**14  # numbers that are looked at together: a float32 copy of a whole tensor could be as large as a small model
+SLICE = (
+  2**14
+  # numbers that are looked at together: a float32 copy of a whole tensor could be as large as a
+  # small model
+)
 NAMED = 4  # names of a list that an error gives
 
 
@@ -33,7 +39,8 @@ def checked(source: str | os.PathLike, name: str, tensor: np.ndarray) -> np.ndar
     tensor: of any type of numbers.
 
   Raises:
-    ValueError: a number is NaN, infinite, or beyond float32; names source and tensor, and the first such place.
+    ValueError: a number is NaN, infinite, or beyond float32; names source and tensor, and the first
+      such place.
   """
   flat = tensor.reshape(-1)
   for start in range(0, flat.size, SLICE):
@@ -44,14 +51,17 @@ def checked(source: str | os.PathLike, name: str, tensor: np.ndarray) -> np.ndar
       first = start + int(good.argmin())
       place = [int(i) for i in np.unravel_index(first, tensor.shape)]
       raise ValueError(
-          f"{source}: {name} holds {flat[first]} at {place}, which is not finite in float32: "
-          "the weights are of a training that went wrong, or the file is damaged; take another copy or another checkpoint"
+        f"{source}: {name} holds {flat[first]} at {place}, which is not finite in float32: "
+        "the weights are of a training that went wrong, or the file is damaged; take another copy "
+        "or another checkpoint"
       )
   return tensor
 
 
 def not_finite(tree: Any) -> list[str]:
-  """The paths ("layers/attention/q/kernel") of the arrays of a pytree that hold a number that is not finite."""
+  """The paths ("layers/attention/q/kernel") of the arrays of a pytree that hold a number that is
+  not finite.
+  """
   flags = jax.device_get(_flags(tree))
   return [path(keys) for keys, good in jax.tree_util.tree_leaves_with_path(flags) if not good]
 

@@ -1,7 +1,8 @@
 """The device mesh and the one table that says how every parameter is split over it.
 
-Axes: "data" splits the batch; "fsdp" splits the batch and, along the width, the parameters and their optimizer state; "tensor" splits
-heads, feed-forward and vocabulary. XLA inserts the collectives; all three may be 1, which is a single device.
+Axes: "data" splits the batch; "fsdp" splits the batch and, along the width, the parameters and
+their optimizer state; "tensor" splits heads, feed-forward and vocabulary. XLA inserts the
+collectives; all three may be 1, which is a single device.
 """
 
 import math
@@ -18,57 +19,78 @@ AXES = ("data", "fsdp", "tensor")
 
 # Path of a parameter (regular expression for the whole path) → mesh axis of each of its dimensions.
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed/embedding", ("tensor", "fsdp")),  # [V, D]
-    (r"layers/attention/[qkv]/kernel", (None, "fsdp", "tensor", None)),  # [L, D, N or K, H]
-    (r"layers/attention/[qkv]/bias", (None, "tensor", None)),  # [L, N or K, H]
-    (r"layers/attention/o/kernel", (None, "tensor", None, "fsdp")),  # [L, N, H, D]
-    (r"layers/attention/[qk]_norm/scale", (None, None)),  # [L, H]
-    (r"layers/feedforward/(gate|up)/kernel", (None, "fsdp", "tensor")),  # [L, D, F]
-    (r"layers/feedforward/down/kernel", (None, "tensor", "fsdp")),  # [L, F, D]
-    (r"layers/(attention|feedforward)_norm/scale", (None, None)),  # [L, D]
-    (r"norm/scale", (None,)),  # [D]
-    (r"head/kernel", ("tensor", "fsdp")),  # [V, D]
-    (r"teacher/(keys|values)", (None, None, "tensor", None, None)),  # [L, G, K, P, H], of the knowledge texts
+  (r"embed/embedding", ("tensor", "fsdp")),  # [V, D]
+  (r"layers/attention/[qkv]/kernel", (None, "fsdp", "tensor", None)),  # [L, D, N or K, H]
+  (r"layers/attention/[qkv]/bias", (None, "tensor", None)),  # [L, N or K, H]
+  (r"layers/attention/o/kernel", (None, "tensor", None, "fsdp")),  # [L, N, H, D]
+  (r"layers/attention/[qk]_norm/scale", (None, None)),  # [L, H]
+  (r"layers/feedforward/(gate|up)/kernel", (None, "fsdp", "tensor")),  # [L, D, F]
+  (r"layers/feedforward/down/kernel", (None, "tensor", "fsdp")),  # [L, F, D]
+  (r"layers/(attention|feedforward)_norm/scale", (None, None)),  # [L, D]
+  (r"norm/scale", (None,)),  # [D]
+  (r"head/kernel", ("tensor", "fsdp")),  # [V, D]
+  (
+    r"teacher/(keys|values)",
+    (None, None, "tensor", None, None),
+  ),  # [L, G, K, P, H], of the knowledge texts
 )
 
 
-def make_mesh(sizes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+  sizes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """Builds the mesh of `config.mesh`.
 
   Args:
-    sizes: fields `data`, `fsdp` and `tensor`; one of them may be -1, which takes all devices that the others leave.
+    sizes: fields `data`, `fsdp` and `tensor`; one of them may be -1, which takes all devices that
+      the others leave.
     devices: default: all devices of all processes.
 
   Returns:
     A mesh with axes ("data", "fsdp", "tensor"), all of type Auto.
 
   Raises:
-    ValueError: a size is neither positive nor -1, two are -1, or the sizes do not use every device exactly once.
+    ValueError: a size is neither positive nor -1, two are -1, or the sizes do not use every device
+      exactly once.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = [sizes[axis] for axis in AXES]
   for axis, size in zip(AXES, shape):
     if size != -1 and size < 1:
-      raise ValueError(f"config.mesh.{axis} is {size}: it must be a positive number of devices, or -1 for all that are left")
+      raise ValueError(
+        f"config.mesh.{axis} is {size}: it must be a positive number of devices, or -1 for all "
+        "that are left"
+      )
   if shape.count(-1) > 1:
     names = " and ".join(f"config.mesh.{axis}" for axis, size in zip(AXES, shape) if size == -1)
     raise ValueError(f"{names} are -1: at most one of them can take the devices that are left")
   fixed = math.prod(size for size in shape if size != -1)
-  written = " x ".join(f"config.mesh.{axis} ({size})" for axis, size in zip(AXES, shape) if size != -1)
+  written = " x ".join(
+    f"config.mesh.{axis} ({size})" for axis, size in zip(AXES, shape) if size != -1
+  )
   if -1 in shape:
     if len(devices) % fixed:
       raise ValueError(f"{written} = {fixed} does not divide the number of devices, {len(devices)}")
     shape[shape.index(-1)] = len(devices) // fixed
   elif fixed != len(devices):
-    raise ValueError(f"{written} = {fixed}, but there are {len(devices)} devices: the product must equal it; "
-                     "-1 for config.mesh.data takes all that are left")
+    raise ValueError(
+      f"{written} = {fixed}, but there are {len(devices)} devices: the product must equal it; "
+      "-1 for config.mesh.data takes all that are left"
+    )
   # jax.make_mesh's default is Explicit since 0.9, under which Linen modules fail.
   return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-  """Axes of a row, without those that do not divide their dimension: that dimension is replicated."""
-  return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))
+  """Axes of a row, without those that do not divide their dimension: that dimension is
+  replicated.
+  """
+  return PartitionSpec(
+    *(
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(axes, shape, strict=True)
+    )
+  )
 
 
 def _shardings(mesh: Mesh, tree: Any, above: str) -> Any:
@@ -81,14 +103,19 @@ def _shardings(mesh: Mesh, tree: Any, above: str) -> Any:
       return NamedSharding(mesh, PartitionSpec())
     rows = [axes for pattern, axes in TABLE if re.fullmatch(above + pattern, name)]
     if len(rows) != 1 or len(rows[0]) != leaf.ndim:
-      wrong.append(f"{name} {tuple(leaf.shape)} matches {len(rows)} rows" if len(rows) != 1 else
-                   f"{name} {tuple(leaf.shape)} has {leaf.ndim} dimensions, its row {len(rows[0])}")
+      wrong.append(
+        f"{name} {tuple(leaf.shape)} matches {len(rows)} rows"
+        if len(rows) != 1
+        else f"{name} {tuple(leaf.shape)} has {leaf.ndim} dimensions, its row {len(rows[0])}"
+      )
       return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, _spec(mesh, rows[0], leaf.shape))
 
   shardings = jax.tree_util.tree_map_with_path(one, tree)
   if wrong:
-    raise ValueError("runtime.mesh.TABLE must have exactly one row for every parameter: " + "; ".join(wrong))
+    raise ValueError(
+      "runtime.mesh.TABLE must have exactly one row for every parameter: " + "; ".join(wrong)
+    )
   return shardings
 
 
@@ -100,10 +127,12 @@ def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
     abstract_params: nested dict of arrays or ShapeDtypeStructs (only shapes are read).
 
   Returns:
-    The same tree of NamedShardings. A dimension that its axis does not divide (say 2 key-value heads over 4 devices) is replicated.
+    The same tree of NamedShardings. A dimension that its axis does not divide (say 2 key-value
+    heads over 4 devices) is replicated.
 
   Raises:
-    ValueError: a parameter matches no row, several rows, or a row of another rank; all of them are listed.
+    ValueError: a parameter matches no row, several rows, or a row of another rank; all of them are
+      listed.
   """
   return _shardings(mesh, abstract_params, above="")
 
@@ -124,19 +153,21 @@ def undivided(mesh: Mesh, abstract_params: Any) -> list[str]:
     axes = next(row for pattern, row in TABLE if re.fullmatch(pattern, name))
     spec = _spec(mesh, axes, leaf.shape)
     told += [
-        f"{name}: {size} over {axis} ({mesh.shape[axis]})"
-        for size, axis, given in zip(leaf.shape, axes, spec, strict=True)
-        if axis and given is None
+      f"{name}: {size} over {axis} ({mesh.shape[axis]})"
+      for size, axis, given in zip(leaf.shape, axes, spec, strict=True)
+      if axis and given is None
     ]
   return told
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-  """The same for a train state: moments, averages and copies of the parameters, under any name, lie where their parameter lies.
+  """The same for a train state: moments, averages and copies of the parameters, under any name, lie
+  where their parameter lies.
 
   Args:
     mesh: from `make_mesh`.
-    abstract_state: any pytree; the path of each array ends in a parameter's path (optax keeps those), or the array is a scalar.
+    abstract_state: any pytree; the path of each array ends in a parameter's path (optax keeps
+      those), or the array is a scalar.
 
   Returns:
     The same tree of NamedShardings; scalars are replicated.
@@ -160,11 +191,16 @@ def abstract_init(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
   """
   shapes = jax.eval_shape(init, *args)
   shardings = state_shardings(mesh, shapes)
-  return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
 
 
 def sharded_init(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-  """Runs `init(*args)` with each output array born in its shards, so that no device ever holds the whole model.
+  """Runs `init(*args)` with each output array born in its shards, so that no device ever holds the
+  whole model.
 
   Args:
     init: pure function of arrays that returns parameters or a train state.
@@ -179,20 +215,25 @@ def sharded_init(init: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of arrays whose leading axis is the batch: over "data" and "fsdp", replicated over "tensor"."""
+  """The sharding of arrays whose leading axis is the batch: over "data" and "fsdp", replicated over
+  "tensor".
+  """
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask", multiple: int = 1) -> Any:
-  """Adds masked-out rows until every data shard has the same number of rows, so that 3 items run on 8 devices.
+  """Adds masked-out rows until every data shard has the same number of rows, so that 3 items run on
+  8 devices.
 
-  The rows added repeat the last one (a row of zeros could be a sequence that attends to nothing, whose softmax is 0 / 0); only
-  their mask is zero. Losses are sums over the mask, so they do not see these rows.
+  The rows added repeat the last one (a row of zeros could be a sequence that attends to nothing,
+  whose softmax is 0 / 0); only their mask is zero. Losses are sums over the mask, so they do not
+  see these rows.
 
   Args:
     batch: pytree of NumPy arrays with the same leading axis.
     mesh: from `make_mesh`.
-    mask: the name of the arrays that say what counts; at least one leaf has it as the last part of its path.
+    mask: the name of the arrays that say what counts; at least one leaf has it as the last part of
+      its path.
     multiple: the number of rows is made a multiple of this, too.
 
   Returns:
@@ -202,18 +243,27 @@ def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask", multiple: int = 1) -> 
     ValueError: the batch is empty, has no array named `mask`, or arrays of different length.
   """
   leaves = jax.tree_util.tree_leaves_with_path(batch)
-  lengths = {jax.tree_util.keystr(path, simple=True, separator="/"): len(leaf) for path, leaf in leaves}
+  lengths = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): len(leaf) for path, leaf in leaves
+  }
   if mask not in {name.rpartition("/")[2] for name in lengths}:
-    raise ValueError(f"pad_batch: the batch has no array {mask!r}, only {sorted(lengths)}: without it the rows added would count")
+    raise ValueError(
+      f"pad_batch: the batch has no array {mask!r}, only {sorted(lengths)}: without it the rows "
+      "added would count"
+    )
   length, *others = set(lengths.values())
   if others or length == 0:
-    raise ValueError(f"pad_batch: the arrays have lengths {lengths}: they must be the same, and at least 1")
+    raise ValueError(
+      f"pad_batch: the arrays have lengths {lengths}: they must be the same, and at least 1"
+    )
   missing = -length % math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], multiple)
   if not missing:
     return batch
 
   def pad(path, leaf: np.ndarray) -> np.ndarray:
     rows = np.repeat(leaf[-1:], missing, axis=0)
-    return np.concatenate([leaf, np.zeros_like(rows) if jax.tree_util.keystr(path[-1:], simple=True) == mask else rows])
+    return np.concatenate(
+      [leaf, np.zeros_like(rows) if jax.tree_util.keystr(path[-1:], simple=True) == mask else rows]
+    )
 
   return jax.tree_util.tree_map_with_path(pad, batch)

@@ -1,4 +1,6 @@
-"""What a run measured: one JSON line a step in metrics.jsonl, the same numbers for TensorBoard, and a count of compilations."""
+"""What a run measured: one JSON line a step in metrics.jsonl, the same numbers for TensorBoard, and
+a count of compilations.
+"""
 
 import collections
 import json
@@ -23,9 +25,11 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-  """Counts the programs that JAX compiled, or fetched from its compilation cache, since this object was made.
+  """Counts the programs that JAX compiled, or fetched from its compilation cache, since this object
+  was made.
 
-  A count that grows at every step shows shapes that change at every step. Call the object for the count; `close` stops it.
+  A count that grows at every step shows shapes that change at every step. Call the object for the
+  count; `close` stops it.
   """
 
   def __init__(self):
@@ -83,7 +87,8 @@ class Metrics:
   """
 
   def __init__(self, directory: str | os.PathLike):
-    """Opens DIR/metrics.jsonl for appending; a last line that a kill cut off is dropped, with a warning.
+    """Opens DIR/metrics.jsonl for appending; a last line that a kill cut off is dropped, with a
+    warning.
 
     Args:
       directory: created if need be; TensorBoard's event files go there too.
@@ -99,7 +104,8 @@ class Metrics:
     if lines and not lines[-1].endswith(b"\n"):
       logging.warning("%s:%d: unfinished last line dropped", self._path, len(lines))
       files.write_bytes(self._path, b"".join(lines[:-1]))
-    # SummaryWriter's thread dies of a full disk without a word, and then blocks the run when its queue is full; this one writes at once.
+    # SummaryWriter's thread dies of a full disk without a word, and then blocks the run when its
+    # queue is full; this one writes at once.
     self._board = EventsWriter(str(self._path.parent / "events"), f".{os.getpid()}")
     self._open()
 
@@ -175,20 +181,29 @@ class Metrics:
     self._count(stage, round, step)
 
   def drop_after(self, round: int, stage: str, step: int) -> None:
-    """Removes the lines of this round and stage whose step is larger: they are about to be done again from a checkpoint at `step`.
+    """Removes the lines of this round and stage whose step is larger: they are about to be done
+    again from a checkpoint at `step`.
 
-    -1 removes all lines of the round and stage. TensorBoard's event files keep the old points; the new ones fall on the same places.
+    -1 removes all lines of the round and stage. TensorBoard's event files keep the old points; the
+    new ones fall on the same places.
     """
     if self._file is None:
       return
     self._file.close()
-    kept = [line for line, record in self._read()
-            if not (record and record["round"] == round and record["stage"] == stage and record["step"] > step)]
+    kept = [
+      line
+      for line, record in self._read()
+      if not (
+        record and record["round"] == round and record["stage"] == stage and record["step"] > step
+      )
+    ]
     files.write_bytes(self._path, b"".join(kept))
     self._open()
 
   def close(self) -> None:
-    """Closes the files and stops counting compilations. Everything is on disk already: each line is handed over when it is written."""
+    """Closes the files and stops counting compilations. Everything is on disk already: each line is
+    handed over when it is written.
+    """
     if self._file is not None:
       self._file.close()
       self._board.close()

@@ -1,4 +1,6 @@
-"""What a person at the terminal sees: bars with the time left, and tables. In a log file: one line where a stage ends."""
+"""What a person at the terminal sees: bars with the time left, and tables. In a log file: one line
+where a stage ends.
+"""
 
 import contextlib
 import sys
@@ -10,8 +12,14 @@ import rich.console
 import rich.progress
 import rich.table
 
-_COLUMNS = ("[progress.description]{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(), "left", rich.progress.TimeRemainingColumn())
+_COLUMNS = (
+  "[progress.description]{task.description}",
+  rich.progress.BarColumn(),
+  rich.progress.MofNCompleteColumn(),
+  rich.progress.TimeElapsedColumn(),
+  "left",
+  rich.progress.TimeRemainingColumn(),
+)
 
 
 @contextlib.contextmanager
@@ -33,7 +41,9 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
   with contextlib.ExitStack() as stack:
     shown = None
     if console.is_terminal:
-      shown = stack.enter_context(rich.progress.Progress(*_COLUMNS, console=console, transient=True))
+      shown = stack.enter_context(
+        rich.progress.Progress(*_COLUMNS, console=console, transient=True)
+      )
       task = shown.add_task(name, total=total)
 
     def advance(n: int = 1) -> None:
@@ -47,7 +57,9 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> None:
-  """Prints one line a row; the columns are the keys in the order they first appear. Floats show four significant digits, None a dash."""
+  """Prints one line a row; the columns are the keys in the order they first appear. Floats show
+  four significant digits, None a dash.
+  """
 
   def cell(value: Any) -> str:
     if value is None:
@@ -58,7 +70,9 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> None:
   shown = rich.table.Table(title=title, title_justify="left")
   for name in names:
     numbers = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
-    shown.add_column(rich.markup.escape(name), justify="right" if numbers else "left", overflow="fold")
+    shown.add_column(
+      rich.markup.escape(name), justify="right" if numbers else "left", overflow="fold"
+    )
   for row in rows:
     shown.add_row(*(rich.markup.escape(cell(row.get(name))) for name in names))
   console = rich.console.Console()

@@ -2,9 +2,9 @@
 
 Each gives one line and no traceback.
 
-What is written is whole at every moment, so a process may end anywhere, and the same command goes on.
-Training keeps the steps since its last checkpoint, too: it has SIGTERM wait for the end of a step
-(`deferred`).
+What is written is whole at every moment, so a process may end anywhere, and the same command goes
+on. Training keeps the steps since its last checkpoint, too: it has SIGTERM wait for the end of a
+step (`deferred`).
 """
 
 import contextlib

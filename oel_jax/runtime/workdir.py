@@ -155,10 +155,18 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
     return
   old = read_config(path)
   if old["versions"] != new["versions"]:
-    logging.warning("%s: this run was begun with %s and goes on with %s; its numbers may differ in their last digits",
-                    path, old["versions"], new["versions"])
+    logging.warning(
+      "%s: this run was begun with %s and goes on with %s; its numbers may differ in their last "
+      "digits",
+      path,
+      old["versions"],
+      new["versions"],
+    )
   before, now = _flat(old["config"]), _flat(new["config"])
-  both = [{"field": name, "was": before.get(name, "no such field"), "is": now.get(name, "no such field")} for name in sorted(before | now)]
+  both = [
+    {"field": name, "was": before.get(name, "no such field"), "is": now.get(name, "no such field")}
+    for name in sorted(before | now)
+  ]
   # Values are compared as JSON, where 1, 1.0 and true are three different things.
   changed = [field for field in both if json.dumps(field["was"]) != json.dumps(field["is"])]
   listed = [
@@ -230,7 +238,9 @@ def _parse(value: Any) -> dict[str, Any]:
 
 
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
-  """Nested fields by their dotted names; an empty group stays as a value, so that its disappearance shows."""
+  """Nested fields by their dotted names; an empty group stays as a value, so that its disappearance
+  shows.
+  """
   found = {}
   for name, inner in value.items():
     if isinstance(inner, dict) and inner:
@@ -252,6 +262,8 @@ def locked(path: pathlib.Path) -> Iterator[None]:
       if jax.process_index() == 0:  # the others of a distributed run belong to it
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-      advice = "another process is running in this directory: wait for it, or choose another --workdir"
+      advice = (
+        "another process is running in this directory: wait for it, or choose another --workdir"
+      )
       raise OSError(error.errno, advice, str(path)) from error
     yield
