@@ -81,7 +81,7 @@ def prepare(
 
   Returns:
     The teacher. Keys and values take 2 L G K P H numbers: with Qwen3-4B and ten texts of 8,192
-      tokens 11.3 GiB in bfloat16.
+    tokens 11.3 GiB in bfloat16.
   """
   if unroll and shardings is not None and shardings[0].mesh.size > 1:
     raise ValueError(

@@ -240,7 +240,7 @@ def consolidate(
 
   Returns:
     The new parameters, and what it cost in this process: sampled and trained-on "tokens", "flops"
-      (2 a parameter and token, forward).
+    (2 a parameter and token, forward).
 
   Raises:
     ValueError: the checkpoints hold more steps than config.steps, or numbers that are not finite.

@@ -85,7 +85,7 @@ def extract(
 
   Returns:
     K accumulations with every item that was ever written, however long: `as_of` gives the text
-      after n trajectories, within the limit.
+    after n trajectories, within the limit.
 
   Raises:
     ValueError: no trajectory; `start` with another number of texts; a trajectory whose prompt is
@@ -167,7 +167,7 @@ def raw_knowledge(
 
   Returns:
     `texts` whole accumulations, as from `extract`: `as_of` limits them, the oldest whole
-      transcripts going first.
+    transcripts going first.
   """
   return [
     Knowledge(
