@@ -69,7 +69,7 @@ def linear_divergence(
     'student_entropy'  −Σ p log p
     'teacher_entropy'  −Σ q log q
     'topk_mass'        the student's mass on its own k likeliest tokens, unless `support` is 'full'
-    and `topk_mass` false
+                       and `topk_mass` false
 
   Args:
     student_hidden: [N, D] or [B, T, D], any float dtype: last hidden states after the final norm.

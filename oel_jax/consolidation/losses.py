@@ -48,15 +48,13 @@ def divergence(
   `support` is the set of tokens the sum over the vocabulary runs on:
     'full'        the whole vocabulary: exact, the default;
     'topk_tail'   the student's k likeliest tokens, and one bucket for all others. A divergence
-    between the two
-                  coarsened distributions: at least 0, at most the exact value, equal to it at k =
-                    V;
+                  between the two coarsened distributions: at least 0, at most the exact value,
+                  equal to it at k = V;
     'topk'        the student's k likeliest tokens, not renormalised, nothing for the others: what
-    the paper trained
-                  with, kept for parity. NOT a divergence: the student lowers it by moving mass out
-                    of its own top k,
-                  so it can be negative, and its gradient is not zero where student and teacher
-                  agree. Near harmless only while the top k hold almost all of the mass.
+                  the paper trained with, kept for parity. NOT a divergence: the student lowers it
+                  by moving mass out of its own top k, so it can be negative, and its gradient is
+                  not zero where student and teacher agree. Near harmless only while the top k hold
+                  almost all of the mass.
   The set is the student's for every kind (ties go to the lower token id); k above V means all of V.
 
   Gradients flow to `student_logits` only. The temperature divides both sides' logits, and there is
@@ -96,13 +94,12 @@ def sampled_reverse_kl(
   """Returns (sum over masked tokens of an estimate of KL(student ‖ teacher), count) from the
   sampled token alone.
 
-  A baseline to compare the exact loss with. r = log p(y) − log q(y) at the sampled token,
-  y ~ p.
+  A baseline to compare the exact loss with. r = log p(y) − log q(y) at the sampled token, y ~ p:
 
-  | estimator | value               | unbiased | expected gradient, y ~ p, a position |
-  | 'k1'      | r                   | yes      | ∇ KL(p ‖ q), as r · ∇ log p(y)       |
-  | 'k2'      | r² / 2              | no       | ∇ KL(p ‖ q), each sample's as k1's   |
-  | 'k3'      | exp(−r) − 1 + r ≥ 0 | yes      | ∇ KL(q ‖ p): (1 − q/p) ∇ log p(y)    |
+  | estimator | value               | unbiased | expected gradient, a position by itself  |
+  | 'k1'      | r                   | yes      | ∇ KL(p ‖ q), as r · ∇ log p(y)           |
+  | 'k2'      | r² / 2              | no       | ∇ KL(p ‖ q), sample by sample as k1's    |
+  | 'k3'      | exp(−r) − 1 + r ≥ 0 | yes      | ∇ KL(q ‖ p), the other: (1 − q/p) ∇log p |
 
   (Schulman's names.) Differentiating r itself would give ∇ log p(y), of mean zero: noise. So 'k1'
   has the value r and the gradient of the score-function surrogate. Nothing is clipped: a per-token
