@@ -52,9 +52,9 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
 
   Returns:
     What results.json holds: "base" and, for each evaluated round, an entry of "rounds". A share or
-    mean NAME stands beside NAME_count, the cases that it rests on, and NAME_interval, 95%; all three are None where it was not measured.
-    Shares and "recovered" are fractions. "choices" is what the machine decided (`choices.choose`),
-    None if the run did not say.
+    mean NAME stands beside NAME_count, the cases that it rests on, and NAME_interval, 95%; all
+    three are None where it was not measured. Shares and "recovered" are fractions. "choices" is
+    what the machine decided (`choices.choose`), None if the run did not say.
 
   Raises:
     ValueError: not a run directory, or a damaged file in it; names the file, the field, the value

@@ -1,6 +1,6 @@
-"""Gives every test eight host devices, and programs for a CPU that are compiled quickly: most of the
-suite's time is compiling. XLA reads its flags once, so they must stand before the first import of
-jax.
+"""Gives every test eight host devices, and programs for a CPU that are compiled quickly: most of
+the suite's time is compiling. XLA reads its flags once, so they must stand before the first import
+of jax.
 """
 
 import os
