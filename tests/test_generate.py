@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 
 from oel_jax.policy import decode, model, ring
 from oel_jax.policy import generate as generate_lib
@@ -345,7 +346,7 @@ def primitives(jaxpr, inside="while") -> set[str]:
   names = set()
   for eqn in jaxpr.eqns:
     names |= {eqn.primitive.name} if not inside else set()
-    for inner in jax.core.jaxprs_in_params(eqn.params):
+    for inner in jax_core.jaxprs_in_params(eqn.params):
       names |= primitives(inner, "" if eqn.primitive.name == inside else inside)
   return names
 
@@ -355,7 +356,7 @@ def loop_operands(jaxpr) -> set[tuple[int, ...]]:
   shapes = set()
   for eqn in jaxpr.eqns:
     shapes |= {var.aval.shape for var in eqn.invars} if eqn.primitive.name == "while" else set()
-    for inner in jax.core.jaxprs_in_params(eqn.params):
+    for inner in jax_core.jaxprs_in_params(eqn.params):
       shapes |= loop_operands(inner)
   return shapes
 
