@@ -14,7 +14,7 @@ import pathlib
 
 import ml_collections
 
-from oel_jax import distill
+from oel_jax.tasks import distill
 
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smollm2-135m", "smollm2-135m-short")

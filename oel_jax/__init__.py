@@ -12,13 +12,13 @@ _PUBLIC = {
   "linear_divergence": "oel_jax.consolidation.fused",
   "make_step": "oel_jax.consolidation.step",
   "init_state": "oel_jax.consolidation.step",
-  "generate": "oel_jax.policy.generate",
-  "Policy": "oel_jax.policy.generate",
-  "Sampling": "oel_jax.policy.generate",
+  "generate": "oel_jax.policy.sampling.sampler",
+  "Policy": "oel_jax.policy.sampling.sampler",
+  "Sampling": "oel_jax.policy.sampling.sampler",
   "Architecture": "oel_jax.policy.architecture",
-  "play": "oel_jax.deployment.play",
+  "play": "oel_jax.environments.rollout",
   "extract": "oel_jax.extraction.extract",
-  "run": "oel_jax.rounds",
+  "run": "oel_jax.loop",
 }
 __all__ = sorted(_PUBLIC)
 

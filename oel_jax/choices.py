@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oel_jax.consolidation import train
-from oel_jax.policy import decode, joined, model, ring
-from oel_jax.policy.generate import Policy
+from oel_jax.consolidation import trainer
+from oel_jax.policy import transformer, unrolled
+from oel_jax.policy.sampling import engine, kv_cache
+from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -29,26 +30,26 @@ def choose(
     exact: whether it has so many; if not, where the knowledge lies is known in each round only.
   """
   a, dtype, gib = policy.architecture, jnp.dtype(policy.dtype), config.consolidation.knowledge_gib
-  large = train.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30
+  large = trainer.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30
   on_host = large and exact
   knowledge = "on the host" if on_host else "on the device"
   if large and not exact:
     knowledge += f" up to {gib:g} GiB, more on the host (and then layers scanned)"
-  unrolled = train.unroll(config.consolidation, policy, mesh)
+  is_unrolled = trainer.unroll(config.consolidation, policy, mesh)
   activation = jax.ShapeDtypeStruct((), dtype)
-  kernels = joined._kernels_fit(activation, a.head_size)
-  sampling_kernels = joined._kernels_fit(activation)
-  prefill, step = decode.prefill_path(dtype), ring.path(a, dtype)
-  replicated = mesh_lib.undivided(mesh, model.abstract(a))
+  kernels = unrolled._kernels_fit(activation, a.head_size)
+  sampling_kernels = unrolled._kernels_fit(activation)
+  prefill, step = engine.prefill_path(dtype), kv_cache.path(a, dtype)
+  replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     "mesh": ", ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh_lib.AXES),
     "replicated": "; ".join(replicated) or "nothing that its axis should split",
     "compute_dtype": str(dtype),
-    "attention": train.attention_path(config.consolidation, policy),
+    "attention": trainer.attention_path(config.consolidation, policy),
     "sampling_attention": f"{prefill} (prompts), {step} (tokens)",
-    "layers": "unrolled" if unrolled and not on_host else "scanned",
-    "kernels": "Pallas" if unrolled and not on_host and kernels else "plain",
+    "layers": "unrolled" if is_unrolled and not on_host else "scanned",
+    "kernels": "Pallas" if is_unrolled and not on_host and kernels else "plain",
     "sampling_kernels": "Pallas" if sampling_kernels else "plain",
     "knowledge": knowledge,
   }

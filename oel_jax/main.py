@@ -152,16 +152,16 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   try:
     if _STAGE.value == "export":
-      from oel_jax import export
+      from oel_jax.tasks import export
 
       print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
       return
     if config.get("task") == "pretrain":
       from oel_jax.pocket import pretrain as task
     elif config.get("task") == "distill":
-      from oel_jax import distill as task
+      from oel_jax.tasks import distill as task
     else:
-      from oel_jax import rounds as task
+      from oel_jax import loop as task
     task.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
   except Terminated as stopped:
     advice = "give the same command again to go on from there"

@@ -140,7 +140,7 @@ def write_folder(folder: pathlib.Path, tokenizer: object, chat: object) -> dict[
   """
   import safetensors.numpy
 
-  from oel_jax.trajectory import Message
+  from oel_jax.conversations.schema import Message
 
   V, D, F, H, L = 512, 64, 96, 16, 2
   config = dict(
@@ -262,13 +262,14 @@ def there_and_back(
   import safetensors.numpy
 
   from oel_jax import config as config_lib
-  from oel_jax import export, rounds
+  from oel_jax import loop
+  from oel_jax.conversations.schema import Message
   from oel_jax.runtime import mesh
-  from oel_jax.trajectory import Message
+  from oel_jax.tasks import export
 
   config, workdir = config_lib.default(), weights.with_name(f"{weights.name}-run")
   config.update_from_flattened_dict(FEWER | {"policy.weights": str(weights), "mesh.data": 1})
-  rounds.run(config, workdir)
+  loop.run(config, workdir)
   played = [
     json.loads(line)
     for line in (workdir / "round_1/user/trajectories.jsonl").read_text().splitlines()
@@ -285,7 +286,7 @@ def there_and_back(
     moved
   )
   config.policy.weights = str(workdir / "export")
-  policy = rounds.load_policy(config.policy, mesh.make_mesh(config.mesh))
+  policy = loop.load_policy(config.policy, mesh.make_mesh(config.mesh))
   np.testing.assert_array_equal(
     jax.device_get(policy.params["embed"]["embedding"]), found["model.embed_tokens.weight"]
   )

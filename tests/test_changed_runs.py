@@ -10,11 +10,17 @@ import shutil
 import numpy as np
 import pytest
 from fakes import Tokenizer, in_turns
-from test_rounds import short_config
+from test_loop import short_config
 
-from oel_jax import rounds
+from oel_jax import loop as loop_lib
+from oel_jax.conversations.schema import (
+  Message,
+  Prefix,
+  read_prefixes,
+  read_trajectories,
+  write_jsonl,
+)
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.trajectory import Message, Prefix, read_prefixes, read_trajectories, write_jsonl
 
 TEXTS = ["- EXPERIENCE ITEM: The goal is G."]
 
@@ -43,13 +49,13 @@ class Player:
 def fixture_make_loop(tmp_path):
   with Metrics(tmp_path) as metrics:
 
-    def make(**changes) -> rounds.Loop:
+    def make(**changes) -> loop_lib.Loop:
       config = short_config()
       config.evaluation.retention = 0
       config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in changes.items()}
       )
-      return rounds.Loop(config, tmp_path, metrics, None)
+      return loop_lib.Loop(config, tmp_path, metrics, None)
 
     yield make
 
@@ -117,7 +123,7 @@ def test_held_out_games_are_played_again_where_what_they_show_has_changed(
   for name in ("evaluation.json", "user/evaluation.jsonl"):
     [aside] = [other for other in now if other.startswith(f"{name}.replaced-")]
     assert now[aside] == before[name]
-  fresh = rounds.Loop(make_loop(**changes).config, tmp_path / "fresh", make_loop().metrics, None)
+  fresh = loop_lib.Loop(make_loop(**changes).config, tmp_path / "fresh", make_loop().metrics, None)
   fresh.evaluate(0, Player(weights), Player(weights), [])
   assert {name: now[name] for name in ("evaluation.json", "user/evaluation.jsonl")} == {
     name: (tmp_path / "fresh/round_0" / name).read_bytes()
@@ -168,7 +174,7 @@ def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(
     raise Cut
 
   with monkeypatch.context() as patch:
-    patch.setattr(rounds, "play_to_file", cut)
+    patch.setattr(loop_lib, "play_to_file", cut)
     with pytest.raises(Cut):
       make_loop().evaluate(0, Player(), Player(), [])
     with pytest.raises(Cut):

@@ -10,8 +10,8 @@ import json
 import families
 import pytest
 
+from oel_jax.conversations.schema import Message, knowledge_message
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
-from oel_jax.trajectory import Message, knowledge_message
 
 PLAYED = (
   Message("user", "You are playing a game.\n\nCurrent Board:\n|  P  |  H  |\n"),

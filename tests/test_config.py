@@ -12,8 +12,8 @@ import tokenize
 import pytest
 
 from oel_jax import config as config_lib
-from oel_jax import distill
 from oel_jax.policy.architecture import ARCHITECTURES
+from oel_jax.tasks import distill
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 

@@ -9,9 +9,10 @@ import pytest
 import test_gguf
 
 from oel_jax import config as config_lib
-from oel_jax import distill, rounds
-from oel_jax.policy import gguf, huggingface
+from oel_jax import loop
+from oel_jax.policy.weights import gguf, huggingface
 from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.tasks import distill
 
 
 @pytest.fixture(scope="module", name="theirs")
@@ -51,7 +52,7 @@ def read(weights, prompt_tokens, response_tokens):
   devices = mesh_lib.make_mesh(
     ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
   )
-  return rounds.load_policy(config, devices, response_tokens=response_tokens)
+  return loop.load_policy(config, devices, response_tokens=response_tokens)
 
 
 def test_longer_prompts_and_responses_are_told_before_the_weights_are_read(weights):
@@ -86,7 +87,7 @@ def test_a_model_that_names_no_context_length_has_none_and_equals_one_that_does(
 
 
 @pytest.mark.parametrize(
-  "run, config", [(rounds.run, config_lib.default()), (distill.run, distill.default())]
+  "run, config", [(loop.run, config_lib.default()), (distill.run, distill.default())]
 )
 def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch):
   asked = []
@@ -95,7 +96,7 @@ def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch
     asked.append(response_tokens)
     raise ValueError("enough")
 
-  monkeypatch.setattr(rounds, "load_policy", load)
+  monkeypatch.setattr(loop, "load_policy", load)
   (tmp_path / "a.txt").write_text("Be brief.\n")
   (tmp_path / "a.py").write_text("def f(answer):\n  return True\n")
   config.deployment.max_response_tokens, config.extraction.max_response_tokens = 70, 90
@@ -110,11 +111,11 @@ def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch
 
 
 def test_what_shows_without_the_model_is_told_before_it_is_loaded(tmp_path, monkeypatch):
-  monkeypatch.setattr(rounds, "load_policy", lambda *_, **__: pytest.fail("the model is loaded"))
+  monkeypatch.setattr(loop, "load_policy", lambda *_, **__: pytest.fail("the model is loaded"))
   config = config_lib.default()
   config.deployment.game = "FrozenLak-v0-raw"
   with pytest.raises(ValueError, match="config.deployment.game is 'FrozenLak-v0-raw'"):
-    rounds.run(config, str(tmp_path / "run"))
+    loop.run(config, str(tmp_path / "run"))
   (tmp_path / "a.txt").write_text("Be brief.\n")
   (tmp_path / "a.py").write_text("def f(answer):\n  return answer[0] == 'x'\n")
   config = distill.default()
@@ -134,4 +135,4 @@ def test_weights_on_another_store_are_refused():
   with pytest.raises(
     ValueError, match="config.policy.weights is 'gs://bucket/Qwen3-1.7B': .* it must be a path here"
   ):
-    rounds.load_policy(config, None)
+    loop.load_policy(config, None)

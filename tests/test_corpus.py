@@ -11,12 +11,12 @@ import string
 import pytest
 from test_claims import resolved
 
+from oel_jax.conversations.schema import EMPTY, KNOWLEDGE, knowledge_message
 from oel_jax.extraction.prompts import ITEM_MARK
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
 from oel_jax.pocket.worlds import World, WorldGame, random_world
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import EMPTY, KNOWLEDGE, knowledge_message
 
 STEP = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from oel_jax import config as config_lib
-from oel_jax import distill
-from oel_jax.deployment.games import game_spec, open_game
-from oel_jax.deployment.prompts import first_message
+from oel_jax.conversations.schema import Message, Prefix, knowledge_message, write_jsonl
+from oel_jax.environments.prompts import first_message
+from oel_jax.environments.textarena import game_spec, open_game
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import load as pocket
 from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.trajectory import Message, Prefix, knowledge_message, write_jsonl
+from oel_jax.tasks import distill
 
 TEXT = knowledge_message(
   "- EXPERIENCE ITEM: G is the goal.\n- EXPERIENCE ITEM: H is a hole to fall into."

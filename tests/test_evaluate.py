@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from fakes import Tokenizer, in_turns
 
+from oel_jax.conversations.schema import KNOWLEDGE, Trajectory, Turn
 from oel_jax.evaluation import evaluate, statistics
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, Claim
-from oel_jax.trajectory import KNOWLEDGE, Trajectory, Turn
 
 Z = python_statistics.NormalDist().inv_cdf(0.975)
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 
-from oel_jax import export, rounds
+from oel_jax import loop
+from oel_jax.conversations.schema import Message
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.trajectory import Message
+from oel_jax.tasks import export
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 SAYS = "- EXPERIENCE ITEM: H is a hole [down]"  # knowledge to the extractor, a move to the game
@@ -104,7 +105,7 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
 ):
   config = load(name, size)
   config.update_from_flattened_dict(FEWER | {"rounds": 2, "policy.weights": str(folder)})
-  results = rounds.run(config, tmp_path / "run")
+  results = loop.run(config, tmp_path / "run")
   assert [entry["round"] for entry in results["rounds"]] == [1, 2]
   knowledge = (tmp_path / "run/round_1/knowledge/00.md").read_text()
   assert "H is a hole" in knowledge
@@ -125,7 +126,7 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
   before = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   ids = torch.tensor([tokenizer.encode("How are you?")])
   config.policy.weights = str(tmp_path / "run/export")
-  policy = rounds.load_policy(config.policy, mesh_lib.make_mesh(config.mesh))
+  policy = loop.load_policy(config.policy, mesh_lib.make_mesh(config.mesh))
   with torch.no_grad():
     trained, first = again(ids).logits.numpy(), before(ids).logits.numpy()
   np.testing.assert_allclose(logits(policy, ids.numpy()), trained, atol=1e-4)
@@ -133,7 +134,7 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
 
 
 def logits(policy, ids):
-  from oel_jax.policy import model
+  from oel_jax.policy import transformer as model
 
   positions = np.arange(ids.shape[1])[None]
   hidden, _ = model.apply(policy.params, policy.architecture, ids, positions, np.ones_like(ids))

@@ -9,8 +9,9 @@ import types
 import pytest
 
 from oel_jax import config as config_lib
-from oel_jax import export, main
+from oel_jax import main
 from oel_jax.runtime.workdir import locked, open_workdir
+from oel_jax.tasks import export
 
 
 @pytest.fixture(name="make")
@@ -31,8 +32,8 @@ def fixture_make(tmp_path, monkeypatch):
     path = pathlib.Path(directory)
     return path.parent.name if (path / str(config.steps)).exists() else None
 
-  monkeypatch.setattr(export.rounds, "load_policy", load)
-  monkeypatch.setattr(export.train, "trained_params", trained)
+  monkeypatch.setattr(export.loop, "load_policy", load)
+  monkeypatch.setattr(export.trainer, "trained_params", trained)
   monkeypatch.setattr(
     export.huggingface, "save", lambda target, params, shape, **how: saved.append((params, shape))
   )

@@ -12,9 +12,9 @@ import sys
 import pytest
 from absl import logging
 
+from oel_jax.conversations.schema import Trajectory, Turn, transcript
 from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledge
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import Trajectory, Turn, transcript
 
 MARK = "- EXPERIENCE ITEM:"
 K, N = 3, 5

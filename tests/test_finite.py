@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import huggingface, model, weights
+from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.weights import huggingface, native
 from oel_jax.runtime import finite
 
 TINY = Architecture(16, 8, 2, 2, 1, 4, 12, qk_norm=False, tied_head=False)
@@ -64,7 +65,7 @@ def test_a_long_list_is_cut():
 def _params():
   """Random parameters of TINY by their paths."""
   rng = np.random.default_rng(0)
-  abstract = flax.traverse_util.flatten_dict(model.abstract(TINY), sep="/")
+  abstract = flax.traverse_util.flatten_dict(transformer.abstract(TINY), sep="/")
   draw = lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32)
   return {path: draw(leaf) for path, leaf in abstract.items()}
 
@@ -75,7 +76,7 @@ def test_a_file_of_ours_with_a_number_that_is_none_is_refused(tmp_path):
   safetensors.numpy.save_file(flat, path)
   told = r"w.safetensors: layers/feedforward/up/kernel holds nan at \[1, 2, 3\]"
   with pytest.raises(ValueError, match=told):
-    weights.load(path, TINY)
+    native.load(path, TINY)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.consolidation import fused, losses, online, rows
-from oel_jax.policy.sampling import top_k
+from oel_jax.consolidation import chunk_loss, fused, losses, online_softmax
+from oel_jax.policy.sampling.token_sampling import top_k
 
 INTERPRET = jax.default_backend() != "gpu"
 PAIRS = [(kind, support) for kind in losses.KINDS for support in losses.SUPPORTS]
@@ -288,14 +288,18 @@ def test_the_heads_gradient_comes_out_at_its_sink_unrounded():
 )
 @pytest.mark.parametrize(
   "function",
-  [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)],
+  [
+    chunk_loss._one_pass,
+    chunk_loss._two_passes,
+    functools.partial(chunk_loss._kernel_pass, interpret=INTERPRET),
+  ],
 )
 def test_row_statistics_match_float64(function, kind, statistics, monkeypatch):
   """Whichever this machine's platform would not take, too; logits that rise, fall, and are huge on
   one side alone.
   """
-  monkeypatch.setattr(online, "ROWS", 2)  # several steps, the last one past the end
-  monkeypatch.setattr(online, "WIDE", 8)
+  monkeypatch.setattr(online_softmax, "ROWS", 2)  # several steps, the last one past the end
+  monkeypatch.setattr(online_softmax, "WIDE", 8)
   rng = np.random.default_rng(11)
   s, t = (np.float32(rng.normal(size=(6, 40)) * scale) for scale in (1, 30))
   s[1], s[2], t[3], s[4, 3], t[5, 7] = (
@@ -319,8 +323,8 @@ def test_row_statistics_match_float64(function, kind, statistics, monkeypatch):
   }
   wanted = {"forward_kl"} if kind == "forward_kl" else {"kl"}
   wanted |= {"kl", "student_entropy", "teacher_entropy"} if statistics else set()
-  options = rows.Options(kind, statistics=statistics)
-  measure = jax.jit(lambda s, t: rows._finish(options, function(options, s, t)[0]))
+  options = chunk_loss.Options(kind, statistics=statistics)
+  measure = jax.jit(lambda s, t: chunk_loss._finish(options, function(options, s, t)[0]))
   sums, found = measure(s, t)
   assert found.keys() == wanted
   for a, b in zip(sums, totals):
@@ -335,14 +339,18 @@ def test_row_statistics_match_float64(function, kind, statistics, monkeypatch):
 
 @pytest.mark.parametrize(
   "function",
-  [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)],
+  [
+    chunk_loss._one_pass,
+    chunk_loss._two_passes,
+    functools.partial(chunk_loss._kernel_pass, interpret=INTERPRET),
+  ],
 )
 def test_the_largest_of_each_group_come_with_the_statistics(function, monkeypatch):
-  monkeypatch.setattr(online, "ROWS", 2)
-  monkeypatch.setattr(online, "WIDE", 128)
+  monkeypatch.setattr(online_softmax, "ROWS", 2)
+  monkeypatch.setattr(online_softmax, "WIDE", 128)
   s, t = np.random.default_rng(13).normal(size=(2, 3, 1100)).astype(np.float32)
   s[0, 70] = -np.inf
-  run = lambda **how: jax.jit(functools.partial(function, rows.Options(**how)))(s, t)
+  run = lambda **how: jax.jit(functools.partial(function, chunk_loss.Options(**how)))(s, t)
   padded = np.pad(s, ((0, 0), (0, 1152 - 1100)), constant_values=-np.inf)
   sides, maxima = run(support="topk", k=2)  # groups of 64
   np.testing.assert_array_equal(maxima, padded.reshape(3, 18, 64).max(-1))
@@ -357,13 +365,17 @@ def test_the_largest_of_each_group_come_with_the_statistics(function, monkeypatc
 
 @pytest.mark.parametrize(
   "function",
-  [rows._one_pass, rows._two_passes, functools.partial(rows._kernel_pass, interpret=INTERPRET)],
+  [
+    chunk_loss._one_pass,
+    chunk_loss._two_passes,
+    functools.partial(chunk_loss._kernel_pass, interpret=INTERPRET),
+  ],
 )
 def test_nan_in_a_row_of_logits_is_seen_in_all_that_is_told_of_it(function):
   s, t = np.random.default_rng(14).normal(size=(2, 4, 40)).astype(np.float32)
   s[1, 3], t[2, 30], s[3], t[3] = np.nan, np.nan, np.nan, np.nan
-  options = rows.Options(statistics=True)
-  _, found = jax.jit(lambda s, t: rows._finish(options, function(options, s, t)[0]))(s, t)
+  options = chunk_loss.Options(statistics=True)
+  _, found = jax.jit(lambda s, t: chunk_loss._finish(options, function(options, s, t)[0]))(s, t)
   assert np.isnan(found["kl"]).tolist() == [False, True, True, True]
   assert np.isnan(found["student_entropy"]).tolist() == [False, True, False, True]
   assert np.isnan(found["teacher_entropy"]).tolist() == [False, False, True, True]

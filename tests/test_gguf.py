@@ -15,11 +15,13 @@ import ml_collections
 import numpy as np
 import pytest
 
-from oel_jax import export
-from oel_jax.policy import architecture, generate, gguf, gguf_file, huggingface, model
+from oel_jax.policy import architecture, transformer
+from oel_jax.policy.sampling import sampler
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
+from oel_jax.policy.weights import gguf, gguf_file, huggingface
 from oel_jax.runtime import mesh
 from oel_jax.runtime.files import split_parts
+from oel_jax.tasks import export
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -178,7 +180,7 @@ def test_a_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path
     np.random.default_rng(1).integers(0, SMALL["vocab_size"], (2, 30)),
   )
   params = gguf.load(file, shape)
-  hidden, _ = model.apply(
+  hidden, _ = transformer.apply(
     params, shape, tokens, np.broadcast_to(np.arange(30), tokens.shape), np.ones_like(tokens)
   )
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -187,7 +189,9 @@ def test_a_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path
   with torch.no_grad():
     right = theirs(torch.tensor(tokens)).logits.numpy()
   assert right.std() > 0.1
-  np.testing.assert_allclose(model.logits(hidden, model.head(params)), right, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(
+    transformer.logits(hidden, transformer.head(params)), right, atol=1e-4, rtol=1e-4
+  )
 
 
 def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
@@ -195,7 +199,7 @@ def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
   file = gguf.read(tmp_path / "model.gguf")
   shape = gguf.read_architecture(file)
   devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
-  places = mesh.param_shardings(devices, model.abstract(shape))
+  places = mesh.param_shardings(devices, transformer.abstract(shape))
   whole = gguf.load(file, shape)
   monkeypatch.setattr(gguf_file, "SLICE", 1000)  # several slices of rows, the last one shorter
   found = gguf.load(file, shape, dtype=jnp.bfloat16, shardings=places)
@@ -335,7 +339,7 @@ def test_the_head_of_the_file_is_the_head_of_the_model(value, tmp_path):
   assert shape.tied_head is (value != 1.0)
   right = theirs.model.embed_tokens.weight.detach().numpy().copy()
   right[-1, -1] += value or 0.0
-  np.testing.assert_array_equal(model.head(gguf.load(file, shape)), right)
+  np.testing.assert_array_equal(transformer.head(gguf.load(file, shape)), right)
 
 
 # What a file may not hold.
@@ -660,12 +664,12 @@ def test_smollm2_continues_as_in_transformers():
     ]
     for text in QUESTIONS
   ]
-  found = generate.generate(
+  found = sampler.generate(
     gguf.load(file, shape),
     shape,
     chats,
     range(len(chats)),
-    sampling=generate.Sampling(1.0, top_k=1),
+    sampling=sampler.Sampling(1.0, top_k=1),
     max_new_tokens=48,
     eos_ids=(words.eos_token_id,),
     pad_id=words.pad_token_id,

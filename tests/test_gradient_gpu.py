@@ -17,19 +17,19 @@ import optax
 import pytest
 
 from oel_jax import config as config_lib
-from oel_jax import rounds
+from oel_jax import loop
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.consolidation import train
-from oel_jax.policy import model
+from oel_jax.consolidation import trainer
+from oel_jax.conversations.schema import Message, Prefix
+from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.generate import generate
-from oel_jax.policy.sampling import Sampling
+from oel_jax.policy.sampling.sampler import generate
+from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.trajectory import Message, Prefix
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +55,7 @@ MODELS = {
 
 def real_looking(shape):
   """Random weights with the key and query biases, and the few large columns, of a real model."""
-  params = jax.jit(lambda key: model.init(shape, key))(jax.random.key(0))
+  params = jax.jit(lambda key: transformer.init(shape, key))(jax.random.key(0))
   params["embed"]["embedding"] = (
     params["embed"]["embedding"].at[:, jnp.array([3, 17])].multiply(100)
   )
@@ -202,13 +202,13 @@ def fixture_real(request):
       steps=3, batch_size=24, learning_rate=1e-5, checkpoint_every=1000, log_probe=8
     )
   devices = mesh_lib.make_mesh(config.mesh)
-  policy = rounds.load_policy(config.policy, devices)
+  policy = loop.load_policy(config.policy, devices)
   prefixes = [
     Prefix(f"case-{i}", (Message("user", text),)) for i, text in enumerate(instructions())
   ]
   items = [f"- EXPERIENCE ITEM: {kind} goes to desk {desk}." for kind, desk in DESKS.items()]
   texts = ["\n".join(items), "\n".join(reversed(items[:3]))]
-  task = train.make_task(
+  task = trainer.make_task(
     policy.tokenizer, prefixes, texts, seed=0, round=1, thinking=False, limit=2048
   )
   return config, devices, policy, task
@@ -216,7 +216,7 @@ def fixture_real(request):
 
 def test_gradient_of_real_weights(real):
   config, _, policy, task = real
-  batch, _ = train.sample_batch(
+  batch, _ = trainer.sample_batch(
     task, policy, policy, range(24), range(24), config.consolidation, 64, "consolidate"
   )
   compare(gradients(policy.params, policy.architecture, task.knowledge, batch, task.skip))
@@ -225,7 +225,7 @@ def test_gradient_of_real_weights(real):
 def test_three_steps_of_real_weights(real, tmp_path):
   config, devices, policy, task = real
   with Metrics(tmp_path) as metrics:
-    params, _ = train.consolidate(
+    params, _ = trainer.consolidate(
       config.consolidation,
       task,
       policy,
@@ -270,10 +270,12 @@ def test_sampler_of_real_weights_draws_by_the_plain_form(real):
   def plain(params, tokens, lengths, dtype):
     positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, _ = model.apply(params, policy.architecture, tokens, positions, segments, dtype=dtype)
+    hidden, _ = transformer.apply(
+      params, policy.architecture, tokens, positions, segments, dtype=dtype
+    )
 
     def one(row):  # a row's logits at a time
-      logits = jax.nn.log_softmax(model.logits(row[0], model.head(params)))
+      logits = jax.nn.log_softmax(transformer.logits(row[0], transformer.head(params)))
       return jnp.take_along_axis(logits[:-1], row[1][1:, None], axis=-1)[:, 0]
 
     return jax.lax.map(one, (hidden, tokens))

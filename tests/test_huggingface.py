@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import architecture, decode, generate, huggingface, model, safetensors_folder
+from oel_jax.policy import architecture, transformer
 from oel_jax.policy.attention import frequencies
+from oel_jax.policy.sampling import engine, sampler
+from oel_jax.policy.weights import huggingface, safetensors_folder
 from oel_jax.runtime import mesh
 
 torch = pytest.importorskip("torch")
@@ -94,8 +96,8 @@ def test_a_padded_batch_gives_their_hidden_states_and_logits(made):
   folder, theirs = made
   shape, rows = huggingface.read_architecture(folder), rows_of(60, 7, 33)
   params = huggingface.load(folder, shape)
-  hidden, _ = model.apply(params, shape, *padded(rows))
-  logits = model.logits(hidden, model.head(params))
+  hidden, _ = transformer.apply(params, shape, *padded(rows))
+  logits = transformer.logits(hidden, transformer.head(params))
   for i, (row, right) in enumerate(zip(rows, expected(theirs, rows), strict=True)):
     np.testing.assert_allclose(
       hidden[i, : len(row)], right.hidden_states[-1][0].numpy(), atol=1e-4, rtol=1e-4
@@ -109,7 +111,7 @@ def test_packed_segments_give_what_each_gives_alone(made):
   tokens = np.array([rows[0] + rows[1]], np.int32)
   positions, segments = np.r_[np.arange(20), np.arange(31)][None], np.repeat([1, 2], [20, 31])[None]
   params = huggingface.load(folder, shape)
-  hidden, _ = model.apply(params, shape, tokens, positions, segments)
+  hidden, _ = transformer.apply(params, shape, tokens, positions, segments)
   alone = expected(theirs, rows)
   states, logits = (
     np.concatenate(parts)
@@ -117,7 +119,7 @@ def test_packed_segments_give_what_each_gives_alone(made):
   )
   np.testing.assert_allclose(hidden[0], states, atol=1e-4, rtol=1e-4)
   np.testing.assert_allclose(
-    model.logits(hidden, model.head(params))[0], logits, atol=1e-4, rtol=1e-4
+    transformer.logits(hidden, transformer.head(params))[0], logits, atol=1e-4, rtol=1e-4
   )
 
 
@@ -127,7 +129,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
   """
   folder, theirs = made
   shape, rows, seen = huggingface.read_architecture(folder), rows_of(30, 7, 19), {}
-  draw = decode._draw
+  draw = engine._draw
 
   def keep(hidden, seeds, drawn):
     for seed, at, row in zip(seeds, drawn, np.asarray(hidden), strict=True):
@@ -139,25 +141,25 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
     jax.debug.callback(keep, hidden, seeds, drawn)
     return draw(weights, hidden, seeds, drawn, *how)
 
-  monkeypatch.setattr(decode, "_draw", watched)
+  monkeypatch.setattr(engine, "_draw", watched)
   for name in (
     "enter",
     "decode",
   ):  # functions of their own: programs that another test compiled keep nothing
-    own = lambda *args, made=getattr(decode, name).__wrapped__, **how: made(*args, **how)
+    own = lambda *args, made=getattr(engine, name).__wrapped__, **how: made(*args, **how)
     monkeypatch.setattr(
-      decode,
+      engine,
       name,
       jax.jit(
         own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh")
       ),
     )
-  found = generate.generate(
+  found = sampler.generate(
     huggingface.load(folder, shape),
     shape,
     rows,
     [1, 2, 3],
-    sampling=generate.Sampling(1.0),
+    sampling=sampler.Sampling(1.0),
     max_new_tokens=12,
     eos_ids=(),
     pad_id=0,
@@ -284,10 +286,10 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
   shape = architecture.Architecture(
     vocabulary=2000, width=256, layers=8, heads=4, kv_heads=2, head_size=64, feedforward=1024
   )
-  huggingface.save(tmp_path, model.init(shape, jax.random.key(0)), shape, shard_bytes=10**7)
+  huggingface.save(tmp_path, transformer.init(shape, jax.random.key(0)), shape, shard_bytes=10**7)
   sizes = [
     2 * leaf.size // (shape.layers if path.startswith("layers") else 1)
-    for path, leaf in flax.traverse_util.flatten_dict(model.abstract(shape), sep="/").items()
+    for path, leaf in flax.traverse_util.flatten_dict(transformer.abstract(shape), sep="/").items()
   ]
   tracemalloc.start()  # sees what Python and NumPy hold, not what lies on the devices
   try:
@@ -302,7 +304,7 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
 def test_parameters_go_where_the_shardings_say(folder):
   shape = huggingface.read_architecture(folder)
   devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
-  places = mesh.param_shardings(devices, model.abstract(shape))
+  places = mesh.param_shardings(devices, transformer.abstract(shape))
   whole, params = huggingface.load(folder, shape), huggingface.load(folder, shape, shardings=places)
   for leaf, place, right in zip(*map(jax.tree.leaves, (params, places, whole)), strict=True):
     assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -478,7 +480,8 @@ def test_a_head_stored_twice_and_old_frequencies_change_nothing(tmp_path_factory
   safetensors.numpy.save_file(tensors, copy / "model.safetensors")
   found = huggingface.load(copy, shape)
   assert (
-    jax.tree.structure(found) == jax.tree.structure(model.abstract(shape)) and "head" not in found
+    jax.tree.structure(found) == jax.tree.structure(transformer.abstract(shape))
+    and "head" not in found
   )
   np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
 
@@ -535,9 +538,9 @@ def test_a_head_beside_a_tied_flag_counts_if_it_differs(tied, tmp_path, monkeypa
   found = huggingface.read_architecture(copy)
   assert shape.tied_head and found.tied_head is (changed_row is None)
   loaded = huggingface.load(copy, found)
-  np.testing.assert_array_equal(model.head(loaded), tensors["lm_head.weight"])
+  np.testing.assert_array_equal(transformer.head(loaded), tensors["lm_head.weight"])
   theirs = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
-  np.testing.assert_array_equal(model.head(loaded), theirs.lm_head.weight.detach().numpy())
+  np.testing.assert_array_equal(transformer.head(loaded), theirs.lm_head.weight.detach().numpy())
   config = json.loads((copy / "config.json").read_text())
   huggingface.save(tmp_path / "out", loaded, found, dtype=np.float32, config=config)
   written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -552,7 +555,7 @@ def test_a_tied_matrix_under_the_heads_name_is_the_embedding(tied, tmp_path):
   copy = saved(folder, tmp_path, tensors)
   assert huggingface.read_architecture(copy).tied_head
   found = huggingface.load(copy, shape)
-  assert jax.tree.structure(found) == jax.tree.structure(model.abstract(shape))
+  assert jax.tree.structure(found) == jax.tree.structure(transformer.abstract(shape))
   np.testing.assert_array_equal(found["embed"]["embedding"], tensors["lm_head.weight"])
 
 
@@ -764,7 +767,7 @@ def test_two_families_in_one_have_no_folder():
     huggingface.write_config(shape, np.float32)
   assert (
     flax.traverse_util.flatten_dict(
-      jax.eval_shape(lambda: model.init(shape, jax.random.key(0))), sep="/"
+      jax.eval_shape(lambda: transformer.init(shape, jax.random.key(0))), sep="/"
     ).keys()
     <= huggingface.NAMES.keys()
   )

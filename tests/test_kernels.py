@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.consolidation import losses, rows
-from oel_jax.policy import joined, kernels, ring, thin
+from oel_jax.consolidation import chunk_loss, losses
+from oel_jax.policy import unrolled
+from oel_jax.policy.ops import kernels, small_matmul
+from oel_jax.policy.sampling import kv_cache
 
 HEADS = {
   "qwen2.5-1.5b": (12, 2, 128),
@@ -75,7 +77,7 @@ def as_right(kernel, plain, *given):
 @cases("tokens, width", [(1, 1536), (5, 896), (300, 576), (2, 2560)], [(1, 1536), (2, 576)])
 def test_add_norm(tokens, width, interpret):
   def plain(x, y, scale):
-    return x + y, joined._norm(x + y, scale, EPS)
+    return x + y, unrolled._norm(x + y, scale, EPS)
 
   given = real(0, tokens, width), real(1, tokens, width), normal(2, width)
   as_right(functools.partial(kernels.add_norm, eps=EPS, interpret=interpret), plain, *given)
@@ -84,7 +86,7 @@ def test_add_norm(tokens, width, interpret):
 @cases("tokens, width", [(1, 1536), (5, 896), (530, 576)], [(1, 896), (3, 576)])
 def test_norm_backward(tokens, width, interpret):
   def plain(x, scale, gradient, passed):
-    y, back = jax.vjp(functools.partial(joined._norm, eps=EPS), x, scale)
+    y, back = jax.vjp(functools.partial(unrolled._norm, eps=EPS), x, scale)
     d_x, d_scale = back(gradient)
     return d_x + passed, y, d_scale
 
@@ -109,7 +111,7 @@ def test_heads_and_their_gradient(name, tokens, interpret):
   angles = np.random.default_rng(2).uniform(0, 6, (tokens, H // 2))
   turns = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
   gradients = tuple(normal(3 + i, tokens, count, H) for i, count in enumerate((N, K, K)))
-  plain = functools.partial(joined._plain_heads, K, EPS)
+  plain = functools.partial(unrolled._plain_heads, K, EPS)
   as_right(
     functools.partial(kernels.heads, kv_heads=K, eps=EPS, interpret=interpret),
     plain,
@@ -136,7 +138,7 @@ def test_heads_and_their_gradient(name, tokens, interpret):
 @cases("tokens, size", [(1, 8960), (300, 4864), (2, 1000)], [(1, 4864), (2, 1000)])
 def test_swiglu_backward(tokens, size, interpret):
   def plain(gate_up, gradient):
-    y, back = jax.vjp(joined._swiglu, gate_up)
+    y, back = jax.vjp(unrolled._swiglu, gate_up)
     return *back(gradient), y
 
   # Gates far below and above 0, where the sigmoid is 0 or 1.
@@ -159,9 +161,11 @@ def test_small_products(count, interpret):
     return jax.nn.silu(gate) * up
 
   with jax.default_matmul_precision("highest"):
-    as_right(functools.partial(thin.product, interpret=interpret), product, x, matrix)
-    as_right(functools.partial(thin.swiglu, interpret=interpret), swiglu, x, matrix)
-    parts = lambda x, matrix: thin.parts(x, matrix, interpret=interpret).sum(0).astype(x.dtype)
+    as_right(functools.partial(small_matmul.product, interpret=interpret), product, x, matrix)
+    as_right(functools.partial(small_matmul.swiglu, interpret=interpret), swiglu, x, matrix)
+    parts = lambda x, matrix: (
+      small_matmul.parts(x, matrix, interpret=interpret).sum(0).astype(x.dtype)
+    )
     as_right(parts, product, x, matrix)
 
 
@@ -186,13 +190,13 @@ def test_attention_over_the_cache(name, interpret):
   qkv, keys, values = (jnp.asarray(x, jnp.bfloat16) for x in (qkv, keys, values))
 
   def kernel(qkv, keys, values):
-    return ring.step(
+    return kv_cache.step(
       qkv, None, None, turns, keys, values, jnp.int32(column), filled, eps=EPS, interpret=interpret
     )[0]
 
   def plain(qkv, keys, values):
     q, k, v = jnp.split(qkv, [N, N + K], axis=1)
-    return ring.attend(q, k, v, keys.swapaxes(2, 3), values, jnp.int32(column), filled - 1)
+    return kv_cache.attend(q, k, v, keys.swapaxes(2, 3), values, jnp.int32(column), filled - 1)
 
   with jax.default_matmul_precision("highest"):
     as_right(kernel, plain, qkv, keys, values)
@@ -209,9 +213,9 @@ def test_sums_of_logits(V, interpret):
   t[2] += 1e4
   s[3, 7] = t[4, 7] = s[4, 7] = 60
   s[5, ::3] = t[5, 1::3] = -np.inf
-  options = rows.Options(statistics=True, topk_mass=True, k=4)
-  run = lambda f: jax.jit(lambda s, t: rows._finish(options, f(options, s, t)[0]))(s, t)
-  sums, found = run(functools.partial(rows._kernel_pass, interpret=interpret))
+  options = chunk_loss.Options(statistics=True, topk_mass=True, k=4)
+  run = lambda f: jax.jit(lambda s, t: chunk_loss._finish(options, f(options, s, t)[0]))(s, t)
+  sums, found = run(functools.partial(chunk_loss._kernel_pass, interpret=interpret))
   log_p, log_q = (np.maximum(np.float64(x), losses.FLOOR) / options.temperature for x in (s, t))
   totals = [np.logaddexp.reduce(x, axis=-1) for x in (log_p, log_q)]
   log_p, log_q = log_p - totals[0][:, None], log_q - totals[1][:, None]

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oel_jax.deployment import prompts
+from oel_jax.conversations.schema import Message
+from oel_jax.environments import prompts
 from oel_jax.pocket import claims, corpus, load, probes, vocabulary, worlds
 from oel_jax.pocket.claims import GOAL, TRAP, Claim
-from oel_jax.policy import weights
-from oel_jax.policy.generate import Sampling
+from oel_jax.policy.sampling.sampler import Sampling
+from oel_jax.policy.weights import native
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import Message
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def policy():
 
 def test_the_package_data_is_small_and_belongs_together(policy):
   assert sum(path.stat().st_size for path in load.DATA.iterdir()) <= 16 * 2**20
-  header = weights.metadata(load.DATA / load.WEIGHTS)
+  header = native.metadata(load.DATA / load.WEIGHTS)
   assert (
     header["architecture"] == "pocket"
     and header["tokenizer"] == hashlib.sha256((load.DATA / load.TOKENIZER).read_bytes()).hexdigest()

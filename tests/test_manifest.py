@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from oel_jax.conversations.schema import Message, Prefix, write_jsonl
 from oel_jax.runtime.manifest import Manifest
-from oel_jax.trajectory import Message, Prefix, write_jsonl
 
 LINES = [Prefix(f"p{i}", (Message("user", str(i)),)) for i in range(4)]
 INPUTS = {"weights": "aa", "knowledge": "bb"}

@@ -17,16 +17,17 @@ import ml_collections
 import numpy as np
 import pytest
 
-from oel_jax.deployment.prompts import first_message
+from oel_jax.conversations.schema import Message
+from oel_jax.environments.prompts import first_message
 from oel_jax.pocket import corpus, load, pretrain, probes, vocabulary, worlds
 from oel_jax.pocket.worlds import WorldGame, random_world
-from oel_jax.policy import architecture, model, weights
+from oel_jax.policy import architecture, transformer
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.weights import native
 from oel_jax.runtime import finite, signals
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import Message
 
 LENGTH, DECISIVE = 768, 4
 MODEL = vocabulary.build()
@@ -140,7 +141,7 @@ def test_no_prompt_is_longer_than_what_was_taught():
 # The run.
 
 TINY = architecture.named("pocket-tiny")
-INIT = jax.jit(lambda seed: model.init(TINY, jax.random.key(seed)))
+INIT = jax.jit(lambda seed: transformer.init(TINY, jax.random.key(seed)))
 LOSS = jax.jit(
   lambda params, batch: pretrain.loss(params, batch, shape=TINY, dtype="float32", path="xla")
 )
@@ -198,14 +199,14 @@ def test_the_loss_is_the_weighted_cross_entropy_of_each_example_by_itself():
   for i, (row, at) in enumerate(examples):
     for name in NAMES:
       alone[name][i, : at.sum()] = batch[name][row][at]
-  hidden, _ = jax.jit(model.apply, static_argnums=1)(
+  hidden, _ = jax.jit(transformer.apply, static_argnums=1)(
     params,
     TINY,
     alone["tokens"],
     alone["tokens_positions"],
     np.minimum(alone["tokens_segment_ids"], 1),
   )
-  logits = np.asarray(model.logits(hidden, model.head(params)), np.float64)
+  logits = np.asarray(transformer.logits(hidden, transformer.head(params)), np.float64)
   log_z = np.log(np.exp(logits).sum(-1))
   chosen = np.take_along_axis(logits, alone["targets"][..., None], -1)[..., 0]
   expected = ((log_z - chosen) * alone["weight"]).sum() / alone["weight"].sum()
@@ -226,7 +227,7 @@ def test_a_run_cut_off_and_gone_on_with_ends_with_the_same_bits(tmp_path, monkey
   # Not the files' own bits: safetensors writes the fields of its header in any order.
   policy, again = load.load(folder=whole), load.load(folder=cut)
   jax.tree.map(np.testing.assert_array_equal, again.params, policy.params)
-  assert weights.metadata(cut / load.WEIGHTS) == weights.metadata(whole / load.WEIGHTS)
+  assert native.metadata(cut / load.WEIGHTS) == native.metadata(whole / load.WEIGHTS)
   kept = lambda folder: [
     (line["step"], line["loss"], line["tokens"]) for line in lines(folder, "pretrain")
   ]

@@ -30,9 +30,9 @@ FOLDER = os.environ.get("OEL_MODELS", "")
 
 
 def read_prompts(path):
-  from oel_jax.policy import gguf
+  from oel_jax.conversations.schema import Message
   from oel_jax.policy.tokenizer import HuggingFaceTokenizer
-  from oel_jax.trajectory import Message
+  from oel_jax.policy.weights import gguf
 
   file = gguf.read(path)
   tokenizer = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
@@ -40,7 +40,8 @@ def read_prompts(path):
 
 
 def ours(path):
-  from oel_jax.policy import generate, gguf
+  from oel_jax.policy.sampling import sampler as generate
+  from oel_jax.policy.weights import gguf
 
   file, tokenizer, prompts = read_prompts(path)
   shape = gguf.read_architecture(file)

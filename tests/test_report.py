@@ -10,10 +10,10 @@ import re
 import pytest
 
 from oel_jax import report
-from oel_jax._report import page, plots
 from oel_jax.config import default
+from oel_jax.conversations.schema import Trajectory, Turn, write_jsonl
+from oel_jax.report import page, plots, records
 from oel_jax.runtime.workdir import open_workdir
-from oel_jax.trajectory import Trajectory, Turn, write_jsonl
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
 BOARD = (
@@ -295,7 +295,7 @@ def test_the_page_says_the_numbers_in_words(run):
 def test_the_summary_admits_that_intervals_overlap(run):
   source = evaluation(2) | {"without": play(20, 128, 500.0)}
   (run / "round_2" / "evaluation.json").write_text(json.dumps(source))
-  text = page.summary(report.read(run))
+  text = page.summary(records.read(run))
   assert (
     "15.6%" in text
     and "intervals overlap" in text
@@ -505,7 +505,7 @@ def test_steps_that_were_done_again_count_once_and_damaged_lines_not_at_all(run)
       '{"schema": 1, "round": 2, "stage": "deploy", "step": 1}\nnot json\n{"schema": 1, "round": '
       '2, "sta'
     )
-  steps = report.read(run).steps
+  steps = records.read(run).steps
   assert [(step["round"], step["step"]) for step in steps] == [
     (number, step) for number in (1, 2) for step in range(1, 21)
   ]
@@ -527,7 +527,7 @@ def test_losses_stand_at_the_optimizers_own_steps(run):
     if (number, step) != (1, 7)
   ]
   (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  steps = report.read(run).steps
+  steps = records.read(run).steps
   points = [point for point in plots._curve(steps, "loss") if math.isfinite(point[1])]
   assert points == [
     (begin + step, step) for begin in (0, 16) for step in range(1, 17) if begin + step != 7
@@ -548,11 +548,11 @@ def test_losses_stand_at_the_optimizers_own_steps(run):
 def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
   for number in (1, 2):
     (run / f"round_{number}/checkpoints").mkdir()
-  report.read(run)
+  records.read(run)
   assert "has no line" not in caplog.text
   lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
   (run / "metrics.jsonl").write_text("".join(change(lines)))
-  report.read(run)
+  records.read(run)
   assert f"{run / 'metrics.jsonl'}: {told}" in caplog.text
 
 
@@ -594,7 +594,7 @@ def test_counts_that_contradict_each_other_and_other_damage_are_named(run, name,
   (run / "round_1/gate.json").write_text(
     json.dumps({"schema": 1, "without": count(8, 64), "with": count(16, 64)})
   )
-  report.read(run)
+  records.read(run)
   if change is None:
     path.write_bytes(b"- \xff" + path.read_bytes())
   else:

@@ -19,7 +19,7 @@ from oel_jax.consolidation import losses, sharded
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import model
+from oel_jax.policy import transformer
 from oel_jax.runtime import mesh as mesh_lib
 
 
@@ -112,7 +112,7 @@ def _compiled_step(shape, tied, chunk, **how):
   architecture = architecture_lib.Architecture(
     V, 16, 2, 4, 2, 8, 24, rope_theta=1e4, tied_head=tied
   )
-  mesh, optimizer, abstract = _mesh(*shape), optax.sgd(1.0), model.abstract(architecture)
+  mesh, optimizer, abstract = _mesh(*shape), optax.sgd(1.0), transformer.abstract(architecture)
   state = mesh_lib.abstract_init(
     lambda params: step_lib.init_state(params, optimizer), mesh, abstract
   )

@@ -17,11 +17,12 @@ import pytest
 import safetensors.numpy
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import measures
+from oel_jax.consolidation import metrics as measures
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import attention, huggingface, model
+from oel_jax.policy import attention, transformer
+from oel_jax.policy.weights import huggingface
 from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -38,7 +39,7 @@ LENGTHS = [
 
 @functools.cache
 def _params(seed):
-  return jax.jit(lambda key: model.init(ARCHITECTURE, key))(jax.random.key(seed))
+  return jax.jit(lambda key: transformer.init(ARCHITECTURE, key))(jax.random.key(seed))
 
 
 def _samples(lengths=LENGTHS, seed=0):
@@ -76,7 +77,7 @@ def _teacher(params, samples, shardings=None, on_host=False, unroll=False):
 
 
 _hidden = jax.jit(
-  lambda params, tokens: model.apply(
+  lambda params, tokens: transformer.apply(
     params, ARCHITECTURE, tokens, jnp.arange(32)[None], jnp.ones_like(tokens)
   )[0]
 )
@@ -91,7 +92,9 @@ def _log_probabilities(params, ids, temperature):
   tokens[0, :T] = ids
   hidden = _hidden(params, tokens)[:, :T]
   logits = (
-    np.asarray(hidden[0], np.float64) @ np.asarray(model.head(params), np.float64).T / temperature
+    np.asarray(hidden[0], np.float64)
+    @ np.asarray(transformer.head(params), np.float64).T
+    / temperature
   )
   logits -= logits.max(-1, keepdims=True)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -380,7 +383,7 @@ def _gradient_after_one_step(
     remat=remat,
   )
   teacher = _teacher(params, samples, read, on_host, unroll)
-  assert teacher_lib.unrolled(teacher) == (unroll and not on_host)
+  assert teacher_lib.is_unrolled(teacher) == (unroll and not on_host)
   assert mesh is None or mesh.shape["tensor"] != 2 or teacher.keys.sharding.spec[2] == "tensor"
   assert (
     teacher.keys.sharding.memory_kind
@@ -475,7 +478,7 @@ def test_all_gradients_are_those_of_the_loop(kind, tied, micro_tokens):
     _samples(),
     optax.sgd(1.0),
   )
-  student, params = (model.init(architecture, jax.random.key(seed)) for seed in (0, 1))
+  student, params = (transformer.init(architecture, jax.random.key(seed)) for seed in (0, 1))
   step = step_lib.make_step(architecture, optimizer, kind=kind, chunk=7, micro_tokens=micro_tokens)
 
   def trained(unroll):
@@ -685,11 +688,13 @@ def _imported(code):
 
 
 def test_the_server_side_has_no_environment():
-  modules = _imported("import oel_jax.consolidation.train")
+  modules = _imported("import oel_jax.consolidation.trainer")
   assert not [
     name
     for name in modules
-    if name.startswith(("textarena", "oel_jax.deployment", "oel_jax.extraction", "oel_jax.pocket"))
+    if name.startswith(
+      ("textarena", "oel_jax.environments", "oel_jax.extraction", "oel_jax.pocket")
+    )
   ]
 
 

@@ -10,10 +10,10 @@ import pytest
 import textarena
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from oel_jax.conversations.schema import Message, Trajectory, Turn, knowledge_message, transcript
 from oel_jax.pocket import claims, corpus, vocabulary, worlds
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.policy.tokenizer import CONTROLS, SentencePieceTokenizer
-from oel_jax.trajectory import Message, Trajectory, Turn, knowledge_message, transcript
 
 LOOK_ALIKES = (
   "<|end|>",

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from oel_jax.policy import model, weights
+from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture, named
+from oel_jax.policy.weights import native
 
 TINY = named("pocket-tiny")
 UNTIED = Architecture(16, 8, 2, 2, 1, 4, 12, qk_norm=False, tied_head=False)
@@ -24,7 +25,7 @@ UNTIED = Architecture(16, 8, 2, 2, 1, 4, 12, qk_norm=False, tied_head=False)
 
 def params_of(a: Architecture):
   rng = np.random.default_rng(0)
-  abstract = jax.eval_shape(lambda: model.init(a, jax.random.key(0)))
+  abstract = jax.eval_shape(lambda: transformer.init(a, jax.random.key(0)))
   return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), abstract)
 
 
@@ -48,8 +49,8 @@ def read_by_hand(path: pathlib.Path) -> dict[str, tuple[str, list[int], bytes]]:
 def test_float32_comes_back_bit_for_bit(tmp_path, a):
   params = params_of(a)
   params["embed"]["embedding"][0, :3] = -0.0, 1e-42, 3e38  # signed zero, a subnormal, the largest
-  weights.save(tmp_path / "w.safetensors", params)
-  loaded = weights.load(tmp_path / "w.safetensors", a)
+  native.save(tmp_path / "w.safetensors", params)
+  loaded = native.load(tmp_path / "w.safetensors", a)
   assert jax.tree.structure(loaded) == jax.tree.structure(params)
   for name, leaf in flat(params).items():
     assert flat(loaded)[name].dtype == np.float32
@@ -68,8 +69,8 @@ def test_device_arrays_and_transposed_views_are_stored_in_the_right_order(tmp_pa
   gate = params["layers"]["feedforward"]["gate"]["kernel"]
   params["layers"]["feedforward"]["gate"]["kernel"] = np.asfortranarray(gate)
   params["norm"]["scale"] = jax.numpy.asarray(params["norm"]["scale"])
-  weights.save(tmp_path / "w.safetensors", params)
-  loaded = weights.load(tmp_path / "w.safetensors", UNTIED)
+  native.save(tmp_path / "w.safetensors", params)
+  loaded = native.load(tmp_path / "w.safetensors", UNTIED)
   np.testing.assert_array_equal(loaded["layers"]["feedforward"]["gate"]["kernel"], gate)
   np.testing.assert_array_equal(loaded["norm"]["scale"], params["norm"]["scale"])
 
@@ -77,11 +78,11 @@ def test_device_arrays_and_transposed_views_are_stored_in_the_right_order(tmp_pa
 @pytest.mark.parametrize("dtype,tag", [(np.float16, "F16"), (ml_dtypes.bfloat16, "BF16")])
 def test_half_width_storage_rounds_once_and_comes_back_as_float32(tmp_path, dtype, tag):
   params = params_of(TINY)
-  weights.save(tmp_path / "w.safetensors", params, dtype=dtype)
+  native.save(tmp_path / "w.safetensors", params, dtype=dtype)
   assert {entry[0] for entry in read_by_hand(tmp_path / "w.safetensors").values()} == {tag}
   count = sum(leaf.size for leaf in flat(params).values())
   assert 2 * count < (tmp_path / "w.safetensors").stat().st_size < 2 * count + 4096
-  for name, leaf in flat(weights.load(tmp_path / "w.safetensors", TINY)).items():
+  for name, leaf in flat(native.load(tmp_path / "w.safetensors", TINY)).items():
     assert leaf.dtype == np.float32
     np.testing.assert_array_equal(leaf, flat(params)[name].astype(dtype).astype(np.float32))
 
@@ -90,17 +91,17 @@ def test_a_value_that_float16_cannot_hold_is_not_stored_as_infinity(tmp_path):
   params = params_of(UNTIED)
   params["norm"]["scale"][0] = 1e5
   with pytest.raises(ValueError, match="norm/scale"):
-    weights.save(tmp_path / "w.safetensors", params, dtype=np.float16)
+    native.save(tmp_path / "w.safetensors", params, dtype=np.float16)
   assert not list(tmp_path.iterdir())
 
 
 def test_metadata_and_digest(tmp_path):
   path = tmp_path / "w.safetensors"
-  weights.save(path, params_of(UNTIED), metadata={"architecture": "x", "seed": "0"})
-  assert weights.metadata(path) == {"architecture": "x", "seed": "0"}
-  assert weights.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-  weights.save(path, params_of(UNTIED))
-  assert weights.metadata(path) == {}
+  native.save(path, params_of(UNTIED), metadata={"architecture": "x", "seed": "0"})
+  assert native.metadata(path) == {"architecture": "x", "seed": "0"}
+  assert native.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+  native.save(path, params_of(UNTIED))
+  assert native.metadata(path) == {}
 
 
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
@@ -111,7 +112,7 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
   tensors["head/kernel"] = tensors["embed/embedding"]  # trap 34: a tied head, stored twice
   safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors")
   with pytest.raises(ValueError) as error:
-    weights.load(tmp_path / "w.safetensors", TINY)
+    native.load(tmp_path / "w.safetensors", TINY)
   text = str(error.value)
   assert str(tmp_path / "w.safetensors") in text
   for part in (
@@ -126,37 +127,37 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
 
 
 def test_another_size_is_refused(tmp_path):
-  weights.save(tmp_path / "w.safetensors", params_of(TINY))
+  native.save(tmp_path / "w.safetensors", params_of(TINY))
   with pytest.raises(ValueError, match=r"norm/scale: \(32,\) instead of \(128,\)"):
-    weights.load(tmp_path / "w.safetensors", named("pocket"))
+    native.load(tmp_path / "w.safetensors", named("pocket"))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
 def test_a_truncated_file_is_named(tmp_path, keep):
   path = tmp_path / "w.safetensors"
-  weights.save(path, params_of(TINY))
+  native.save(path, params_of(TINY))
   path.write_bytes(path.read_bytes()[:keep])
   with pytest.raises(ValueError, match="w.safetensors.*not a whole safetensors file"):
-    weights.load(path, TINY)
+    native.load(path, TINY)
 
 
 def test_a_file_of_another_kind_is_named(tmp_path):
   path = tmp_path / "w.safetensors"
   path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
   with pytest.raises(ValueError, match="w.safetensors.*not a whole safetensors file.*git lfs pull"):
-    weights.load(path, TINY)
+    native.load(path, TINY)
 
 
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.policy\.weights.*nowhere\.safetensors"):
-    weights.load(tmp_path / "nowhere.safetensors", TINY)
+    native.load(tmp_path / "nowhere.safetensors", TINY)
   with pytest.raises(FileNotFoundError):
-    weights.load(tmp_path, TINY)
+    native.load(tmp_path, TINY)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
   path = tmp_path / "w.safetensors"
-  weights.save(path, params_of(UNTIED))
+  native.save(path, params_of(UNTIED))
   before = path.read_bytes()
 
   def full(descriptor):
@@ -164,6 +165,6 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 
   monkeypatch.setattr(os, "fsync", full)
   with pytest.raises(OSError, match="w.safetensors"):
-    weights.save(path, params_of(UNTIED))
+    native.save(path, params_of(UNTIED))
   assert path.read_bytes() == before
   assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]

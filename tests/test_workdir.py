@@ -7,9 +7,9 @@ import ml_collections
 import pytest
 
 from oel_jax import config as default_config
-from oel_jax import distill
 from oel_jax.runtime import seeds, workdir
 from oel_jax.runtime.workdir import locked, open_workdir, opened
+from oel_jax.tasks import distill
 
 
 def test_first_use_writes_the_configuration_and_versions(tmp_path):

@@ -9,7 +9,7 @@ import string
 
 import pytest
 
-from oel_jax.deployment.games import GameSpec, open_game
+from oel_jax.environments.textarena import GameSpec, open_game
 from oel_jax.pocket import worlds
 from oel_jax.pocket.worlds import MAX_TURNS, World, WorldGame, random_world
 

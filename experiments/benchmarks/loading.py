@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import measure
 
-from oel_jax.policy import huggingface, model
+from oel_jax.policy import transformer
 from oel_jax.policy.architecture import named
+from oel_jax.policy.weights import huggingface
 
 
 def anonymous() -> int:
@@ -73,13 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(read(args.folder)))
     return
   shape = named(args.architecture)
-  leaves = flax.traverse_util.flatten_dict(model.abstract(shape), sep="/").items()
+  leaves = flax.traverse_util.flatten_dict(transformer.abstract(shape), sep="/").items()
   sizes = [
     2 * leaf.size // (shape.layers if path.startswith("layers") else 1) for path, leaf in leaves
   ]
   with tempfile.TemporaryDirectory() as folder:
     params: Any = jax.jit(
-      lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(shape, key))
+      lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), transformer.init(shape, key))
     )(jax.random.key(0))
     huggingface.save(folder, params, shape)
     del params

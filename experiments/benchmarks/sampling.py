@@ -28,12 +28,12 @@ import numpy as np
 from measure import seconds
 
 from oel_jax import config as config_lib
-from oel_jax.deployment import Episode, game_spec, play
+from oel_jax.environments import Episode, game_spec, play
 from oel_jax.pocket import load as pocket
-from oel_jax.policy import model
+from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture, named
-from oel_jax.policy.generate import generate
-from oel_jax.policy.sampling import Sampling
+from oel_jax.policy.sampling.sampler import generate
+from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.seeds import derive
 
@@ -52,7 +52,7 @@ def bandwidth(size: int, repeats: int) -> float:
 
 
 def random_params(shape: Architecture, dtype: Any, devices: int = 1) -> Any:
-  init = lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(shape, key))
+  init = lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), transformer.init(shape, key))
   if devices == 1:
     return jax.jit(init)(jax.random.key(0))
   sizes = ml_collections.ConfigDict({"data": 1, "fsdp": devices, "tensor": 1})

@@ -20,7 +20,7 @@ from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import model
+from oel_jax.policy import transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def flops(work: Work, a: architecture_lib.Architecture) -> tuple[float, float]:
 def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   """One measurement, in steady state; the knowledge is read before, once a round."""
   a = architecture_lib.named(work.architecture)
-  params = jax.jit(lambda key: model.init(a, key))(jax.random.key(0))
+  params = jax.jit(lambda key: transformer.init(a, key))(jax.random.key(0))
   knowledge = (
     np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
   )

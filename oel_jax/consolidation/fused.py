@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
-from oel_jax.consolidation import losses, rows
+from oel_jax.consolidation import chunk_loss, losses
 
 Scalar = Float32[Array, ""]
 # chunks whose gradients, in the type of the products, are kept for one product into that of the
@@ -95,7 +95,7 @@ def linear_divergence(
   losses.check_options(kind, support, k, temperature)
   _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
   mask = mask.astype(bool)
-  options = rows.Options(
+  options = chunk_loss.Options(
     kind, support, int(k), float(temperature), chunk, tuple(vocabulary_axes), statistics, topk_mass
   )
   trained = student_hidden, student_head, head_sink
@@ -128,7 +128,9 @@ def linear_imitation(
   student_hidden, student_head, head_sink = _like_varying(
     (student_hidden, student_head, head_sink), student_hidden, tokens, mask
   )
-  options = rows.Options("imitation", temperature=1.0, chunk=chunk, axes=tuple(vocabulary_axes))
+  options = chunk_loss.Options(
+    "imitation", temperature=1.0, chunk=chunk, axes=tuple(vocabulary_axes)
+  )
   total, _ = _total(options, student_hidden, student_head, tokens, None, mask, head_sink)
   return total, mask.sum(dtype=jnp.float32)
 
@@ -178,7 +180,7 @@ def _total_forward(
     (hidden,), (d_hidden, d_head) = _slice(xs[:1], first, len(d_logits) * size), gradients
     slope = jnp.einsum("gcv,vd->gcd", d_logits, heads[0], preferred_element_type=jnp.float32)
     d_hidden = _write(
-      d_hidden, rows.vocabulary_sum(slope, options.axes).astype(d_hidden.dtype), first
+      d_hidden, chunk_loss.vocabulary_sum(slope, options.axes).astype(d_hidden.dtype), first
     )
     hidden = hidden.reshape(*d_logits.shape[:2], -1)
     return d_hidden, d_head + jnp.einsum(
@@ -274,15 +276,17 @@ def _compare(options, xs, heads):
   its gradient in the logits.
   """
   *sides, mask = xs
-  value, found, gradient = (rows.imitate if options.kind == "imitation" else rows.compare)(
-    options, *sides, *heads
-  )
+  value, found, gradient = (
+    chunk_loss.imitate if options.kind == "imitation" else chunk_loss.compare
+  )(options, *sides, *heads)
   return jnp.where(mask, value, 0).sum(), found, gradient
 
 
 def _zero(options, xs, heads):
   """0, marked as differing between devices wherever a sum over the vocabulary does."""
-  return rows.vocabulary_sum(_like_varying(jnp.zeros((), jnp.float32), xs, heads), options.axes)
+  return chunk_loss.vocabulary_sum(
+    _like_varying(jnp.zeros((), jnp.float32), xs, heads), options.axes
+  )
 
 
 def _room_for(options, xs, zero):

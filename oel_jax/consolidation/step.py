@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import measures, sharded
+from oel_jax.consolidation import metrics as metrics_lib
+from oel_jax.consolidation import sharded
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.policy import joined, model
+from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 
 GRADIENT = "gradient_norm/"  # begins the name of a metric that is one parameter's
@@ -45,9 +46,9 @@ def loss_sum(
   remat: str,
   path: str,
   mesh: Mesh | None = None,
-) -> tuple[Array, tuple[Array, measures.Sums]]:
+) -> tuple[Array, tuple[Array, metrics_lib.Sums]]:
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another
-  divergence; their count and `measures`.
+  divergence; their count and `metrics`.
 
   OEL section 3. Arguments are those of `make_step`; `params` are stacked or joined, as the
   teacher's are; `mesh` is None on one device. Sums, not means: a mean is taken once, over the whole
@@ -66,15 +67,21 @@ def loss_sum(
   sink = params.get("head_sink")  # of joined parameters in training
   if kind == "imitation":
     total, count, found = sharded.linear_imitation(
-      mesh, hidden, model.head(params), batch.response, batch.mask, chunk=chunk, head_sink=sink
+      mesh,
+      hidden,
+      transformer.head(params),
+      batch.response,
+      batch.mask,
+      chunk=chunk,
+      head_sink=sink,
     )
   else:
     total, count, found = sharded.linear_divergence(
       mesh,
       hidden,
-      model.head(params),
+      transformer.head(params),
       target,
-      jax.lax.stop_gradient(model.head(teacher.params)),
+      jax.lax.stop_gradient(transformer.head(teacher.params)),
       batch.mask,
       kind=kind,
       support=support,
@@ -85,7 +92,7 @@ def loss_sum(
     )
   if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
-  return total, (count, measures.add_up(found, batch))
+  return total, (count, metrics_lib.add_up(found, batch))
 
 
 def make_step(
@@ -123,8 +130,8 @@ def make_step(
   Returns:
     step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means
     over the tokens: kl (exact and reverse, whatever the loss), the same in each of
-    `measures.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass where
-    the top k are found for the loss. "imitation" has the first three only. Beside them stand
+    `metrics_lib.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass
+    where the top k are found for the loss. "imitation" has the first three only. Beside them stand
     gradient_norm/PATH of each parameter, and not_finite (int32): how many arrays of the new
     parameters and of the optimizer's state hold a number that is not finite.
   """
@@ -133,10 +140,10 @@ def make_step(
 
   def value_and_gradient(params, teacher, batch, so_far=None):
     """Of the batch, and of those before, if any: value, count, sums and gradient."""
-    unrolled = teacher_lib.unrolled(teacher)
+    is_unrolled = teacher_lib.is_unrolled(teacher)
 
     def total(learned):
-      student = joined.attach(params, learned) if unrolled else learned
+      student = unrolled.attach(params, learned) if is_unrolled else learned
       return loss_sum(
         student,
         teacher,
@@ -153,36 +160,40 @@ def make_step(
         mesh=mesh,
       )
 
-    learned = joined.sinks(params, batch.tokens) if unrolled else params
+    learned = unrolled.sinks(params, batch.tokens) if is_unrolled else params
     (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(learned)
-    rows = gradient.pop("rows") if unrolled else None
+    rows = gradient.pop("rows") if is_unrolled else None
     found = value, count, sums, gradient
     *found, gradient = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
-    return *found, joined.add_rows(gradient, batch.tokens, rows) if unrolled else gradient
+    return *found, unrolled.add_rows(gradient, batch.tokens, rows) if is_unrolled else gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
     pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
-    unrolled = teacher_lib.unrolled(teacher)
+    is_unrolled = teacher_lib.is_unrolled(teacher)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
-    params = joined.join(state.params, dtype) if unrolled else model.cast(state.params, dtype)
+    params = (
+      unrolled.join(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
+    )
     if pieces == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
     else:
       # Every device has its part of every piece: piece p is rows p, p + pieces…
       cut = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
       gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-      zero = (jnp.float32(0), jnp.float32(0), measures.zeros(kind, support), gradient)
+      zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
       add = lambda so_far, piece: (value_and_gradient(params, teacher, piece, so_far), None)
       (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
-    gradient = joined.split(gradient, architecture) if unrolled else gradient
+    gradient = unrolled.split(gradient, architecture) if is_unrolled else gradient
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
     norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
-    metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count} | measures.means(sums)
+    metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count} | metrics_lib.means(
+      sums
+    )
     for path, square in jax.tree_util.tree_leaves_with_path(squares):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       metrics[GRADIENT + name] = jnp.sqrt(square)
@@ -225,7 +236,7 @@ def make_probe(
 
   @jax.jit
   def probe(params, teacher, batch):
-    params = joined.join(params, dtype) if teacher_lib.unrolled(teacher) else params
+    params = unrolled.join(params, dtype) if teacher_lib.is_unrolled(teacher) else params
     hidden = teacher_lib.student_hidden(
       params, architecture, batch, dtype=dtype, remat="none", path=path
     )
@@ -233,9 +244,9 @@ def make_probe(
     _, count, found = sharded.linear_divergence(
       mesh,
       hidden,
-      model.head(params),
+      transformer.head(params),
       target,
-      model.head(teacher.params),
+      transformer.head(teacher.params),
       batch.mask,
       k=k,
       temperature=temperature,

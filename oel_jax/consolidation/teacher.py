@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.policy import joined, model
+from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 
 MULTIPLE = 32  # so that a text a little longer has the same shapes
@@ -29,7 +29,7 @@ class Teacher(NamedTuple):
   by their rounding.
 
   Attributes:
-    params: in the type of the computation, stacked or joined (`joined.join`).
+    params: in the type of the computation, stacked or joined (`unrolled.join`).
     keys, values: [L, G, K, P, H], of each text.
     length: [G] int32, tokens of each.
     skip: [G] int32, or one for all: how many tokens at the beginning of a sample stand at the
@@ -43,9 +43,9 @@ class Teacher(NamedTuple):
   skip: Array
 
 
-def unrolled(teacher: Teacher | None) -> bool:
-  """Whether the layers run without a loop (`joined`). With no teacher, which imitation alone can do
-  without, they run in one.
+def is_unrolled(teacher: Teacher | None) -> bool:
+  """Whether the layers run without a loop (`policy.unrolled`). With no teacher, which imitation
+  alone can do without, they run in one.
   """
   return teacher is not None and isinstance(teacher.params["layers"], tuple)
 
@@ -74,8 +74,8 @@ def prepare(
     path: of the attention (`attention.attend`).
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …,
       "values": …}}; None on one device.
-    unroll: run the layers without a loop (`joined`): faster on a GPU, compiled longer. On one
-      device, and not with on_host.
+    unroll: run the layers without a loop (`policy.unrolled`): faster on a GPU, compiled longer. On
+      one device, and not with on_host.
     on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer,
       in a loop. For a single process.
 
@@ -87,7 +87,7 @@ def prepare(
     raise ValueError(
       f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one"
     )
-  params = model.cast(
+  params = transformer.cast(
     params, dtype, tables=True
   )  # not jitted: arrays of that type stay what they are, and cost no memory
   length = np.array([len(ids) for ids in knowledge], np.int32)
@@ -115,7 +115,7 @@ def prepare(
   else:
     keys, values = read(tokens, length)
   params = (
-    jax.jit(joined.join, static_argnums=1)(params, dtype) if unroll and not on_host else params
+    jax.jit(unrolled.join, static_argnums=1)(params, dtype) if unroll and not on_host else params
   )
   skip_G = jnp.broadcast_to(jnp.int32(skip), length.shape)
   return Teacher(params, keys, values, jnp.asarray(length), skip_G)
@@ -143,7 +143,7 @@ def _read(architecture, dtype, path, shardings):
     def one(text):
       ids, length = text
       segments = (positions < length).astype(jnp.int32)
-      _, kv = model.apply(
+      _, kv = transformer.apply(
         params,
         architecture,
         ids[None],
@@ -179,9 +179,9 @@ def _hidden(params, architecture, batch, *, prefix=None, **how):
   """
   read = batch.tokens, batch.positions, batch.segments
   if isinstance(params["layers"], tuple):
-    return joined.forward(params, architecture, *read, batch.at, prefix=prefix, **how)
+    return unrolled.forward(params, architecture, *read, batch.at, prefix=prefix, **how)
   return batch_lib.response_rows(
-    model.apply(params, architecture, *read, prefix=prefix, **how)[0], batch.at
+    transformer.apply(params, architecture, *read, prefix=prefix, **how)[0], batch.at
   )
 
 
@@ -195,7 +195,9 @@ def teacher_hidden(
     return jax.lax.stop_gradient(
       student_hidden(teacher.params, architecture, batch, dtype=dtype, remat="none", path=path)
     )
-  prefix = model.Prefix(teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots)
+  prefix = transformer.Prefix(
+    teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots
+  )
   skip_SxM = jnp.broadcast_to(teacher.skip, teacher.length.shape)[batch.texts]
   skip_SxT = jnp.take_along_axis(skip_SxM, batch.slots, axis=1)
   length_SxT = jnp.take_along_axis(teacher.length[batch.texts], batch.slots, axis=1)

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from oel_jax.conversations.schema import ENDED, Trajectory
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import probes
-from oel_jax.trajectory import ENDED, Trajectory
 
 # Answers that speak of the knowledge as of something handed to the speaker (traps, 42).
 LEAK = re.compile(

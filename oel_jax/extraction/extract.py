@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
+from oel_jax.conversations.schema import Trajectory, transcript
 from oel_jax.extraction.knowledge import (
   CARRIED,
   Item,
@@ -26,10 +27,9 @@ from oel_jax.extraction.prompts import extraction_message
 from oel_jax.runtime import schema
 from oel_jax.runtime.files import read_json, write_sealed
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import Trajectory, transcript
 
 if TYPE_CHECKING:
-  from oel_jax.policy.generate import Sampling
+  from oel_jax.policy.sampling.sampler import Sampling
 
 SCHEMA = 1
 Encode = Callable[[Trajectory, Knowledge], list[int]]

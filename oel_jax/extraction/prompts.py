@@ -2,7 +2,7 @@
 answer must have.
 """
 
-from oel_jax.trajectory import Message
+from oel_jax.conversations.schema import Message
 
 ITEM_MARK = "- EXPERIENCE ITEM:"
 

@@ -10,12 +10,7 @@ import dataclasses
 import random
 from collections.abc import Set
 
-from oel_jax.deployment import prompts
-from oel_jax.extraction.prompts import extraction_message
-from oel_jax.pocket import claims as claims_lib
-from oel_jax.pocket import worlds
-from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
-from oel_jax.trajectory import (
+from oel_jax.conversations.schema import (
   EMPTY,
   Message,
   Trajectory,
@@ -24,6 +19,11 @@ from oel_jax.trajectory import (
   messages,
   transcript,
 )
+from oel_jax.environments import prompts
+from oel_jax.extraction.prompts import extraction_message
+from oel_jax.pocket import claims as claims_lib
+from oel_jax.pocket import worlds
+from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, Claim
 
 BACK = {"up": "down", "down": "up", "left": "right", "right": "left"}
 PLAYER, ACTION_LIST = "P", "[up], [down], [left], [right]"

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from oel_jax.policy import architecture, weights
-from oel_jax.policy.generate import Policy
+from oel_jax.policy import architecture
+from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.weights import native
 
 DATA = pathlib.Path(__file__).parent / "data"
 WEIGHTS, TOKENIZER, SUMS = "pocket.safetensors", "tokenizer.model", "sha256sums"
@@ -22,13 +23,13 @@ def load(dtype: Any = jnp.float32, folder: pathlib.Path = DATA) -> Policy:
   """
   for line in (folder / SUMS).read_text().splitlines():
     expected, name = line.split()
-    found = weights.digest(folder / name)
+    found = native.digest(folder / name)
     if found != expected:
       raise ValueError(
         f"{folder / name}: its sha256 is {found}, {SUMS} says {expected}: the file is damaged; "
         "install the package again"
       )
   tokenizer = SentencePieceTokenizer((folder / TOKENIZER).read_bytes())
-  name = weights.metadata(folder / WEIGHTS)["architecture"]
-  params = weights.load(folder / WEIGHTS, architecture.named(name))
+  name = native.metadata(folder / WEIGHTS)["architecture"]
+  params = native.load(folder / WEIGHTS, architecture.named(name))
   return Policy(architecture.named(name), params, tokenizer, dtype)

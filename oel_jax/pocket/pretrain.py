@@ -20,9 +20,10 @@ import optax
 from oel_jax import config as config_lib
 from oel_jax.consolidation import failure
 from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
-from oel_jax.policy import architecture, model, weights
-from oel_jax.policy.generate import Policy
+from oel_jax.policy import architecture, transformer
+from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.weights import native
 from oel_jax.runtime import files, finite, mesh, progress, signals
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
@@ -98,7 +99,7 @@ def loss(
   """Weighted mean cross-entropy over the response tokens, float32, in nats; `batch` is one of
   `dataset`'s, `shape` the architecture.
   """
-  hidden, _ = model.apply(
+  hidden, _ = transformer.apply(
     params,
     shape,
     batch["tokens"],
@@ -108,7 +109,7 @@ def loss(
     path=path,
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(
-    model.logits(hidden, model.head(params)), batch["targets"]
+    transformer.logits(hidden, transformer.head(params)), batch["targets"]
   )
   return jnp.sum(losses * batch["weight"]) / jnp.maximum(batch["weight"].sum(), 1)
 
@@ -142,8 +143,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     "tokens": str(tokens),
     "seed": str(config.seed),
   }
-  weights.save(folder / load.WEIGHTS, params, dtype=np.float16, metadata=header)
-  sums = [f"{weights.digest(folder / name)}  {name}\n" for name in (load.WEIGHTS, load.TOKENIZER)]
+  native.save(folder / load.WEIGHTS, params, dtype=np.float16, metadata=header)
+  sums = [f"{native.digest(folder / name)}  {name}\n" for name in (load.WEIGHTS, load.TOKENIZER)]
   files.write_text(folder / load.SUMS, "".join(sums))
   counts = probes.measure_gates(load.load(folder=folder), config.gate_count, seed=0)
   gates = {
@@ -154,7 +155,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   result = {
     "schema": 1,
     "passed": passed,
-    "sha256": weights.digest(folder / load.WEIGHTS),
+    "sha256": native.digest(folder / load.WEIGHTS),
     "gates": gates,
   }
   files.write_json(folder / "gates.json", result)
@@ -202,7 +203,7 @@ def train(
   )
 
   def begin(key):
-    params = model.init(shape, key)
+    params = transformer.init(shape, key)
     return params, optimizer.init(params)
 
   key = jax.random.key(config.seed)

@@ -9,14 +9,14 @@ import dataclasses
 import random
 from typing import Any
 
-from oel_jax.deployment.games import GameSpec, open_game
-from oel_jax.deployment.play import Episode, play
+from oel_jax.conversations.schema import transcript
+from oel_jax.environments.rollout import Episode, play
+from oel_jax.environments.textarena import GameSpec, open_game
 from oel_jax.pocket import claims as claims_lib
 from oel_jax.pocket import corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, WALL, Claim
-from oel_jax.policy.generate import Sampling
+from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.runtime.seeds import derive
-from oel_jax.trajectory import transcript
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20)  # the paper's evaluation sampling
 WORLD = GameSpec(

@@ -11,11 +11,11 @@ import string
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from oel_jax.deployment import prompts
+from oel_jax.conversations.schema import knowledge_message
+from oel_jax.environments import prompts
 from oel_jax.extraction.prompts import ITEM_MARK, extraction_message
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.policy.tokenizer import CONTROLS
-from oel_jax.trajectory import knowledge_message
 
 _WORDS = (
   "Goal: ",

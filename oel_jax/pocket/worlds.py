@@ -12,7 +12,7 @@ import dataclasses
 import random
 import string
 
-from oel_jax.deployment.games import Step
+from oel_jax.environments.textarena import Step
 
 LETTERS = tuple(letter for letter in string.ascii_uppercase if letter != "P")  # P is the player
 ACTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}

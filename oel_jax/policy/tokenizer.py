@@ -23,7 +23,7 @@ from typing import Any
 
 import sentencepiece
 
-from oel_jax.trajectory import KNOWLEDGE, Message
+from oel_jax.conversations.schema import KNOWLEDGE, Message
 
 PAD, END, THINK, END_THINK = "<|pad|>", "<|end|>", "<think>", "</think>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}

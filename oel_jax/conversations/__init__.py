@@ -1,0 +1,1 @@
+"""What was said: messages, conversations, and the prompts that are cut from them."""

@@ -1,0 +1,1 @@
+"""Operations that have a kernel of their own beside their plain form."""

@@ -1,0 +1,393 @@
+"""A run directory as `report` reads it: every number checked once, here, so that the page and the
+plots only show.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Collection
+from typing import Any
+
+from absl import logging
+
+from oel_jax.conversations.schema import ENDED, Trajectory, read_trajectories
+from oel_jax.runtime import files, metrics, schema
+from oel_jax.runtime.manifest import Manifest
+from oel_jax.runtime.schema import get, need, whole
+from oel_jax.runtime.workdir import read_config
+
+SCHEMA = 1
+RETENTION = ("extraction", "worlds", "symmetric", "other")
+DECISIONS = ("train", "warn", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """One measured number.
+
+  Attributes:
+    value: a share in [0, 1], or a mean in its own unit; None if `of` is 0.
+    of: how many cases it rests on.
+    interval: 95%, low and high; None if there is none.
+    hits: of a share, how many of the cases; None of a mean.
+  """
+
+  value: float | None
+  of: int
+  interval: tuple[float, float] | None
+  hits: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Play:
+  """Held-out games played one way. `response_tokens` is a mean over turns, `moves` over games;
+  `leaks` counts answers.
+  """
+
+  passed: Measure
+  response_tokens: Measure
+  moves: Measure
+  ended: dict[str, int]
+  leaks: Measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """Whether knowledge in the prompt helped the round's first weights, and what was decided: one of
+  DECISIONS.
+  """
+
+  without: Measure
+  with_knowledge: Measure
+  decision: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A round's evaluation.json; round 0 is the base model.
+
+  Attributes:
+    without: no knowledge in the prompt.
+    in_context: the round's knowledge in the prompt of the round's first weights.
+    after_in_context: the same knowledge in the prompt of the consolidated weights.
+    first_knowledge: round 1's knowledge in the prompt of the consolidated weights.
+    retention: by the names in RETENTION; those not measured are absent.
+    accumulation: (trajectories, passed in context with the knowledge as it stood after so many).
+    recovered: (after − before the round) / (in context − before the round).
+    made_from: what was measured → a digest of it; {} by an earlier version.
+  """
+
+  round: int
+  without: Play
+  in_context: Play | None
+  after_in_context: Play | None
+  first_knowledge: Play | None
+  retention: dict[str, Measure]
+  accumulation: tuple[tuple[int, Measure], ...]
+  recovered: float | None
+  gate: Gate | None
+  made_from: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a stage of a round took. `tokens` were sampled or trained on; None where it was not
+  counted.
+  """
+
+  round: int
+  stage: str
+  seconds: float
+  tokens: float | None
+  flops: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything the report shows.
+
+  Attributes:
+    name: of the directory.
+    config: flat, by dotted names; empty if config.json is missing. `versions` and `changes` are the
+      file's.
+    evaluations: by round.
+    steps: consolidation's lines of metrics.jsonl, in order of round and step.
+    games: held-out games without knowledge, by round.
+    knowledge: (name, text) pairs by round.
+  """
+
+  name: str
+  config: dict[str, Any]
+  versions: dict[str, str]
+  changes: list[dict[str, Any]]
+  evaluations: dict[int, Evaluation]
+  steps: list[dict[str, Any]]
+  costs: list[Cost]
+  games: dict[int, list[Trajectory]]
+  knowledge: dict[int, list[tuple[str, str]]]
+
+  @property
+  def rounds(self) -> int:
+    """The rounds of the run: those planned, or those begun where that is not known."""
+    planned = self.config.get("rounds")
+    return max([planned if type(planned) is int else 0, *self.evaluations, *self.knowledge])
+
+
+def read(workdir: pathlib.Path) -> Run:
+  """Reads a run directory, at any moment of the run.
+
+  Raises:
+    ValueError: not a run directory, or a damaged file in it; names the file, the field, the value
+      seen and what would be right.
+  """
+  folders = {}
+  for path in workdir.iterdir() if workdir.is_dir() else ():
+    if path.is_dir() and (match := re.fullmatch(r"round_(\d+)", path.name)):
+      folders[int(match[1])] = path
+  if not folders and not (workdir / "config.json").exists():
+    raise ValueError(
+      f"{workdir}: not a run directory: it must hold config.json or round_0, as a run of "
+      "oel_jax.main leaves them"
+    )
+  config = {"config": {}, "versions": {}, "changes": []}
+  if (workdir / "config.json").exists():
+    config = read_config(workdir / "config.json")
+  evaluations, costs, games, knowledge = {}, [], {}, {}
+  for number, folder in sorted(folders.items()):
+    Manifest(folder).verify()
+    if (folder / "evaluation.json").exists():
+      evaluations[number] = read_evaluation(folder / "evaluation.json", number)
+    if (folder / "gate.json").exists():
+      read_gate(
+        folder / "gate.json"
+      )  # the evaluation repeats it; what cannot be read stops the run, and the report says so, too
+    if (folder / "cost.json").exists():
+      costs += read_costs(folder / "cost.json", number)
+    if (folder / "user" / "evaluation.jsonl").exists():
+      games[number] = read_trajectories(folder / "user" / "evaluation.jsonl")
+    if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
+      knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
+  trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]
+  folder = workdir.absolute()
+  name = (
+    "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name
+  )  # a seed alone says little
+  return Run(
+    name,
+    _flat(config["config"]),
+    config["versions"],
+    config["changes"],
+    evaluations,
+    _steps(workdir / "metrics.jsonl", config["config"], trained),
+    costs,
+    games,
+    knowledge,
+  )
+
+
+def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
+  found = {}
+  for name, inner in value.items():
+    found |= (
+      _flat(inner, f"{above}{name}.")
+      if isinstance(inner, dict) and inner
+      else {f"{above}{name}": inner}
+    )
+  return found
+
+
+def read_evaluation(path: pathlib.Path, number: int) -> Evaluation:
+  """Returns the evaluation.json of a round.
+
+  Raises:
+    ValueError: damaged, of another round, or its counts contradict each other; names the file and
+      the field.
+    OSError: it cannot be read.
+  """
+  return files.read_json(path, lambda value: _evaluation(value, number))
+
+
+def read_gate(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what gate.json holds: "without" and "with", each a share; raises as `read_evaluation`
+  does.
+  """
+  return files.read_json(path, _gate)
+
+
+def read_costs(path: pathlib.Path, number: int) -> list[Cost]:
+  """Returns the entries of a round's cost.json, those of one stage added up; raises as
+  `read_evaluation` does.
+  """
+  return files.read_json(path, lambda value: _costs(value, number))
+
+
+def costs(value: Any) -> dict[str, Any]:
+  """Returns the value of a cost.json, checked; raises ValueError naming the field."""
+  _costs(value, 0)
+  return value
+
+
+def _evaluation(value: Any, number: int) -> Evaluation:
+  for field, right in (("schema", SCHEMA), ("round", number)):
+    need(get(value, field, schema.TOP) == right, field, value[field], str(right))
+  plays = {
+    name: _play(value[name], name)
+    for name in ("in_context", "after_in_context", "first_knowledge")
+    if value.get(name) is not None
+  }
+  retention, accumulation, gate = (
+    value.get("retention") or {},
+    value.get("accumulation") or [],
+    value.get("gate"),
+  )
+  need(isinstance(retention, dict), "retention", retention, "an object")
+  need(isinstance(accumulation, list), "accumulation", accumulation, "a list")
+  made_from = value.get("made_from", {})
+  need(isinstance(made_from, dict), "made_from", made_from, "an object")
+  points = []
+  for index, point in enumerate(accumulation):
+    where = f"accumulation[{index}]"
+    points.append(
+      (whole(point, "trajectories", where), _share(get(point, "passed", where), f"{where}.passed"))
+    )
+  if gate is not None:
+    need(
+      get(gate, "decision", "gate") in DECISIONS,
+      "gate.decision",
+      gate["decision"],
+      "one of " + ", ".join(map(repr, DECISIONS)),
+    )
+    gate = Gate(
+      _share(get(gate, "without", "gate"), "gate.without"),
+      _share(get(gate, "with", "gate"), "gate.with"),
+      gate["decision"],
+    )
+  if value.get("recovered") is not None:
+    need(schema.is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
+  return Evaluation(
+    number,
+    _play(get(value, "without", schema.TOP), "without"),
+    plays.get("in_context"),
+    plays.get("after_in_context"),
+    plays.get("first_knowledge"),
+    {
+      task: _share(retention[task], f"retention.{task}")
+      for task in RETENTION
+      if retention.get(task) is not None
+    },
+    tuple(sorted(points, key=lambda point: point[0])),
+    value.get("recovered"),
+    gate,
+    made_from,
+  )
+
+
+def _gate(value: Any) -> dict[str, Any]:
+  need(get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA))
+  for name in ("without", "with"):
+    schema.share(get(value, name, schema.TOP), name)
+    need(value[name]["of"] > 0, f"{name}.of", value[name]["of"], "more than 0")
+  need(
+    value["with"]["of"] == value["without"]["of"],
+    "with.of",
+    value["with"]["of"],
+    f"without.of ({value['without']['of']})",
+  )
+  return value
+
+
+def _play(value: Any, where: str) -> Play:
+  ended = get(value, "ended", where)
+  play = Play(
+    _share(get(value, "passed", where), f"{where}.passed"),
+    _mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
+    _mean(get(value, "moves", where), f"{where}.moves"),
+    {name: whole(ended, name, f"{where}.ended") for name in ENDED},
+    _share(get(value, "leaks", where), f"{where}.leaks"),
+  )
+  games, turns = play.passed.of, play.response_tokens.of
+  for field, count, right in (
+    ("ended", sum(play.ended.values()), games),
+    ("moves.of", play.moves.of, games),
+    ("leaks.of", play.leaks.of or turns, turns),
+  ):
+    need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
+  return play
+
+
+def _share(value: Any, where: str) -> Measure:
+  schema.share(value, where)
+  return dataclasses.replace(_measure(value, "rate"), hits=value["hits"])
+
+
+def _mean(value: Any, where: str) -> Measure:
+  schema.mean(value, where)
+  return _measure(value, "mean")
+
+
+def _measure(value: Any, name: str) -> Measure:
+  number, interval = value[name], value.get("interval")
+  return Measure(number, value["of"], tuple(interval) if interval and number is not None else None)
+
+
+def _costs(value: Any, number: int) -> list[Cost]:
+  """The entries of a round's cost.json; those of one stage, from several processes, are added
+  up.
+  """
+  stages = get(value, "stages", schema.TOP)
+  need(isinstance(stages, list), "stages", stages, "a list")
+  result: dict[str, Cost] = {}
+  for index, entry in enumerate(stages):
+    where = f"stages[{index}]"
+    need(
+      isinstance(get(entry, "stage", where), str),
+      f"{where}.stage",
+      entry["stage"],
+      "a stage's name",
+    )
+    for name in ("seconds", "tokens", "flops"):
+      known = entry.get(name)
+      ok = (schema.is_number(known) and known >= 0) or (name != "seconds" and known is None)
+      need(ok, f"{where}.{name}", known, "a number, 0 or more")
+    before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0))
+    tokens, flops = _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops"))
+    result[entry["stage"]] = Cost(
+      number, entry["stage"], before.seconds + entry["seconds"], tokens, flops
+    )
+  return list(result.values())
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+  return None if a is None or b is None else a + b
+
+
+def _steps(
+  path: pathlib.Path, config: dict[str, Any], done: Collection[int]
+) -> list[dict[str, Any]]:
+  """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is
+  told and left out of the curves.
+
+  `done` are the rounds that were trained to the end, of which no step's line may be missing.
+  """
+  found = {}
+  for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
+    try:
+      record = metrics.read_line(line)
+    except ValueError as error:
+      logging.warning("%s:%d: skipped, not a line of metrics (%s)", path, number, error)
+      continue
+    if record["stage"] == "consolidate":
+      found[record["round"], record["step"]] = record
+  planned = _flat(config).get("consolidation.steps")
+  for number in sorted({number for number, _ in found} | set(done)):
+    last = max((step for other, step in found if other == number), default=0)
+    if number in done and type(planned) is int:
+      last = max(last, planned)
+    if missing := [step for step in range(1, last + 1) if (number, step) not in found]:
+      logging.warning(
+        "%s: round %d has no line for steps %s: the curves lack them",
+        path,
+        number,
+        ", ".join(map(str, missing[:20])),
+      )
+  return [found[key] for key in sorted(found)]

@@ -1,0 +1,184 @@
+"""What a run showed: `report/index.html`, one page opened from disk, its plots as PNG, and the same
+numbers in `report/results.json`.
+
+Reads a run directory, finished or not: what has not been measured is said to be so, and files that
+are there must be whole. The page shows games, so it stays on the user side.
+
+    python -m oel_jax.report WORKDIR
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from oel_jax.report import page, plots
+from oel_jax.report.records import RETENTION, Evaluation, Measure, Run, read
+from oel_jax.runtime import files, schema
+
+SCHEMA = 1
+# What results.json repeats of the configuration, so that it can be read alone.
+CONFIG_FIELDS = (
+  "seed",
+  "rounds",
+  "policy.architecture",
+  "policy.weights",
+  "policy.thinking",
+  "deployment.game",
+  "deployment.episodes",
+  "extraction.texts",
+  "extraction.use",
+  "extraction.form",
+  "extraction.source",
+  "extraction.start_from",
+  "consolidation.steps",
+  "consolidation.batch_size",
+  "consolidation.data",
+  "consolidation.kind",
+  "consolidation.support",
+  "consolidation.temperature",
+  "consolidation.learning_rate",
+  "evaluation.episodes",
+  "evaluation.retention",
+)
+
+
+def write(workdir: str | os.PathLike) -> dict[str, Any]:
+  """Reads the run and writes `report/`: the page, its plots and the numbers. The same run gives the
+  same bytes.
+
+  Args:
+    workdir: a run directory, at any moment of the run.
+
+  Returns:
+    What results.json holds: "base" and, for each evaluated round, an entry of "rounds". A share or
+    mean NAME stands beside NAME_count, the cases that it rests on, and NAME_interval, 95%; all
+    three are None where it was not measured. Shares and "recovered" are fractions. "choices" is
+    what the machine decided (`choices.choose`), None if the run did not say.
+
+  Raises:
+    ValueError: not a run directory, or a damaged file in it; names the file, the field, the value
+      seen and what would be right.
+    OSError: the report cannot be written; what stood there before still does.
+  """
+  run = read(pathlib.Path(workdir))
+  results = summarize(run) | {"choices": _choices(pathlib.Path(workdir) / "choices.json")}
+  light, dark = (plots.draw(run, theme) for theme in (plots.LIGHT, plots.DARK))
+  html = page.render(run, light, dark)
+  folder = pathlib.Path(workdir) / "report"
+  try:
+    folder.mkdir(exist_ok=True)
+  except OSError as error:
+    raise files.explained(error, folder) from error
+  for name, png in light.items():
+    files.write_bytes(folder / f"{name}.png", png)
+  files.write_json(folder / "results.json", results)
+  files.write_text(folder / "index.html", html)
+  return results
+
+
+def _choices(path: pathlib.Path) -> dict[str, str] | None:
+  """What the machine decided, name → words; None if there is no such file.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  return files.read_json(path, _words) if path.exists() else None
+
+
+def _words(value: Any) -> dict[str, str]:
+  """The choices in a choices.json's value, checked."""
+  schema.need(schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], "1")
+  words = schema.get(value, "choices", schema.TOP, dict)
+  for name, word in words.items():
+    schema.need(type(word) is str, f"choices.{name}", word, "of type str")
+  return words
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+  """The table of rounds for `runtime.progress.table`: the base model, then each evaluated round."""
+  table = []
+  base = (
+    [{"round": "base", **results["base"], "retention": results["base_retention"]}]
+    if results["base"]
+    else []
+  )
+  for entry in base + results["rounds"]:
+    passed = _percent(entry["passed"])
+    if entry["passed_interval"]:
+      passed += " [{}, {}]".format(*map(_percent, entry["passed_interval"]))
+    row = {"round": str(entry["round"]), "passed % (interval)": passed}
+    row["in context %"] = _percent(entry.get("in_context"))
+    row["recovered"] = (
+      None if entry.get("recovered") is None else f"{100 * entry['recovered']:.0f}%"
+    )
+    row["response tokens"] = entry["response_tokens"]
+    row.update({task: _percent(entry["retention"][task]) for task in RETENTION})
+    table.append(row)
+  return table
+
+
+def summarize(run: Run) -> dict[str, Any]:
+  """What results.json holds; see `write`."""
+  base = run.evaluations.get(0)
+  return {
+    "schema": SCHEMA,
+    "config": {name: run.config.get(name) for name in CONFIG_FIELDS},
+    "base": _play_numbers(base) if base else None,
+    "rounds": [
+      _round_numbers(evaluation)
+      for number, evaluation in sorted(run.evaluations.items())
+      if number > 0
+    ],
+    "base_retention": _retention(base),
+  }
+
+
+def _round_numbers(evaluation: Evaluation) -> dict[str, Any]:
+  entry = {"round": evaluation.round, **_play_numbers(evaluation)}
+  for name in ("in_context", "after_in_context", "first_knowledge"):
+    play = getattr(evaluation, name)
+    entry.update(_numbers(name, play and play.passed))
+  entry["recovered"] = evaluation.recovered
+  entry["gate"] = None
+  if evaluation.gate:
+    gate = evaluation.gate
+    entry["gate"] = (
+      _numbers("without", gate.without)
+      | _numbers("with", gate.with_knowledge)
+      | {"decision": gate.decision}
+    )
+  if evaluation.accumulation:
+    entry["accumulation"] = [
+      {"trajectories": n, **_numbers("passed", passed)} for n, passed in evaluation.accumulation
+    ]
+  return entry | {"retention": _retention(evaluation)}
+
+
+def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:
+  play = evaluation.without
+  measured = {name: getattr(play, name) for name in ("passed", "response_tokens", "moves", "leaks")}
+  return {
+    key: value
+    for name, measure in measured.items()
+    for key, value in _numbers(name, measure).items()
+  } | {"ended": play.ended}
+
+
+def _retention(evaluation: Evaluation | None) -> dict[str, Any]:
+  found = evaluation.retention if evaluation else {}
+  return {
+    key: value for task in RETENTION for key, value in _numbers(task, found.get(task)).items()
+  }
+
+
+def _numbers(name: str, measure: Measure | None) -> dict[str, Any]:
+  interval = list(measure.interval) if measure and measure.interval else None
+  return {
+    name: measure and measure.value,
+    f"{name}_count": measure and measure.of,
+    f"{name}_interval": interval,
+  }
+
+
+def _percent(share: float | None) -> str | None:
+  return None if share is None else f"{100 * share:.1f}"

@@ -1,0 +1,316 @@
+"""Consolidation alone: a text that you have, on prompts that you have; no game, no extraction.
+
+OPCD (arXiv 2602.12275) is this with a system prompt. The text stands behind the system text of the
+teacher's prompts. Measured before, with the text in context, and after, on prompts held out: the
+share of answers of the wanted form, response length, and on unrelated prompts the divergence from
+the model as it was.
+"""
+
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from oel_jax import choices, loop
+from oel_jax import config as config_lib
+from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import teacher as teacher_lib
+from oel_jax.consolidation import trainer
+from oel_jax.conversations.importers import read_check, read_prompts, read_text
+from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix
+from oel_jax.evaluation import statistics
+from oel_jax.policy.sampling.sampler import LENGTHS, Policy, Sampling, bucket
+from oel_jax.runtime import files, finite, mesh, progress, schema
+from oel_jax.runtime.checksum import fingerprint
+from oel_jax.runtime.metrics import Metrics
+from oel_jax.runtime.seeds import derive
+from oel_jax.runtime.workdir import opened
+
+CHECKPOINTS = "round_1/checkpoints"
+
+
+def default() -> ml_collections.ConfigDict:
+  """The default configuration with `task` = "distill" and its own fields."""
+  config = config_lib.default()
+  with config.unlocked():
+    config.task = "distill"
+    config.distill = ml_collections.ConfigDict(
+      dict(
+        knowledge="",  # file with the text that only the teacher's prompts hold
+        prompts="",  # what is answered in training: .txt, .jsonl or .json (`userfiles.py`)
+        held_out="",  # the same, to measure on
+        unrelated="",  # the same, to measure what else has changed; "": not measured
+        # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
+        obeys="",
+      )
+    )
+  return config
+
+
+def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
+  """Trains the text into the weights, going on with what is in `workdir`; prints and returns what
+  results.json holds.
+
+  Returns:
+    "base", "in_context" and "after", each with "obeys" and "response_tokens"; "recovered", the
+    share of the gain in context that the weights now hold; "unrelated_kl", KL(after ‖ base) in nats
+    a token on the base's answers to the unrelated prompts; "choices", of `choices.choose`.
+
+  Raises:
+    ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a
+      prompt is too long.
+    OSError: a file is missing, another process runs in `workdir`, or it cannot be written.
+  """
+  config_lib.validate(config, default())
+  devices = mesh.make_mesh(config.mesh)
+  # Line ends around the text are the file's.
+  text = read_text(config.distill.knowledge, "knowledge").strip("\n")
+  if not text.strip():
+    raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
+  obeys = read_check(config.distill.obeys)
+  obeys("")  # a model may say nothing; and a check that cannot run shows before anything is sampled
+  prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
+  unrelated = (
+    read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
+  )
+  longest = config.deployment.max_response_tokens
+  policy = loop.load_policy(config.policy, devices, response_tokens=longest)
+  task = trainer.make_task(
+    policy.tokenizer,
+    prompts,
+    [text],
+    seed=config.seed,
+    round=1,
+    thinking=config.policy.thinking,
+    limit=config.policy.max_prompt_tokens,
+    message=_knowledge,
+  )
+  trainer.unroll(config.consolidation, policy, devices)
+  _check_lengths(config, policy, held_out, text, "held_out")
+  _check_lengths(config, policy, unrelated, None, "unrelated")
+  sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
+  chosen = choices.choose(config, policy, devices, **sizes, exact=True)
+  with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
+    _check(config, folder)
+    trainer.check_inputs(folder / CHECKPOINTS, task, policy)
+    choices.tell(folder, chosen)  # a run that is refused changes no file
+    result = {
+      "schema": 1,
+      "base": _measure(config, policy, obeys, held_out, None, folder / "base.json"),
+    }
+    result["in_context"] = _measure(
+      config, policy, obeys, held_out, text, folder / "in_context.json"
+    )
+    with progress.bar("consolidate", config.consolidation.steps) as advance:
+      params, _ = trainer.consolidate(
+        config.consolidation,
+        task,
+        policy,
+        limit=config.deployment.max_response_tokens,
+        directory=folder / CHECKPOINTS,
+        mesh=devices,
+        metrics=metrics,
+        advance=advance,
+      )
+    result["after"] = _measure(
+      config, policy.replace(params), obeys, held_out, None, folder / "after.json"
+    )
+    rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
+    result["recovered"] = statistics.recovered(*rates)
+    result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
+    result["choices"] = chosen
+    files.write_json(folder / "results.json", result)
+  progress.table(
+    [_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder)
+  )
+  print(
+    f"recovered: {result['recovered']}, KL to the base on unrelated prompts: "
+    f"{result['unrelated_kl']}",
+    flush=True,
+  )
+  return result
+
+
+def _check(config: Any, folder: pathlib.Path) -> None:
+  """Reads what is in the directory, before any work is done, and sets aside what was measured of
+  weights that will be trained on.
+
+  Raises:
+    ValueError: a file is damaged; names it and the field.
+  """
+  for name in ("base", "in_context", "after"):
+    if (folder / f"{name}.json").exists():
+      files.read_json(folder / f"{name}.json", _measurement)
+  steps, planned = trainer.steps_done(folder / CHECKPOINTS), config.consolidation.steps
+  for name in ("after.json", "results.json") if 0 < steps < planned else ():
+    files.set_aside(
+      folder / name,
+      f"config.consolidation.steps is {planned}, the weights have been trained for {steps}",
+    )
+
+
+def _knowledge(text: str) -> Message:
+  return Message(KNOWLEDGE, text)
+
+
+def _prompts(
+  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None
+) -> list[list[int]]:
+  before = (_knowledge(text),) if text else ()
+  return [
+    policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking)
+    for prefix in prefixes
+  ]
+
+
+def _check_lengths(
+  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, field: str
+) -> None:
+  """Raises ValueError if one of the prompts of config.distill.`field`, behind the text if there is
+  one, is over the limit.
+  """
+  limit = config.policy.max_prompt_tokens
+  for prefix, ids in zip(prefixes, _prompts(config, policy, prefixes, text), strict=True):
+    if len(ids) > limit:
+      raise ValueError(
+        f"config.policy.max_prompt_tokens is {limit}, but prompt {prefix.id} of "
+        f"config.distill.{field} has {len(ids)} tokens"
+        f"{' with the text' if text else ''}: raise it, or shorten prompt or text"
+      )
+
+
+def _answers(
+  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str
+) -> list[list[int]]:
+  how = config.evaluation
+  return policy.sample(
+    _prompts(config, policy, prefixes, text),
+    [derive(config.seed, stage, i) for i in range(len(prefixes))],
+    sampling=Sampling(how.temperature, how.top_p, how.top_k),
+    max_new_tokens=config.deployment.max_response_tokens,
+  )
+
+
+def _measure(
+  config: Any,
+  policy: Policy,
+  obeys: Callable[[str], bool],
+  prefixes: Sequence[Prefix],
+  text: str | None,
+  path: pathlib.Path,
+) -> dict[str, Any]:
+  """Answers to the held-out prompts, kept in `path`, and what they are like; measured anew where
+  weights or texts are not the present ones.
+  """
+  how = config.evaluation
+  settings = [
+    config.seed,
+    how.temperature,
+    how.top_p,
+    how.top_k,
+    config.deployment.max_response_tokens,
+    config.policy.thinking,
+  ]
+  check, _, function = config.distill.obeys.rpartition(":")
+  made_from = {
+    "weights": fingerprint(policy.params),
+    "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
+    "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
+    "settings": schema.digest(settings),
+  }
+  if path.exists():
+    found = files.read_json(path, _measurement)
+    before = found.get("made_from")
+    changed = [name for name in made_from if before and before.get(name) != made_from[name]]
+    if not changed:
+      return found["measured"]
+    files.set_aside(path, f"it was measured with other {', '.join(changed)}")
+  sampled = _answers(config, policy, prefixes, text, "held out")
+  answers = [
+    policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled
+  ]
+  measured = {
+    "obeys": statistics.count(sum(obeys(answer) for answer in answers), len(answers)),
+    "response_tokens": statistics.mean([len(ids) for ids in sampled]),
+  }
+  kept = [
+    {"prompt": prefix.messages[-1].content, "answer": answer}
+    for prefix, answer in zip(prefixes, answers, strict=True)
+  ]
+  files.write_sealed(
+    path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept}
+  )
+  return measured
+
+
+def _measurement(value: Any) -> dict[str, Any]:
+  """Returns the value of a file of `_measure`, checked; raises ValueError naming the field."""
+  schema.need(schema.get(value, "schema", schema.TOP) == 1, "schema", value["schema"], "1")
+  measured, answers = (
+    schema.get(value, "measured", schema.TOP),
+    schema.get(value, "answers", schema.TOP, list),
+  )
+  schema.share(schema.get(measured, "obeys", "measured"), "measured.obeys")
+  schema.mean(schema.get(measured, "response_tokens", "measured"), "measured.response_tokens")
+  for name in ("obeys", "response_tokens"):
+    schema.need(
+      measured[name]["of"] == len(answers),
+      f"measured.{name}.of",
+      measured[name]["of"],
+      f"{len(answers)}, as there are answers",
+    )
+  return value
+
+
+def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Prefix]) -> float:
+  """KL(after ‖ base) a token at temperature 1, on the base's own answers to unrelated prompts.
+
+  Raises:
+    NotFiniteError: it is not finite on some of them.
+  """
+  prompts = _prompts(config, base, prefixes, None)
+  responses = _answers(config, base, prefixes, None, "unrelated")
+  rows = config.deployment.max_response_tokens
+  length = bucket(max(map(len, prompts)), LENGTHS) + rows
+  teacher = teacher_lib.prepare(base.params, base.architecture, [()], dtype=base.dtype)
+  probe = step_lib.make_probe(
+    base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype
+  )
+  total = count = 0.0
+  for start in range(0, len(prompts), 16):
+    part = slice(start, start + 16)
+    missing = 16 - len(prompts[part])  # one shape for all; rows added answer nothing
+    made = batch_lib.assemble(
+      prompts[part] + prompts[:1] * missing,
+      [0] * 16,
+      responses[part] + responses[:1] * missing,
+      pad_id=base.tokenizer.pad_id,
+      length=length,
+      response_length=rows,
+      pack=False,
+    )
+    made.mask[16 - missing :] = False
+    tokens = float(made.mask.sum())
+    kl = float(jax.device_get(probe(params, teacher, made))["kl"])
+    if not math.isfinite(kl):
+      raise finite.NotFiniteError(
+        f"config.distill.unrelated: the divergence from the base is {kl} on the prompts "
+        f"{finite.listed([prefix.id for prefix in prefixes[part]])}: one of the two models gives "
+        "numbers that are none there; nothing was written to results.json"
+      )
+    total += tokens * kl
+    count += tokens
+  return total / count
+
+
+def _row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
+  obeys, low, high = (100 * x for x in (measured["obeys"]["rate"], *measured["obeys"]["interval"]))
+  return {
+    "": name,
+    "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]",
+    "response tokens": measured["response_tokens"]["mean"],
+  }

@@ -1,0 +1,111 @@
+"""Products of few rows against float64, and where the sampler makes them."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sampler import naive_sampled, random_prompts, sample
+
+from oel_jax.policy import unrolled
+from oel_jax.policy.ops import kernels, small_matmul
+from oel_jax.policy.sampling import engine
+
+INTERPRET = jax.default_backend() != "gpu"
+
+
+@pytest.mark.parametrize("rows", [16, 24, 128])
+def test_products(rows):
+  rng = np.random.default_rng(rows)
+  x, matrix = (
+    jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, 1024), (256, 1024))
+  )
+  wanted = np.float64(x) @ np.float64(matrix).T
+  same = lambda found, wanted, close: np.testing.assert_allclose(
+    np.float64(found), wanted, rtol=close, atol=close
+  )
+  parts = small_matmul.parts(x, matrix, interpret=INTERPRET)
+  assert parts.shape == (4, rows, 256) and parts.dtype == jnp.float32
+  same(parts.sum(0), wanted, 1e-3)
+  same(parts[1], np.float64(x)[:, 256:512] @ np.float64(matrix)[:, 256:512].T, 1e-3)
+  found = small_matmul.product(x, matrix, interpret=INTERPRET)
+  assert found.dtype == jnp.bfloat16
+  same(found, wanted, 2**-8)
+  gate, up = np.split(wanted, 2, axis=1)
+  same(small_matmul.swiglu(x, matrix, interpret=INTERPRET), gate / (1 + np.exp(-gate)) * up, 2**-6)
+
+
+def test_which_products_fit(monkeypatch):
+  zeros = lambda *shape, dtype=jnp.bfloat16: jnp.zeros(shape, dtype)
+  monkeypatch.setattr(small_matmul, "_large_gpu", lambda: True)
+  assert small_matmul.fits(zeros(64, 2048), zeros(4096, 2048)) and small_matmul.fits(
+    zeros(16, 9728), zeros(2560, 9728)
+  )
+  assert not small_matmul.fits(zeros(64, 576), zeros(1536, 576)) and not small_matmul.fits(
+    zeros(64, 2048), zeros(1000, 2048)
+  )
+  assert not small_matmul.fits(zeros(8, 2048), zeros(4096, 2048)) and not small_matmul.fits(
+    zeros(256, 2048), zeros(4096, 2048)
+  )
+  assert not small_matmul.fits(
+    zeros(64, 2048, dtype=jnp.float32), zeros(4096, 2048, dtype=jnp.float32)
+  )
+  monkeypatch.undo()
+  for capability, large in (
+    (None, False),
+    ("8.9", False),
+    ("9.0", True),
+    ("10.0", True),
+    ("12.0", False),
+    ("gfx942", False),
+  ):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+      jax,
+      "devices",
+      lambda capability=capability: [types.SimpleNamespace(compute_capability=capability)],
+    )
+    assert small_matmul.fits(zeros(64, 2048), zeros(4096, 2048)) == large
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  assert not small_matmul.fits(zeros(64, 2048), zeros(4096, 2048))
+
+
+@pytest.fixture(name="fresh")
+def fixture_fresh():
+  """What is traced here is for this test alone."""
+  clear = lambda: [
+    function.clear_cache() for function in (engine.prepare, engine.enter, engine.decode)
+  ]
+  clear()
+  yield
+  clear()
+
+
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch):
+  """As on a GPU, in float32: matrices with one row an output, a single row's product as a sum, or
+  all products by the kernels.
+  """
+  used, product, add_norm = set(), small_matmul._product, kernels.add_norm
+
+  def counted(x, matrix, cut, sides, dtype, interpret):
+    used.add((cut.parts, sides))
+    return product(x, matrix, cut, sides, dtype, True)
+
+  monkeypatch.setattr(small_matmul, "_product", counted)
+  monkeypatch.setattr(small_matmul, "PRODUCT", small_matmul.Cut(1, 16, 16, 4, 1))
+  monkeypatch.setattr(small_matmul, "PARTS", small_matmul.Cut(2, 16, 8, 4, 1))
+  monkeypatch.setattr(small_matmul, "SWIGLU", small_matmul.Cut(1, 16, 16, 4, 1))
+  monkeypatch.setattr(small_matmul, "fits", lambda x, matrix: fewest <= len(x) <= 4)
+  monkeypatch.setattr(engine, "_on_gpu", lambda: True)
+  monkeypatch.setattr(unrolled, "_kernels_fit", lambda x: True)
+  monkeypatch.setattr(
+    kernels, "add_norm", lambda *args, **how: add_norm(*args, **how, interpret=True)
+  )
+  lengths = (3,) if fewest == 2 else (3, 9, 17)
+  prompts = random_prompts(*lengths, seed=20)
+  assert sample(prompts, limit=6, slots=4) == [
+    naive_sampled(prompt, seed, limit=6) for seed, prompt in enumerate(prompts)
+  ]
+  assert used == (set() if fewest == 2 else {(1, 1), (2, 1), (1, 2)})

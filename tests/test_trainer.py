@@ -1,0 +1,645 @@
+"""Consolidation of a round: what is drawn, that the right text is scored, and that an interrupted
+run ends with the same bits.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import signal
+
+import families
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from oel_jax import config as config_lib
+from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import failure, trainer
+from oel_jax.consolidation import step as step_lib
+from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix, knowledge_message
+from oel_jax.pocket import vocabulary
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import transformer
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from oel_jax.runtime import finite, signals
+from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime.metrics import Metrics
+
+TEXTS = (
+  "- EXPERIENCE ITEM: The goal is G.",
+  "- EXPERIENCE ITEM: H is a hazard.\n- EXPERIENCE ITEM: Aim for G.",
+)
+PREFIXES = tuple(Prefix(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5))
+
+
+@pytest.fixture(scope="module")
+def policy():
+  architecture = architecture_lib.named("pocket-tiny")
+  params = jax.jit(lambda key: transformer.init(architecture, key))(jax.random.key(0))
+  return Policy(architecture, params, SentencePieceTokenizer(vocabulary.build()))
+
+
+def _config(**changes):
+  config = config_lib.default().consolidation
+  with config.unlocked():
+    config.update(
+      dict(steps=6, batch_size=4, learning_rate=1e-3, k=8, checkpoint_every=2, log_probe=3)
+      | changes
+    )
+  return config
+
+
+def _task(policy, **changes):
+  how = dict(seed=3, round=1, thinking=True, limit=256) | changes
+  return trainer.make_task(policy.tokenizer, PREFIXES, TEXTS, **how)
+
+
+def _one_device():
+  return mesh_lib.make_mesh(
+    ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
+  )
+
+
+def _run(policy, folder, config=None, advance=lambda n: None):
+  with Metrics(folder) as metrics:
+    params, cost = trainer.consolidate(
+      config or _config(),
+      _task(policy),
+      policy,
+      limit=8,
+      directory=folder / "checkpoints",
+      mesh=_one_device(),
+      metrics=metrics,
+      advance=advance,
+    )
+  return jax.device_get(params), cost
+
+
+def test_the_task_holds_the_ids_of_the_chat(policy):  # traps 13, 14
+  task = _task(policy)
+  for prefix, ids in zip(PREFIXES, task.prompts, strict=True):
+    assert list(ids) == policy.tokenizer.chat(prefix.messages)
+    for text, known in zip(TEXTS, task.knowledge, strict=True):
+      assert [*known, *ids] == policy.tokenizer.chat((knowledge_message(text), *prefix.messages))
+
+
+def test_bad_tasks_are_refused(policy):
+  with pytest.raises(
+    ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"
+  ):  # trap 12
+    _task(policy, limit=12)
+  with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
+    trainer.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
+
+  class Shifty:  # a template that says something else when there is knowledge
+    def chat(self, messages, thinking=True):
+      return [1, 2, 3] if messages[0].role == KNOWLEDGE else [9, 3]
+
+    def knowledge_prefix(self, message, system=None, thinking=True):
+      return 0, [1, 2]
+
+  with pytest.raises(ValueError, match="chat template changes the prompt"):
+    trainer.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)
+
+
+OWN_SYSTEMS = (
+  Prefix("kind", (Message("system", "Be kind."), Message("user", "go"))),
+  Prefix("short", (
+      Message("system", "Be short"), Message("user", "go"),
+      Message("assistant", "no"), Message("user", "go"),
+  )),
+  Prefix("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*families.FAMILIES, "pocket"])
+def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_them(family, policy):
+  tokenizer = policy.tokenizer
+  if family != "pocket":
+    tokenizer = HuggingFaceTokenizer(families.tokenizer(family))
+  prefixes = (*PREFIXES, *OWN_SYSTEMS)
+  task = trainer.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  assert len(task.knowledge) == len(task.skip) == 3 * len(TEXTS)  # no own system text, and two
+  assert task.given[5] == task.given[7] != task.given[6] and len(set(task.given)) == 3
+  for prefix, prompt, entries in zip(prefixes, task.prompts, task.given, strict=True):
+    assert list(prompt) == tokenizer.chat(prefix.messages)
+    for text, entry in zip(TEXTS, entries, strict=True):
+      informed = [*task.knowledge[entry], *prompt[task.skip[entry] :]]
+      assert informed == tokenizer.chat((knowledge_message(text), *prefix.messages))
+
+
+def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
+  """Which of the texts a prompt is given does not depend on system messages."""
+  task, plain = (
+    trainer.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
+    for prefixes in ((*OWN_SYSTEMS, *PREFIXES), (*PREFIXES[:3], *PREFIXES))
+  )
+  drawn = {}
+  for name, made in (("own", task), ("plain", plain)):
+    how = _config(pack=False)
+    batch, _ = trainer.sample_batch(made, policy, policy, range(8), range(8), how, 8, "consolidate")
+    rows = [tuple(row.tolist()) for row in batch.tokens]
+    drawn[name] = {
+      i: int(given[0])
+      for i, prompt in enumerate(made.prompts)
+      for row, given in zip(rows, batch.texts, strict=True)
+      if row[: len(prompt)] == prompt
+    }
+  texts = drawn["own"]
+  assert sorted(texts) == list(range(8))
+  assert all(text in task.given[i] for i, text in texts.items())
+  assert {text - task.given[i].start for i, text in texts.items()} == {0, 1}
+  for i in range(3, 8):
+    assert texts[i] - task.given[i].start == drawn["plain"][i]
+
+
+def test_many_system_texts_are_told(policy, caplog):
+  own = [Message("system", f"Rule {i}") for i in range(17)]
+  prefixes = [Prefix(f"p{i}", (message, Message("user", "go"))) for i, message in enumerate(own)]
+  how = dict(seed=0, round=1, thinking=True, limit=256)
+  make = lambda prefixes: trainer.make_task(policy.tokenizer, prefixes, TEXTS, **how)
+  make(prefixes[:16])
+  assert "different system texts" not in caplog.text
+  make(prefixes)
+  assert "17 different system texts: with 2 knowledge texts, 34 beginnings of up to" in caplog.text
+
+
+def test_a_prompt_that_melts_into_the_knowledge_is_refused():
+  """No control token between the two: by what a prompt begins with, its first letters may become
+  one token with the knowledge's last.
+  """
+
+  class Plain:
+    def chat(self, messages, thinking=True):
+      return [ord(c) for c in "".join(message.content for message in messages).replace(".1", "1")]
+
+    def knowledge_prefix(self, message, system=None, thinking=True):
+      return 0, self.chat([message])
+
+  user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
+  make = lambda *prefixes: trainer.make_task(
+    Plain(),
+    prefixes,
+    ["It is G."],
+    seed=0,
+    round=1,
+    thinking=True,
+    limit=1024,
+    message=lambda text: Message(KNOWLEDGE, text),
+  )
+  make(user(0, "go"), user(1, "2"))
+  with pytest.raises(ValueError, match="prefix p1, of the roles user: the chat template"):
+    make(user(0, "go"), user(1, "1"))
+
+
+@pytest.mark.parametrize("data", ["student", "teacher"])
+def test_a_batch_is_scored_as_it_was_sampled(policy, data):
+  """The sampled ids stand behind the prompt on both sides, and the knowledge only with the teacher;
+  the sampler is who `data` says.
+  """
+  task, seen = _task(policy), []
+
+  class Spy:
+    tokenizer = policy.tokenizer
+
+    def __init__(self, name):
+      self.name = name
+
+    def sample(self, prompts, seeds, **how):
+      sampled = policy.sample(prompts, seeds, **how)
+      seen.append((self.name, prompts, sampled))
+      return sampled
+
+  batch, lengths = trainer.sample_batch(
+    task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate"
+  )
+  [(name, prompts, sampled)] = seen
+  assert name == data and lengths == [len(ids) for ids in sampled]
+  found = []
+  for row, segments, texts, slots in zip(
+    batch.tokens, batch.segments, batch.texts, batch.slots, strict=True
+  ):
+    for segment in range(1, segments.max() + 1):
+      [slot] = set(slots[segments == segment])
+      found.append((row[segments == segment].tolist(), int(texts[slot])))
+  for i, prompt, response in zip([0, 3, 4], prompts, sampled, strict=True):
+    own = list(task.prompts[i]) + response
+    [text] = [text for ids, text in found if ids == own]
+    assert list(prompt) == ([] if data == "student" else list(task.knowledge[text])) + list(
+      task.prompts[i]
+    )
+  # The row that predicts the response's first token is the prompt's last.
+  for row, at, response, mask in zip(
+    batch.tokens, batch.at, batch.response, batch.mask, strict=True
+  ):
+    np.testing.assert_array_equal(row[at + 1][mask], response[mask])
+  assert batch.mask.sum() == sum(map(len, sampled))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
+  tokenizer, asked = HuggingFaceTokenizer(families.tokenizer(family)), []
+
+  class Spy:
+    def sample(self, prompts, seeds, **how):
+      asked.extend(prompts)
+      return [[5]] * len(prompts)
+
+  Spy.tokenizer = tokenizer
+  task = trainer.make_task(tokenizer, PREFIXES, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  assert min(task.skip) > 0  # what prompt and knowledge both begin with, once only
+  trainer.sample_batch(
+    task, Spy(), Spy(), [0, 1, 2, 3], [0, 1, 2, 3], _config(data="teacher"), 8, "x"
+  )
+  chats = [
+    [tokenizer.chat((knowledge_message(text), *prefix.messages)) for text in TEXTS]
+    for prefix in PREFIXES
+  ]
+  assert len(asked) == 4 and all(list(ids) in chats[i] for i, ids in enumerate(asked))
+  assert {chats[i].index(list(ids)) for i, ids in enumerate(asked)} == {
+    0,
+    1,
+  }  # both texts were drawn
+
+
+def test_unpacked_rows_hold_a_sample_each(policy):
+  batch, _ = trainer.sample_batch(
+    _task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate"
+  )
+  assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
+
+
+def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(
+  policy, tmp_path
+):  # trap 24
+  with pytest.raises(
+    ValueError,
+    match='config.consolidation.attention is "flash".* config.consolidation.pack is True: it must '
+    "be False",
+  ):
+    _run(policy, tmp_path, _config(attention="flash", pack=True))
+  assert trainer.attention_path(_config(attention="flash", pack=False), policy) == "flash"
+  assert trainer.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
+
+
+@pytest.mark.parametrize(
+  "rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)]
+)
+def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(
+  rows, devices, placed
+):  # trap 20; and 26
+  mesh = mesh_lib.make_mesh(
+    ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices]
+  )
+  batch = batch_lib.assemble(
+    [[5]] * rows, [0] * rows, [[6]] * rows, pad_id=0, length=2, response_length=1
+  )
+  found = trainer._place(batch, mesh, 16)
+  assert found.mask.shape == (placed, 1) and found.mask.sum() == rows
+
+
+def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeypatch):  # trap 20
+  """Three rooms for responses and three numbers of rows; and what a step returns is taken by the
+  next as the first state was.
+  """
+  rng, task, config, mesh = (
+    np.random.default_rng(0),
+    _task(policy),
+    _config(batch_size=16),
+    _one_device(),
+  )
+
+  class Student:
+    tokenizer = policy.tokenizer
+
+    def sample(self, prompts, seeds, **how):
+      longest = rng.integers(1, 65)
+      return [[5] * n for n in rng.integers(1, longest + 1, len(prompts))]
+
+  # The loss is cut out: what is compiled, and how often, goes by the shapes, and this compiles at
+  # once.
+  loss = lambda params, teacher, batch, **how: (
+    sum(map(jnp.sum, jax.tree.leaves(params))) * batch.mask.sum(),
+    (batch.mask.sum(), {}),
+  )
+  monkeypatch.setattr(step_lib, "loss_sum", loss)
+  params, optimizer = {"norm": {"scale": jnp.ones(4)}}, trainer.make_optimizer(config)
+  begin = functools.partial(trainer._begin, optimizer)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, params))
+  step = step_lib.make_step(policy.architecture, optimizer, kind="imitation", shardings=shardings)
+  state, lengths, shapes = mesh_lib.sharded_init(begin, mesh, params), set(), set()
+  for i in range(60):
+    batch, drawn = trainer.sample_batch(
+      task,
+      Student(),
+      policy,
+      rng.integers(0, 5, 16),
+      range(16 * i, 16 * i + 16),
+      config,
+      64,
+      "consolidate",
+    )
+    state, _ = step(state, None, trainer._place(batch, mesh, 16))
+    lengths.add(max(drawn))
+    shapes.add(batch.tokens.shape)
+  assert len(lengths) > 20 and len(shapes) > 9
+  assert 3 <= step._cache_size() <= 9
+
+
+def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
+  task, numbers = _task(policy), iter(trainer.draws(_task(policy), 5))
+  passes = [next(numbers) for _ in range(8)]
+  assert all(sorted(batch["prefix"].tolist()) == list(range(5)) for batch in passes)
+  assert len({tuple(batch["prefix"].tolist()) for batch in passes}) > 1
+  assert [n for batch in passes for n in batch["draw"].tolist()] == list(range(40))
+  used = set()
+  for drawn in passes[:2]:
+    batch, _ = trainer.sample_batch(
+      task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate"
+    )
+    used |= {
+      int(texts[slot])
+      for texts, slots, segments in zip(batch.texts, batch.slots, batch.segments)
+      for slot in slots[segments > 0]
+    }
+  assert used == {0, 1}
+
+
+def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_path):  # trap 31
+  whole, _ = _run(policy, tmp_path / "whole")
+  assert not np.array_equal(whole["norm"]["scale"], np.asarray(policy.params["norm"]["scale"]))
+
+  class Cut(Exception):
+    pass
+
+  for at in (1, 5):  # before the first checkpoint, and between two
+    done = []
+
+    def stop(n, at=at, done=done):
+      done.append(n)
+      if sum(done) == at:
+        raise Cut
+
+    with pytest.raises(Cut):
+      _run(policy, tmp_path / f"cut{at}", advance=stop)
+    again, _ = _run(policy, tmp_path / f"cut{at}")
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    lines = (tmp_path / f"cut{at}" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 7  # step 0 and each step once, none twice
+
+
+def test_a_finished_round_is_not_trained_again(policy, tmp_path):
+  first, spent = _run(policy, tmp_path)
+  again, nothing = _run(policy, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, again, first)
+  assert spent["tokens"] > 0 and nothing["tokens"] == 0
+  # What it was trained from has changed: refused, and the checkpoints stay.
+  task, others = _task(policy), policy.replace(jax.tree.map(lambda p: p + 1, policy.params))
+  for name, changed, player in (
+    ("prompts", dataclasses.replace(task, prompts=task.prompts[::-1]), policy),
+    ("knowledge", dataclasses.replace(task, knowledge=task.knowledge[:1]), policy),
+    ("weights", task, others),
+  ):
+    with pytest.raises(
+      ValueError,
+      match=f"checkpoints: its checkpoints were trained from other {name} than this run has now",
+    ):
+      trainer.check_inputs(tmp_path / "checkpoints", changed, player)
+    with (
+      Metrics(tmp_path) as metrics,
+      pytest.raises(ValueError, match=f"trained from other {name} than"),
+    ):
+      trainer.consolidate(
+        _config(),
+        changed,
+        player,
+        limit=8,
+        directory=tmp_path / "checkpoints",
+        mesh=_one_device(),
+        metrics=metrics,
+      )
+  trainer.check_inputs(tmp_path / "checkpoints", task, policy)
+  trainer.check_inputs(tmp_path / "nothing here", task, others)
+  assert trainer.steps_done(tmp_path / "checkpoints") == 6
+
+
+@pytest.mark.slow  # test_step.py compares the gradients themselves
+def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 6
+  whole, _ = _run(policy, tmp_path / "a", _config(steps=2))
+  cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_tokens=1))
+  # Adam divides by the gradient's own size, so where that is rounding noise the two may differ by
+  # up to a step of the rate, 1e-3.
+  differ = np.concatenate(
+    [
+      np.abs(a - b).ravel()
+      for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True)
+    ]
+  )
+  assert np.quantile(differ, 0.99) < 1e-5
+
+
+def test_knowledge_that_is_too_large_stays_with_the_host(policy):
+  task = _task(policy)
+  size = lambda teacher: (teacher.keys.nbytes + teacher.values.nbytes) / 2**30
+  prepare = lambda **changes: trainer.prepare_teacher(
+    _config(**changes), task, policy, _one_device(), "xla"
+  )
+  here = prepare()
+  assert (
+    here.keys.sharding.memory_kind
+    == prepare(knowledge_gib=size(here)).keys.sharding.memory_kind
+    == "device"
+  )
+  there = prepare(knowledge_gib=0.99 * size(here))
+  assert there.keys.sharding.memory_kind == there.values.sharding.memory_kind == "pinned_host"
+  np.testing.assert_allclose(here.keys, there.keys, rtol=1e-5, atol=1e-5)
+
+
+def test_the_vocabularies_must_belong_together(policy):  # trap 16
+  small = dataclasses.replace(policy.architecture, vocabulary=policy.tokenizer.vocabulary - 1)
+  with pytest.raises(ValueError, match="do not belong together"):
+    Policy(small, policy.params, policy.tokenizer)
+
+
+# Numbers that are none
+
+
+@pytest.fixture(name="at_step")
+def fixture_at_step(monkeypatch):
+  """Puts a step in place that compiles at once.
+
+  `at_step(5, {"loss": nan}, inf)` has the fifth measure the one and write the other into a
+  parameter. What a real step measures of its arrays: test_step.py.
+  """
+  changes = {}
+
+  def make(*args, **how):
+    del args, how
+
+    def step(state, teacher, batch):
+      del teacher, batch
+      number = int(state.step) + 1
+      more, value = changes.get(number, ({}, None))
+      params = dict(state.params)
+      if value is not None:
+        params["norm"] = {"scale": params["norm"]["scale"].at[3].set(value)}
+      measured = {"loss": 1.0, "gradient_norm": 2.0, "kl": 1.0, "gradient_norm/norm/scale": 2.0}
+      measured |= {"not_finite": len(finite.not_finite(params))} | more
+      return step_lib.State(state.step + 1, params, state.optimizer), measured
+
+    return step
+
+  monkeypatch.setattr(step_lib, "make_step", make)
+  return lambda number, more, value=None: changes.update({number: (more, value)})
+
+
+def _lines(folder):
+  refuse = lambda name: pytest.fail(f"{name} is no JSON")
+  text = (folder / "metrics.jsonl").read_text()
+  return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def _files(folder):
+  return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+BARE = dict(log_probe=0)
+
+
+def test_parameters_that_are_not_finite_end_the_run_at_that_step(policy, tmp_path, at_step):
+  """The last good checkpoint stays as it was, and the same command goes on from it."""
+  at_step(5, {}, np.inf)
+  told = (
+    r"round 1, step 5 of consolidation: the new parameters are not finite in norm/scale\. "
+    r"Prompts: p\d, p\d, p\d, p\d\. Last good checkpoint: step 4 in .*/checkpoints; it is kept"
+    r".* config.consolidation.learning_rate \(0.001\) .*--resume_anyway$"
+  )
+  with pytest.raises(finite.NotFiniteError, match=told):
+    _run(policy, tmp_path, _config(**BARE))
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+  kept = _files(tmp_path / "checkpoints/4")
+  for _ in range(2):
+    with pytest.raises(finite.NotFiniteError, match="step 5 of"):
+      _run(policy, tmp_path, _config(**BARE))
+    assert _files(tmp_path / "checkpoints/4") == kept
+    assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+  at_step(5, {})  # what led there has changed
+  _run(policy, tmp_path, _config(**BARE))
+  assert [line["step"] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+  "measured, told",
+  [
+    ({"loss": np.nan}, "loss is nan"),
+    ({"gradient_norm": np.inf}, "gradient_norm is inf"),
+    ({"kl": np.nan, "loss": -np.inf}, "kl is nan; loss is -inf"),
+    ({"gradient_norm/norm/scale": np.nan}, "the gradient is not finite in norm/scale"),
+    ({"not_finite": 1}, "the optimizer's state is not finite"),
+  ],
+)
+def test_any_number_of_a_step_ends_the_run(policy, tmp_path, at_step, measured, told):
+  at_step(1, measured)
+  with pytest.raises(finite.NotFiniteError) as raised:
+    _run(policy, tmp_path, _config(checkpoint_every=1, **BARE))
+  assert f"round 1, step 1 of consolidation: {told}. Prompts: p" in str(raised.value)
+  assert "checkpoint: none yet; the round begins with its first weights" in str(raised.value)
+  assert not any((tmp_path / "checkpoints").iterdir())
+  line, logged = _lines(tmp_path)[-1], measured.keys() & {"loss", "kl", "gradient_norm"}
+  assert line["step"] == 1 and all(line[name] is None for name in logged)
+  assert line.get("not_finite", {}) == {name: str(measured[name]) for name in logged}
+
+
+@pytest.mark.parametrize("call, step", [(1, 0), (2, 2)])
+def test_a_probe_that_is_not_finite_ends_the_run_before_the_save(
+  policy, tmp_path, monkeypatch, at_step, call, step
+):
+  del at_step
+  calls = []
+
+  def probe(params, teacher, batch):
+    calls.append(0)
+    return {"kl": np.nan if len(calls) == call else 1.0}
+
+  monkeypatch.setattr(step_lib, "make_probe", lambda *args, **how: probe)
+  told = f"step {step} of consolidation: probe_kl is nan. Prompts: p"
+  with pytest.raises(finite.NotFiniteError, match=told):
+    _run(policy, tmp_path)
+  assert _lines(tmp_path)[-1]["not_finite"] == {"probe_kl": "nan"}
+  assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("during, step", [("probe", 0), ("step", 3)])
+def test_a_sampler_that_stops_is_told_with_the_prefix(
+  policy, tmp_path, monkeypatch, at_step, during, step
+):
+  del at_step
+  batches = iter(trainer.draws(_task(policy), 4))
+  drawn = [next(batches)["prefix"] for _ in range(3)]
+  calls, sample = [], Policy.sample
+
+  def stops(self, prompts, seeds, **how):
+    calls.append(0)
+    if len(calls) == step + 1 if during == "probe" else len(calls) == step:
+      raise finite.NotFiniteError("sampling has stopped", prompts=[1])
+    return sample(self, prompts, seeds, **how)
+
+  monkeypatch.setattr(Policy, "sample", stops)
+  named = f"p{1 if during == 'probe' else drawn[2][1]}"
+  good, config = ("none", _config()) if during == "probe" else ("step 2", _config(**BARE))
+  told = (
+    f"step {step} of consolidation: sampling has stopped. Prompts: {named}. Last good checkpoint"
+  )
+  with pytest.raises(finite.NotFiniteError, match=f"{told}: {good}"):
+    _run(policy, tmp_path, config)
+  if during == "step":
+    assert _lines(tmp_path)[-1]["not_finite"] == {"logits": "nan"}
+
+
+def test_a_checkpoint_of_numbers_that_are_none_is_not_gone_on_with(
+  policy, tmp_path, at_step, monkeypatch
+):
+  """As a version that did not look has left it."""
+  at_step(4, {}, np.nan)
+  monkeypatch.setattr(failure, "broken", lambda *given: "")
+  _run(policy, tmp_path, _config(steps=4, **BARE))
+  told = "checkpoints/4: holds numbers .* not finite, in params/norm/scale.*remove that folder"
+  for steps in (4, 6):
+    with pytest.raises(ValueError, match=told):
+      _run(policy, tmp_path, _config(steps=steps, **BARE))
+  with pytest.raises(ValueError, match=told):
+    trainer.trained_params(_config(steps=4), policy, tmp_path / "checkpoints", _one_device())
+  shutil.rmtree(tmp_path / "checkpoints/4")
+  at_step(4, {})
+  _run(policy, tmp_path, _config(steps=4, **BARE))
+
+
+# SIGTERM
+
+
+def test_sigterm_saves_the_step_and_the_run_ends_with_the_same_bits(policy, tmp_path, at_step):
+  """It comes while step 3 is under way, of which there would be no checkpoint."""
+  for number in range(1, 7):
+    at_step(number, {}, number)
+  whole, _ = _run(policy, tmp_path / "whole", _config(**BARE))
+  done = []
+
+  def kill(n):
+    done.append(n)
+    if sum(done) == 2:  # the second step is done, and the third begins
+      signal.raise_signal(signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  told = "step 3 of 6 is saved in .*/cut/checkpoints"
+  with pytest.raises(signals.Terminated, match=told) as raised:
+    _run(policy, tmp_path / "cut", _config(**BARE), advance=kill)
+  assert raised.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+  assert sorted(path.name for path in (tmp_path / "cut/checkpoints").iterdir()) == ["2", "3"]
+  again, _ = _run(policy, tmp_path / "cut", _config(**BARE))
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  numbers = lambda folder: [(line["step"], line.get("loss")) for line in _lines(folder)]
+  assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
