@@ -20,10 +20,13 @@ _PUBLIC = {
   "extract": "oel_jax.extraction.extract",
   "run": "oel_jax.loop",
 }
-__all__ = sorted(_PUBLIC)
+_MODULES = {"distill": "oel_jax.tasks.distill", "export": "oel_jax.tasks.export"}
+__all__ = sorted([*_PUBLIC, *_MODULES])
 
 
 def __getattr__(name: str):
+  if name in _MODULES:
+    return importlib.import_module(_MODULES[name])
   if name not in _PUBLIC:
     raise AttributeError(f"module 'oel_jax' has no attribute {name!r}")
   return getattr(importlib.import_module(_PUBLIC[name]), name)
