@@ -32,11 +32,9 @@ def default() -> ml_collections.ConfigDict:
       # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree
       # with
       architecture="auto",
-      weights=config_dict.placeholder(
-        str
-        # Hugging Face folder; .gguf file; .safetensors file of ours; or "pocket", the embedded
-        # policy
-      ),
+      # A Hugging Face folder; a .gguf file; a .safetensors file of ours; or "pocket", the embedded
+      # policy.
+      weights=config_dict.placeholder(str),
       # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
       compute_dtype="auto",
       thinking=True,  # whether the chat template opens a thinking block
@@ -143,9 +141,8 @@ def default() -> ml_collections.ConfigDict:
       retention=0,
     )
   )
-  config.mesh = ml_collections.ConfigDict(
-    dict(data=-1, fsdp=1, tensor=1)
-  )  # devices on each axis; -1: all that are left
+  # Devices on each axis; -1: all that are left.
+  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   return config.lock()
 
 

@@ -63,12 +63,8 @@ def _parse(argv: list[str]) -> list[str]:
     if not _WORKDIR.value:
       _fail("--workdir is missing: give the run's directory; it is made if need be")
     if not isinstance(_CONFIG.value, config_dict.ConfigDict):
-      getattr(
-        _CONFIG.value,
-        "lock",
-        None,
-        # in place of a file that it could not read, ml_collections has an object that raises on use
-      )
+      # In place of a file that it could not read, ml_collections has an object that raises on use.
+      getattr(_CONFIG.value, "lock", None)
       _fail(
         f"get_config() of the --config file returned {type(_CONFIG.value).__name__}: it must "
         "return an ml_collections.ConfigDict"
@@ -83,17 +79,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _flag_error(argv: list[str], error: Exception) -> str:
-  text = (
-    str(error).replace("\\n", " ").replace("\\'", "'")
-  )  # ml_collections wraps errors in errors, which quotes them
+  # ml_collections wraps errors in errors, which quotes them.
+  text = str(error).replace("\\n", " ").replace("\\'", "'")
   if isinstance(error, OSError):
     return str(error.__cause__ or error)
-  if isinstance(
-    error,
-    flags.Error,
-    # names the flag; of an error inside get_config it holds the traceback, whose last line says
-    # what
-  ):
+  # Names the flag; of an error inside get_config it holds the traceback, whose last line says what.
+  if isinstance(error, flags.Error):
     return re.sub(r"Error whilst parsing config file:.*\n(?=\S)", "", text.strip(), flags=re.DOTALL)
   if isinstance(error, SyntaxError):
     return f"{error.filename}:{error.lineno}: {error.msg}"

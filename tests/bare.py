@@ -177,9 +177,8 @@ def write_folder(folder: pathlib.Path, tokenizer: object, chat: object) -> dict[
     assert len(set(chain)) == len(chain), "each token needs a successor of its own"
     steps.update(zip(chain, chain[1:]))
   for now, then in steps:
-    head[then] += embedding[
-      now
-    ]  # not so far that no other token has a probability, and no gradient is left
+    # Not so far that no other token has a probability, and no gradient is left.
+    head[then] += embedding[now]
   tensors = {
     "model.embed_tokens.weight": np.float32(8 * embedding),
     "lm_head.weight": head,

@@ -286,9 +286,8 @@ def test_a_checkpoint_that_was_lost_is_trained_again_whatever_was_built_on_it(
   make_loop, tmp_path, caplog
 ):
   play_a_round(make_loop(), Player())
-  (tmp_path / "round_1/checkpoints/2").mkdir(
-    parents=True
-  )  # that of step 4 was damaged and set aside
+  # That of step 4 was damaged and set aside.
+  (tmp_path / "round_1/checkpoints/2").mkdir(parents=True)
   make_loop()._note_trained(1, {"w": np.ones(2)})
   write_jsonl(tmp_path / "round_2/user/trajectories.jsonl", [])
   make_loop().check(Player())

@@ -185,9 +185,8 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
 def test_a_control_token_that_its_name_spells_is_refused():  # trap 40
   tokenizer = copy.deepcopy(families.tokenizer("qwen3"))
   before = tokenizer.convert_tokens_to_ids("Good")
-  tokenizer.add_special_tokens(
-    {"additional_special_tokens": ["Good"]}
-  )  # a word of the merges keeps its id
+  # A word of the merges keeps its id.
+  tokenizer.add_special_tokens({"additional_special_tokens": ["Good"]})
   assert tokenizer.added_tokens_encoder["Good"] == before
   with pytest.raises(ValueError, match="makes a control token of 'Good' in any text"):
     HuggingFaceTokenizer(tokenizer)
@@ -198,10 +197,11 @@ def test_a_response_is_split_at_the_end_of_its_thinking():
   thought = families.tokenizer("qwen3").encode("<think>up or down?</think>\n\n[up]<|im_end|>")
   assert tokenizer.split_response(thought) == ("up or down?", "[up]")
   assert tokenizer.split_response(thought[:-1]) == ("up or down?", "[up]")
+  # Spelled out, not the token.
   assert tokenizer.split_response(tokenizer.encode("[up] </think>")) == (
     "",
     "[up] </think>",
-  )  # spelled out, not the token
+  )
   unfinished = families.tokenizer("qwen3").encode("<think>up or [down]")
   assert tokenizer.split_response(unfinished) == ("up or [down]", "")
   opened = wrapped("qwen3-thinking")  # its prompt ends with <think>

@@ -49,10 +49,11 @@ def test_the_default_is_locked_and_right():
     config.task = "pretrain"
   with pytest.raises(TypeError):
     config.rounds = "two"
+  # Values may change, and the placeholder takes a string.
   config.seed, config.policy.weights = (
     3,
     "a.safetensors",
-  )  # values may change, and the placeholder takes a string
+  )
   assert config_lib.default().seed == 0 and config_lib.default().policy.weights is None
 
 

@@ -224,9 +224,8 @@ def test_play_labels_follow_from_the_prompt_alone():
   }
   assert min(seen.values()) > 20
   assert seen["items", "both"] > 1600
-  assert (
-    0.8 < seen["none", "neither"] / seen["empty", "neither"] < 1.25
-  )  # a wrapper with nothing in it says as little as none
+  # A wrapper with nothing in it says as little as none.
+  assert 0.8 < seen["none", "neither"] / seen["empty", "neither"] < 1.25
 
 
 def test_histories_are_real_games_not_yet_decided():
@@ -269,9 +268,8 @@ def test_without_knowledge_every_letter_is_guessed_alike_and_no_better_than_by_c
   """
   drawn = list(guesses())
   both = sum(bool(goal) and bool(trap) for _, goal, trap in drawn)
-  assert (
-    abs(both - 0.09 * len(drawn)) < 4 * (0.09 * 0.91 * len(drawn)) ** 0.5
-  )  # independent of each other
+  # Independent of each other.
+  assert abs(both - 0.09 * len(drawn)) < 4 * (0.09 * 0.91 * len(drawn)) ** 0.5
   for slot, role in ((1, "goal"), (2, "trap")):
     named = [(entry[0], entry[slot]) for entry in drawn if entry[slot]]
     n = len(named)

@@ -109,10 +109,11 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
 def test_a_model_that_has_not_changed_has_no_divergence(config, tmp_path):
   policy = pocket.load()
   prefixes = distill.read_prompts(config.distill.unrelated, "unrelated")
+  # The empty line is none.
   assert [prefix.messages[0].content for prefix in prefixes] == [
     "Repeat: ABC",
     "Sort: CAB",
-  ]  # the empty line is none
+  ]
   assert distill._unrelated_kl(config, policy, policy.params, prefixes) == 0
 
 
@@ -275,9 +276,8 @@ def test_a_prompt_over_the_limit_is_told_before_the_directory_is_made(
   config, tmp_path, field, told
 ):
   limit = 256
-  long = "Repeat: " + "A" * (
-    limit - 20 if field == "held_out" else limit
-  )  # there, it is the text that makes it too long
+  # There, it is the text that makes it too long.
+  long = "Repeat: " + "A" * (limit - 20 if field == "held_out" else limit)
   for name in ("prompts", "held_out", "unrelated"):
     (tmp_path / f"{name}.txt").write_text(
       f"Repeat: ABC\n{long if name == field else 'Sort: CAB'}\n"

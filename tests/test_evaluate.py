@@ -57,11 +57,12 @@ def test_a_mean_has_the_normal_interval():
     [np.mean(values), *(np.mean(values) + np.array([-Z, Z]) * error)],
   )
   assert statistics.mean([]) == {"mean": 0.0, "of": 0, "interval": None}
+  # One value says nothing of the spread.
   assert statistics.mean([7]) == {
     "mean": 7,
     "of": 1,
     "interval": None,
-  }  # one value says nothing of the spread
+  }
 
 
 def test_recovered_is_the_share_of_the_gain():
@@ -88,9 +89,10 @@ def test_a_summary_counts_games_turns_and_tokens():
   ]
   found = evaluate.play_summary(games)
   assert (found["passed"]["hits"], found["passed"]["of"]) == (2, 5)
+  # A turn, not a game.
   assert (
     found["response_tokens"]["mean"] == pytest.approx(45) and found["response_tokens"]["of"] == 8
-  )  # a turn, not a game
+  )
   assert found["moves"]["mean"] == pytest.approx(8 / 5) and found["moves"]["of"] == 5
   assert found["ended"] == {"passed": 2, "lost": 1, "invalid": 1, "turn_limit": 1}
   assert (found["leaks"]["hits"], found["leaks"]["of"]) == (2, 8)

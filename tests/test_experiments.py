@@ -112,9 +112,8 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   steps = [line for line in lines if line["stage"] == "consolidate" and line["step"] > 0]
   assert [(line["round"], line["step"]) for line in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-  assert all(
-    np.isfinite(line["loss"]) and line["loss"] > -1e-5 for line in steps
-  )  # near 0: knowledge hardly moves so bent a head
+  # Near 0: knowledge hardly moves so bent a head.
+  assert all(np.isfinite(line["loss"]) and line["loss"] > -1e-5 for line in steps)
 
   export.run(config, tmp_path / "run", dtype="float32")
   again = transformers.Qwen3ForCausalLM.from_pretrained(

@@ -55,10 +55,11 @@ def fixture_make(tmp_path, monkeypatch):
 def test_the_newest_whole_round_by_the_runs_own_configuration(make, steps, number, capsys, caplog):
   run, saved = make
   config, folder = run(*steps)
+  # What the command now says; the run knows better.
   config.rounds, config.consolidation.steps = (
     1,
     10,
-  )  # what the command now says; the run knows better
+  )
   assert export.run(config, str(folder)) == folder / "export"
   assert saved == [(f"round_{number}", config.policy.weights)]
   assert (

@@ -199,9 +199,8 @@ def test_answers_without_items(monkeypatch):
 
   class Unfinished(Policy):
     def sample(self, *args, **kwargs):
-      return [
-        ids[: ids.index(0)] for ids in super().sample(*args, **kwargs)
-      ]  # the length limit fell inside the thinking
+      # The length limit fell inside the thinking.
+      return [ids[: ids.index(0)] for ids in super().sample(*args, **kwargs)]
 
   assert run(Unfinished()) == [Knowledge()] * K
 
@@ -209,9 +208,8 @@ def test_answers_without_items(monkeypatch):
 def test_extractor_sees_the_newest_items_within_the_knowledge_limit():
   policy = Policy()
   line = len(f"{MARK} first 01234567")  # "second" is one longer
-  texts = run(
-    policy, max_knowledge_tokens=3 * line + 4
-  )  # three items of either kind with their newlines, not four
+  # Three items of either kind with their newlines, not four.
+  texts = run(policy, max_knowledge_tokens=3 * line + 4)
   for step, (prompts, _) in enumerate(policy.calls, start=1):
     for k, prompt in enumerate(prompts):
       assert shown_items(prompt) == [item.text for item in texts[k].at(step - 1).items[-3:]]
@@ -396,9 +394,8 @@ def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_p
       ValueError, match='"made_from" of the partial extraction is .* delete the file'
     ):
       run(Policy(), games, state_path=state, **changes)
-  state.write_text(
-    re.sub(r'"made_from": [^}]*},', "", damage(state.read_text()))
-  )  # as an earlier version wrote it
+  # As an earlier version wrote it.
+  state.write_text(re.sub(r'"made_from": [^}]*},', "", damage(state.read_text())))
   assert run(Policy(), state_path=state, weights="aa") == run(Policy())
 
 

@@ -36,9 +36,8 @@ def test_finite_tensors_come_back_as_they_are(dtype):
   ],
 )
 def test_the_place_of_a_number_that_is_none_is_told(monkeypatch, dtype, value):
-  monkeypatch.setattr(
-    finite, "SLICE", 5
-  )  # the place is in the third slice, and the last is shorter
+  # The place is in the third slice, and the last is shorter.
+  monkeypatch.setattr(finite, "SLICE", 5)
   tensor = np.zeros((3, 4), dtype)
   tensor[2, 3] = value
   told = f"FILE: a.weight holds {value} at [2, 3], which is not finite"

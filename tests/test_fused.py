@@ -67,9 +67,8 @@ def assert_same(case, chunk, pair=(fused.linear_divergence, dense), **options):
 @pytest.mark.parametrize("kind, support", PAIRS)
 def test_trap_5_fused_is_dense_in_value_and_gradients(kind, support):
   case = random_case()
-  assert_same(
-    case, 10, kind=kind, support=support, k=7
-  )  # 37 tokens: no multiple of 10, nor of the 4 steps taken
+  # 37 tokens: no multiple of 10, nor of the 4 steps taken.
+  assert_same(case, 10, kind=kind, support=support, k=7)
 
 
 @pytest.mark.parametrize("support", losses.SUPPORTS)
@@ -245,9 +244,8 @@ def test_trap_18_no_temporary_of_tokens_by_vocabulary():
     step = jax.value_and_grad(lambda *a: mean(loss, *a, **options), (0, 1))
     return jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
-  assert (
-    temporaries(fused.linear_divergence, chunk=32) < tokens * vocabulary * 4 / 2
-  )  # 4 chunks are 128 tokens
+  # 4 chunks are 128 tokens.
+  assert temporaries(fused.linear_divergence, chunk=32) < tokens * vocabulary * 4 / 2
   assert temporaries(dense) > tokens * vocabulary * 4  # so the shape can tell
 
 
@@ -437,16 +435,16 @@ make_mesh = lambda *shape: jax.make_mesh(shape, AXES, axis_types=(jax.sharding.A
 def test_tokens_and_vocabulary_spread_over_devices_give_the_same(kind, support, shape, axes):
   """The devices along 'data' have unlike numbers of tokens that count, so their loops end apart."""
   case = list(random_case(8, (48,), vocabulary=64))
-  case[1] = (
-    case[1].at[3].set(case[1][40]).at[50].set(case[1][40])
-  )  # logits that tie, on several devices
+  # logits that tie, on several devices
+  case[1] = case[1].at[3].set(case[1][40]).at[50].set(case[1][40])
   case[4] = jnp.asarray(np.arange(48) >= 17) & case[4]
+  # With 8 slices, 11 is more than a slice has.
   options = {
     "kind": kind,
     "support": support,
     "k": 11,
     "chunk": 4,
-  }  # with 8 slices, 11 is more than a slice has
+  }
   (value, found), slopes = sharded(case, make_mesh(*shape), axes, **options)
   expected = value_and_gradients(dense, case, kind=kind, support=support, k=11)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), (value, slopes), expected)

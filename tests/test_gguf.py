@@ -36,9 +36,8 @@ SMALL = dict(
   max_position_embeddings=256,
   initializer_range=0.3,
 )
-WIDE = SMALL | dict(
-  hidden_size=256, intermediate_size=512, initializer_range=0.1
-)  # rows of whole 256-number blocks
+# Rows of whole 256-number blocks.
+WIDE = SMALL | dict(hidden_size=256, intermediate_size=512, initializer_range=0.1)
 LLAMA3 = {
   "rope_type": "llama3",
   "rope_theta": 5e5,
@@ -128,10 +127,11 @@ def add_tensor(writer, name, value, kind):
   writer.add_tensor(name, data, raw_dtype=kind)
 
 
+# Where a block's float16 scales stand.
 RAW = {
   package.GGMLQuantizationType.Q4_K: (0, 2),
   package.GGMLQuantizationType.Q6_K: (208,),
-}  # where a block's float16 scales stand
+}
 
 
 def random_blocks(shape, kind):

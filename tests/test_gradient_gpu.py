@@ -252,9 +252,8 @@ def test_sampler_of_real_weights_draws_by_the_plain_form(real):
   in bfloat16 and in float32.
   """
   config, _, policy, task = real
-  prompts = [
-    list(prompt) for prompt in task.prompts[:20]
-  ]  # 20 rows: the products for few rows are used
+  # 20 rows: the products for few rows are used.
+  prompts = [list(prompt) for prompt in task.prompts[:20]]
   how = dict(
     sampling=Sampling(temperature=0.7),
     max_new_tokens=48,

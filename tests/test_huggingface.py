@@ -133,9 +133,8 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
 
   def keep(hidden, seeds, drawn):
     for seed, at, row in zip(seeds, drawn, np.asarray(hidden), strict=True):
-      seen.setdefault(
-        (int(seed), int(at)), row
-      )  # rows that fill a batch come last, with another's seed
+      # Rows that fill a batch come last, with another's seed.
+      seen.setdefault((int(seed), int(at)), row)
 
   def watched(weights, hidden, seeds, drawn, *how):
     jax.debug.callback(keep, hidden, seeds, drawn)
@@ -205,10 +204,11 @@ def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
 
 def test_they_load_the_type_we_wrote(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
+  # As transformers 5 saves it.
   params, source = (
     huggingface.load(folder, shape),
     {"dtype": "bfloat16"},
-  )  # as transformers 5 saves it
+  )
   huggingface.save(tmp_path, params, shape, dtype=np.float32, config=source)
   assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
   assert (

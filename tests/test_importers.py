@@ -288,9 +288,8 @@ def f(answer: str) -> bool:
 def test_a_check_may_use_what_any_module_may(tmp_path):
   first = check(tmp_path, DATACLASS)
   assert first("two words") is True and first("no less than four") is False
-  second = check(
-    tmp_path, "def f(answer):\n  return False\n"
-  )  # another file does not take the first one's place
+  # Another file does not take the first one's place.
+  second = check(tmp_path, "def f(answer):\n  return False\n")
   assert second("two words") is False and first("two words") is True
 
 

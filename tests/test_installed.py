@@ -18,9 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[1]
-BARE = pathlib.Path(
-  sys.prefix + "-hf"
-)  # launch/test.sh makes it beside the environment that runs the tests
+# launch/test.sh makes it beside the environment that runs the tests.
+BARE = pathlib.Path(sys.prefix + "-hf")
 INSTALLED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "oel_jax")
 
 
@@ -88,9 +87,8 @@ def test_every_import_is_named_in_setup_cfg():
         continue
       distributions = {bare.normal(name) for name in brings[module]}
       used |= distributions
-      optional = not always or path.name.startswith(
-        "gguf"
-      )  # which are imported only where a GGUF file is read
+      # Which are imported only where a GGUF file is read.
+      optional = not always or path.name.startswith("gguf")
       if not distributions & (own | hf if optional else own):
         missing.add((str(path.relative_to(ROOT)), module))
   assert not missing

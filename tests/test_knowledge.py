@@ -81,10 +81,11 @@ def test_limit_by_hand():
   assert lib.limit(whole, 8, words) == (whole, 0)
   assert lib.limit(whole, 7, words) == (Knowledge(whole.items[1:]), 1)
   assert lib.limit(whole, 4, words) == (Knowledge(whole.items[2:]), 2)
+  # What cannot fit alone goes, what can stays.
   assert lib.limit(whole, 2, words) == (
     Knowledge(whole.items[1:2]),
     2,
-  )  # what cannot fit alone goes, what can stays
+  )
   assert lib.limit(whole, 1, words) == (Knowledge(), 3)
   assert lib.limit(Knowledge(), 1, words) == (Knowledge(), 0)
 

@@ -328,14 +328,12 @@ def test_held_out_maps_are_nobody_elses(run):
     else:
       others |= set(seeds)
       assert len(set(seeds)) == 4, path
-  assert (
-    len(held_out) == 1 + 3 + 4 and len({tuple(seeds) for seeds in held_out.values()}) == 1
-  )  # the same maps, however played
+  # The same maps, however played.
+  assert len(held_out) == 1 + 3 + 4 and len({tuple(seeds) for seeds in held_out.values()}) == 1
   [seeds] = {tuple(seeds) for seeds in held_out.values()}
   assert len(set(seeds)) == 4 and all(seed % 2 == 1 for seed in seeds)
-  assert len(others) == 2 * 3 * 4 and all(
-    seed % 2 == 0 for seed in others
-  )  # two rounds of trajectories, prefixes and gate
+  # Two rounds of trajectories, prefixes and gate.
+  assert len(others) == 2 * 3 * 4 and all(seed % 2 == 0 for seed in others)
 
 
 def test_trained_weights_run_in_the_programs_of_the_first(run, cache):  # trap 20
@@ -547,9 +545,8 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
     * 2
   )
   shutil.rmtree(tmp_path / "round_1/knowledge")
-  swapped = make_loop(extraction__source="swapped").extract(
-    1, Scripted()
-  )  # of the same extraction: nothing is sampled again
+  # Of the same extraction: nothing is sampled again.
+  swapped = make_loop(extraction__source="swapped").extract(1, Scripted())
   assert (
     swapped
     == ["\n".join(["- EXPERIENCE ITEM: The hazard is G.", "- EXPERIENCE ITEM: H is the goal."] * 4)]
@@ -708,9 +705,8 @@ def test_no_gate_is_no_games(make_loop, tmp_path):
 def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypatch):
   """By "skip", `run` goes on with the policy that it had; the round is evaluated all the same."""
   calls = []
-  monkeypatch.setattr(
-    loop_lib.choices, "choose", lambda *given, **how: {}
-  )  # it asks for an architecture
+  # It asks for an architecture.
+  monkeypatch.setattr(loop_lib.choices, "choose", lambda *given, **how: {})
 
   class Quiet(loop_lib.Loop):
     def extract(self, number, policy):
@@ -740,12 +736,13 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
   monkeypatch.setattr(loop_lib.report, "write", lambda folder: {})
   monkeypatch.setattr(loop_lib.report, "rows", lambda results: [])
   loop_lib.run(make_loop(rounds=3).config, make_loop().folder / "run")
+  # By the rounds whose training is in the weights.
   assert calls == [
     (0, [], []),
     (1, [], []),
     (2, [2], []),
     (3, [2], [2]),
-  ]  # by the rounds whose training is in the weights
+  ]
 
 
 def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
@@ -833,9 +830,8 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
   parsing); returns the one line it ends with.
   """
   monkeypatch.setenv("OEL_JAX_CACHE", str(tmp_path / "compilations"))
-  monkeypatch.setattr(
-    main.jax.config, "update", lambda *_: None
-  )  # the cache is for this process's whole life
+  # The cache is for this process's whole life.
+  monkeypatch.setattr(main.jax.config, "update", lambda *_: None)
   monkeypatch.setattr(main.logging, "set_verbosity", lambda *_: None)
   capsys.readouterr()
 

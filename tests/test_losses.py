@@ -95,10 +95,9 @@ def test_trap_1_a_divergence_is_zero_only_at_equality(kind, support):
   np.testing.assert_allclose(slope, 0, atol=1e-6)
   for seed in range(20):
     student, teacher, mask = random_case(seed, scale=1.0)
-    if (
-      seed % 2
-      # teacher above student on the student's whole top k: where the truncated sum is most negative
-    ):
+    # The teacher above the student on the student's whole top k: where the truncated sum is most
+    # negative.
+    if seed % 2:
       teacher = np.where(
         student >= np.sort(student)[..., -4:-3], student + 0.5, student - 1
       ).astype(np.float32)

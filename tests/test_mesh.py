@@ -92,9 +92,8 @@ def test_param_shardings_by_hand():
   assert specs["embed/embedding"] == P("tensor", "fsdp")
   assert specs["layers/attention/q/kernel"] == P(None, "fsdp", "tensor", None)
   assert specs["layers/attention/q/bias"] == P(None, "tensor", None)
-  assert specs["layers/attention/k/kernel"] == P(
-    None, "fsdp", None, None
-  )  # 2 key-value heads over 4: replicated along K only
+  # 2 key-value heads over 4: replicated along K only.
+  assert specs["layers/attention/k/kernel"] == P(None, "fsdp", None, None)
   assert specs["layers/attention/o/kernel"] == P(None, "tensor", None, "fsdp")
   assert specs["layers/feedforward/up/kernel"] == P(None, "fsdp", "tensor")
   assert specs["layers/feedforward/down/kernel"] == P(None, "tensor", "fsdp")

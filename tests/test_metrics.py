@@ -63,11 +63,12 @@ def test_lines_types_and_tensorboard(tmp_path):
   assert type(first["tokens"]) is int and type(first["last"]) is bool and second["loss"] == 0.25
   assert (third["round"], third["step"]) == (2, 1)
   curves = events(tmp_path / "new" / "run")
+  # Rounds one after the other.
   assert curves["consolidation/loss"] == [
     (1, 0.5),
     (2, 0.25),
     (3, 0.125),
-  ]  # rounds one after the other
+  ]
   assert curves["consolidation/tokens"] == [(1, 7.0), (2, 8.0)]
 
 
@@ -149,9 +150,8 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
     for step in range(1, 6):
       metrics.write("consolidation", step, round=2, x=step)
   path = tmp_path / "metrics.jsonl"
-  path.write_text(
-    path.read_text() + "not ours\n" + '{"schema": 1, "round": 2, "sta'
-  )  # killed while writing
+  # Killed while writing.
+  path.write_text(path.read_text() + "not ours\n" + '{"schema": 1, "round": 2, "sta')
   with Metrics(tmp_path) as metrics:
     assert "metrics.jsonl:13: unfinished last line dropped" in caplog.text
     metrics.drop_after(2, "consolidation", 3)
@@ -164,9 +164,8 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
   ]
   wanted = [("e", 1, 5, 1.0), *again, ("c", 2, 4, 40)]
   assert [(line["stage"][0], line["round"], line["step"], line["x"]) for line in kept] == wanted
-  assert (9, 40.0) in events(tmp_path)[
-    "consolidation/x"
-  ]  # where the dropped step 4 of round 2 stood: after 5 steps of round 1
+  # Where the dropped step 4 of round 2 stood: after 5 steps of round 1.
+  assert (9, 40.0) in events(tmp_path)["consolidation/x"]
   with Metrics(tmp_path) as metrics:
     metrics.drop_after(2, "consolidation", -1)
   assert [

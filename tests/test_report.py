@@ -320,9 +320,10 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
     for name, value in attributes.items()
     if name in ("src", "href", "srcset", "action")
   ]
+  # Four plots, light and dark.
   assert len(addresses) == 8 and all(
     address.startswith("data:image/png;base64,") for address in addresses
-  )  # four plots, light and dark
+  )
   assert "url(" not in page_of(run) and "@import" not in page_of(run)
   assert any(
     "default-src 'none'" in attributes.get("content", "")

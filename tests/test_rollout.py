@@ -106,9 +106,8 @@ def test_a_move_into_a_wall_twice_stands_in_the_prompt_twice():
   (trajectory,) = play(policy, SPEC, episodes=[Episode("e", lake("free"), 1)], slots=1, **HOW)
   last = policy.calls[-1][0][0][:-1]
   assert [role for role, _ in last] == ["user", "assistant"] * 4 + ["user"]
-  assert (
-    last[2][1] == last[8][1] and "hit a wall" in last[2][1]
-  )  # word for word the same, and there both times
+  # Word for word the same, and there both times.
+  assert last[2][1] == last[8][1] and "hit a wall" in last[2][1]
   assert [content for role, content in last if role == "assistant"] == [
     "[left]",
     "[down]",
@@ -302,9 +301,8 @@ def test_play_to_file_writes_in_order_and_reads_what_is_there(tmp_path):
   )
   assert [path.name for path in tmp_path.iterdir()] == ["whole.jsonl"]
   counts = []
-  append_jsonl(
-    tmp_path / "whole.jsonl.partial", result[0]
-  )  # a crash between the rename and the removal leaves it
+  # A crash between the rename and the removal leaves it.
+  append_jsonl(tmp_path / "whole.jsonl.partial", result[0])
   no_policy = None
   again = play_to_file(
     tmp_path / "whole.jsonl",

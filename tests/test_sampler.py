@@ -116,9 +116,8 @@ def test_nearly_greedy_sampling_equals_a_naive_loop_for_prompts_of_any_length():
   prompts = random_prompts(1, 5, 64, 17)
   expected = [naive(prompt, lambda logits, t: np.argmax(logits)) for prompt in prompts]
   assert sample(prompts, sampling=GREEDY) == expected
-  assert len({tuple(ids) for ids in expected}) == 4 and all(
-    len(set(ids)) > 3 for ids in expected
-  )  # not one token over and over
+  # Not one token over and over.
+  assert len({tuple(ids) for ids in expected}) == 4 and all(len(set(ids)) > 3 for ids in expected)
 
 
 def test_sampling_equals_a_naive_loop_with_each_sequences_own_stream():
@@ -185,9 +184,8 @@ def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch)
 def test_each_of_several_end_ids_ends_a_response_and_is_kept():
   """Trap 15: the first of the ids that comes ends the response; it is the last id returned."""
   whole = sample(four_prompts())
-  assert all(
-    len(ids) == LIMIT and not {510, 511} & set(ids) for ids in whole
-  )  # the length limit: no end id
+  # The length limit: no end id.
+  assert all(len(ids) == LIMIT and not {510, 511} & set(ids) for ids in whole)
   ends = three_ends()
   cut = [next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids) for ids in whole]
   assert sample(four_prompts(), eos_ids=ends) == cut
@@ -237,9 +235,8 @@ def test_nothing_waits_for_the_slowest(monkeypatch):
   ]
   monkeypatch.setattr(engine, "decode", spy)
   assert sample(prompts, limit=limits, eos_ids=(), slots=4) == whole
-  assert (
-    sum(map(len, whole)) == 132 and sum(steps) <= 50
-  )  # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best
+  # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best.
+  assert sum(map(len, whole)) == 132 and sum(steps) <= 50
 
 
 def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
@@ -255,9 +252,8 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
     naive_sampled(prompt, seed, limit=12)
     for seed, prompt in zip(seeds, random_prompts(*[40] * 16, seed=7), strict=True)
   ]
-  assert (
-    sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected
-  )  # 16 x 11 columns in a ring of 64
+  # 16 x 11 columns in a ring of 64.
+  assert sample(random_prompts(*[40] * 16, seed=7), seeds, slots=1) == expected
 
 
 def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
@@ -276,9 +272,8 @@ def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
   assert rows(300) == 256
   token = 2 * TINY.layers * TINY.kv_heads * TINY.head_size * 4
   monkeypatch.setattr(sampler, "CACHE_BYTES", 20 * 512 * token)
-  assert (
-    rows(40, limit=300) == 16
-  )  # room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size
+  # Room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size.
+  assert rows(40, limit=300) == 16
   monkeypatch.setattr(sampler, "CACHE_BYTES", 0)
   assert rows(2) == 1
 
@@ -392,9 +387,8 @@ def test_the_ring_is_written_in_place():
     .compile()
     .memory_analysis()
   )
-  assert (
-    used.temp_size_in_bytes < slots.values[0].nbytes
-  )  # one copy of one layer's would already be more
+  # One copy of one layer's would already be more.
+  assert used.temp_size_in_bytes < slots.values[0].nbytes
   assert used.alias_size_in_bytes >= 2 * TINY.layers * slots.values[0].nbytes
 
 
@@ -405,9 +399,8 @@ def test_few_programs_are_compiled():
   for i in range(24):
     rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
     sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
-  assert (
-    engine.enter._cache_size() == 3 and engine.decode._cache_size() == 3
-  )  # two sizes and two lengths; two sizes, and a ring that grows
+  # Two sizes and two lengths; two sizes, and a ring that grows.
+  assert engine.enter._cache_size() == 3 and engine.decode._cache_size() == 3
 
 
 @pytest.mark.parametrize(

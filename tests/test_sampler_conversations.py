@@ -149,9 +149,8 @@ def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
     naive_sampled(first + naive_sampled(first, 1, (), 2), 7, (), 2),
     naive_sampled(second, 2, (), 60),
   ]
-  monkeypatch.setattr(
-    sampler, "CHUNK_REPLIES", 40
-  )  # 40 columns are written before the reply: 50 + 1 + 40 are more than 64
+  # 40 columns are written before the reply: 50 + 1 + 40 are more than 64.
+  monkeypatch.setattr(sampler, "CHUNK_REPLIES", 40)
   entered.clear()
   calls.clear()
   assert sample([first, second], [1, 2], limit=[2, 60], eos_ids=(), reply=reply) == late

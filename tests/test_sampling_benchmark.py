@@ -34,14 +34,12 @@ def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):
     1,
     4,
   ]
-  layer = (
-    32 * 2 * 16 + 2 * (32 * 1 * 16) + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32 + 2 * 16
-  )  # q; k and v; o; feed-forward; norms
+  # q; k and v; o; feed-forward; norms
+  layer = 32 * 2 * 16 + 2 * (32 * 1 * 16) + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32 + 2 * 16
   weights = 576 * 32 + 2 * layer + 32
   for row in result["rows"]:
-    read = (
-      4 * weights + row["batch"] * (20 + 4) * 2 * 2 * 16 * 4
-    )  # 2 layers, keys and values, one head of 16
+    # 2 layers, keys and values, one head of 16
+    read = 4 * weights + row["batch"] * (20 + 4) * 2 * 2 * 16 * 4
     assert row["limit_ms"] == pytest.approx(1e3 * read / result["bytes_per_s"])
     assert row["share"] == pytest.approx(row["limit_ms"] / row["decode_ms"])
   assert capsys.readouterr().out.count("| 20 | 8 |") == 2

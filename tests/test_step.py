@@ -26,15 +26,15 @@ from oel_jax.policy.weights import huggingface
 from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 
-ARCHITECTURE = architecture_lib.Architecture(
-  32, 16, 2, 4, 2, 8, 24, rope_theta=1e4
-)  # vocabulary and all heads can be shared out over two
+# Vocabulary and all heads can be shared out over two.
+ARCHITECTURE = architecture_lib.Architecture(32, 16, 2, 4, 2, 8, 24, rope_theta=1e4)
+# Prompt, knowledge, response of four samples.
 LENGTHS = [
   (3, 4, 1),
   (5, 0, 9),
   (2, 7, 3),
   (8, 2, 6),
-]  # prompt, knowledge, response of four samples
+]
 
 
 @functools.cache
@@ -86,9 +86,8 @@ _hidden = jax.jit(
 def _log_probabilities(params, ids, temperature):
   """Next-token log-probabilities of one unpadded sequence, softmax in float64."""
   T = len(ids)
-  tokens = np.zeros(
-    (1, 32), np.int32
-  )  # one shape, one compilation; what stands behind a token does not reach it
+  # One shape, one compilation; what stands behind a token does not reach it.
+  tokens = np.zeros((1, 32), np.int32)
   tokens[0, :T] = ids
   hidden = _hidden(params, tokens)[:, :T]
   logits = (
@@ -144,9 +143,8 @@ def test_loss_equals_float64_reference_sample_by_sample(how):  # traps 10, 11, 1
   assert count == tokens
   np.testing.assert_allclose(total, expected, rtol=2e-5)
   shifted, _ = _reference(student, params, samples, shift=1)
-  assert (
-    abs(shifted - expected) > 0.01 * expected
-  )  # the reference itself would notice an off-by-one
+  # The reference itself would notice an off-by-one.
+  assert abs(shifted - expected) > 0.01 * expected
 
 
 def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_not():  # trap 10
@@ -154,9 +152,8 @@ def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_no
   batch, params = _batch(samples), _params(0)
   teacher = _teacher(params, samples)
   assert float(_loss_sum(params, teacher, batch)[0]) == 0.0
-  later = _teacher(
-    params, [[p, [5], r] for p, _, r in samples]
-  )  # a text of one token, as though it were none
+  # A text of one token, as though it were none.
+  later = _teacher(params, [[p, [5], r] for p, _, r in samples])
   assert float(_loss_sum(params, later._replace(length=later.length * 0), batch)[0]) < 1e-5
   assert float(_loss_sum(params, later, batch)[0]) > 1e-3
 
@@ -306,12 +303,13 @@ def _mean_statistics(student, teacher, samples, buckets, k, temperature=0.7):
   ],
 )
 def test_the_metrics_of_a_step_match_float64(monkeypatch, kind, support, micro_tokens, pack):
+  # For short responses.
   buckets = {
     "kl_0_15": (0, 1),
     "kl_16_63": (2, 5),
     "kl_64_255": (6, 8),
     "kl_256": (9, 2**31 - 1),
-  }  # for short responses
+  }
   monkeypatch.setattr(measures, "BUCKETS", buckets)
   samples, optimizer = _samples(), optax.sgd(0.0)
   state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)
@@ -530,9 +528,8 @@ def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pac
     _gradient_after_one_step(micro_tokens, mesh, pack=pack, on_host=on_host, unroll=unroll)
     for on_host in (False, True)
   )
-  tolerance = (
-    2e-6 if unroll else 0
-  )  # from the host the teacher's layers run in a loop, which rounds otherwise
+  # from the host the teacher's layers run in a loop, which rounds otherwise
+  tolerance = 2e-6 if unroll else 0
   for name in measured:
     np.testing.assert_allclose(
       measured[name], measured_there[name], rtol=10 * tolerance, err_msg=name

@@ -108,9 +108,8 @@ def test_the_same_seed_gives_the_same_game_whatever_ran_before_and_the_caller_is
   assert by_open_game(name, 3, moves) == first
   assert random.getstate() == before[0]
   np.testing.assert_equal(np.random.get_state(), before[1])
-  assert (
-    len({"".join(by_open_game(name, seed, moves)[0]) for seed in range(8)}) > 1
-  )  # the seed does matter
+  # The seed does matter.
+  assert len({"".join(by_open_game(name, seed, moves)[0]) for seed in range(8)}) > 1
 
 
 def test_interleaved_games_do_not_touch_each_other():
@@ -460,9 +459,8 @@ def test_the_turn_limit_says_so_in_our_words():
   assert third.outcome == third.observation + "\nThe game was stopped after 3 turns."
   assert "\n\n" + "+-----" in third.observation  # the board is there
 
-  game = open_game(
-    spec(max_turns=len(walks(game_board(0), "G"))), 0
-  )  # a win on the last turn is a win
+  # A win on the last turn is a win.
+  game = open_game(spec(max_turns=len(walks(game_board(0), "G"))), 0)
   assert [game.play(move) for move in walks(game_board(0), "G")][-1].ended == "passed"
 
 

@@ -95,9 +95,8 @@ def test_each_filter_sees_what_the_one_before_has_left():
     np.isfinite(filter_logits(jnp.log(jnp.asarray([p])), Sampling(1.0, *filters))).sum()
   )
   p = [0.5, 0.3, 0.1, 0.06, 0.04]
-  assert (
-    kept(p, 0.85, 0, 0.15) == 3
-  )  # min-p first would leave 0.56, 0.33 and 0.11, of which two are enough for top-p
+  # min-p first would leave 0.56, 0.33 and 0.11, of which two are enough for top-p.
+  assert kept(p, 0.85, 0, 0.15) == 3
   assert kept(p, 0.85, 3) == 2  # top-p first would keep three
   assert kept(p, 0.85, 4, 0.1) == 3 and kept(p, 0.85, 4, 0.25) == 2 and kept(p, 0.95, 3, 0.19) == 3
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
@@ -113,9 +112,8 @@ def test_each_filter_sees_what_the_one_before_has_left():
     config = transformers.GenerationConfig(
       do_sample=True, top_p=top_p, top_k=top_k, min_p=min_p or None
     )
-    theirs = transformers.GenerationMixin()._get_logits_processor(
-      config
-    )  # in the order of its own generate
+    # In the order of its own generate.
+    theirs = transformers.GenerationMixin()._get_logits_processor(config)
     assert kept(p, *filters) == int(torch.isfinite(theirs(None, torch.tensor([p]).log())).sum()), (
       filters
     )
@@ -125,13 +123,14 @@ def test_ties():
   kept = lambda row, sampling: np.isfinite(
     np.asarray(filter_logits(jnp.asarray([row], jnp.float32), sampling))
   )[0].tolist()
+  # top-k keeps all that tie with the k-th.
   assert kept([1, 3, 2, 2, 0], Sampling(1.0, 1.0, 2)) == [
     False,
     True,
     True,
     True,
     False,
-  ]  # top-k keeps all that tie with the k-th
+  ]
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.75))) == 3  # one holds exactly 1 - top_p: it goes
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.7))) == 3
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.1))) == 1
@@ -155,9 +154,8 @@ def fixture_sorts(monkeypatch):
 @pytest.mark.parametrize("sampling", [Sampling(1.0, 0.8), Sampling(0.7, 0.8, 20)], ids=str)
 def test_a_row_that_has_ended_makes_no_other_be_sorted(sorts, sampling):
   peaked = np.concatenate([3 * np.arange(10.0), np.linspace(-2, -1, 90)])
-  logits = jnp.asarray(
-    np.stack([peaked, np.ones(100), peaked[::-1]]), jnp.float32
-  )  # the middle one's ids tie
+  # The middle one's ids tie.
+  logits = jnp.asarray(np.stack([peaked, np.ones(100), peaked[::-1]]), jnp.float32)
   right = filter_logits(logits, sampling)
   jax.effects_barrier()
   assert sorts == [1]
@@ -252,9 +250,8 @@ def test_draws_from_many_ids_follow_the_distribution():
   assert len(counts) == 3000 and counts[expected == 0].sum() == 0
   for classes in (np.arange(3000) // 125, np.arange(3000) % 24):
     wanted = n * np.bincount(classes, expected)
-    assert (
-      np.sum((np.bincount(classes, counts) - wanted) ** 2 / wanted) < 57.1
-    )  # the 99.99th percentile at 23 degrees of freedom
+    # The 99.99th percentile at 23 degrees of freedom.
+    assert np.sum((np.bincount(classes, counts) - wanted) ** 2 / wanted) < 57.1
 
 
 def test_the_numbers_at_the_ends_draw_ids_that_have_mass():

@@ -260,10 +260,11 @@ def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
     for prefix in PREFIXES
   ]
   assert len(asked) == 4 and all(list(ids) in chats[i] for i, ids in enumerate(asked))
+  # Both texts were drawn.
   assert {chats[i].index(list(ids)) for i, ids in enumerate(asked)} == {
     0,
     1,
-  }  # both texts were drawn
+  }
 
 
 def test_unpacked_rows_hold_a_sample_each(policy):

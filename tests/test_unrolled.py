@@ -14,9 +14,8 @@ from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.ops import kernels
 
-SMALL = architecture_lib.Architecture(
-  32, 16, 3, 6, 3, 8, 24, rope_theta=1e4
-)  # head counts that are no powers of two
+# Head counts that are no powers of two.
+SMALL = architecture_lib.Architecture(32, 16, 3, 6, 3, 8, 24, rope_theta=1e4)
 SHAPES = {
   "qwen3": SMALL,
   "qwen2": dataclasses.replace(SMALL, qk_norm=False, qkv_bias=True, tied_head=False),

@@ -215,9 +215,8 @@ def test_letters_and_their_roles_are_uniform():
   for counts in (goals, traps):
     assert len(counts) == 25 and chi_square(counts.values(), 400) < 61
   present = collections.Counter(letter for world in all_worlds for letter in world.letters())
-  assert (
-    chi_square(present.values(), sum(present.values()) / 25) < 61
-  )  # not quite independent, but tighter for it
+  # Not quite independent, but tighter for it.
+  assert chi_square(present.values(), sum(present.values()) / 25) < 61
 
 
 def test_layouts_are_three_to_one_to_one():
@@ -297,6 +296,5 @@ def test_neighbours_and_distances_on_a_hand_made_board():
     (2, 1): 3,
     (2, 0): 4,
   }
-  assert (
-    worlds.distances(world, [(0, 0)], {"B"})[(0, 1)] == 1
-  )  # a target may be one of those to avoid
+  # A target may be one of those to avoid.
+  assert worlds.distances(world, [(0, 0)], {"B"})[(0, 1)] == 1

@@ -66,9 +66,8 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("--architecture", default="qwen3-1.7b")
   parser.add_argument("--json", help="where to write the figures")
-  parser.add_argument(
-    "--folder", help=argparse.SUPPRESS
-  )  # to be read: the process that is measured
+  # To be read: the process that is measured.
+  parser.add_argument("--folder", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.folder:
     print(json.dumps(read(args.folder)))
@@ -85,9 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     huggingface.save(folder, params, shape)
     del params
     size = sum(file.stat().st_size for file in pathlib.Path(folder).glob("*.safetensors"))
-    env = os.environ | {
-      "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
-    }  # this process has its share of the device already
+    # This process has its share of the device already.
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
       [sys.executable, __file__, f"--folder={folder}"],
       check=True,

@@ -37,9 +37,8 @@ def row(
     total, count, *statistics = fused.linear_divergence(*args, **options)
     return total / count, statistics
 
-  mask = (
-    jnp.arange(tokens) % every == 0
-  )  # an argument: of a constant the compiler would know how many count
+  # an argument: of a constant the compiler would know how many count
+  mask = jnp.arange(tokens) % every == 0
   args = student, heads[0], teacher, heads[1], mask
   loss = jax.jit(jax.value_and_grad(mean, (0, 1), has_aux=True)).lower(*args).compile()
   call = lambda: loss(*args)

@@ -104,9 +104,8 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   batch = jax.device_put(random_batch(work, a.vocabulary, options["path"] != "flash"))
   how = {name: value for name, value in options.items() if name != "unroll"}
   step = step_lib.make_step(a, optimizer, dtype=dtype, **how).lower(state, teacher, batch).compile()
-  memory = (
-    step.memory_analysis()
-  )  # of this program alone; the device's own peak is that of all rows so far
+  # of this program alone; the device's own peak is that of all rows so far
+  memory = step.memory_analysis()
   held = [state]
   del state
 
@@ -181,9 +180,8 @@ def run(name: str, how: str, growth: bool, peer: str | None) -> list[dict[str, A
     f"step_bench('{name}', {work.samples}, {work.prompt}, {work.knowledge}, {work.response}, "
     "20480)",
   )
-  ways = options(
-    how, work
-  )  # not before the peer is done: JAX takes the memory as soon as it is asked for its devices
+  # Not before the peer is done: JAX takes the memory as soon as it is asked for its devices.
+  ways = options(how, work)
   dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
   rate, rows = measure.matrix_rate(dtype), []
   works = [(work, way) for way in ways]

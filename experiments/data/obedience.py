@@ -4,9 +4,8 @@ a program can see.
 
 import re
 
-SENTENCE_END = re.compile(
-  r"[.!?]+[\"')\]]*(?=\s|$)"
-)  # a full stop inside a number or a name ends nothing
+# A full stop inside a number or a name ends nothing.
+SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 
 
 def is_very_short(answer: str, *, sentences: int = 2, words: int = 40) -> bool:

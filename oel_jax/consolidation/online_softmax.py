@@ -92,9 +92,8 @@ def _kernel(s_ref, t_ref, *out_refs, moments, temperature, floor, share, counts,
     at = first + i * (ROWS * WIDE) + places
     there = at < V
     s, t = (triton.load(ref.at[row, at], mask=there, other=floor) for ref in (s_ref, t_ref))
-    s, t = (
-      jnp.where(x < floor, floor, x) for x in (s, t)
-    )  # a maximum would lose NaN here, as those below do: it must come to the sums
+    # A maximum would lose NaN here, as those below do: it must come to the sums.
+    s, t = (jnp.where(x < floor, floor, x) for x in (s, t))
     if width:
       largest = s.reshape(ROWS, WIDE // width, width).max(-1)
       group = (

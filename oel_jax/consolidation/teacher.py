@@ -87,9 +87,8 @@ def prepare(
     raise ValueError(
       f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one"
     )
-  params = transformer.cast(
-    params, dtype, tables=True
-  )  # not jitted: arrays of that type stay what they are, and cost no memory
+  # Not jitted: arrays of that type stay what they are, and cost no memory.
+  params = transformer.cast(params, dtype, tables=True)
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):

@@ -196,9 +196,8 @@ def play_to_file(
       if advance:
         advance(len(episodes))
       return done
-    path.rename(
-      partial
-    )  # lines are missing, damaged, doubled or moved: what is missing is played again
+    # Lines are missing, damaged, doubled or moved: what is missing is played again.
+    path.rename(partial)
   # A crash damages the last line of a short file: here any share of damaged lines will do, their
   # episodes are played again.
   kept = _read_own(partial, spec, episodes, max_damaged=1.0) if partial.exists() else []

@@ -308,9 +308,8 @@ def _start(spec: GameSpec, seed: int) -> textarena.Env:
     "one player"
   )
   try:
-    env = textarena.make(
-      spec.name, **copy.deepcopy(dict(spec.args))
-    )  # a copy: games may change the lists they are given
+    # A copy: games may change the lists they are given.
+    env = textarena.make(spec.name, **copy.deepcopy(dict(spec.args)))
     env.reset(num_players=1, seed=seed)
   except Exception as error:
     if "player" in str(error).lower() and not isinstance(

@@ -79,9 +79,8 @@ def parse_items(answer: str, form: str) -> list[str]:
   """
   if form == "text":
     return [answer.strip()] if answer.strip() else []
-  lines = (
-    line.strip() for line in answer.split("\n")
-  )  # not splitlines: a form feed inside an item does not end it
+  # Not splitlines: a form feed inside an item does not end it.
+  lines = (line.strip() for line in answer.split("\n"))
   return [line for line in lines if line.startswith(ITEM_MARK) and line != ITEM_MARK]
 
 

@@ -20,9 +20,8 @@ SIZES = (3, 4, 5)
 MAX_TURNS = 8  # enough from corner to corner of the largest board
 
 Cell = tuple[int, int]
-PLACES = tuple(
-  f"({r}, {c})" for r in range(max(SIZES)) for c in range(max(SIZES))
-)  # as the game and the thinking name them
+# As the game and the thinking name them.
+PLACES = tuple(f"({r}, {c})" for r in range(max(SIZES)) for c in range(max(SIZES)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,9 +170,8 @@ def frequencies(
   plain = theta ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
   if scaling is None:
     return plain
-  turns = (
-    scaling.original_max_position_embeddings * plain / (2 * jnp.pi)
-  )  # within the original context
+  # within the original context
+  turns = scaling.original_max_position_embeddings * plain / (2 * jnp.pi)
   fast = jnp.clip(
     (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1
   )

@@ -450,9 +450,8 @@ def import_transformers() -> Any:
   Raises:
     ImportError: it is not installed, or Jinja, which it renders chat templates with, is not.
   """
-  logging.getLogger("transformers").addFilter(
-    _is_not_about_pytorch
-  )  # it warns while it is imported
+  # It warns while it is imported.
+  logging.getLogger("transformers").addFilter(_is_not_about_pytorch)
   try:
     import jinja2  # noqa: F401  transformers itself asks for it at the first template only
     import transformers

@@ -251,9 +251,8 @@ class Decoder(nn.Module):
     x = embed(nn.Embed(a.vocabulary, a.width, name="embed").embedding, tokens_BxT).astype(
       self.dtype
     )
-    x = jnp.where(
-      segments_BxT[..., None] > 0, x, 0
-    )  # a masked NaN is still a NaN: 0 x NaN (traps, 8)
+    # A masked NaN is still a NaN: 0 x NaN (traps, 8)
+    x = jnp.where(segments_BxT[..., None] > 0, x, 0)
     if not a.tied_head:
       self.param(
         "head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, (a.vocabulary, a.width))}

@@ -201,9 +201,8 @@ def forward(
     with jax.named_scope("feedforward"):
       x, gate_up = _norm_product(a.norm_eps, x, y, layer["feedforward_norm"], *matrix("gate_up"))
       y = _swiglu_product(gate_up, *matrix("down"))
-      return (
-        (x + y, None) if remat == "full" else (x, y)
-      )  # then a layer's inputs are kept: one is enough
+      # Then a layer's inputs are kept: one is enough.
+      return (x + y, None) if remat == "full" else (x, y)
 
   if remat != "none":
     block = jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)

@@ -32,6 +32,7 @@ from oel_jax.report.parts import (
 from oel_jax.report.records import RETENTION, Cost, Evaluation, Gate, Run
 
 SHOWN_GAMES = 2
+# In the order of a round.
 _STAGES = (
   "deploy",
   "extract",
@@ -39,7 +40,7 @@ _STAGES = (
   "gate",
   "consolidate",
   "evaluate",
-)  # in the order of a round
+)
 _ENDED_WORDS = {
   "passed": "passed",
   "lost": "lost",
@@ -337,9 +338,8 @@ def _gate(gate: Gate) -> tuple[str, ...]:
 
 
 def _games(run: Run) -> str:
-  done = sorted(
-    set(run.games) & set(run.evaluations)
-  )  # a round that is being played has only some of its games
+  # A round that is being played has only some of its games.
+  done = sorted(set(run.games) & set(run.evaluations))
   if len(done) < 2 or done[0] != 0:
     return note("Shown once the base model and a round have played the held-out games.")
   pairs = pair_games(run.games[0], run.games[done[-1]])

@@ -96,9 +96,8 @@ def _points(
     [scale * end for end in measure.interval] if measure.interval else [value] * 2
     for value, (_, measure) in zip(values, points)
   ]
-  below = [
-    max(value - low, 0.0) for value, (low, _) in zip(values, ends)
-  ]  # max: a rounded bound may lie on the wrong side
+  # Max: a rounded bound may lie on the wrong side.
+  below = [max(value - low, 0.0) for value, (low, _) in zip(values, ends)]
   above = [max(high - value, 0.0) for value, (_, high) in zip(values, ends)]
   axes.errorbar(
     [x for x, _ in points],
@@ -114,9 +113,10 @@ def _points(
 
 
 def _legend(axes: Axes) -> None:
+  # Above the data, never over it.
   axes.legend(
     loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=3, handlelength=1.8, columnspacing=1.4
-  )  # above the data, never over it
+  )
 
 
 def _round_axis(axes: Axes, last: int) -> None:
@@ -128,9 +128,8 @@ def _round_axis(axes: Axes, last: int) -> None:
 
 
 def _percent_axis(axes: Axes, highest: float) -> None:
-  axes.set_ylim(
-    0, min(100.0, max(10.0, 1.08 * highest)) * 1.004
-  )  # the last bit: a line at 100 keeps its width
+  # The last bit: a line at 100 keeps its width.
+  axes.set_ylim(0, min(100.0, max(10.0, 1.08 * highest)) * 1.004)
   axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
   axes.set_ylabel("games passed, %")
 
@@ -242,14 +241,12 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
     figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels
   ):
     for label, points, color in curves:
-      marker = (
-        "o" if len(points) <= 60 else ""
-      )  # few, or probed every few steps: a line alone would not show them
+      # few, or probed every few steps: a line alone would not show them
+      marker = "o" if len(points) <= 60 else ""
       axes.plot(*zip(*points), color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
     if title == "Loss":
-      axes.axhline(
-        0, color=theme.dim, linewidth=0.8
-      )  # a divergence means something only against zero
+      # A divergence means something only against zero.
+      axes.axhline(0, color=theme.dim, linewidth=0.8)
     axes.set_title(title)
     axes.set_ylabel(unit)
     axes.margins(x=0.01)

@@ -158,9 +158,8 @@ def read(workdir: pathlib.Path) -> Run:
     if (folder / "evaluation.json").exists():
       evaluations[number] = read_evaluation(folder / "evaluation.json", number)
     if (folder / "gate.json").exists():
-      read_gate(
-        folder / "gate.json"
-      )  # the evaluation repeats it; what cannot be read stops the run, and the report says so, too
+      # The evaluation repeats it; what cannot be read stops the run, and the report says so, too.
+      read_gate(folder / "gate.json")
     if (folder / "cost.json").exists():
       costs += read_costs(folder / "cost.json", number)
     if (folder / "user" / "evaluation.jsonl").exists():
@@ -169,9 +168,8 @@ def read(workdir: pathlib.Path) -> Run:
       knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
   trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]
   folder = workdir.absolute()
-  name = (
-    "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name
-  )  # a seed alone says little
+  # a seed alone says little
+  name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name
   return Run(
     name,
     _flat(config["config"]),

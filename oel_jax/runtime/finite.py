@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SLICE = (
-  2**14
-  # numbers that are looked at together: a float32 copy of a whole tensor could be as large as a
-  # small model
-)
+# Numbers that are looked at together: a float32 copy of a whole tensor could be as large as a small
+# model.
+SLICE = 2**14
 NAMED = 4  # names of a list that an error gives
 
 

@@ -25,9 +25,8 @@ def digest(value: Any) -> str:
   text = json.dumps(
     json.loads(_dumps(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
   )
-  return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[
-    :16
-  ]  # a lone surrogate is written as "?", too
+  # A lone surrogate is written as "?", too.
+  return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+# Rows; for fewer XLA's are as fast, with more it is no longer the memory that limits.
 FEWEST, MOST = (
   16,
   128,
-)  # rows; for fewer XLA's are as fast, with more it is no longer the memory that limits
+)
 
 
 class Cut(NamedTuple):

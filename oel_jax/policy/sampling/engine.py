@@ -484,9 +484,8 @@ def _heads(layer, a: Architecture, qkv_BxTxAxH, positions_BxT) -> tuple[Array, A
   type of the projection.
   """
   dtype = qkv_BxTxAxH.dtype
-  qkv_BxTxAxH = (
-    qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH
-  )  # float32 (`model.Projection`)
+  # float32 (`model.Projection`)
+  qkv_BxTxAxH = qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH
   qk, v = jnp.split(qkv_BxTxAxH, [a.heads + a.kv_heads], axis=2)
   if a.qk_norm:
     qk = nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply(

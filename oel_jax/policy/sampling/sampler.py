@@ -28,6 +28,7 @@ from oel_jax.policy.sampling import engine, kv_cache
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime.finite import NotFiniteError
 
+# A few shapes, so that little is compiled (traps, 20)
 BATCHES = (
   1,
   4,
@@ -38,13 +39,14 @@ BATCHES = (
   128,
   256,
   512,
-)  # a few shapes, so that little is compiled (traps, 20)
+)
+# Prompts that enter together; more than half of a batch is filled, unless it is one of FEW.
 ENTRIES = (
   1,
   4,
   32,
   256,
-)  # prompts that enter together; more than half of a batch is filled, unless it is one of FEW
+)
 FEW = 1024  # tokens, padding included, that make a batch small
 BATCH_TOKENS = (
   65536  # prompt tokens that are prefilled at once, padding and what is not read again included
@@ -71,11 +73,9 @@ TURN = (
   40  # goes before them for replies on a CPU, which are short: there, padding is not for nothing
 )
 RINGS = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-CACHE_BYTES = (
-  16 << 30
-  # a device, of the keys and values of the first prompts and their responses; longer replies make
-  # it more
-)
+# A device's, of the keys and values of the first prompts and their responses; longer replies make
+# it more.
+CACHE_BYTES = 16 << 30
 SLOTS = 256  # a device at most, if it is not said how many there are
 SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
 FEWER = (8, 16)  # slots on a CPU when no more are left of SLOTS_CPU or more
@@ -504,10 +504,11 @@ class _Run:
     longest = max(len(self.prompts[i]) for i in taken)
     if longest >= self.size:
       self._grow(longest + 1)
+    # The first one fills the batch.
     own, order = (
       self.rows // self.devices,
       np.zeros((self.devices * batch,), np.int32),
-    )  # the first one fills the batch
+    )
     order[at] = np.arange(len(taken))
     tokens, lengths = pad_right(
       [self.prompts[i][n:] for i, n in zip(taken, shared, strict=True)],

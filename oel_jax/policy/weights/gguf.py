@@ -184,9 +184,8 @@ def _scaling(file: File, size: int, theta: float) -> Llama3Scaling | None:
   if ROPE_FACTORS not in file.tensors:
     return None
   found = file.tensors[ROPE_FACTORS].values()
-  scaling = Llama3Scaling(
-    round(float(found.max()), 3), 1.0, 4.0, 8192.0
-  )  # rounded, for it is a quotient of float32 numbers
+  # Rounded, for it is a quotient of float32 numbers.
+  scaling = Llama3Scaling(round(float(found.max()), 3), 1.0, 4.0, 8192.0)
   right = np.asarray(frequencies(size, theta) / frequencies(size, theta, scaling))
   if found.shape != right.shape or not np.allclose(found, right, rtol=1e-3):
     raise ValueError(

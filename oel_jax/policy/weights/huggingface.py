@@ -289,9 +289,8 @@ def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0] * shape[1],)
   if not path.startswith("layers/") or path.endswith("/scale"):
     return shape
-  rows = (
-    shape[0] * shape[1] if path.endswith("/o/kernel") else shape[0]
-  )  # o reads heads × size, the others read the width
+  # o reads heads × size, the others read the width
+  rows = shape[0] * shape[1] if path.endswith("/o/kernel") else shape[0]
   size = int(np.prod(shape))
   return (size // rows, rows)
 
@@ -392,16 +391,14 @@ def assemble(
       continue
     layer_sharding = whole and NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=whole)()
-    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(
-      stack, x.astype(dtype), i, 0
-    )  # in place, unlike a scatter
+    # In place, unlike a scatter.
+    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x.astype(dtype), i, 0)
     place = jax.jit(update, donate_argnums=0, out_shardings=whole)
     for layer in range(architecture.layers):
       found = read(names[path].format(layer))
       found = found.T.reshape(shape[1:])  # theirs is [out, in]
-      stack = place(
-        stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer
-      )  # waits: one tensor at a time on the host
+      # Waits: one tensor at a time on the host.
+      stack = place(stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer)
     flat[path] = stack
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
@@ -442,17 +439,17 @@ def save(
     OSError: a file cannot be written; config.json comes last, so that a folder without it is known
       to be unfinished.
   """
+  # An architecture that has no folder is told before one is touched.
   folder, fields = (
     pathlib.Path(folder),
     write_config(architecture, dtype),
-  )  # an architecture that has no folder is told before one is touched
+  )
   folder.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
   try:
-    files.write_json(
-      folder / ".part-config.json", (config or {}) | fields
-    )  # what is no JSON is told before anything goes
+    # What is no JSON is told before anything goes.
+    files.write_json(folder / ".part-config.json", (config or {}) | fields)
     weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
   finally:
     _remove(folder, ".*part-*")  # of a write that failed, now or earlier
@@ -526,9 +523,8 @@ def _write_shards(
       flush()
     shard[name] = tensor
   flush()
-  _remove(
-    folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors"
-  )  # a single file would be read before any index
+  # A single file would be read before any index.
+  _remove(folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
   weight_map = {}
   for i, names in enumerate(held):  # named last: the number of files is part of each name
     file = SINGLE if len(held) == 1 else f"model-{i + 1:05d}-of-{len(held):05d}.safetensors"
