@@ -783,12 +783,15 @@ class Loop:
   @contextlib.contextmanager
   def _stage(
     self, number: int, name: str, policy: Policy, total: int
-  ) -> Iterator[tuple[Meter, Callable[[int], None]]]:
+  ) -> Iterator[tuple[Meter, Callable[..., None]]]:
     """A stage's progress bar, its meter, and an entry in the round's cost.json, one for each
     process that came to its end.
     """
     meter, started = Meter(policy), time.monotonic()
-    with progress.bar(f"round {number}: {name}" if number else f"base: {name}", total) as advance:
+    title = f"round {number}: {name}" if number else f"base: {name}"
+    # The first games, and each round's training step, are programs that no stage before has made.
+    first = "compiling" if not number or name == "consolidate" else ""
+    with progress.bar(title, total, first) as advance:
       yield meter, advance
     if meter.tokens:
       path = self._round(number) / "cost.json"

@@ -203,6 +203,22 @@ def test_progress_in_a_log_file_is_one_line(capsys):
   )
 
 
+def test_a_log_file_is_told_now_and_then_how_long_it_takes(capsys, monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+  with progress.bar("round 1: consolidate", 600, "compiling") as advance:
+    clock[0] = 50.0  # compiled, and the first step done: no time of a step
+    advance(1, "loss 3")
+    for i in range(20):
+      clock[0] += 6.0
+      advance(1, f"loss {i}")
+  first, *told, last = capsys.readouterr().out.splitlines()
+  assert first == "round 1: consolidate: compiling, then 600 to do"
+  assert told[0] == "round 1: consolidate: 2 of 600, loss 0, 6.00 s each, 59:48 left"
+  assert told[1] == "round 1: consolidate: 4 of 600, loss 2, 6.00 s each, 59:36 left"
+  assert len(told) == 10 and last == "round 1: consolidate: 21 of 600 in 170.0 s"
+
+
 def test_table_shows_every_column_and_text_as_it_is(capsys):
   progress.table(
     [{"model": "[bold]a[/bold]", "pass": 0.123456}, {"model": "b", "tokens": 12, "pass": None}],

@@ -5,6 +5,7 @@ run ends with the same bits.
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import signal
 
@@ -64,7 +65,7 @@ def _one_device():
   )
 
 
-def _run(policy, folder, config=None, advance=lambda n: None):
+def _run(policy, folder, config=None, advance=lambda n, note="": None):
   with Metrics(folder) as metrics:
     params, cost = trainer.consolidate(
       config or _config(),
@@ -380,7 +381,7 @@ def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_p
   for at in (1, 5):  # before the first checkpoint, and between two
     done = []
 
-    def stop(n, at=at, done=done):
+    def stop(n, note="", at=at, done=done):
       done.append(n)
       if sum(done) == at:
         raise Cut
@@ -629,8 +630,9 @@ def test_sigterm_saves_the_step_and_the_run_ends_with_the_same_bits(policy, tmp_
   whole, _ = _run(policy, tmp_path / "whole", _config(**BARE))
   done = []
 
-  def kill(n):
+  def kill(n, note=""):
     done.append(n)
+    assert n > 1 or re.fullmatch(r"loss \d\S*", note)
     if sum(done) == 2:  # the second step is done, and the third begins
       signal.raise_signal(signal.SIGTERM)
 

@@ -224,7 +224,7 @@ def consolidate(
   directory: str | os.PathLike,
   mesh: jax.sharding.Mesh,
   metrics: Metrics,
-  advance: Callable[[int], None] = lambda n: None,
+  advance: Callable[..., None] = lambda n, note="": None,
 ) -> tuple[Any, dict[str, float]]:
   """Trains the policy to do without the knowledge what it does with it.
 
@@ -236,7 +236,7 @@ def consolidate(
     directory: of the round's checkpoints; what is there is gone on with.
     mesh: devices.
     metrics: gets a line a step.
-    advance: told of each step done.
+    advance: told of each step done, as `progress.bar` wants it, with the loss as its note.
 
   Returns:
     The new parameters, and what it cost in this process: sampled and trained-on "tokens", "flops"
@@ -273,7 +273,8 @@ def consolidate(
         f"{directory}: holds step {first}, but config.consolidation.steps is {config.steps}: it "
         "must be at least that"
       )
-    advance(first)
+    if first:
+      advance(first)
     if first == config.steps:
       return state.params, cost
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
@@ -357,7 +358,7 @@ def consolidate(
         ending = terminated()
         if saving or ending:
           checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
-        advance(1)
+        advance(1, f"loss {measured['loss']:.4g}")
         if ending:
           checkpoints.wait()
           what = f"step {i} of {config.steps} is saved in {checkpoints.directory}"

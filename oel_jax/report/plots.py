@@ -107,6 +107,7 @@ def _points(
     capsize=3,
     linewidth=1.8,
     markersize=6,
+    clip_on=False,  # a marker at 100% is whole
     **style,
   )
   return max([*values, *(high for _, high in ends)])

@@ -12,6 +12,7 @@ import rich.console
 import rich.progress
 import rich.table
 
+LINE_SECONDS = 10  # between two lines, where the output is no terminal
 _COLUMNS = (
   "[progress.description]{task.description}",
   rich.progress.BarColumn(),
@@ -23,37 +24,59 @@ _COLUMNS = (
 
 
 @contextlib.contextmanager
-def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(name: str, total: int, first: str = "") -> Iterator[Callable[..., None]]:
   """Shows a stage's progress while the `with` block runs.
+
+  On a terminal a bar, elsewhere a line every LINE_SECONDS in which something was done: what is
+  done, the note, seconds a piece and time left.
 
   Args:
     name: what is being done, e.g. "round 1: deploy".
     total: how many pieces of work it has.
+    first: what has to be done before the first piece, e.g. "compiling".
 
   Yields:
-    advance(n=1): tells that n more pieces are done.
+    advance(n=1, note=""): tells that n more pieces are done, and something about the last of them,
+      e.g. "loss 0.21".
   """
   # Made here, since stdout may have been redirected after the import; and of this stdout, since a
   # game's is redirected.
   console = rich.console.Console(file=sys.stdout)
-  done = 0
-  start = time.monotonic()
+  done, begun = 0, None  # begun: (when, done), of the first call: what comes before is compiling
+  start = told = time.monotonic()
   with contextlib.ExitStack() as stack:
     shown = None
     if console.is_terminal:
       shown = stack.enter_context(
         rich.progress.Progress(*_COLUMNS, console=console, transient=True)
       )
-      task = shown.add_task(name, total=total)
+      task = shown.add_task(f"{name}: {first}" if first else name, total=total)
+    elif first:
+      print(f"{name}: {first}, then {total} to do", flush=True)
 
-    def advance(n: int = 1) -> None:
-      nonlocal done
+    def advance(n: int = 1, note: str = "") -> None:
+      nonlocal done, begun, told
+      now = time.monotonic()
       done += n
+      begun = begun or (now, done)
       if shown is not None:
-        shown.update(task, completed=done)
+        shown.update(task, completed=done, description=f"{name}: {note}" if note else name)
+      elif now - told >= LINE_SECONDS and begun[1] < done < total:
+        told = now
+        each = (now - begun[0]) / (done - begun[1])
+        said = f"{note}, " if note else ""
+        left = _clock((total - done) * each)
+        print(f"{name}: {done} of {total}, {said}{each:.2f} s each, {left} left", flush=True)
 
     yield advance
   print(f"{name}: {done} of {total} in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def _clock(seconds: float) -> str:
+  """Returns 0:05, 12:30 or 1:02:03."""
+  hours, rest = divmod(round(seconds), 3600)
+  minutes, seconds = divmod(rest, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> None:

@@ -105,7 +105,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     result["in_context"] = _measure(
       config, policy, obeys, held_out, text, folder / "in_context.json"
     )
-    with progress.bar("consolidate", config.consolidation.steps) as advance:
+    with progress.bar("consolidate", config.consolidation.steps, "compiling") as advance:
       params, _ = trainer.consolidate(
         config.consolidation,
         task,
