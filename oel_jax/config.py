@@ -13,9 +13,10 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from oel_jax.consolidation.divergences import DIVERGENCES
 from oel_jax.policy.architecture import ARCHITECTURES
 
-KINDS = ("reverse_kl", "forward_kl", "jsd", "imitation")
+KINDS = (*DIVERGENCES, "imitation")
 SUPPORTS = ("full", "topk", "topk_tail")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "cudnn", "flash")

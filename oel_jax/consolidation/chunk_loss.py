@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from oel_jax.consolidation import losses, online_softmax
+from oel_jax.consolidation.divergences import DIVERGENCES
 from oel_jax.policy.sampling import token_sampling
 
 
@@ -72,39 +73,39 @@ def compare(
   totals, found, maxima = _row_statistics(options, *logits)
   s, t = (jnp.maximum(x, losses.FLOOR) for x in logits)
   log_p, log_q = (x / options.temperature - total[:, None] for x, total in zip((s, t), totals))
-  if options.kind == "jsd":
-    value = vocabulary_sum(losses.token_divergence(log_p, log_q, None, "jsd", "full"), options.axes)
+  divergence = DIVERGENCES[options.kind]
+  if divergence.moment is None:
+    value = vocabulary_sum(divergence.terms(log_p, log_q).sum(-1), options.axes)
   else:
-    value = found["forward_kl" if options.kind == "forward_kl" else "kl"]
+    value = found["forward_kl" if divergence.moment == "teacher" else "kl"]
   kept = None
   if options.wants_top_k():
     kept, inside = _keep(options, s, t, totals, maxima)
     found["topk_mass"] = kept.sum(jnp.exp(kept.log_p))
   outside = None
   if options.support != "full":
-    value = kept.sum(losses.divergence_terms(kept.log_p, kept.log_q, options.kind))
+    value = kept.sum(divergence.terms(kept.log_p, kept.log_q))
     if options.support == "topk_tail":
       outside = _log_outside(log_p, inside, options.axes), _log_outside(log_q, inside, options.axes)
-      value += losses.divergence_terms(*outside, options.kind)
+      value += divergence.terms(*outside)
 
   def gradient():
     # With g = ∂D / ∂ log p, the softmax gives ∂D / ∂ logits = (g − p Σ g) / T. The tail bucket adds
     # its own slope, spread over the tokens outside by their share of it, since ∂ log p_tail / ∂ log
     # p_v = p_v / p_tail.
-    slope = _slope(options, log_p, log_q)
+    # Under 'topk' the outcomes hold less than all of the mass: the slope is taken as it is.
+    slope_of = divergence.slope if options.support == "topk" else divergence.balanced
+    slope = slope_of(log_p, log_q)
     if options.support != "full":
-      slope, total = (
-        jnp.where(inside, slope, 0),
-        kept.sum(_slope(options, kept.log_p, kept.log_q))[:, None],
-      )
-    elif options.kind == "jsd":
+      slope = jnp.where(inside, slope, 0)
+      total = kept.sum(slope_of(kept.log_p, kept.log_q))[:, None]
+    elif divergence.balanced_sum is None:
       total = vocabulary_sum(slope.sum(-1, keepdims=True), options.axes)
     else:
-      # Known: KL(p ‖ q) itself, or Σ p − Σ q. Nothing to read the logits for once more.
-      total = value[:, None] if options.kind == "reverse_kl" else 0
+      total = divergence.balanced_sum(value)[:, None]
     if outside is not None:
       log_p_tail, log_q_tail = (x[:, None] for x in outside)
-      tail = _slope(options, log_p_tail, log_q_tail)
+      tail = slope_of(log_p_tail, log_q_tail)
       total += tail
       # A share of the tail is at most 1; tokens inside would overflow the exponential before they
       # are left out.
@@ -232,7 +233,8 @@ def _moments(options, s, t):
   """What is averaged over each side's distribution, besides 1: for its divergence from the other,
   and for its entropy.
   """
-  forward, entropy = options.kind == "forward_kl", options.statistics
+  forward = DIVERGENCES[options.kind].moment == "teacher"
+  entropy = options.statistics
   return (s - t,) * (not forward or entropy) + (s,) * entropy, (t - s,) * forward + (t,) * entropy
 
 
@@ -298,18 +300,3 @@ def _finish(options, sides):
   if means_t:
     found["forward_kl"] = (means_t[0] - (top_t - top_s)) / T - (log_t - log_s)
   return (top_s / T + log_s, top_t / T + log_t), found
-
-
-def _slope(options, log_p, log_q):
-  """∂ divergence_terms / ∂ log p, up to a multiple of p.
-
-  Where the outcomes are all there is, a multiple of p changes nothing, as p − p Σ p = 0: it is
-  chosen so that the slope is exactly 0 where p = q. Under 'topk' the outcomes hold less than all of
-  the mass, and the derivative is taken as it is.
-  """
-  p, whole = jnp.exp(log_p), options.support != "topk"
-  if options.kind == "reverse_kl":
-    return p * (log_p - log_q) if whole else p * (log_p - log_q + 1)
-  if options.kind == "forward_kl":
-    return p - jnp.exp(log_q) if whole else -jnp.exp(log_q)
-  return -0.5 * p * losses.log_mean_ratio(log_q - log_p)

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
-KINDS = ("reverse_kl", "forward_kl", "jsd")
+from oel_jax.consolidation.divergences import DIVERGENCES
+
+KINDS = tuple(DIVERGENCES)
 SUPPORTS = ("full", "topk", "topk_tail")
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -162,8 +164,8 @@ def check_options(
   """Raises a ValueError that names the first option out of range, its value, and what would be
   right.
   """
-  if kind not in KINDS:
-    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+  if kind not in DIVERGENCES:
+    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DIVERGENCES)}")
   if support not in SUPPORTS:
     raise ValueError(f"support is {support!r}; it must be one of {', '.join(SUPPORTS)}")
   if not k >= 1:
@@ -200,12 +202,12 @@ def token_divergence(
   support: str,
 ) -> Float32[Array, "*tokens"]:
   """Returns the divergence at each token; `inside` is `support_set(log_p, support, k)`."""
-  terms = divergence_terms(log_p, log_q, kind)
+  terms = DIVERGENCES[kind].terms
   if inside is None:
-    return terms.sum(-1)
-  value = jnp.where(inside, terms, 0).sum(-1)
+    return terms(log_p, log_q).sum(-1)
+  value = jnp.where(inside, terms(log_p, log_q), 0).sum(-1)
   if support == "topk_tail":
-    value += divergence_terms(log_outside(log_p, inside), log_outside(log_q, inside), kind)
+    value += terms(log_outside(log_p, inside), log_outside(log_q, inside))
   return value
 
 
@@ -218,25 +220,6 @@ def log_outside(
   once the mass inside is 1 − 1e-9, and its logarithm no finite gradient once it is 1.
   """
   return jax.nn.logsumexp(jnp.where(inside, FLOOR, log_p), axis=-1)
-
-
-def divergence_terms(
-  log_p: Float32[Array, "*any"], log_q: Float32[Array, "*any"], kind: str
-) -> Float32[Array, "*any"]:
-  """Returns one outcome's share of the divergence; the sum over all outcomes is the divergence."""
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
-  if kind == "reverse_kl":
-    return p * (log_p - log_q)
-  if kind == "forward_kl":
-    return q * (log_q - log_p)
-  return -0.5 * (p * log_mean_ratio(log_q - log_p) + q * log_mean_ratio(log_p - log_q))
-
-
-def log_mean_ratio(x: Float32[Array, "*any"]) -> Float32[Array, "*any"]:
-  """Returns log((1 + e^x) / 2), the log of (mean of p and q) / p at x = log q − log p, exact near 0
-  and for large x.
-  """
-  return jnp.maximum(x, 0) + jnp.log1p(0.5 * jnp.expm1(-jnp.abs(x)))
 
 
 def _hide(logits: Array, mask: Array) -> Array:
