@@ -1,8 +1,8 @@
 """Controls of the Frozen Lake table, one round each: what if the knowledge, the data or the loss
 were another?
 
-python -m oel_jax.main --config=experiments/controls.py:swapped \\
-    --workdir=runs/controls/swapped/0 --config.seed=0
+    python -m oel_jax.main --config=experiments/controls.py:swapped \\
+        --workdir=runs/controls/swapped/0 --config.seed=0
 """
 
 import pathlib

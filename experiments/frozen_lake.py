@@ -1,13 +1,13 @@
 """Frozen Lake, 3 × 3 with two holes: on the embedded policy, the whole loop in minutes on two CPU
 cores; and the paper's Qwen3 settings.
 
-python -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart
-python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-table \\
-    --workdir=runs/table/0 --config.seed=0
-python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-4x4 \\
-    --workdir=runs/4x4/0 --config.seed=0
-python -m oel_jax.main --config=experiments/frozen_lake.py:qwen3-1.7b \\
-    --workdir=runs/1.7b --config.policy.weights=FOLDER
+    python -m oel_jax.main --config=experiments/frozen_lake.py:pocket --workdir=runs/quickstart
+    python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-table \\
+        --workdir=runs/table/0 --config.seed=0
+    python -m oel_jax.main --config=experiments/frozen_lake.py:pocket-4x4 \\
+        --workdir=runs/4x4/0 --config.seed=0
+    python -m oel_jax.main --config=experiments/frozen_lake.py:qwen3-1.7b \\
+        --workdir=runs/1.7b --config.policy.weights=FOLDER
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """Sokoban, 6 × 6 with one box, as in the paper's main experiment (OEL, section 4, Table 1).
 
-python -m oel_jax.main --config=experiments/sokoban.py:qwen3-4b-instruct \\
-    --workdir=runs/sokoban --config.policy.weights=FOLDER
+    python -m oel_jax.main --config=experiments/sokoban.py:qwen3-4b-instruct \\
+        --workdir=runs/sokoban --config.policy.weights=FOLDER
 """
 
 import ml_collections

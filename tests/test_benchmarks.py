@@ -21,7 +21,11 @@ def fixture_script(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "name, arguments, rows", [("loss", ["--tiny"], 7), ("step", ["tiny", "--growth"], 2)]
+  "name, arguments, rows",
+  [
+    ("loss", ["--tiny"], 7),
+    pytest.param("step", ["tiny", "--growth"], 2, marks=pytest.mark.slow),
+  ],
 )
 def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, arguments, rows):
   script(name).main([*arguments, f"--json={tmp_path / 'found.json'}"])

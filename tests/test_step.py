@@ -298,8 +298,8 @@ def _mean_statistics(student, teacher, samples, buckets, k, temperature=0.7):
   [
     ("reverse_kl", "full", None, True),
     ("forward_kl", "topk_tail", 19, False),
-    ("jsd", "full", 19, True),
-    ("reverse_kl", "topk", None, False),
+    pytest.param("jsd", "full", 19, True, marks=pytest.mark.slow),
+    pytest.param("reverse_kl", "topk", None, False, marks=pytest.mark.slow),
   ],
 )
 def test_the_metrics_of_a_step_match_float64(monkeypatch, kind, support, micro_tokens, pack):
@@ -401,11 +401,12 @@ def _gradient_after_one_step(
 @pytest.mark.parametrize(
   "micro_tokens, remat, pack, unroll",
   [
-    (1, "dots", False, False),
-    (40, "full", False, False),
-    (19, "none", True, False),
-    (None, "dots", True, True),
+    (19, "full", True, False),
     (19, "dots", False, True),
+    pytest.param(1, "dots", False, False, marks=pytest.mark.slow),
+    pytest.param(40, "full", False, False, marks=pytest.mark.slow),
+    pytest.param(19, "none", True, False, marks=pytest.mark.slow),
+    pytest.param(None, "dots", True, True, marks=pytest.mark.slow),
   ],
 )
 def test_gradient_does_not_depend_on_the_micro_batch(
@@ -441,9 +442,9 @@ def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_
   "shape, micro_tokens",
   [
     (dict(data=8, fsdp=1, tensor=1), None),
-    (dict(data=2, fsdp=2, tensor=2), None),
     (dict(data=2, fsdp=1, tensor=2), 19),
-    (dict(data=1, fsdp=8, tensor=1), None),
+    pytest.param(dict(data=2, fsdp=2, tensor=2), None, marks=pytest.mark.slow),
+    pytest.param(dict(data=1, fsdp=8, tensor=1), None, marks=pytest.mark.slow),
     pytest.param(dict(data=1, fsdp=1, tensor=8), None, marks=pytest.mark.slow),
     pytest.param(dict(data=4, fsdp=2, tensor=1), None, marks=pytest.mark.slow),
   ],
@@ -466,7 +467,10 @@ def test_gradient_does_not_depend_on_the_devices(
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "imitation"])
-@pytest.mark.parametrize("tied, micro_tokens", [(True, None), (False, None), (False, 19)])
+@pytest.mark.parametrize(
+  "tied, micro_tokens",
+  [(True, 19), (False, None), pytest.param(False, 19, marks=pytest.mark.slow)],
+)
 def test_all_gradients_are_those_of_the_loop(kind, tied, micro_tokens):
   """Embedding and head too, tied or not: without a loop their gradients come out in other places
   than the parameters.
