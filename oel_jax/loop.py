@@ -181,9 +181,7 @@ def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> Non
       f"config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: "
       'it must be "auto" or fit'
     )
-  if (
-    tokenizer.vocabulary > shape.vocabulary
-  ):  # before the weights are read, which takes minutes (traps, 16)
+  if tokenizer.vocabulary > shape.vocabulary:  # before the weights are read, which takes minutes
     raise ValueError(
       f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids "
       "but its weights only "

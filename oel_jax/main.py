@@ -51,7 +51,7 @@ def _fail(text: str) -> NoReturn:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them or with the configuration's file ends the process
-  with one line (trap 35).
+  with one line.
   """
   try:
     rest = flags.FLAGS(argv)

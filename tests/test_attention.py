@@ -1,4 +1,4 @@
-"""Two attentions over disjoint keys joined into one (trap 24b); cuDNN's paths run on a GPU only:
+"""Two attentions over disjoint keys joined into one; cuDNN's paths run on a GPU only:
 experiments/benchmarks compares them.
 """
 
@@ -60,7 +60,7 @@ def test_what_is_done_to_keys_for_cudnn_changes_no_softmax():
 @pytest.mark.gpu
 @pytest.mark.parametrize("path, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
 @pytest.mark.parametrize("peak", [1.0, 4.0])
-def test_cudnn_is_the_plain_path(path, segments, peak):  # traps 24, 24b
+def test_cudnn_is_the_plain_path(path, segments, peak):
   B, T, P, N, K, H = 4, 384, 256, 8, 4, 128
   rng = np.random.default_rng(1)
   q, *rest = (

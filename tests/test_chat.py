@@ -1,5 +1,5 @@
 """Hugging Face tokenizers: ids as the template makes them, knowledge that changes nothing else, and
-text that stays text (traps 13 to 16, 40).
+text that stays text.
 """
 
 import copy
@@ -143,9 +143,7 @@ def test_a_second_system_message_is_the_templates_to_refuse():
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_without_the_knowledge_the_teachers_prompt_is_the_students(
-  family, thinking
-):  # traps 13 and 14
+def test_without_the_knowledge_the_teachers_prompt_is_the_students(family, thinking):
   tokenizer, skips = wrapped(family), set()
   for text in TEXTS:
     message = knowledge_message(text)
@@ -159,7 +157,7 @@ def test_without_the_knowledge_the_teachers_prompt_is_the_students(
   assert len(skips) == 1
 
 
-def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
+def test_control_tokens_that_someone_typed_are_text(family):
   tokenizer = wrapped(family)
   control = set(families.tokenizer(family).added_tokens_decoder)
   turns = lambda ids: [i for i in ids if i in control]
@@ -182,7 +180,7 @@ def test_control_tokens_that_someone_typed_are_text(family):  # trap 40
       assert prefix + ids[skip:] == tokenizer.chat((knowledge, *said))
 
 
-def test_a_control_token_that_its_name_spells_is_refused():  # trap 40
+def test_a_control_token_that_its_name_spells_is_refused():
   tokenizer = copy.deepcopy(families.tokenizer("qwen3"))
   before = tokenizer.convert_tokens_to_ids("Good")
   # A word of the merges keeps its id.
@@ -220,9 +218,7 @@ def test_thinking_that_the_template_closed_is_not_open():
   assert tokenizer.split_response(tokenizer.encode("[up]"), thinking=False) == ("", "[up]")
 
 
-def test_a_folder_gives_every_end_of_a_response_and_takes_the_tokenizer_back(
-  family, tmp_path
-):  # trap 15
+def test_a_folder_gives_every_end_of_a_response_and_takes_the_tokenizer_back(family, tmp_path):
   own, told = families.tokenizer(family), wrapped(family)
   told.save(tmp_path)
   first = HuggingFaceTokenizer.from_folder(tmp_path)

@@ -105,7 +105,7 @@ def same_bits(a, b) -> bool:
   )
 
 
-def test_saved_on_eight_devices_restored_on_one_and_on_four(tmp_path):  # trap 29
+def test_saved_on_eight_devices_restored_on_one_and_on_four(tmp_path):
   directory = tmp_path / "checkpoints"
   saved = run(SCRIPT, "save", directory, 2, 2, devices=8)
   assert "8 devices: done" in saved.stdout, saved.stderr
@@ -146,7 +146,7 @@ def test_buffers_may_be_donated_while_the_write_goes_on(tmp_path):
     np.testing.assert_array_equal(np.asarray(checkpoints.restore(like).state["x"]), wanted)
 
 
-def test_any_damaged_file_gives_the_same_bits_or_the_checkpoint_before(tmp_path, caplog):  # trap 33
+def test_any_damaged_file_gives_the_same_bits_or_the_checkpoint_before(tmp_path, caplog):
   whole, directory = tmp_path / "whole", tmp_path / "damaged"
   with Checkpoints(whole) as checkpoints:
     for step in (10, 20):

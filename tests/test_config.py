@@ -267,7 +267,7 @@ def test_the_embedded_weights_have_one_architecture():
   config_lib.validate(config)
 
 
-def test_flash_attention_and_packing_exclude_each_other():  # trap 24
+def test_flash_attention_and_packing_exclude_each_other():
   config = config_lib.default()
   config.consolidation.attention = "flash"
   with pytest.raises(

@@ -1,4 +1,4 @@
-"""Rates and intervals against brute force, summaries of hand-made games, leaks (trap 42), and
+"""Rates and intervals against brute force, summaries of hand-made games, leaks, and
 retention measured on oracles.
 """
 
@@ -100,7 +100,7 @@ def test_a_summary_counts_games_turns_and_tokens():
 
 @pytest.mark.parametrize(
   "text",
-  [  # trap 42
+  [
     "According to the experience given to me, G is the goal.",
     "The knowledge provided says to avoid H.",
     "From the notes above I know where to go.",

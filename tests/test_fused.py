@@ -1,6 +1,4 @@
-"""fused.py against the dense losses and NumPy in float64. Trap numbers are those of the loss
-section of traps.md.
-"""
+"""fused.py against the dense losses and NumPy in float64."""
 
 import functools
 
@@ -65,14 +63,14 @@ def assert_same(case, chunk, pair=(fused.linear_divergence, dense), **options):
 
 
 @pytest.mark.parametrize("kind, support", PAIRS)
-def test_trap_5_fused_is_dense_in_value_and_gradients(kind, support):
+def test_fused_is_dense_in_value_and_gradients(kind, support):
   case = random_case()
   # 37 tokens: no multiple of 10, nor of the 4 steps taken.
   assert_same(case, 10, kind=kind, support=support, k=7)
 
 
 @pytest.mark.parametrize("support", losses.SUPPORTS)
-def test_trap_5_value_without_differentiation(support):
+def test_value_without_differentiation(support):
   case = random_case()
   total, count = jax.jit(lambda *a: fused.linear_divergence(*a, support=support, k=7, chunk=10))(
     *case
@@ -94,7 +92,7 @@ SPANS = {
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_trap_5_masks(span):
+def test_masks(span):
   assert_same(
     (*random_case(1)[:4], jnp.asarray(SPANS[span])), 10, kind="reverse_kl", support="full", k=7
   )
@@ -133,14 +131,14 @@ def test_masked_tokens_cost_nothing(counted, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, chunk", [((1,), 16), ((5, 7), 1), ((2, 16), 1000)])
-def test_trap_5_shapes_and_chunks(tokens, chunk):
+def test_shapes_and_chunks(tokens, chunk):
   assert_same(random_case(2, tokens), chunk, temperature=1.3)
 
 
 @pytest.mark.parametrize(
   "kind, support", [(kind, "full") for kind in losses.KINDS] + [("reverse_kl", "topk_tail")]
 )
-def test_trap_1_no_gradient_where_student_is_teacher(kind, support):
+def test_no_gradient_where_student_is_teacher(kind, support):
   hidden, head, _, _, mask = random_case(3)
   value, slopes = value_and_gradients(
     fused.linear_divergence,
@@ -156,7 +154,7 @@ def test_trap_1_no_gradient_where_student_is_teacher(kind, support):
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_trap_2_tail_at_full_mass(kind):
+def test_tail_at_full_mass(kind):
   teacher = jnp.log(jnp.array([[0.6, 0.3, 0.1]]))
   for outside in (1e-9, 1e-60):  # mass in the top k: 1 − 1e-9, and exactly 1 in float32
     student = jnp.asarray(np.log([[1 - outside, outside / 2, outside / 2]]), jnp.float32)
@@ -195,7 +193,7 @@ def reverse_kl_float64(
 
 
 @pytest.mark.parametrize("head_dtype", [jnp.bfloat16, jnp.float32])
-def test_trap_7_bfloat16_against_float64(head_dtype):
+def test_bfloat16_against_float64(head_dtype):
   case = list(random_case(5, (200,), 32, 48, 300, jnp.bfloat16))
   case[1], case[3] = case[1].astype(head_dtype), case[3].astype(head_dtype)
   value, slopes = value_and_gradients(fused.linear_divergence, case, chunk=64)
@@ -209,7 +207,7 @@ def test_trap_7_bfloat16_against_float64(head_dtype):
     assert error < (2e-3 if slope.dtype == jnp.float32 else 4e-3)
 
 
-def test_trap_8_poisoned_padding_changes_nothing():
+def test_poisoned_padding_changes_nothing():
   case = random_case(6)
   graded = functools.partial(
     value_and_gradients, fused.linear_divergence, kind="reverse_kl", support="full", k=7, chunk=10
@@ -230,7 +228,7 @@ def test_trap_8_poisoned_padding_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, *learnt)
 
 
-def test_trap_18_no_temporary_of_tokens_by_vocabulary():
+def test_no_temporary_of_tokens_by_vocabulary():
   tokens, vocabulary, shape = 2048, 4096, jax.ShapeDtypeStruct
   args = (
     shape((tokens, 16), jnp.float32),

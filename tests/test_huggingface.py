@@ -180,7 +180,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_what_we_write_they_read(made, tmp_path, shard_bytes):  # trap 34
+def test_what_we_write_they_read(made, tmp_path, shard_bytes):
   folder, theirs = made
   shape = huggingface.read_architecture(folder)
   params = huggingface.load(folder, shape)

@@ -1,4 +1,4 @@
-"""The whole loop: a shortened quickstart, what it leaves behind, kills at any moment (trap 31),
+"""The whole loop: a shortened quickstart, what it leaves behind, kills at any moment,
 controls, the gate, and bad input.
 """
 
@@ -336,7 +336,7 @@ def test_held_out_maps_are_nobody_elses(run):
   assert len(others) == 2 * 3 * 4 and all(seed % 2 == 0 for seed in others)
 
 
-def test_trained_weights_run_in_the_programs_of_the_first(run, cache):  # trap 20
+def test_trained_weights_run_in_the_programs_of_the_first(run, cache):
   """A program for each of the shapes that prompts and ring have: 17 and 13; twice as many, if the
   base model's were not used again.
   """
@@ -345,7 +345,7 @@ def test_trained_weights_run_in_the_programs_of_the_first(run, cache):  # trap 2
   assert len(list(cache.glob("jit_prepare-*-cache"))) == 1
 
 
-def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch):  # trap 32
+def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch):
   shutil.rmtree(copy / "round_2/checkpoints")
   (copy / "round_2/evaluation.json").unlink()
   config = short_config()
@@ -387,7 +387,7 @@ def test_the_same_command_again_does_nothing_new(cache, copy):
   }
 
 
-# Trap 31: kills.
+# Kills.
 
 LAST_FILES = (
   "user/trajectories.jsonl",
@@ -790,7 +790,7 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_a_tokenizer_that_the_weights_have_no_rows_for_is_told_before_they_are_read(
   kind, tmp_path, monkeypatch
-):  # trap 16
+):
   pytest.importorskip("torch")
   import families
   import test_gguf

@@ -1,6 +1,4 @@
-"""losses.py against NumPy in float64 and hand computations. Trap numbers are those of the loss
-section of traps.md.
-"""
+"""losses.py against NumPy in float64 and hand computations."""
 
 import functools
 import os
@@ -88,7 +86,7 @@ def test_value_and_gradient_match_float64(kind, support):
 
 
 @pytest.mark.parametrize("kind, support", DIVERGENCES)
-def test_trap_1_a_divergence_is_zero_only_at_equality(kind, support):
+def test_a_divergence_is_zero_only_at_equality(kind, support):
   student, teacher, mask = random_case(1)
   (value, _), slope = both(student, student, mask, kind, support)
   assert abs(value) < 1e-6
@@ -107,7 +105,7 @@ def test_trap_1_a_divergence_is_zero_only_at_equality(kind, support):
 
 
 @pytest.mark.parametrize("estimator", losses.ESTIMATORS)
-def test_trap_1_sampled_estimators_have_no_gradient_at_equality(estimator):
+def test_sampled_estimators_have_no_gradient_at_equality(estimator):
   student, _, mask = random_case(2)
   tokens = np.random.default_rng(2).integers(0, 11, mask.shape)
   value, slope = sampled(student, student, tokens, mask, estimator)
@@ -115,7 +113,7 @@ def test_trap_1_sampled_estimators_have_no_gradient_at_equality(estimator):
   np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
-def test_trap_1_topk_without_tail_fails_as_documented():
+def test_topk_without_tail_fails_as_documented():
   student = np.log([[0.3, 0.2, 0.25, 0.25]]).astype(np.float32)
   teacher = np.log([[0.4, 0.1, 0.35, 0.15]]).astype(np.float32)
   options = {"support": "topk", "k": 1, "temperature": 1.0}
@@ -130,7 +128,7 @@ def test_trap_1_topk_without_tail_fails_as_documented():
 @pytest.mark.parametrize(
   "outside", [1e-9, 1e-60, 0.0]
 )  # mass inside: 1 − 1e-9, exactly 1 in float32, exactly 1
-def test_trap_2_tail_at_full_mass(kind, outside):
+def test_tail_at_full_mass(kind, outside):
   with np.errstate(divide="ignore"):
     student = np.log([[1 - outside, outside / 2, outside / 2]]).astype(np.float32)
   teacher = np.log([[0.6, 0.3, 0.1]]).astype(np.float32)
@@ -162,7 +160,7 @@ def rounding(student, teacher, temperature=0.7):
 
 
 @pytest.mark.parametrize("kind", losses.KINDS)
-def test_trap_2_tail_is_a_bound_and_whole_vocabulary_is_exact(kind):
+def test_tail_is_a_bound_and_whole_vocabulary_is_exact(kind):
   for seed in range(10):
     student, teacher, mask = random_case(seed)
     (full, _), slope = both(student, teacher, mask, kind)
@@ -176,7 +174,7 @@ def test_trap_2_tail_is_a_bound_and_whole_vocabulary_is_exact(kind):
   np.testing.assert_allclose(exact_slope, slope, rtol=0, atol=rounding(student, teacher))
 
 
-def test_trap_3_direction_by_hand():
+def test_direction_by_hand():
   student, teacher = np.log([[1 / 2, 1 / 4, 1 / 4]]), np.log([[1 / 8, 1 / 8, 3 / 4]])
   value = lambda kind: losses.divergence(student, teacher, np.ones(1), kind=kind, temperature=1.0)[
     0
@@ -187,7 +185,7 @@ def test_trap_3_direction_by_hand():
 
 
 @pytest.mark.parametrize("kind, support", SOME)
-def test_trap_4_temperature_divides_both_sides(kind, support):
+def test_temperature_divides_both_sides(kind, support):
   student, teacher, mask = random_case(3)
   for temperature in (0.7, 2.0):
     (value, _), slope = both(student, teacher, mask, kind, support, temperature=temperature)
@@ -198,7 +196,7 @@ def test_trap_4_temperature_divides_both_sides(kind, support):
     np.testing.assert_allclose(slope, divided_slope / temperature, atol=2e-6)
 
 
-def test_trap_4_default_temperature_is_the_paper_s():
+def test_default_temperature_is_the_paper_s():
   case = random_case(3)
   np.testing.assert_allclose(
     losses.divergence(*case)[0], reference(*case, "reverse_kl", "full", 11, 0.7), rtol=2e-6
@@ -214,7 +212,7 @@ def test_sums_and_counts_add_over_micro_batches():
 
 
 @pytest.mark.parametrize("kind, support", SOME)
-def test_trap_7_bfloat16_inputs_are_cast_before_any_statistic(kind, support):
+def test_bfloat16_inputs_are_cast_before_any_statistic(kind, support):
   student, teacher, mask = random_case(5, (2, 8, 300), scale=4.0)
   student, teacher = (jnp.asarray(x, jnp.bfloat16) for x in (student, teacher))
   (value, _), slope = both(student, teacher, mask, kind, support, k=16)
@@ -226,7 +224,7 @@ def test_trap_7_bfloat16_inputs_are_cast_before_any_statistic(kind, support):
 
 
 @pytest.mark.parametrize("kind, support", PAIRS)
-def test_trap_8_poisoned_padding_changes_nothing(kind, support):
+def test_poisoned_padding_changes_nothing(kind, support):
   student, teacher, mask = random_case(6)
   expected = both(student, teacher, mask, kind, support)
   for poison in (np.nan, np.inf, -np.inf, -1e10):
@@ -234,7 +232,7 @@ def test_trap_8_poisoned_padding_changes_nothing(kind, support):
     jax.tree.map(np.testing.assert_array_equal, both(*dirty, mask, kind, support), expected)
 
 
-def test_trap_8_poisoned_padding_in_the_baselines():
+def test_poisoned_padding_in_the_baselines():
   student, teacher, mask = random_case(7)
   tokens = np.where(mask, np.random.default_rng(7).integers(0, 11, mask.shape), -100)
   dirty = [np.where(mask[..., None], x, np.float32(np.nan)) for x in (student, teacher)]

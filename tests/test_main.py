@@ -1,4 +1,4 @@
-"""The command line: what it starts, and one clear line for each mistake (trap 35)."""
+"""The command line: what it starts, and one clear line for each mistake."""
 
 import os
 import pathlib

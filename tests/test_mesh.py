@@ -54,7 +54,7 @@ def sizes(data=-1, fsdp=1, tensor=1):
 def test_make_mesh_fills_in_the_devices_left_with_auto_axes():
   mesh = mesh_lib.make_mesh(sizes(-1, 2, 2))
   assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  assert mesh.axis_types == (AxisType.Auto,) * 3  # trap 23
+  assert mesh.axis_types == (AxisType.Auto,) * 3
   assert dict(mesh_lib.make_mesh(sizes(), jax.devices()[:1]).shape) == {
     "data": 1,
     "fsdp": 1,
@@ -128,7 +128,7 @@ def train_state(key):
   }
 
 
-def test_sharded_init_is_born_sharded_and_equals_one_device():  # trap 28
+def test_sharded_init_is_born_sharded_and_equals_one_device():
   mesh = mesh_lib.make_mesh(sizes(2, 2, 2))
   state = mesh_lib.sharded_init(train_state, mesh, jax.random.key(3))
   plain = jax.jit(train_state)(jax.random.key(3))
@@ -162,7 +162,7 @@ def test_sharded_init_is_born_sharded_and_equals_one_device():  # trap 28
   assert memory.output_size_in_bytes < whole / 3
 
 
-def test_three_items_on_eight_devices():  # trap 26
+def test_three_items_on_eight_devices():
   mesh = mesh_lib.make_mesh(sizes(4, 2, 1))
   rng = np.random.default_rng(0)
   target = {"tokens": np.arange(15).reshape(3, 5), "mask": np.ones((3, 5), bool)}

@@ -176,7 +176,7 @@ def test_resumed_steps_are_not_doubled(tmp_path, caplog):
   ] == [1] * 6
 
 
-def test_compile_counter_counts_programs_not_calls(tmp_path):  # trap 20
+def test_compile_counter_counts_programs_not_calls(tmp_path):
   inputs = {size: np.ones(size, np.float32) for size in (3, 4, 5)}
   with Metrics(tmp_path) as metrics:
     function = jax.jit(lambda x: x * 2 + 1)

@@ -214,7 +214,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_each_example_by_itself():
   np.testing.assert_allclose(LOSS(params, batch), expected, rtol=1e-5)
 
 
-def test_a_run_cut_off_and_gone_on_with_ends_with_the_same_bits(tmp_path, monkeypatch):  # trap 31
+def test_a_run_cut_off_and_gone_on_with_ends_with_the_same_bits(tmp_path, monkeypatch):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   monkeypatch.setattr(probes, "measure_gates", between())
   pretrain.run(short_config(), whole)

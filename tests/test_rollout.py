@@ -97,7 +97,7 @@ def lake(corner: str) -> int:
   raise AssertionError("no such map")
 
 
-# Trap 38: an observation that equals an earlier one.
+# An observation that equals an earlier one.
 
 
 def test_a_move_into_a_wall_twice_stands_in_the_prompt_twice():
@@ -175,7 +175,7 @@ def test_the_trajectory_is_what_was_played():
   assert [seeds for _, seeds in policy.calls] == [[derive(9, 0)], [derive(9, 1)]]
 
 
-# Trap 39: an action inside the thinking, or none.
+# An action inside the thinking, or none.
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch)
 
 
 def test_each_of_several_end_ids_ends_a_response_and_is_kept():
-  """Trap 15: the first of the ids that comes ends the response; it is the last id returned."""
+  """The first of the ids that comes ends the response; it is the last id returned."""
   whole = sample(four_prompts())
   # The length limit: no end id.
   assert all(len(ids) == LIMIT and not {510, 511} & set(ids) for ids in whole)
@@ -199,7 +199,7 @@ def test_no_response_is_longer_than_the_limit():
 
 
 def test_padding_may_be_the_end_id_and_may_stand_in_the_prompt():
-  """Trap 15: what fills a row is told from what was said by its place, not by its value."""
+  """What fills a row is told from what was said by its place, not by its value."""
   ends, prompts = three_ends(), four_prompts()
   prompts[1][4] = prompts[2][-1] = prompts[3][0] = ends[0]
   expected = [naive_sampled(prompt, seed, ends) for seed, prompt in enumerate(prompts)]
@@ -219,7 +219,7 @@ def test_each_request_has_its_own_limit_and_end_ids():
 
 
 def test_nothing_waits_for_the_slowest(monkeypatch):
-  """Trap 22: 4 long and 12 short responses in 4 slots. In batches of four, each with a long one, it
+  """4 long and 12 short responses in 4 slots. In batches of four, each with a long one, it
   would be 4 x 24 steps.
   """
   prompts, limits, steps = random_prompts(*[20] * 16, seed=4), [24, 3, 3, 3] * 4, []
@@ -357,7 +357,7 @@ def loop_operands(jaxpr) -> set[tuple[int, ...]]:
 
 
 def test_the_loop_takes_no_stacked_weights_apart():
-  """Trap 19: no layer is sliced out of a stack; of the cache, one column is written."""
+  """No layer is sliced out of a stack; of the cache, one column is written."""
   weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = engine.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32, path="xla")
   run = functools.partial(
@@ -393,7 +393,7 @@ def test_the_ring_is_written_in_place():
 
 
 def test_few_programs_are_compiled():
-  """Trap 20: 24 batches of other sizes and lengths share a handful of compiled shapes."""
+  """24 batches of other sizes and lengths share a handful of compiled shapes."""
   engine.enter.clear_cache()
   engine.decode.clear_cache()
   for i in range(24):
@@ -466,7 +466,7 @@ def test_policy_samples_with_its_own_parts_and_refuses_a_foreign_tokenizer():
   assert policy.sample(prompts, range(4), sampling=FREE, max_new_tokens=LIMIT) == sample(prompts)
   other = policy.replace({**params(), "norm": {"scale": -params()["norm"]["scale"]}})
   assert other.sample(prompts, range(4), sampling=FREE, max_new_tokens=LIMIT) != sample(prompts)
-  with pytest.raises(ValueError, match=f"{TINY.vocabulary + 1}.*{TINY.vocabulary}"):  # trap 16
+  with pytest.raises(ValueError, match=f"{TINY.vocabulary + 1}.*{TINY.vocabulary}"):
     Policy(TINY, params(), Words(TINY.vocabulary + 1))
 
 

@@ -157,7 +157,7 @@ def test_no_device_gathers_a_head_or_holds_tokens_by_vocabulary(shape, tied, how
   assert max(map(math.prod, arrays)) < ROWS // shape[0] * RESPONSE * slice_of
 
 
-# trap 18, on the whole program; prompts are as long as responses
+# on the whole program; prompts are as long as responses
 def test_no_array_of_a_step_has_tokens_by_vocabulary():
   tokens = ROWS * RESPONSE
   step, arrays, _ = _compiled_step((1, 1, 1), True, 4)

@@ -135,7 +135,7 @@ def _loss_sum(student, teacher, batch, kind="reverse_kl"):
 @pytest.mark.parametrize(
   "how", [dict(), dict(pack=False), dict(texts=1), dict(texts=2, prompt=20, rows=20)]
 )
-def test_loss_equals_float64_reference_sample_by_sample(how):  # traps 10, 11, 17
+def test_loss_equals_float64_reference_sample_by_sample(how):
   samples, student, params = _samples(), _params(0), _params(1)
   teacher, batch = _teacher(params, samples), _batch(samples, **how)
   total, count = _loss_sum(student, teacher, batch)
@@ -147,7 +147,7 @@ def test_loss_equals_float64_reference_sample_by_sample(how):  # traps 10, 11, 1
   assert abs(shifted - expected) > 0.01 * expected
 
 
-def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_not():  # trap 10
+def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_not():
   samples = [[p, [], r] for p, _, r in _samples()]
   batch, params = _batch(samples), _params(0)
   teacher = _teacher(params, samples)
@@ -158,7 +158,7 @@ def test_empty_knowledge_and_equal_weights_give_exactly_zero_and_a_shift_does_no
   assert float(_loss_sum(params, later, batch)[0]) > 1e-3
 
 
-def test_padding_id_and_extra_room_change_nothing():  # traps 8, 11
+def test_padding_id_and_extra_room_change_nothing():
   samples, student = _samples(), _params(0)
   teacher = _teacher(_params(1), samples)
   tight = _loss_sum(student, teacher, _batch(samples))[0]
@@ -166,7 +166,7 @@ def test_padding_id_and_extra_room_change_nothing():  # traps 8, 11
   np.testing.assert_allclose(tight, roomy, rtol=1e-5)
 
 
-def test_a_prefix_read_once_equals_the_plain_forward():  # trap 17
+def test_a_prefix_read_once_equals_the_plain_forward():
   """Every hidden state at the response positions, to 1e-5; in bfloat16 to what its eight bits
   allow.
   """
@@ -215,7 +215,7 @@ def _xla_flash(q, k, v, *, scale, mask_type, return_residual, q_seqlen=None, kv_
 @pytest.mark.parametrize("skip", [(0, 0, 0, 0), (2, 2, 2, 2), (2, 0, 1, 2)])
 def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(
   monkeypatch, skip
-):  # trap 17, on the path of cuDNN's flash attention
+):  # on the path of cuDNN's flash attention
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   monkeypatch.setattr(cudnn, "dot_product_attention", _xla_flash)
@@ -411,7 +411,7 @@ def _gradient_after_one_step(
 )
 def test_gradient_does_not_depend_on_the_micro_batch(
   micro_tokens, remat, pack, unroll
-):  # trap 6: responses of 1 and of 10 tokens
+):  # responses of 1 and of 10 tokens
   whole, measured = _gradient_after_one_step(None)
   cut, measured_cut = _gradient_after_one_step(micro_tokens, remat=remat, pack=pack, unroll=unroll)
   assert measured["tokens"] == measured_cut["tokens"] == 22
@@ -451,7 +451,7 @@ def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_
 )
 def test_gradient_does_not_depend_on_the_devices(
   shape, micro_tokens
-):  # trap 6; 3 items on 8 devices: trap 26; keys and values read on the mesh
+):  # 3 items on 8 devices; keys and values read on the mesh
   import ml_collections
 
   lengths = [(3, 4, 1), (5, 0, 10), (8, 2, 10)]
@@ -541,7 +541,7 @@ def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pac
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), here, there)
 
 
-# trap 27: student and teacher begin as the same arrays
+# student and teacher begin as the same arrays
 def test_teacher_survives_a_donating_step():
   params = _params(0)
   before = jax.tree.map(np.array, params)
@@ -559,7 +559,7 @@ def test_teacher_survives_a_donating_step():
   assert not np.array_equal(np.array(state.params["norm"]["scale"]), before["norm"]["scale"])
 
 
-def test_exported_weights_have_moved_after_steps_at_1e_6(tmp_path):  # trap 21
+def test_exported_weights_have_moved_after_steps_at_1e_6(tmp_path):
   """Weights as large as a language model's, 0.02, lie 6e-5 apart in bfloat16: 60 steps add up to
   that, and each alone is rounded away.
   """
@@ -594,7 +594,7 @@ def _one_device():
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
-def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):  # trap 41
+def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):
   optimizer, batch, teacher = (
     optax.adamw(3e-3),
     _batch(_samples()),
@@ -647,7 +647,7 @@ def test_a_sample_that_does_not_fit_is_an_error_not_cut():
     _batch([[[1], [2], []]])
 
 
-def test_flash_attention_refuses_rows_of_several_texts():  # trap 24: it would see none of the mask
+def test_flash_attention_refuses_rows_of_several_texts():  # it would see none of the mask
   samples = _samples()
   with pytest.raises(ValueError, match='attention path "flash" got rows of 4 knowledge texts'):
     teacher_lib.teacher_hidden(
@@ -656,7 +656,7 @@ def test_flash_attention_refuses_rows_of_several_texts():  # trap 24: it would s
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pack):  # trap 24
+def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pack):
   attend = attention.attend
   monkeypatch.setattr(
     attention,

@@ -94,7 +94,7 @@ def test_a_random_policy_sees_what_textarena_says_and_no_rules(name):
   assert ends
 
 
-# Trap 37: TextArena draws from the global generators.
+# TextArena draws from the global generators.
 
 
 @pytest.mark.parametrize("name", GAMES)
@@ -265,7 +265,7 @@ def test_both_global_generators_belong_to_the_game(own_games):
   assert args == {"pieces": [1, 2, 3, 4, 5]}  # the game shuffled a copy
 
 
-# Trap 36: rules are dropped by type, and nothing of them gets through another way.
+# Rules are dropped by type, and nothing of them gets through another way.
 
 
 def test_rules_that_reach_the_player_are_an_error(own_games):
@@ -553,7 +553,7 @@ def test_the_spec_comes_from_the_configuration():
       game_spec(deployment)
 
 
-# Trap 39: which action an answer takes.
+# Which action an answer takes.
 
 
 @pytest.mark.parametrize(

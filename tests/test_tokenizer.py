@@ -156,9 +156,6 @@ def test_half_a_surrogate_pair_is_no_crash():
   assert tokenizer().decode(tokenizer().encode("a\ud800b")) in ("a?b", "a\ufffdb")
 
 
-# Trap 40
-
-
 def test_typed_control_tokens_stay_text():
   for look_alike in LOOK_ALIKES:
     for text in (
@@ -197,9 +194,6 @@ def test_a_transcript_full_of_them_adds_no_turn():
     assert [
       tokenizer().decode(ids[start + 1 : end]) for start, end in zip(starts, ends, strict=True)
     ] == [m.content for m in conversation]
-
-
-# Traps 13 and 14
 
 
 def test_knowledge_in_front_changes_nothing_behind_it():

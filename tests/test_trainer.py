@@ -80,7 +80,7 @@ def _run(policy, folder, config=None, advance=lambda n, note="": None):
   return jax.device_get(params), cost
 
 
-def test_the_task_holds_the_ids_of_the_chat(policy):  # traps 13, 14
+def test_the_task_holds_the_ids_of_the_chat(policy):
   task = _task(policy)
   for prefix, ids in zip(PREFIXES, task.prompts, strict=True):
     assert list(ids) == policy.tokenizer.chat(prefix.messages)
@@ -89,9 +89,7 @@ def test_the_task_holds_the_ids_of_the_chat(policy):  # traps 13, 14
 
 
 def test_bad_tasks_are_refused(policy):
-  with pytest.raises(
-    ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"
-  ):  # trap 12
+  with pytest.raises(ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"):
     _task(policy, limit=12)
   with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
     trainer.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
@@ -275,9 +273,7 @@ def test_unpacked_rows_hold_a_sample_each(policy):
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
 
 
-def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(
-  policy, tmp_path
-):  # trap 24
+def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(policy, tmp_path):
   with pytest.raises(
     ValueError,
     match='config.consolidation.attention is "flash".* config.consolidation.pack is True: it must '
@@ -291,9 +287,7 @@ def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(
 @pytest.mark.parametrize(
   "rows, devices, placed", [(3, 1, 4), (5, 1, 10), (11, 1, 16), (3, 8, 8), (9, 8, 16)]
 )
-def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(
-  rows, devices, placed
-):  # trap 20; and 26
+def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(rows, devices, placed):
   mesh = mesh_lib.make_mesh(
     ml_collections.ConfigDict(dict(data=devices, fsdp=1, tensor=1)), jax.devices()[:devices]
   )
@@ -304,7 +298,7 @@ def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(
   assert found.mask.shape == (placed, 1) and found.mask.sum() == rows
 
 
-def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeypatch):  # trap 20
+def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeypatch):
   """Three rooms for responses and three numbers of rows; and what a step returns is taken by the
   next as the first state was.
   """
@@ -371,7 +365,7 @@ def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
   assert used == {0, 1}
 
 
-def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_path):  # trap 31
+def test_cut_off_anywhere_and_gone_on_with_ends_with_the_same_bits(policy, tmp_path):
   whole, _ = _run(policy, tmp_path / "whole")
   assert not np.array_equal(whole["norm"]["scale"], np.asarray(policy.params["norm"]["scale"]))
 
@@ -430,7 +424,7 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
 
 
 @pytest.mark.slow  # test_step.py compares the gradients themselves
-def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):  # trap 6
+def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):
   whole, _ = _run(policy, tmp_path / "a", _config(steps=2))
   cut, _ = _run(policy, tmp_path / "b", _config(steps=2, micro_tokens=1))
   # Adam divides by the gradient's own size, so where that is rounding noise the two may differ by
@@ -461,7 +455,7 @@ def test_knowledge_that_is_too_large_stays_with_the_host(policy):
   np.testing.assert_allclose(here.keys, there.keys, rtol=1e-5, atol=1e-5)
 
 
-def test_the_vocabularies_must_belong_together(policy):  # trap 16
+def test_the_vocabularies_must_belong_together(policy):
   small = dataclasses.replace(policy.architecture, vocabulary=policy.tokenizer.vocabulary - 1)
   with pytest.raises(ValueError, match="do not belong together"):
     Policy(small, policy.params, policy.tokenizer)

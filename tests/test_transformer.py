@@ -168,7 +168,7 @@ def _value_and_gradient(params, tokens, positions, real):
 
 @pytest.mark.parametrize("poison", [1e10, np.nan], ids=["large", "nan"])
 def test_padding_changes_nothing_at_real_positions(poison):
-  """Trap 8: the embedding of the token that fills the padding is poisoned; values and gradients of
+  """The embedding of the token that fills the padding is poisoned; values and gradients of
   real positions do not move.
   """
   lengths = np.array([7, 12, 3])

@@ -109,7 +109,7 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path):
   del tensors["norm/scale"], tensors["layers/attention/q/kernel"]
   tensors["layers/feedforward/up/kernel"] = np.zeros((2, 32, 65), np.float32)
   tensors["extra/bias"] = np.zeros(3, np.float32)
-  tensors["head/kernel"] = tensors["embed/embedding"]  # trap 34: a tied head, stored twice
+  tensors["head/kernel"] = tensors["embed/embedding"]  # a tied head, stored twice
   safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors")
   with pytest.raises(ValueError) as error:
     native.load(tmp_path / "w.safetensors", TINY)

@@ -52,7 +52,7 @@ def loss_sum(
 
   OEL section 3. Arguments are those of `make_step`; `params` are stacked or joined, as the
   teacher's are; `mesh` is None on one device. Sums, not means: a mean is taken once, over the whole
-  batch, so that how the batch is cut changes nothing (traps, 6). All are float32. `kind`
+  batch, so that how the batch is cut changes nothing. All are float32. `kind`
   "imitation" is the negative log-likelihood of the response under the student, and needs no
   teacher.
   """

@@ -562,8 +562,7 @@ def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> bat
   """Puts the batch on the devices, rows spread over them.
 
   Rows are added, masked out: devices come out even, and few shapes are compiled, each for half a
-  minute on a CPU. Packed samples need a little more than half as many rows in most batches (traps,
-  20).
+  minute on a CPU. Packed samples need a little more than half as many rows in most batches.
   """
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   rooms = [-(-samples * eighths // (8 * shards)) * shards for eighths in (2, 5, 8)]

@@ -11,7 +11,7 @@ from oel_jax.conversations.schema import ENDED, Trajectory
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import probes
 
-# Answers that speak of the knowledge as of something handed to the speaker (traps, 42).
+# Answers that speak of the knowledge as of something handed to the speaker.
 LEAK = re.compile(
   r"\b(experience|knowledge|lessons?|items?|notes?)\b[^.\n]{0,40}\b(given|provided|above|listed|supplied|shared)\b"
   r"|\b(given|provided|earlier|past|previous)\b[^.,\n]{0,20}\b(experiences?|knowledge|games|lessons|notes)\b"

@@ -25,7 +25,7 @@ def attend(
 
   Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time,
   heads, size]. `path` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and
-  padding count there too (traps, 24); "flash" does not see it and is causal: right for rows that
+  padding count there too; "flash" does not see it and is causal: right for rows that
   hold one sequence, padded on the right, and S = T.
 
   Raises:
@@ -89,7 +89,7 @@ def causal(
   path: str = "xla",
 ) -> Float[Array, "B T N H"]:
   """`attend` where every query sees the keys up to its own. Padding must stand on the right: cuDNN
-  is given no mask (traps, 24).
+  is given no mask.
   """
   T = q_BxTxNxH.shape[1]
   return attend(
@@ -119,8 +119,7 @@ def attend_with_prefix(
   if path != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
     return attend(q_BxTxNxH, k, v, mask_BxTxS, path)
-  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below
-  # (traps, 24b).
+  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   def flash(k, v, **how):

@@ -190,7 +190,7 @@ class HuggingFaceTokenizer:
   """A `transformers` tokenizer with its chat template.
 
   The template is rendered with stand-ins for the messages, so what it writes itself may hold
-  control tokens, but what the messages say never becomes one and never steers it (traps, 40). Text
+  control tokens, but what the messages say never becomes one and never steers it. Text
   between two control tokens is encoded in one piece: the ids are those of `apply_chat_template`
   wherever no message holds the name of a control token.
 

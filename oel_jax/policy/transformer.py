@@ -5,7 +5,7 @@ key-value heads, H head size, F feed-forward, L layers, V vocabulary, P knowledg
 
 Parameters are one nested dict, each layer's leaves stacked on a leading L, so that training scans
 over layers. Decoding takes them apart once, outside its loop (`unstack`): slicing stacked weights
-at every token is several times slower (traps, 19).
+at every token is several times slower.
 """
 
 import functools
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
     x = embed(nn.Embed(a.vocabulary, a.width, name="embed").embedding, tokens_BxT).astype(
       self.dtype
     )
-    # A masked NaN is still a NaN: 0 x NaN (traps, 8)
+    # A masked NaN is still a NaN: 0 x NaN
     x = jnp.where(segments_BxT[..., None] > 0, x, 0)
     if not a.tied_head:
       self.param(

@@ -3,9 +3,9 @@
 A slot is a row of the key-value cache with what is needed to go on drawing. The cache is a ring:
 each step writes one column, the same for all rows, and a row's tokens are the columns last written,
 so that sequences come and go while the others stay where they are, and the write is one slice
-instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop (traps,
-19): slicing stacked weights at every token is several times slower, and so are three small matrix
-products instead of a large one.
+instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop: slicing
+stacked weights at every token is several times slower, and so are three small matrix products
+instead of a large one.
 
 On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
 rows have not ended.

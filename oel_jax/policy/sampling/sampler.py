@@ -28,7 +28,7 @@ from oel_jax.policy.sampling import engine, kv_cache
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime.finite import NotFiniteError
 
-# A few shapes, so that little is compiled (traps, 20)
+# A few shapes, so that little is compiled
 BATCHES = (
   1,
   4,
