@@ -51,6 +51,23 @@ def test_another_configuration_is_refused_with_both_values(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_more_rounds_need_no_permission_fewer_do(tmp_path):
+  config = default_config.default()
+  config.rounds = 2
+  open_workdir(config, tmp_path)
+  config.rounds = 3
+  open_workdir(config, tmp_path)
+  [change] = json.loads((tmp_path / "config.json").read_text())["changes"]
+  assert change["fields"] == [{"field": "rounds", "was": 2, "is": 3}]
+  config.seed = 7  # more rounds and something else
+  config.rounds = 4
+  with pytest.raises(ValueError, match="config.rounds was 3 and is 4.*config.seed was 0 and is 7"):
+    open_workdir(config, tmp_path)
+  config.seed, config.rounds = 0, 2
+  with pytest.raises(ValueError, match="config.rounds was 3 and is 2.*--resume_anyway"):
+    open_workdir(config, tmp_path)
+
+
 def test_resume_anyway_records_what_changed(tmp_path):
   open_workdir(default_config.default(), tmp_path)
   for seed in (1, 2):

@@ -43,7 +43,8 @@ def opened(
   Args:
     config: resolved; tuples and lists are the same thing here.
     workdir: created, with its parents, if need be.
-    resume_anyway: go on although the configuration, or a file that it names, differs.
+    resume_anyway: go on although the configuration, or a file that it names, differs. More rounds
+      than before need no permission.
 
   Yields:
     `workdir` as an absolute path.
@@ -185,18 +186,27 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
       )
   if not changed:
     return
-  if not resume_anyway:
+  if all(map(_only_more, changed)):
+    logging.info("%s: going on: %s", path, "; ".join(listed))
+  elif not resume_anyway:
     raise ValueError(
       f"{path}: this directory belongs to a run with another configuration: {'; '.join(listed)}. "
       "Choose another --workdir, restore the values, or give --resume_anyway"
     )
-  logging.warning(
-    "%s: going on with a changed configuration, as --resume_anyway says: %s",
-    path,
-    "; ".join(listed),
-  )
+  else:
+    logging.warning(
+      "%s: going on with a changed configuration, as --resume_anyway says: %s",
+      path,
+      "; ".join(listed),
+    )
   new["changes"] = old["changes"] + [{"time": time.time(), "fields": changed}]
   files.write_sealed(path, new)
+
+
+def _only_more(change: dict[str, Any]) -> bool:
+  """Whether a change only adds to a run: more rounds, which change nothing in those before."""
+  was, now = change["was"], change["is"]
+  return change["field"] == "rounds" and type(was) is type(now) is int and now > was
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
