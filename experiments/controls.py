@@ -30,6 +30,7 @@ CONTROLS = {
     "consolidation.k": 16,
   },  # the paper's truncation, at a k that matters in this vocabulary
 }
+SIZES = tuple(CONTROLS)
 
 
 def get_config(control: str = "own") -> ml_collections.ConfigDict:

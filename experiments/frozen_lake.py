@@ -47,6 +47,7 @@ PAPER = {
     steps=100,
   ),
 }
+SIZES = (*POCKET, *PAPER)
 
 
 def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
@@ -59,8 +60,7 @@ def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
   if size in PAPER:
     return _paper(size)
   raise ValueError(
-    f"experiments/frozen_lake.py has no size {size!r}: it must be one of "
-    f"{', '.join((*POCKET, *PAPER))}"
+    f"experiments/frozen_lake.py has no size {size!r}: it must be one of {', '.join(SIZES)}"
   )
 
 

@@ -5,6 +5,8 @@ python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pr
 
 import ml_collections
 
+SIZES = ("pocket", "pocket-tiny")
+
 
 def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
   """`size` is "pocket" (the shipped weights) or "pocket-tiny" (the test fixture)."""

@@ -8,13 +8,15 @@ import ml_collections
 
 from oel_jax import config as config_lib
 
+SIZES = ("qwen3-4b-instruct",)
+
 
 def get_config(size: str = "qwen3-4b-instruct") -> ml_collections.ConfigDict:
   """`size`: "qwen3-4b-instruct", for Qwen3-4B-Instruct-2507, whose Hugging Face folder
   `policy.weights` must name.
   """
-  if size != "qwen3-4b-instruct":
-    raise ValueError(f"experiments/sokoban.py has no size {size!r}: it must be qwen3-4b-instruct")
+  if size not in SIZES:
+    raise ValueError(f"experiments/sokoban.py has no size {size!r}: it must be {SIZES[0]}")
   config = config_lib.default()
   with config.unlocked():
     config.rounds = 3

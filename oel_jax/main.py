@@ -13,9 +13,11 @@ if __name__ == "__main__":
 
   signals.install()
 
+import ast
 import os
 import pathlib
 import re
+import runpy
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -76,6 +78,19 @@ def _parse(argv: list[str]) -> list[str]:
     if "--debug" in argv:
       raise
     _fail(_flag_error(argv, error))
+
+
+def _experiments() -> str:
+  """Returns the configurations of the folder experiments, each file's sizes and first sentence."""
+  lines = []
+  for path in sorted((pathlib.Path(__file__).parents[1] / "experiments").glob("*.py")):
+    source = path.read_text(encoding="utf-8")
+    if "\ndef get_config(" not in source:
+      continue
+    about, sizes = ast.get_docstring(ast.parse(source)), runpy.run_path(str(path))["SIZES"]
+    sentence = " ".join(about.split("\n\n")[0].split())
+    lines += [f"  experiments/{path.name}:SIZE  {sentence}", f"    SIZE: {', '.join(sizes)}"]
+  return "\n".join(lines)
 
 
 def _flag_error(argv: list[str], error: Exception) -> str:
@@ -165,4 +180,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  if any(flag.lstrip("-").startswith("help") for flag in sys.argv[1:]):
+    __doc__ += f"\nConfigurations:\n{_experiments()}\n"
   app.run(main, flags_parser=_parse)

@@ -9,6 +9,7 @@ import pathlib
 import re
 import tokenize
 
+import ml_collections
 import pytest
 
 from oel_jax import config as config_lib
@@ -395,6 +396,15 @@ def test_pre_training_names_a_known_architecture(size):
     and config.architecture == size
     and size in ARCHITECTURES
   )
+
+
+def test_every_size_of_every_experiment_is_a_configuration():
+  paths = [p for p in EXPERIMENTS.glob("*.py") if "def get_config(" in p.read_text()]
+  assert len(paths) >= 5
+  for path in paths:
+    module = experiment(path.stem)
+    for size in module.SIZES:
+      assert isinstance(module.get_config(size), ml_collections.ConfigDict)
 
 
 def test_every_experiment_opens_with_its_command():

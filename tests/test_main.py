@@ -64,7 +64,7 @@ def run(config, workdir, resume_anyway=None):
 def pretrain(config, workdir, resume_anyway):
   print("pretrain", config.seed, workdir)
 
-for package, name, function in ((oel_jax, "rounds", run), (oel_jax.pocket, "pretrain", pretrain)):
+for package, name, function in ((oel_jax, "loop", run), (oel_jax.pocket, "pretrain", pretrain)):
   module = types.ModuleType(name)
   module.run = function
   sys.modules[f"{package.__name__}.{name}"] = module
@@ -104,6 +104,12 @@ def test_starts_the_loop_with_the_overrides(start, tmp_path):
     f"loop 4 3 pocket {tmp_path}/run True True",
     f"cache {tmp_path}/cache 0.3",
   ]
+
+
+def test_help_lists_the_experiments_and_their_sizes(start):
+  out = start("--help").stdout
+  assert "experiments/frozen_lake.py:SIZE  Frozen Lake, 3 × 3 with two holes" in out
+  assert "SIZE: pocket, pocket-table, pocket-4x4, qwen3-1.7b, qwen3-4b, qwen3-8b" in out
 
 
 def test_starts_the_pre_training(start, tmp_path):
