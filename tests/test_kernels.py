@@ -109,7 +109,7 @@ def test_heads_and_their_gradient(name, tokens, interpret):
     bias = normal(9, N + 2 * K, H, dtype=jnp.float32).at[N : N + K, 5].add(350).at[:N, 9].add(-29)
   scale = real(1, 2, H, columns=(9,), large=(40, 40), dtype=jnp.float32) if normed else None
   angles = np.random.default_rng(2).uniform(0, 6, (tokens, H // 2))
-  turns = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
+  cos_sin = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
   gradients = tuple(normal(3 + i, tokens, count, H) for i, count in enumerate((N, K, K)))
   plain = functools.partial(unrolled._plain_heads, K, EPS)
   as_right(
@@ -118,11 +118,11 @@ def test_heads_and_their_gradient(name, tokens, interpret):
     qkv,
     bias,
     scale,
-    turns,
+    cos_sin,
   )
 
-  def backward(qkv, bias, scale, turns, gradients):
-    return jax.vjp(lambda qkv, scale: plain(qkv, bias, scale, turns), qkv, scale)[1](gradients)
+  def backward(qkv, bias, scale, cos_sin, gradients):
+    return jax.vjp(lambda qkv, scale: plain(qkv, bias, scale, cos_sin), qkv, scale)[1](gradients)
 
   as_right(
     functools.partial(kernels.heads_backward, eps=EPS, interpret=interpret),
@@ -130,7 +130,7 @@ def test_heads_and_their_gradient(name, tokens, interpret):
     qkv,
     bias,
     scale,
-    turns,
+    cos_sin,
     gradients,
   )
 
@@ -185,13 +185,22 @@ def test_attention_over_the_cache(name, interpret):
   keys[3, ..., 5] += rng.choice([-350, 350], size=(K, S))
   keys[4, :, column - 9, 5] += 20
   # No rotation: the plain form below reads keys as they stand in the cache.
-  turns = jnp.concatenate([jnp.ones((B, H // 2)), jnp.zeros((B, H // 2))], -1)
+  cos_sin = jnp.concatenate([jnp.ones((B, H // 2)), jnp.zeros((B, H // 2))], -1)
   filled = jnp.array([1, 2, 33, 100, S], jnp.int32)
   qkv, keys, values = (jnp.asarray(x, jnp.bfloat16) for x in (qkv, keys, values))
 
   def kernel(qkv, keys, values):
     return kv_cache.step(
-      qkv, None, None, turns, keys, values, jnp.int32(column), filled, eps=EPS, interpret=interpret
+      qkv,
+      None,
+      None,
+      cos_sin,
+      keys,
+      values,
+      jnp.int32(column),
+      filled,
+      eps=EPS,
+      interpret=interpret,
     )[0]
 
   def plain(qkv, keys, values):

@@ -78,7 +78,7 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
     rng.standard_normal((6, 32)).astype(np.float32),
   )
   angles = rng.uniform(0, 6, (5, 16))
-  turns = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+  cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
   heads = qkv[:, :6].astype(np.float64)
   if normed:
     heads = heads / np.sqrt(np.mean(heads**2, -1, keepdims=True) + 1e-5) * scale
@@ -91,7 +91,7 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
     jnp.asarray(qkv - bias),
     jnp.asarray(bias),
     jnp.asarray(scale) if normed else None,
-    jnp.asarray(turns),
+    jnp.asarray(cos_sin),
     jnp.asarray(k),
     jnp.asarray(v),
     jnp.int32(column),

@@ -435,7 +435,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(
   ],
 )
 def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_tokens, pieces):
-  assert step_lib.pieces_of(rows, length, shards, micro_tokens) == pieces
+  assert step_lib.micro_batches_of(rows, length, shards, micro_tokens) == pieces
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def _normal(seed, *shapes):
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def _turns(tokens, size):
+def _cos_sin(tokens, size):
   (angles,) = _normal(9, (tokens, size // 2))
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -257,16 +257,18 @@ def test_heads_and_their_gradient(heads, kv_heads, size, normed, biased, few_pro
   qkv, bias, scale = _normal(
     5, (tokens, heads + 2 * kv_heads, size), (heads + 2 * kv_heads, size), (2, size)
   )
-  bias, scale, turns = bias if biased else None, scale if normed else None, _turns(tokens, size)
-  plain = lambda qkv, scale: unrolled._plain_heads(kv_heads, 1e-6, qkv, bias, scale, turns)
+  bias, scale, cos_sin = bias if biased else None, scale if normed else None, _cos_sin(tokens, size)
+  plain = lambda qkv, scale: unrolled._plain_heads(kv_heads, 1e-6, qkv, bias, scale, cos_sin)
   wanted, back = jax.vjp(plain, qkv, scale)
   _same(
-    tuple(kernels.heads(qkv, bias, scale, turns, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)),
+    tuple(
+      kernels.heads(qkv, bias, scale, cos_sin, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)
+    ),
     wanted,
   )
   gradients = tuple(_normal(6, *(y.shape for y in wanted)))
   _same(
-    kernels.heads_backward(qkv, bias, scale, turns, gradients, eps=1e-6, interpret=INTERPRET),
+    kernels.heads_backward(qkv, bias, scale, cos_sin, gradients, eps=1e-6, interpret=INTERPRET),
     back(gradients),
   )
 

@@ -114,12 +114,12 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
     return metrics
 
   took, kinds = measure.seconds(call), measure.kernels(call)
-  pieces = step_lib.pieces_of(*batch.tokens.shape, 1, options["micro_tokens"])
-  cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+  micro_batches = step_lib.micro_batches_of(*batch.tokens.shape, 1, options["micro_tokens"])
+  cut = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
   score = jax.jit(
     lambda teacher, cut: jax.lax.map(
-      lambda piece: teacher_lib.teacher_hidden(
-        teacher, a, piece, dtype=dtype, path=options["path"]
+      lambda micro_batch: teacher_lib.teacher_hidden(
+        teacher, a, micro_batch, dtype=dtype, path=options["path"]
       ),
       cut,
     )

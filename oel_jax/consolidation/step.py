@@ -168,21 +168,24 @@ def make_step(
     return *found, unrolled.add_rows(gradient, batch.tokens, rows) if is_unrolled else gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
-    pieces = pieces_of(*batch.tokens.shape, shards, micro_tokens)
+    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
     is_unrolled = teacher_lib.is_unrolled(teacher)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
     params = (
       unrolled.join(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
     )
-    if pieces == 1:
+    if micro_batches == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
     else:
-      # Every device has its part of every piece: piece p is rows p, p + pieces…
-      cut = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+      # Every device has its part of every micro-batch: number p is rows p, p + micro_batches…
+      cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
       gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
       zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
-      add = lambda so_far, piece: (value_and_gradient(params, teacher, piece, so_far), None)
+      add = lambda so_far, micro_batch: (
+        value_and_gradient(params, teacher, micro_batch, so_far),
+        None,
+      )
       (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
     gradient = unrolled.split(gradient, architecture) if is_unrolled else gradient
@@ -191,9 +194,8 @@ def make_step(
     params = jax.tree.map(jnp.add, state.params, updates)
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
     norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
-    metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count} | metrics_lib.means(
-      sums
-    )
+    metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count}
+    metrics |= metrics_lib.means(sums)
     for path, square in jax.tree_util.tree_leaves_with_path(squares):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       metrics[GRADIENT + name] = jnp.sqrt(square)
@@ -206,15 +208,15 @@ def make_step(
   )
 
 
-def pieces_of(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
+def micro_batches_of(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
   """Into how many equal parts, each with as many rows for every shard, the rows go for a part to
   have micro_tokens a shard at most.
   """
   each = max(1, rows // shards)
-  fits = lambda pieces: each % pieces == 0 and each // pieces * length <= micro_tokens
-  return (
-    1 if micro_tokens is None else next((pieces for pieces in range(1, each) if fits(pieces)), each)
-  )
+  fits = lambda count: each % count == 0 and each // count * length <= micro_tokens
+  if micro_tokens is None:
+    return 1
+  return next(filter(fits, range(1, each)), each)
 
 
 def make_probe(

@@ -193,17 +193,17 @@ def rotate(
   """Rotary position embedding, the two halves of a head rotated against each other; angles in
   float32.
   """
-  turns = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]
-  return turn(x_BxTxNxH, jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1))
+  radians = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]
+  return rotate_by(x_BxTxNxH, jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1))
 
 
-def turn(x: Float[Array, "... H"], turns: Float[Array, "... H"]) -> Float[Array, "... H"]:
+def rotate_by(x: Float[Array, "... H"], cos_sin: Float[Array, "... H"]) -> Float[Array, "... H"]:
   """Rotates the two halves of each head against each other, in float32 (Su et al. 2021, eq. 34);
-  `turns`, float32, holds cosines, then sines.
+  `cos_sin`, float32, holds cosines, then sines.
 
   Returns the type of x.
   """
-  cos, sin = jnp.split(turns, 2, axis=-1)
+  cos, sin = jnp.split(cos_sin, 2, axis=-1)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
     x.dtype

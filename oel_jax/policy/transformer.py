@@ -24,14 +24,16 @@ Params = Any
 
 SMALL_VOCABULARY = 4096  # up to it, an embedding's gradient is a matrix product (`embed`)
 
-KEPT = "kept"  # the name of what is kept for the backward pass though it is no product
+REMAT_SAVED = "kept"  # the name of what is kept for the backward pass though it is no product
 
 
 def _costly(primitive: Any, *avals: Any, **params: Any) -> bool:
-  """Whether it is a matrix product, cuDNN's attention, a kernel of ours or named KEPT."""
+  """Whether it is a matrix product, cuDNN's attention, a kernel of ours or named REMAT_SAVED."""
   # A kernel that may run again stays in the backward pass with its inputs, even if nothing there
   # reads what it makes.
-  kept = primitive.name == "name" and params["name"] == KEPT or primitive.name == "pallas_call"
+  kept = (
+    primitive.name == "name" and params["name"] == REMAT_SAVED or primitive.name == "pallas_call"
+  )
   product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
   return kept or product or primitive.name.startswith("dot_product_attention_fwd")
 
@@ -227,7 +229,7 @@ class Block(nn.Module):
       y, kv = Attention(a, self.dtype, self.path, name="attention")(
         x, positions_BxT, mask_BxTxS, prefix
       )
-    x_BxTxD = checkpoint_name(x_BxTxD + y, KEPT)
+    x_BxTxD = checkpoint_name(x_BxTxD + y, REMAT_SAVED)
     with jax.named_scope("feedforward"):
       y = Feedforward(a, self.dtype, name="feedforward")(norm(name="feedforward_norm")(x_BxTxD))
     return x_BxTxD + y, kv

@@ -171,8 +171,8 @@ def forward(
   x = transformer.embed(weights["embed"]["embedding"], tokens_BxT)
   x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
-  turns = attention.angles(positions_BxT.reshape(-1), a.head_size, a.rope_theta, a.rope_scaling)
-  turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
+  radians = attention.angles(positions_BxT.reshape(-1), a.head_size, a.rope_theta, a.rope_scaling)
+  cos_sin = jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1)
   mask = attention.segment_mask(segments_BxT)
   mask = mask if prefix is None else jnp.concatenate([prefix.mask(), mask], axis=-1)
   rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
@@ -187,8 +187,12 @@ def forward(
     with jax.named_scope("attention"):
       x, qkv = _norm_product(a.norm_eps, x, y, layer["attention_norm"], *matrix("qkv"))
       qkv = qkv.reshape(B * T, -1, a.head_size)
-      made = _heads(a.kv_heads, a.norm_eps, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), turns)
-      q, k, v = (checkpoint_name(z.reshape(B, T, -1, a.head_size), transformer.KEPT) for z in made)
+      made = _heads(
+        a.kv_heads, a.norm_eps, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin
+      )
+      q, k, v = (
+        checkpoint_name(z.reshape(B, T, -1, a.head_size), transformer.REMAT_SAVED) for z in made
+      )
       own = k.swapaxes(1, 2), v.swapaxes(1, 2)
       if known is None:
         y = attention.attend(q, *own, mask, path)
@@ -274,7 +278,7 @@ def _norm_product_forward(eps, x_MxD, y_MxD, scale_D, matrix_DxF, sink):
   the norm's own is made.
   """
   x, normed = add_norm(x_MxD, y_MxD, scale_D, eps)
-  x = checkpoint_name(x, transformer.KEPT)
+  x = checkpoint_name(x, transformer.REMAT_SAVED)
   added = None if y_MxD is None else ()
   return (x, normed @ matrix_DxF), (x, added, scale_D, matrix_DxF, sink)
 
@@ -305,22 +309,22 @@ def _heads_forward(kv_heads, eps, qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH):
   return _plain_heads(kv_heads, eps, *given), given
 
 
-def _plain_heads(kv_heads, eps, qkv, bias, scale, turns):
+def _plain_heads(kv_heads, eps, qkv, bias, scale, cos_sin):
   N, dtype = qkv.shape[1] - 2 * kv_heads, qkv.dtype
   q, k, v = jnp.split(qkv if bias is None else qkv + bias, [N, N + kv_heads], axis=1)
   if scale is not None:
     q, k = (_norm(x, by, eps).astype(dtype) for x, by in zip((q, k), scale, strict=True))
-  q, k = (attention.turn(x, turns[:, None]) for x in (q, k))
+  q, k = (attention.rotate_by(x, cos_sin[:, None]) for x in (q, k))
   return tuple(x.astype(dtype) for x in (q, k, v))
 
 
 def _heads_backward(kv_heads, eps, saved, gradients):
-  qkv, bias, scale, turns = saved
+  qkv, bias, scale, cos_sin = saved
   if _kernels_fit(qkv, qkv.shape[2]):
     d_qkv, d_scale = kernels.heads_backward(*saved, gradients, eps=eps)
     d_bias = None if bias is None else d_qkv.astype(jnp.float32).sum(0).astype(bias.dtype)
     return d_qkv, d_bias, d_scale, None
-  plain = lambda qkv, bias, scale: _plain_heads(kv_heads, eps, qkv, bias, scale, turns)
+  plain = lambda qkv, bias, scale: _plain_heads(kv_heads, eps, qkv, bias, scale, cos_sin)
   return *jax.vjp(plain, qkv, bias, scale)[1](gradients), None
 
 

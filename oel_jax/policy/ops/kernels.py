@@ -166,13 +166,13 @@ def heads(
   )(qkv_MxAxH, turns_MxH, *whole)
 
 
-def _heads(qkv_ref, turns_ref, *refs, counts, eps, biased):
+def _heads(qkv_ref, cos_sin_ref, *refs, counts, eps, biased):
   *whole, outs = *refs[:-3], refs[-3:]
   bias_ref = whole.pop(0) if biased else None
   scale_ref = whole.pop(0) if whole else None
   H, dtype, first = qkv_ref.shape[1], qkv_ref.dtype, 0
   halves = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
-  cos, sin = (turns_ref[half][None] for half in halves)
+  cos, sin = (cos_sin_ref[half][None] for half in halves)
   for kind, (out_ref, count) in enumerate(zip(outs, counts, strict=True)):
     get, put = (
       _biased(_reader(qkv_ref, first, count), bias_ref, first, count),
@@ -230,7 +230,7 @@ def heads_backward(
   return out[0], out[1].sum(0) if scale else None
 
 
-def _heads_backward(qkv_ref, turns_ref, q_ref, k_ref, v_ref, *refs, counts, eps, biased):
+def _heads_backward(qkv_ref, cos_sin_ref, q_ref, k_ref, v_ref, *refs, counts, eps, biased):
   bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
   scale_ref, d_qkv_ref, d_scale_ref = refs if len(refs) == 3 else (None, *refs, None)
   (M, _, H), first, step = qkv_ref.shape, pl.program_id(0), pl.num_programs(0)
@@ -244,7 +244,7 @@ def _heads_backward(qkv_ref, turns_ref, q_ref, k_ref, v_ref, *refs, counts, eps,
 
   def token(i, sums):
     at = first + i * step
-    cos, sin = (turns_ref[at, half][None] for half in halves)
+    cos, sin = (cos_sin_ref[at, half][None] for half in halves)
     new = []
     for kind, (ref, begin, count) in enumerate(
       zip((q_ref, k_ref, v_ref), starts, counts, strict=True)

@@ -396,8 +396,8 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
   def step(state):
     i, _, slots, out = state
     keys, values = [], []
-    turns = attention.angles(slots.filled, a.head_size, a.rope_theta, a.rope_scaling)
-    turns = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
+    radians = attention.angles(slots.filled, a.head_size, a.rope_theta, a.rope_scaling)
+    cos_sin = jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1)
 
     def attend(layer, qkv):
       rings = slots.keys[len(keys)], slots.values[len(keys)]
@@ -405,7 +405,7 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
         scale = layer["qk_norm"]["scale"] if a.qk_norm else None
         bias = layer.get("qkv_bias")
         y, *rings = kv_cache.step(
-          qkv[:, 0], bias, scale, turns, *rings, slots.column, slots.filled + 1, eps=a.norm_eps
+          qkv[:, 0], bias, scale, cos_sin, *rings, slots.column, slots.filled + 1, eps=a.norm_eps
         )
       else:
         q, k, v = _heads(layer, a, qkv, slots.filled[:, None])

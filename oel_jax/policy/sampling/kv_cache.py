@@ -213,7 +213,7 @@ def _kernel(
   v_bias_ref,
   q_scale_ref,
   k_scale_ref,
-  turns_ref,
+  cos_sin_ref,
   _,
   __,
   value_ref,
@@ -251,7 +251,7 @@ def _kernel(
         (z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32)
         for z, half in ((x, low), (y, high))
       )
-    cos, sin = turns_ref[low][None], turns_ref[high][None]
+    cos, sin = cos_sin_ref[low][None], cos_sin_ref[high][None]
     return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
 
   q_low, q_high = (
