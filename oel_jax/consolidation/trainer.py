@@ -249,30 +249,16 @@ def consolidate(
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
   optimizer = make_optimizer(config)
-  # Where to start, in this order: the round's last whole checkpoint, or a copy of the round's first
-  # weights.
   begin = functools.partial(_begin, optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   size = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
   cost = {"tokens": 0.0, "flops": 0.0}
   made_from = _inputs(task, policy)
   with Checkpoints(directory) as checkpoints:
-    restored = _restore(checkpoints, abstract)
-    state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     batches = iter(draws(task, config.batch_size))
-    first = 0
-    if restored:
-      _compare_inputs(directory, restored.extra.get("made_from"), made_from)
-      batches.set_state(restored.extra["iterator"])
-      first = restored.step
-      if first < config.steps:
-        logging.warning("round %d: consolidation goes on after step %d", task.round, first)
-    if first > config.steps:
-      raise ValueError(
-        f"{directory}: holds step {first}, but config.consolidation.steps is {config.steps}: it "
-        "must be at least that"
-      )
+    restored = _restore(checkpoints, abstract)
+    first = _go_on(restored, batches, config, task, made_from, directory) if restored else 0
+    state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     if first:
       advance(first)
     if first == config.steps:
@@ -280,27 +266,9 @@ def consolidate(
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     path = attention_path(config, policy)
     teacher = prepare_teacher(config, task, policy, mesh, path)
-    if teacher.keys.sharding.memory_kind == "pinned_host":
-      logging.warning(
-        "round %d: keys and values of the knowledge are more than %g GiB, as "
-        "config.consolidation.knowledge_gib says: they stay on the host, layers run in a loop",
-        task.round,
-        config.knowledge_gib,
-      )
-    step = step_lib.make_step(
-      policy.architecture,
-      optimizer,
-      kind=config.kind,
-      support=config.support,
-      k=config.k,
-      temperature=config.temperature,
-      chunk=config.chunk,
-      micro_tokens=config.micro_tokens,
-      dtype=policy.dtype,
-      remat=config.remat,
-      path=path,
-      shardings=shardings,
-    )
+    _tell_if_on_host(config, task, teacher)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = _make_step(config, policy, optimizer, path, shardings)
 
     def failed(step: int, what: str, prefixes: Sequence[int]) -> finite.NotFiniteError:
       return failure.failed(
@@ -365,6 +333,58 @@ def consolidate(
           raise signals.Terminated(what)
     checkpoints.wait()
   return state.params, cost
+
+
+def _go_on(
+  restored: Restored,
+  batches: Any,
+  config: Any,
+  task: Task,
+  made_from: dict[str, str],
+  directory: str | os.PathLike,
+) -> int:
+  """Returns the step of the round's last whole checkpoint, and sets the batches to what follows it.
+
+  Raises:
+    ValueError: it was trained from something else, or for more steps than the configuration says.
+  """
+  _compare_inputs(directory, restored.extra.get("made_from"), made_from)
+  batches.set_state(restored.extra["iterator"])
+  if restored.step < config.steps:
+    logging.warning("round %d: consolidation goes on after step %d", task.round, restored.step)
+  if restored.step > config.steps:
+    raise ValueError(
+      f"{directory}: holds step {restored.step}, but config.consolidation.steps is "
+      f"{config.steps}: it must be at least that"
+    )
+  return restored.step
+
+
+def _tell_if_on_host(config: Any, task: Task, teacher: teacher_lib.Teacher) -> None:
+  if teacher.keys.sharding.memory_kind == "pinned_host":
+    logging.warning(
+      "round %d: keys and values of the knowledge are more than %g GiB, as "
+      "config.consolidation.knowledge_gib says: they stay on the host, layers run in a loop",
+      task.round,
+      config.knowledge_gib,
+    )
+
+
+def _make_step(config, policy, optimizer, path, shardings):
+  return step_lib.make_step(
+    policy.architecture,
+    optimizer,
+    kind=config.kind,
+    support=config.support,
+    k=config.k,
+    temperature=config.temperature,
+    chunk=config.chunk,
+    micro_tokens=config.micro_tokens,
+    dtype=policy.dtype,
+    remat=config.remat,
+    path=path,
+    shardings=shardings,
+  )
 
 
 def _inputs(task: Task, policy: Policy) -> dict[str, str]:
