@@ -90,14 +90,14 @@ def fixture_one_device(monkeypatch):
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, size",
   [
     ("sokoban", "qwen3-4b-instruct"),
-    *(
-      pytest.param("frozen_lake", size, marks=pytest.mark.slow)
-      for size in ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
-    ),
+    ("frozen_lake", "qwen3-1.7b"),
+    ("frozen_lake", "qwen3-4b"),
+    ("frozen_lake", "qwen3-8b"),
   ],
 )
 def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(

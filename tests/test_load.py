@@ -211,6 +211,7 @@ def named(policy, boards: list[tuple[Message, str, str]], name: str) -> dict[str
   return counts
 
 
+@pytest.mark.slow
 def test_without_knowledge_g_and_h_are_letters_like_any_other(policy):
   count = 512
   anything = named(policy, lakes(count, "any"), "any")

@@ -45,6 +45,7 @@ def test_it_runs_and_its_limit_is_that_of_the_bytes(tmp_path, capsys):
   assert capsys.readouterr().out.count("| 20 | 8 |") == 2
 
 
+@pytest.mark.slow
 def test_several_devices_get_as_many_rows_each(monkeypatch):
   given, run = [], sampling.generate
   monkeypatch.setattr(
@@ -68,6 +69,7 @@ def test_several_devices_get_as_many_rows_each(monkeypatch):
     assert row["decode_tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["decode_ms"])
 
 
+@pytest.mark.slow
 def test_mixed_lengths_are_compared_with_equal_ones_of_the_same_sum(monkeypatch):
   given, run = [], sampling.generate
   monkeypatch.setattr(

@@ -519,9 +519,9 @@ def test_a_student_that_is_its_teacher_has_no_divergence_in_bfloat16(unroll):
 @pytest.mark.parametrize(
   "shape, micro_tokens, pack, unroll",
   [
-    (None, 19, True, False),
     (None, None, False, True),
-    (dict(data=2, fsdp=2, tensor=2), None, False, False),
+    pytest.param(None, 19, True, False, marks=pytest.mark.slow),
+    pytest.param(dict(data=2, fsdp=2, tensor=2), None, False, False, marks=pytest.mark.slow),
   ],
 )
 def test_knowledge_in_the_hosts_memory_teaches_the_same(shape, micro_tokens, pack, unroll):
