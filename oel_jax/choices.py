@@ -60,9 +60,8 @@ def tell(folder: pathlib.Path, chosen: dict[str, str]) -> None:
   if jax.process_index():
     return
   print("chosen: " + "; ".join(f"{name} {words}" for name, words in chosen.items()), flush=True)
-  if (
-    _kept(folder / "choices.json") != chosen
-  ):  # a finished run that is started again changes no file
+  # A finished run that is started again changes no file.
+  if _kept(folder / "choices.json") != chosen:
     files.write_sealed(folder / "choices.json", {"schema": 1, "choices": chosen})
 
 

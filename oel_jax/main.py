@@ -87,10 +87,15 @@ def _experiments() -> str:
     source = path.read_text(encoding="utf-8")
     if "\ndef get_config(" not in source:
       continue
-    about, sizes = ast.get_docstring(ast.parse(source)), runpy.run_path(str(path))["SIZES"]
+    try:
+      about = ast.get_docstring(ast.parse(source)) or ""
+      sizes = ", ".join(runpy.run_path(str(path)).get("SIZES", ()))
+    except Exception as error:  # of a file that the user is writing
+      about, sizes = f"cannot be read: {error!r}", ""
     sentence = " ".join(about.split("\n\n")[0].split())
-    lines += [f"  experiments/{path.name}:SIZE  {sentence}", f"    SIZE: {', '.join(sizes)}"]
-  return "\n".join(lines)
+    lines += [f"  experiments/{path.name}:SIZE  {sentence}"]
+    lines += [f"    SIZE: {sizes}"] if sizes else []
+  return "\n".join(["", "Configurations:", *lines, ""]) if lines else ""
 
 
 def _flag_error(argv: list[str], error: Exception) -> str:
@@ -124,9 +129,8 @@ def _is_told_in_one_line(error: Exception) -> bool:
   """True for errors of files, and for those raised in this package, which are about the user's
   input; elsewhere they are bugs.
   """
-  if isinstance(
-    error, jax.errors.JaxRuntimeError
-  ):  # of the device; where it was raised says nothing about whose it is
+  # Of the device; where it was raised says nothing about whose it is.
+  if isinstance(error, jax.errors.JaxRuntimeError):
     return False
   frame = traceback.extract_tb(error.__traceback__)[-1]
   known = isinstance(error, (OSError, NotFiniteError))
@@ -181,5 +185,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   if any(flag.lstrip("-").startswith("help") for flag in sys.argv[1:]):
-    __doc__ += f"\nConfigurations:\n{_experiments()}\n"
+    __doc__ += _experiments()
   app.run(main, flags_parser=_parse)

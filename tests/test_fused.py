@@ -200,9 +200,8 @@ def test_bfloat16_against_float64(head_dtype):
   expected, wanted = reverse_kl_float64(*case, 0.7)
   np.testing.assert_allclose(value, expected, rtol=1e-5)  # the logits are never rounded to bfloat16
   assert [slope.dtype for slope in slopes] == [jnp.bfloat16, head_dtype]
-  for slope, right in zip(
-    slopes, wanted
-  ):  # one bfloat16 rounding of each term: 2^-9, less in the sum
+  # One bfloat16 rounding of each term: 2^-9, less in the sum.
+  for slope, right in zip(slopes, wanted):
     error = np.linalg.norm(np.asarray(slope, np.float64) - right) / np.linalg.norm(right)
     assert error < (2e-3 if slope.dtype == jnp.float32 else 4e-3)
 

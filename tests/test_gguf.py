@@ -489,13 +489,14 @@ def vocabulary(path, pre, **changed):
   writer.add_string(
     "tokenizer.chat_template", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
   )
+  # Transformers asks.
   for name in (
     "block_count",
     "embedding_length",
     "feed_forward_length",
     "attention.head_count",
     "context_length",
-  ):  # transformers asks
+  ):
     writer.add_uint32(f"llama.{name}", 8)
   add_tensor(writer, "token_embd.weight", np.zeros((len(tokens) + 2, 8), np.float32), "F32")
   finish(writer)

@@ -141,10 +141,11 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
     return draw(weights, hidden, seeds, drawn, *how)
 
   monkeypatch.setattr(engine, "_draw", watched)
+  # Functions of their own: programs that another test compiled keep nothing.
   for name in (
     "enter",
     "decode",
-  ):  # functions of their own: programs that another test compiled keep nothing
+  ):
     own = lambda *args, made=getattr(engine, name).__wrapped__, **how: made(*args, **how)
     monkeypatch.setattr(
       engine,

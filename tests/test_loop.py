@@ -494,9 +494,8 @@ def test_a_killed_run_ends_with_the_same_bits(run, cache, tmp_path):
 def test_ten_kills_in_every_stage_change_no_bit(run, cache, tmp_path):
   rng = random.Random(10)
   stages = sorted(rng.sample(range(len(ORDER)), 10))
-  while {ORDER[stage][0] for stage in stages[:-2]} != set(
-    STAGES
-  ):  # so that a stage that ended too soon is mostly met again
+  # So that a stage that ended too soon is mostly met again.
+  while {ORDER[stage][0] for stage in stages[:-2]} != set(STAGES):
     stages = sorted(rng.sample(range(len(ORDER)), 10))
   assert survives(run, cache, tmp_path / "run", stages, rng, last=2) == set(STAGES)
 

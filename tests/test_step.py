@@ -213,9 +213,8 @@ def _xla_flash(q, k, v, *, scale, mask_type, return_residual, q_seqlen=None, kv_
 
 
 @pytest.mark.parametrize("skip", [(0, 0, 0, 0), (2, 2, 2, 2), (2, 0, 1, 2)])
-def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(
-  monkeypatch, skip
-):  # on the path of cuDNN's flash attention
+# On the path of cuDNN's flash attention.
+def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeypatch, skip):
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   monkeypatch.setattr(cudnn, "dot_product_attention", _xla_flash)
@@ -409,9 +408,8 @@ def _gradient_after_one_step(
     pytest.param(None, "dots", True, True, marks=pytest.mark.slow),
   ],
 )
-def test_gradient_does_not_depend_on_the_micro_batch(
-  micro_tokens, remat, pack, unroll
-):  # responses of 1 and of 10 tokens
+# Responses of 1 and of 10 tokens.
+def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack, unroll):
   whole, measured = _gradient_after_one_step(None)
   cut, measured_cut = _gradient_after_one_step(micro_tokens, remat=remat, pack=pack, unroll=unroll)
   assert measured["tokens"] == measured_cut["tokens"] == 22
@@ -449,9 +447,8 @@ def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_
     pytest.param(dict(data=4, fsdp=2, tensor=1), None, marks=pytest.mark.slow),
   ],
 )
-def test_gradient_does_not_depend_on_the_devices(
-  shape, micro_tokens
-):  # 3 items on 8 devices; keys and values read on the mesh
+# 3 items on 8 devices; keys and values read on the mesh.
+def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):
   import ml_collections
 
   lengths = [(3, 4, 1), (5, 0, 10), (8, 2, 10)]

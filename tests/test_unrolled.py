@@ -1,5 +1,5 @@
-"""The decoder without a loop, and its kernels, against `model.apply` and JAX's own derivatives; the
-kernels run without a GPU here.
+"""The decoder without a loop, and its kernels, against `transformer.apply` and JAX's own
+derivatives; the kernels run without a GPU here.
 """
 
 import dataclasses

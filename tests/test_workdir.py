@@ -202,9 +202,8 @@ def test_nothing_changes_while_another_process_holds_the_directory(tmp_path):
   open_workdir(default_config.default(), tmp_path)
   before, config = (tmp_path / "config.json").read_bytes(), default_config.default()
   config.seed = 3
-  with locked(
-    tmp_path
-  ):  # the lock belongs to an open file: in this process a second one is refused as in another
+  # The lock belongs to an open file: in this process a second one is refused as in another.
+  with locked(tmp_path):
     with pytest.raises(OSError, match="another process is running in this directory"):
       open_workdir(config, tmp_path, resume_anyway=True)
     assert (tmp_path / "config.json").read_bytes() == before

@@ -7,7 +7,7 @@ made, compared and turned into the chunk's gradients at once, in the forward pas
 sum, so its gradients are known up to one factor, its cotangent); the backward pass only multiplies
 by that factor. The loop ends with the last token that counts. Four matrix products, none of them
 done twice; beside them, float32 logits are written once and read twice: for the statistics of a
-row, all in one pass, and for its gradient (`rows.py`).
+row, all in one pass, and for its gradient (`chunk_loss.py`).
 
 Shape letters: N tokens, D width (student's and teacher's may differ), V vocabulary, G chunks taken
 together, C tokens in a chunk.

@@ -121,7 +121,7 @@ def make_step(
     micro_tokens: most tokens, padding included, of a forward and backward pass on one device, but
       at least a row. None: all rows at once. Gradients are summed in float32.
     dtype: of the activations; parameters stay float32.
-    remat: what the student's backward pass recomputes (`model.REMAT`).
+    remat: what the student's backward pass recomputes (`transformer.REMAT`).
     path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and
       makes the loss of others NaN.
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's

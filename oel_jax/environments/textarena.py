@@ -312,9 +312,8 @@ def _start(spec: GameSpec, seed: int) -> textarena.Env:
     env = textarena.make(spec.name, **copy.deepcopy(dict(spec.args)))
     env.reset(num_players=1, seed=seed)
   except Exception as error:
-    if "player" in str(error).lower() and not isinstance(
-      error, TypeError
-    ):  # TypeError: an argument that has "player" in its name
+    # TypeError: an argument that has "player" in its name.
+    if "player" in str(error).lower() and not isinstance(error, TypeError):
       raise ValueError(several) from error
     raise ValueError(
       f"config.deployment.game_args is {dict(spec.args)!r}, with which {spec.name} does not start "

@@ -13,8 +13,10 @@ from oel_jax.pocket import probes
 
 # Answers that speak of the knowledge as of something handed to the speaker.
 LEAK = re.compile(
-  r"\b(experience|knowledge|lessons?|items?|notes?)\b[^.\n]{0,40}\b(given|provided|above|listed|supplied|shared)\b"
-  r"|\b(given|provided|earlier|past|previous)\b[^.,\n]{0,20}\b(experiences?|knowledge|games|lessons|notes)\b"
+  r"\b(experience|knowledge|lessons?|items?|notes?)\b[^.\n]{0,40}"
+  r"\b(given|provided|above|listed|supplied|shared)\b"
+  r"|\b(given|provided|earlier|past|previous)\b[^.,\n]{0,20}"
+  r"\b(experiences?|knowledge|games|lessons|notes)\b"
   r"|EXPERIENCE ITEM",
   re.IGNORECASE,
 )

@@ -265,9 +265,8 @@ def _parse_state(
 ) -> tuple[int, list[Knowledge]]:
   for field, right in {"schema": SCHEMA, **identity}.items():
     seen = state.get(field) if isinstance(state, dict) else None
-    if seen != right and not (
-      field == "made_from" and seen is None
-    ):  # an earlier version's does not say
+    # An earlier version's does not say.
+    if seen != right and not (field == "made_from" and seen is None):
       raise ValueError(
         f'"{field}" of the partial extraction is {seen!r:.200}, this run has {right!r:.200}'
       )

@@ -21,7 +21,7 @@ def extraction_message(transcript: str, knowledge: str, *, form: str) -> Message
   τ_i, e_{i-1})).
 
   Args:
-    transcript: `trajectory.transcript` of one finished episode.
+    transcript: `conversations.schema.transcript` of one finished episode.
     knowledge: e_{i-1}; "" if there is none or the extractor is not to see it.
     form: "items" or "text".
   """

@@ -216,9 +216,10 @@ def train(
   for stage in ("pretrain", "gates"):
     metrics.drop_after(0, stage, first if restored else -1)
   started = time.time()
-  bar = progress.bar("pretrain", config.steps)
+  bar = progress.bar("pretrain", config.steps, "compiling")
   with contextlib.closing(batches), bar as advance, signals.deferred() as terminated:
-    advance(first)
+    if first:
+      advance(first)
     for i in range(first + 1, config.steps + 1):
       batch = next(batches)
       tokens += int((batch["tokens_segment_ids"] > 0).sum())
@@ -247,7 +248,7 @@ def train(
       ending = terminated()
       if i % config.checkpoint_every == 0 or i == config.steps or ending:
         checkpoints.save(i, state, {"iterator": batches.get_state(), "tokens": tokens})
-      advance(1)
+      advance(1, f"loss {measured['loss']:.4g}")
       if ending:
         checkpoints.wait()
         raise signals.Terminated(f"step {i} of {config.steps} is saved in {checkpoints.directory}")

@@ -1,8 +1,8 @@
 """What the embedded policy can do, measured: the gates of its pre-training and the retention tests
 of every round.
 
-Each probe returns `Count(hits, of)`. All play by the real loop (`deployment.play`), in worlds drawn
-from seeds that no training example uses.
+Each probe returns `Count(hits, of)`. All play by the real loop (`environments.play`), in worlds
+drawn from seeds that no training example uses.
 """
 
 import dataclasses

@@ -140,8 +140,8 @@ def render(world: World, player: Cell) -> str:
 
 
 class WorldGame:
-  """One game in a world, with the same face and the same words as `deployment.games.Game` on Frozen
-  Lake.
+  """One game in a world, with the same face and the same words as `environments.textarena.Game` on
+  Frozen Lake.
   """
 
   def __init__(self, world: World, max_turns: int = MAX_TURNS):

@@ -182,9 +182,8 @@ def of_rows(
   Raises:
     ValueError: several texts a row on the path "flash".
   """
-  if (
-    jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host
-  ):  # this layer's alone is fetched
+  # This layer's alone is fetched.
+  if jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host:
     keys_GxKxPxH, values_GxKxPxH = jax.device_put(
       (keys_GxKxPxH, values_GxKxPxH), jax.memory.Space.Device
     )

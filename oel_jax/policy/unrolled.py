@@ -2,8 +2,8 @@
 that read the same input joined.
 
 A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the
-weights out of them; apart, all of that stays where it was made. It compiles longer. `model.apply`
-is the reference, and what runs on a mesh.
+weights out of them; apart, all of that stays where it was made. It compiles longer.
+`transformer.apply` is the reference, and what runs on a mesh.
 """
 
 import functools
@@ -26,7 +26,7 @@ def join(params: transformer.Params, dtype: Any) -> Any:
   """Parameters as `forward` takes them.
 
   Args:
-    params: as `model.init` makes them, layers stacked.
+    params: as `transformer.init` makes them, layers stacked.
     dtype: of the products.
 
   Returns:
@@ -62,8 +62,8 @@ def join(params: transformer.Params, dtype: Any) -> Any:
 
 
 def split(weights: Any, architecture: Architecture) -> transformer.Params:
-  """Undoes `join`, but for the type: the tree that `model.init` makes, each leaf in the type that
-  it has in `weights`.
+  """Undoes `join`, but for the type: the tree that `transformer.init` makes, each leaf in the type
+  that it has in `weights`.
   """
   a = architecture
   cuts = [a.heads, a.heads + a.kv_heads]
@@ -150,16 +150,16 @@ def forward(
   path: str,
   prefix: transformer.Prefix | None = None,
 ) -> Float[Array, "B R D"]:
-  """`model.apply` on joined weights, at the positions `at_BxR` of each row: behind the last layer's
-  attention, no others are computed.
+  """`transformer.apply` on joined weights, at the positions `at_BxR` of each row: behind the last
+  layer's attention, no others are computed.
 
   Args:
     weights: from `join`, or from `attach` where gradients are wanted in float32.
     architecture: their shapes.
-    tokens_BxT, positions_BxT, segments_BxT: int32, as in `model.apply`.
+    tokens_BxT, positions_BxT, segments_BxT: int32, as in `transformer.apply`.
     at_BxR: int32, positions in the row.
     dtype: of the activations; that of the matrices.
-    remat, path, prefix: as in `model.apply`.
+    remat, path, prefix: as in `transformer.apply`.
 
   Returns:
     Hidden states behind the last norm, in `dtype`.

@@ -67,9 +67,8 @@ def draw(run: Run, theme: Theme) -> dict[str, bytes]:
     ("accumulation", _accumulation),
     ("consolidation", _consolidation),
   ):
-    with matplotlib.rc_context(
-      style
-    ):  # no pyplot: a figure of its own leaves the caller's backend and figures alone
+    # No pyplot: a figure of its own leaves the caller's backend and figures alone.
+    with matplotlib.rc_context(style):
       figure = plot(run, theme)
       if figure is not None:
         file = io.BytesIO()

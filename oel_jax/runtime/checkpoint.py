@@ -170,9 +170,8 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      with contextlib.suppress(
-        Exception
-      ):  # what can fail here has failed, and was reported, in wait()
+      # What can fail here has failed, and was reported, in wait()
+      with contextlib.suppress(Exception):
         self._manager.close()
 
   def restore(self, abstract_state: Any) -> Restored | None:

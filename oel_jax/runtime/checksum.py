@@ -68,9 +68,8 @@ def _sum_on_device(array: jax.Array) -> jax.Array:
     array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
   ).astype(jnp.uint32)
   index = jnp.zeros(words.shape, jnp.uint32)
-  for axis in range(
-    words.ndim
-  ):  # not a reshape, which would gather an array that is spread over devices
+  # Not a reshape, which would gather an array that is spread over devices.
+  for axis in range(words.ndim):
     stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
     index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
   return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)

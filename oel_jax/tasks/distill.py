@@ -41,7 +41,8 @@ def default() -> ml_collections.ConfigDict:
     config.distill = ml_collections.ConfigDict(
       dict(
         knowledge="",  # file with the text that only the teacher's prompts hold
-        prompts="",  # what is answered in training: .txt, .jsonl or .json (`userfiles.py`)
+        # what is answered in training: .txt, .jsonl or .json (`conversations/importers.py`)
+        prompts="",
         held_out="",  # the same, to measure on
         unrelated="",  # the same, to measure what else has changed; "": not measured
         # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form

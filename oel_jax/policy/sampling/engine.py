@@ -462,8 +462,8 @@ def prefill_path(dtype: Any) -> str:
 
 
 def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Array, "B T D"]:
-  """`model.apply` on prepared weights; `attend(layer, heads)` gets the heads [B, T, N + 2 K, H] as
-  projected, and keeps what it must.
+  """`transformer.apply` on prepared weights; `attend(layer, heads)` gets the heads [B, T, N + 2 K,
+  H] as projected, and keeps what it must.
   """
   B, T = tokens_BxT.shape
   x, y = weights["embed"]["embedding"][tokens_BxT].reshape(B * T, -1), None
@@ -484,7 +484,7 @@ def _heads(layer, a: Architecture, qkv_BxTxAxH, positions_BxT) -> tuple[Array, A
   type of the projection.
   """
   dtype = qkv_BxTxAxH.dtype
-  # float32 (`model.Projection`)
+  # float32 (`transformer.Projection`)
   qkv_BxTxAxH = qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH
   qk, v = jnp.split(qkv_BxTxAxH, [a.heads + a.kv_heads], axis=2)
   if a.qk_norm:
@@ -516,7 +516,7 @@ def _product(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[A
 
 
 def _addend(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "*P M F"]:
-  """`_product` for `joined.add_norm`."""
+  """`_product` for `unrolled.add_norm`."""
   return (
     small_matmul.parts(x_MxD, matrix)
     if small_matmul.fits(x_MxD, matrix)

@@ -96,7 +96,7 @@ class Policy:
 
   Attributes:
     architecture: its shapes.
-    params: as `model.init` makes them (layers stacked).
+    params: as `transformer.init` makes them (layers stacked).
     tokenizer: its text side.
     dtype: of the activations.
   """
@@ -444,7 +444,7 @@ class _Run:
           self.ended[row] = i
 
   def _draw(self):
-    """Starts the device on the next tokens. Returns the ids to come, as `decode.decode` does."""
+    """Starts the device on the next tokens. Returns the ids to come, as `engine.decode` does."""
     filled = max(len(self.prompts[i]) + max(len(self.ids[i]) - 1, 0) for i in self.seated.values())
     if filled == self.size:
       self._grow(filled + 1)

@@ -213,7 +213,7 @@ def load(
     shardings: tree of shardings (`mesh.param_shardings`); None for the default device.
 
   Returns:
-    The parameter tree of `model.init`, layers stacked.
+    The parameter tree of `transformer.init`, layers stacked.
 
   Raises:
     ValueError: tensors are missing, unknown or misshaped: one error lists them all; or one holds

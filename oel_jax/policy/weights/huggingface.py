@@ -311,7 +311,7 @@ def load(
     shardings: tree of shardings (`mesh.param_shardings`); None for the default device.
 
   Returns:
-    The parameter tree of `model.init`, layers stacked.
+    The parameter tree of `transformer.init`, layers stacked.
 
   Raises:
     FileNotFoundError: no weights in the folder, or a shard is missing.
@@ -352,8 +352,8 @@ def assemble(
   dtype: Any,
   shardings: Any,
 ) -> Any:
-  """Puts the tensors of a file, one by one and each straight to its devices, where `model.init` has
-  them.
+  """Puts the tensors of a file, one by one and each straight to its devices, where
+  `transformer.init` has them.
 
   Args:
     complaint: how an error begins.
@@ -364,7 +364,7 @@ def assemble(
     dtype, shardings: as in `load`.
 
   Returns:
-    The parameter tree of `model.init`, layers stacked.
+    The parameter tree of `transformer.init`, layers stacked.
 
   Raises:
     ValueError: tensors are missing, unknown or misshaped: one error lists them all.
@@ -427,7 +427,7 @@ def save(
 
   Args:
     folder: made if need be.
-    params: tree of `model.init`'s shape.
+    params: tree of `transformer.init`'s shape.
     architecture: theirs.
     dtype: stored type.
     config: fields of the folder that the model came from, kept where they do not speak of shapes.
