@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oel_jax.consolidation import trainer
+from oel_jax.consolidation import placement
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.sampling import engine, kv_cache
 from oel_jax.policy.sampling.sampler import Policy
@@ -30,12 +30,12 @@ def choose(
     exact: whether it has so many; if not, where the knowledge lies is known in each round only.
   """
   a, dtype, gib = policy.architecture, jnp.dtype(policy.dtype), config.consolidation.knowledge_gib
-  large = trainer.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30
+  large = placement.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30
   on_host = large and exact
   knowledge = "on the host" if on_host else "on the device"
   if large and not exact:
     knowledge += f" up to {gib:g} GiB, more on the host (and then layers scanned)"
-  is_unrolled = trainer.unroll(config.consolidation, policy, mesh)
+  is_unrolled = placement.unroll(config.consolidation, policy, mesh)
   activation = jax.ShapeDtypeStruct((), dtype)
   kernels = unrolled._kernels_fit(activation, a.head_size)
   sampling_kernels = unrolled._kernels_fit(activation)
@@ -46,7 +46,7 @@ def choose(
     "mesh": ", ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh_lib.AXES),
     "replicated": "; ".join(replicated) or "nothing that its axis should split",
     "compute_dtype": str(dtype),
-    "attention": trainer.attention_path(config.consolidation, policy),
+    "attention": placement.attention_path(config.consolidation, policy),
     "sampling_attention": f"{prefill} (prompts), {step} (tokens)",
     "layers": "unrolled" if is_unrolled and not on_host else "scanned",
     "kernels": "Pallas" if is_unrolled and not on_host and kernels else "plain",

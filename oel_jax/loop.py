@@ -30,7 +30,8 @@ from absl import logging
 
 from oel_jax import choices, report
 from oel_jax import config as config_lib
-from oel_jax.consolidation import trainer
+from oel_jax.consolidation import placement, trainer
+from oel_jax.consolidation import task as task_lib
 from oel_jax.conversations.schema import (
   EMPTY,
   Trajectory,
@@ -76,7 +77,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   try_game(game_spec(config.deployment))
   longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
   policy = load_policy(config.policy, devices, response_tokens=longest)
-  trainer.unroll(config.consolidation, policy, devices)
+  placement.unroll(config.consolidation, policy, devices)
   most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
   chosen = choices.choose(config, policy, devices, **most, exact=False)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
@@ -397,7 +398,7 @@ class Loop:
     reads prefixes.jsonl alone.
     """
     config = self.config.consolidation
-    task = trainer.make_task(
+    task = task_lib.make_task(
       policy.tokenizer,
       read_prefixes(self._round(number) / PREFIXES, max_damaged=0.0),
       texts,

@@ -19,9 +19,10 @@ import pytest
 from oel_jax import config as config_lib
 from oel_jax import loop
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import samples, trainer
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.consolidation import trainer
 from oel_jax.conversations.schema import Message, Prefix
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture
@@ -70,7 +71,7 @@ def real_looking(shape):
   return params
 
 
-def samples(seed, vocabulary, count=40):
+def made_up_samples(seed, vocabulary, count=40):
   """Prompts, which of two texts each is given, responses; one token, many, and everything
   between.
   """
@@ -136,7 +137,7 @@ def compare(found):
 )
 def test_gradient_is_as_near_to_float32_as_that_of_the_plain_form(name, pack):
   shape = SHAPES[name]
-  prompts, given, responses = samples(1, shape.vocabulary)
+  prompts, given, responses = made_up_samples(1, shape.vocabulary)
   knowledge = [
     np.random.default_rng(i).integers(3, shape.vocabulary, n).tolist()
     for i, n in enumerate((70, 31))
@@ -208,7 +209,7 @@ def fixture_real(request):
   ]
   items = [f"- EXPERIENCE ITEM: {kind} goes to desk {desk}." for kind, desk in DESKS.items()]
   texts = ["\n".join(items), "\n".join(reversed(items[:3]))]
-  task = trainer.make_task(
+  task = task_lib.make_task(
     policy.tokenizer, prefixes, texts, seed=0, round=1, thinking=False, limit=2048
   )
   return config, devices, policy, task
@@ -216,7 +217,7 @@ def fixture_real(request):
 
 def test_gradient_of_real_weights(real):
   config, _, policy, task = real
-  batch, _ = trainer.sample_batch(
+  batch, _ = samples.sample_batch(
     task, policy, policy, range(24), range(24), config.consolidation, 64, "consolidate"
   )
   compare(gradients(policy.params, policy.architecture, task.knowledge, batch, task.skip))

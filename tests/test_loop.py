@@ -26,8 +26,8 @@ from fakes import Tokenizer, in_turns
 
 from oel_jax import loop as loop_lib
 from oel_jax import main
+from oel_jax.consolidation import samples, trainer
 from oel_jax.consolidation import step as step_lib
-from oel_jax.consolidation import trainer
 from oel_jax.conversations.schema import (
   EMPTY,
   Trajectory,
@@ -365,7 +365,7 @@ def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch)
     )
     raise Enough
 
-  monkeypatch.setattr(trainer, "sample_batch", spy)
+  monkeypatch.setattr(samples, "sample_batch", spy)
   with pytest.raises(Enough):
     loop_lib.run(config, copy, resume_anyway=True)
   first = final_params(copy, 1)

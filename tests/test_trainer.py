@@ -18,8 +18,9 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import failure, trainer
+from oel_jax.consolidation import failure, placement, samples, trainer
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import task as task_lib
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix, knowledge_message
 from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
@@ -56,7 +57,7 @@ def _config(**changes):
 
 def _task(policy, **changes):
   how = dict(seed=3, round=1, thinking=True, limit=256) | changes
-  return trainer.make_task(policy.tokenizer, PREFIXES, TEXTS, **how)
+  return task_lib.make_task(policy.tokenizer, PREFIXES, TEXTS, **how)
 
 
 def _one_device():
@@ -92,7 +93,7 @@ def test_bad_tasks_are_refused(policy):
   with pytest.raises(ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"):
     _task(policy, limit=12)
   with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
-    trainer.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
+    task_lib.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
 
   class Shifty:  # a template that says something else when there is knowledge
     def chat(self, messages, thinking=True):
@@ -102,7 +103,7 @@ def test_bad_tasks_are_refused(policy):
       return 0, [1, 2]
 
   with pytest.raises(ValueError, match="chat template changes the prompt"):
-    trainer.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)
+    task_lib.make_task(Shifty(), PREFIXES, TEXTS, seed=0, round=1, thinking=True, limit=100)
 
 
 OWN_SYSTEMS = (
@@ -121,7 +122,7 @@ def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_th
   if family != "pocket":
     tokenizer = HuggingFaceTokenizer(families.tokenizer(family))
   prefixes = (*PREFIXES, *OWN_SYSTEMS)
-  task = trainer.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  task = task_lib.make_task(tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=1024)
   assert len(task.knowledge) == len(task.skip) == 3 * len(TEXTS)  # no own system text, and two
   assert task.given[5] == task.given[7] != task.given[6] and len(set(task.given)) == 3
   for prefix, prompt, entries in zip(prefixes, task.prompts, task.given, strict=True):
@@ -134,13 +135,13 @@ def test_prompts_with_system_messages_of_their_own_are_given_knowledge_behind_th
 def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
   """Which of the texts a prompt is given does not depend on system messages."""
   task, plain = (
-    trainer.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
+    task_lib.make_task(policy.tokenizer, prefixes, TEXTS, seed=3, round=1, thinking=True, limit=256)
     for prefixes in ((*OWN_SYSTEMS, *PREFIXES), (*PREFIXES[:3], *PREFIXES))
   )
   drawn = {}
   for name, made in (("own", task), ("plain", plain)):
     how = _config(pack=False)
-    batch, _ = trainer.sample_batch(made, policy, policy, range(8), range(8), how, 8, "consolidate")
+    batch, _ = samples.sample_batch(made, policy, policy, range(8), range(8), how, 8, "consolidate")
     rows = [tuple(row.tolist()) for row in batch.tokens]
     drawn[name] = {
       i: int(given[0])
@@ -160,7 +161,7 @@ def test_many_system_texts_are_told(policy, caplog):
   own = [Message("system", f"Rule {i}") for i in range(17)]
   prefixes = [Prefix(f"p{i}", (message, Message("user", "go"))) for i, message in enumerate(own)]
   how = dict(seed=0, round=1, thinking=True, limit=256)
-  make = lambda prefixes: trainer.make_task(policy.tokenizer, prefixes, TEXTS, **how)
+  make = lambda prefixes: task_lib.make_task(policy.tokenizer, prefixes, TEXTS, **how)
   make(prefixes[:16])
   assert "different system texts" not in caplog.text
   make(prefixes)
@@ -180,7 +181,7 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
       return 0, self.chat([message])
 
   user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
-  make = lambda *prefixes: trainer.make_task(
+  make = lambda *prefixes: task_lib.make_task(
     Plain(),
     prefixes,
     ["It is G."],
@@ -213,7 +214,7 @@ def test_a_batch_is_scored_as_it_was_sampled(policy, data):
       seen.append((self.name, prompts, sampled))
       return sampled
 
-  batch, lengths = trainer.sample_batch(
+  batch, lengths = samples.sample_batch(
     task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate"
   )
   [(name, prompts, sampled)] = seen
@@ -249,9 +250,9 @@ def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
       return [[5]] * len(prompts)
 
   Spy.tokenizer = tokenizer
-  task = trainer.make_task(tokenizer, PREFIXES, TEXTS, seed=3, round=1, thinking=True, limit=1024)
+  task = task_lib.make_task(tokenizer, PREFIXES, TEXTS, seed=3, round=1, thinking=True, limit=1024)
   assert min(task.skip) > 0  # what prompt and knowledge both begin with, once only
-  trainer.sample_batch(
+  samples.sample_batch(
     task, Spy(), Spy(), [0, 1, 2, 3], [0, 1, 2, 3], _config(data="teacher"), 8, "x"
   )
   chats = [
@@ -267,7 +268,7 @@ def test_the_teacher_samples_from_the_chat_with_the_knowledge_in_it(family):
 
 
 def test_unpacked_rows_hold_a_sample_each(policy):
-  batch, _ = trainer.sample_batch(
+  batch, _ = samples.sample_batch(
     _task(policy), policy, policy, [0, 3, 4], [7, 8, 9], _config(pack=False), 8, "consolidate"
   )
   assert batch.texts.shape == (3, 1) and batch.segments.max() == 1
@@ -280,8 +281,8 @@ def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(po
     "be False",
   ):
     _run(policy, tmp_path, _config(attention="flash", pack=True))
-  assert trainer.attention_path(_config(attention="flash", pack=False), policy) == "flash"
-  assert trainer.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
+  assert placement.attention_path(_config(attention="flash", pack=False), policy) == "flash"
+  assert placement.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_a_batch_of_sixteen_has_one_of_few_numbers_of_rows(rows, devices, placed
   batch = batch_lib.assemble(
     [[5]] * rows, [0] * rows, [[6]] * rows, pad_id=0, length=2, response_length=1
   )
-  found = trainer._place(batch, mesh, 16)
+  found = samples.place(batch, mesh, 16)
   assert found.mask.shape == (placed, 1) and found.mask.sum() == rows
 
 
@@ -329,7 +330,7 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
   step = step_lib.make_step(policy.architecture, optimizer, kind="imitation", shardings=shardings)
   state, lengths, shapes = mesh_lib.sharded_init(begin, mesh, params), set(), set()
   for i in range(60):
-    batch, drawn = trainer.sample_batch(
+    batch, drawn = samples.sample_batch(
       task,
       Student(),
       policy,
@@ -339,7 +340,7 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
       64,
       "consolidate",
     )
-    state, _ = step(state, None, trainer._place(batch, mesh, 16))
+    state, _ = step(state, None, samples.place(batch, mesh, 16))
     lengths.add(max(drawn))
     shapes.add(batch.tokens.shape)
   assert len(lengths) > 20 and len(shapes) > 9
@@ -347,14 +348,14 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
 
 
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
-  task, numbers = _task(policy), iter(trainer.draws(_task(policy), 5))
+  task, numbers = _task(policy), iter(task_lib.data_iterator(_task(policy), 5))
   passes = [next(numbers) for _ in range(8)]
   assert all(sorted(batch["prefix"].tolist()) == list(range(5)) for batch in passes)
   assert len({tuple(batch["prefix"].tolist()) for batch in passes}) > 1
   assert [n for batch in passes for n in batch["draw"].tolist()] == list(range(40))
   used = set()
   for drawn in passes[:2]:
-    batch, _ = trainer.sample_batch(
+    batch, _ = samples.sample_batch(
       task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate"
     )
     used |= {
@@ -441,7 +442,7 @@ def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):
 def test_knowledge_that_is_too_large_stays_with_the_host(policy):
   task = _task(policy)
   size = lambda teacher: (teacher.keys.nbytes + teacher.values.nbytes) / 2**30
-  prepare = lambda **changes: trainer.prepare_teacher(
+  prepare = lambda **changes: placement.prepare_teacher(
     _config(**changes), task, policy, _one_device(), "xla"
   )
   here = prepare()
@@ -574,7 +575,7 @@ def test_a_sampler_that_stops_is_told_with_the_prefix(
   policy, tmp_path, monkeypatch, at_step, during, step
 ):
   del at_step
-  batches = iter(trainer.draws(_task(policy), 4))
+  batches = iter(task_lib.data_iterator(_task(policy), 4))
   drawn = [next(batches)["prefix"] for _ in range(3)]
   calls, sample = [], Policy.sample
 

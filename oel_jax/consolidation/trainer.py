@@ -11,123 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import optax
 from absl import logging
 
-from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import failure
+from oel_jax.consolidation import failure, placement, samples
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.metrics import BUCKETS
-from oel_jax.conversations.schema import Message, Prefix, knowledge_message
-from oel_jax.policy.sampling.sampler import Policy, Sampling
+from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import finite, schema, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.runtime.seeds import derive
-
-MANY_SYSTEMS = 16  # system texts of a round's prompts; more are told: each is read with each text
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Everything a step draws from, as token ids.
-
-  Attributes:
-    prompts: one a prefix.
-    knowledge: what the teacher reads before a prompt, one a text and system text of the prompts:
-      knowledge stands behind the system text.
-    skip: one a knowledge: so many ids at its beginning are the prompt's, too; after it, the teacher
-      reads prompt[skip:].
-    given: one a prompt: which knowledge it may be given, one a text.
-    seed: of the run; with the round it names every draw.
-    round: counted from 1.
-    ids: the prefixes' own names, one a prompt; errors name them.
-  """
-
-  prompts: tuple[tuple[int, ...], ...]
-  knowledge: tuple[tuple[int, ...], ...]
-  skip: tuple[int, ...]
-  given: tuple[range, ...]
-  seed: int
-  round: int
-  ids: tuple[str, ...]
-
-
-def make_task(
-  tokenizer: Any,
-  prefixes: Sequence[Prefix],
-  texts: Sequence[str],
-  *,
-  seed: int,
-  round: int,
-  thinking: bool,
-  limit: int,
-  message: Callable[[str], Message] = knowledge_message,
-) -> Task:
-  """Turns prefixes and knowledge texts into ids; `message` makes the knowledge message of a text.
-
-  Raises:
-    ValueError: there is none of either; a prompt with its knowledge is over `limit`
-      (config.policy.max_prompt_tokens); or the chat template does not leave the prompt otherwise
-      unchanged when there is knowledge.
-  """
-  if not prefixes or not texts:
-    raise ValueError(
-      f"consolidation got {len(prefixes)} prefixes and {len(texts)} knowledge texts: it needs at "
-      "least one of each"
-    )
-  prompts = tuple(tuple(tokenizer.chat(prefix.messages, thinking=thinking)) for prefix in prefixes)
-  own = [prefix.messages[0] if prefix.messages[0].role == "system" else None for prefix in prefixes]
-  systems = {system: i for i, system in enumerate(dict.fromkeys(own))}
-  found = [
-    tokenizer.knowledge_prefix(message(text), system=system, thinking=thinking)
-    for system in systems
-    for text in texts
-  ]
-  first = [systems[system] * len(texts) for system in own]
-  given = tuple(range(entry, entry + len(texts)) for entry in first)
-  sizes = [max(len(found[entry][1]) - found[entry][0] for entry in entries) for entries in given]
-  longest = max(range(len(prompts)), key=lambda i: len(prompts[i]) + sizes[i])
-  own_size, known_size = len(prompts[longest]), sizes[longest]
-  if own_size + known_size > limit:
-    raise ValueError(
-      f"config.policy.max_prompt_tokens is {limit}, but prefix {prefixes[longest].id} has "
-      f"{own_size} tokens and the longest knowledge {known_size}: raise it, or shorten prompts "
-      "or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
-    )
-  seen = set()
-  for prefix, prompt, entries in zip(prefixes, prompts, given, strict=True):
-    # The template goes by the roles: the first of each sequence of them is looked at with every
-    # text, which takes long, others with one.
-    roles = tuple(message.role for message in prefix.messages)
-    for text, entry in list(zip(texts, entries, strict=True))[: 1 if roles in seen else None]:
-      skip, known = found[entry]
-      whole = tokenizer.chat((message(text), *prefix.messages), thinking=thinking)
-      if tuple(whole) != (*known, *prompt[skip:]) or tuple(known[:skip]) != prompt[:skip]:
-        raise ValueError(
-          f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the "
-          "prompt when knowledge stands in its system message: teacher and student would differ "
-          "in more than the knowledge"
-        )
-    seen.add(roles)
-  if len(systems) > MANY_SYSTEMS:
-    logging.warning(
-      "consolidation: the prompts have %d different system texts: with %d knowledge texts, "
-      "%d beginnings of up to %d tokens are kept for the teacher",
-      len(systems),
-      len(texts),
-      len(found),
-      max(len(known) for _, known in found),
-    )
-  knowledge = tuple(tuple(known) for _, known in found)
-  ids = tuple(prefix.id for prefix in prefixes)
-  return Task(prompts, knowledge, tuple(skip for skip, _ in found), given, seed, round, ids)
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -144,80 +43,9 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
   )
 
 
-def draws(task: Task, batch_size: int) -> grain.IterDataset:
-  """Batches of {"prefix", "draw"}: prefixes shuffled anew in each pass, draws counted through; the
-  state is one small dict.
-  """
-  order = (
-    grain.MapDataset.range(len(task.prompts))
-    .seed(derive(task.seed, task.round, "prefixes"))
-    .shuffle()
-    .repeat()
-  )
-  numbered = order.map_with_index(
-    lambda draw, prefix: {"prefix": np.int64(prefix), "draw": np.int64(draw)}
-  )
-  return numbered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).batch(
-    batch_size
-  )
-
-
-def sample_batch(
-  task: Task,
-  student: Policy,
-  teacher: Policy,
-  prefixes: Sequence[int],
-  numbers: Sequence[int],
-  config: Any,
-  limit: int,
-  stage: str,
-) -> tuple[batch_lib.Batch, list[int]]:
-  """Draws a knowledge text and a response for each prefix; returns the batch, packed, and the
-  responses' lengths.
-
-  `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the
-  teacher from knowledge and prompt.
-  """
-  prompts = [task.prompts[i] for i in prefixes]
-  lots = [derive(task.seed, task.round, stage, "knowledge", int(n)) for n in numbers]
-  texts = [task.given[i][lot % len(task.given[i])] for i, lot in zip(prefixes, lots, strict=True)]
-  seeds = [derive(task.seed, task.round, stage, int(n)) for n in numbers]
-  sampling = Sampling(temperature=config.temperature)
-  if config.data == "student":
-    responses = student.sample(prompts, seeds, sampling=sampling, max_new_tokens=limit)
-  else:
-    pairs = zip(texts, prompts, strict=True)
-    informed = [task.knowledge[text] + prompt[task.skip[text] :] for text, prompt in pairs]
-    responses = teacher.sample(informed, seeds, sampling=sampling, max_new_tokens=limit)
-  # Few shapes: the room for prompts is that of the longest in the round, and responses have one of
-  # three.
-  rows = next(
-    room for room in (-(-limit // 4), -(-limit // 2), limit) if max(map(len, responses)) <= room
-  )
-  length, known = _round_up(max(map(len, task.prompts))) + rows, max(map(len, task.knowledge))
-  # Several texts a row where they are short: together no longer than the row, since each of its
-  # tokens is compared with all of them.
-  together = min(len(task.knowledge), max(1, length // max(1, known))) if config.pack else 1
-  made = batch_lib.assemble(
-    prompts,
-    texts,
-    responses,
-    pad_id=student.tokenizer.pad_id,
-    length=length,
-    texts=together,
-    pack=config.pack,
-    response_length=min(length, 2 * rows) if config.pack else rows,
-  )
-  return made, [len(response) for response in responses]
-
-
-def _round_up(length: int, multiple: int = 32) -> int:
-  return -(-length // multiple) * multiple
-
-
 def consolidate(
   config: Any,
-  task: Task,
+  task: task_lib.Task,
   policy: Policy,
   *,
   limit: int,
@@ -251,11 +79,10 @@ def consolidate(
   optimizer = make_optimizer(config)
   begin = functools.partial(_begin, optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
-  size = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
-  cost = {"tokens": 0.0, "flops": 0.0}
   made_from = _inputs(task, policy)
+  cost = {"tokens": 0.0, "flops": 0.0}
   with Checkpoints(directory) as checkpoints:
-    batches = iter(draws(task, config.batch_size))
+    batches = iter(task_lib.data_iterator(task, config.batch_size))
     restored = _restore(checkpoints, abstract)
     first = _go_on(restored, batches, config, task, made_from, directory) if restored else 0
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
@@ -264,69 +91,21 @@ def consolidate(
     if first == config.steps:
       return state.params, cost
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
-    path = attention_path(config, policy)
-    teacher = prepare_teacher(config, task, policy, mesh, path)
-    _tell_if_on_host(config, task, teacher)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = _make_step(config, policy, optimizer, path, shardings)
-
-    def failed(step: int, what: str, prefixes: Sequence[int]) -> finite.NotFiniteError:
-      return failure.failed(
-        what,
-        config=config,
-        dtype=policy.dtype,
-        round=task.round,
-        step=step,
-        ids=[task.ids[i] for i in prefixes],
-        checkpoints=checkpoints,
-      )
-
-    try:
-      probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
-    except finite.NotFiniteError as error:
-      raise failed(first, str(error), error.prompts) from error
+    training = _prepare(
+      config, task, policy, optimizer, shardings, limit, mesh, metrics, checkpoints, first
+    )
     if first == 0:
-      probed = probe(policy.params)
-      metrics.write("consolidate", 0, round=task.round, **probed)
-      if what := failure.broken(probed):
-        raise failed(0, what, range(min(config.log_probe, len(task.prompts))))
+      training.probe_untrained()
     with signals.deferred() as terminated:
       for i in range(first + 1, config.steps + 1):
-        started, drawn = time.time(), next(batches)
-        student = policy.replace(state.params)
-        try:
-          batch, lengths = sample_batch(
-            task, student, policy, drawn["prefix"], drawn["draw"], config, limit, "consolidate"
-          )
-        except finite.NotFiniteError as error:
-          metrics.write("consolidate", i, round=task.round, logits=math.nan)
-          raise failed(i, str(error), drawn["prefix"][list(error.prompts)]) from error
-        state, measured = step(state, teacher, _place(batch, mesh, config.batch_size))
-        tokens = float((batch.segments > 0).sum())
+        state, loss, tokens = training.run_step(i, state, next(batches))
         cost["tokens"] += tokens
-        # A pass of the sampler, one of the teacher, and three of the student: forward, and both
-        # gradients.
-        cost["flops"] += 2.0 * size * 5 * tokens
-        measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-        scalars = _logged(measured, lengths)
-        saving = i % config.checkpoint_every == 0 or i == config.steps
-        scalars |= probe(state.params) if saving else {}
-        # The line comes before the checkpoint: if a kill falls between them, the step is done again
-        # and its line dropped; none is missing.
-        metrics.write(
-          "consolidate",
-          i,
-          round=task.round,
-          **scalars,
-          seconds=time.time() - started,
-          compiles=metrics.compiles(),
-        )
-        if what := failure.broken(scalars, measured, state):
-          raise failed(i, what, drawn["prefix"])
+        cost["flops"] += training.flops(tokens)
         ending = terminated()
-        if saving or ending:
+        if training.saves(i) or ending:
           checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
-        advance(1, f"loss {measured['loss']:.4g}")
+        advance(1, f"loss {loss:.4g}")
         if ending:
           checkpoints.wait()
           what = f"step {i} of {config.steps} is saved in {checkpoints.directory}"
@@ -335,11 +114,154 @@ def consolidate(
   return state.params, cost
 
 
+@dataclasses.dataclass(frozen=True)
+class _Training:
+  """What all steps of a round have in common; the state goes through `run_step`.
+
+  Attributes:
+    config: config.consolidation.
+    task: prompts and knowledge.
+    policy: the round's first weights, the frozen teacher's.
+    teacher: what it has read of the knowledge.
+    step: the jitted step (`step.make_step`).
+    probe: parameters → statistics on the fixed batch; {} without one.
+    limit: most tokens of a response.
+    mesh, metrics, checkpoints: of the round.
+  """
+
+  config: Any
+  task: task_lib.Task
+  policy: Policy
+  teacher: teacher_lib.Teacher
+  step: Callable
+  probe: Callable[[Any], dict[str, float]]
+  limit: int
+  mesh: jax.sharding.Mesh
+  metrics: Metrics
+  checkpoints: Checkpoints
+
+  def probe_untrained(self) -> None:
+    """Writes the line of step 0.
+
+    Raises:
+      NotFiniteError: a statistic is not finite.
+    """
+    probed = self.probe(self.policy.params)
+    self.metrics.write("consolidate", 0, round=self.task.round, **probed)
+    if what := failure.broken(probed):
+      raise self.failed(0, what, range(min(self.config.log_probe, len(self.task.prompts))))
+
+  def run_step(
+    self, i: int, state: step_lib.State, drawn: dict[str, np.ndarray]
+  ) -> tuple[step_lib.State, float, float]:
+    """Samples, scores and updates once, and writes the step's line of metrics.
+
+    Args:
+      i: the step, from 1.
+      state: after the step before; donated.
+      drawn: "prefix" and "draw" of the data iterator.
+
+    Returns:
+      The new state, the loss, and how many tokens the batch has.
+
+    Raises:
+      NotFiniteError: as `consolidate` says.
+    """
+    started = time.time()
+    student = self.policy.replace(state.params)
+    try:
+      batch, lengths = samples.sample_batch(
+        self.task,
+        student,
+        self.policy,
+        drawn["prefix"],
+        drawn["draw"],
+        self.config,
+        self.limit,
+        "consolidate",
+      )
+    except finite.NotFiniteError as error:
+      self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
+      raise self.failed(i, str(error), drawn["prefix"][list(error.prompts)]) from error
+    placed = samples.place(batch, self.mesh, self.config.batch_size)
+    state, measured = self.step(state, self.teacher, placed)
+    measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+    scalars = _logged(measured, lengths)
+    if self.saves(i):
+      scalars |= self.probe(state.params)
+    # The line comes before the checkpoint: if a kill falls between them, the step is done again
+    # and its line dropped; none is missing.
+    self.metrics.write(
+      "consolidate",
+      i,
+      round=self.task.round,
+      **scalars,
+      seconds=time.time() - started,
+      compiles=self.metrics.compiles(),
+    )
+    if what := failure.broken(scalars, measured, state):
+      raise self.failed(i, what, drawn["prefix"])
+    return state, measured["loss"], float((batch.segments > 0).sum())
+
+  def saves(self, i: int) -> bool:
+    """Whether step i leaves a checkpoint."""
+    return i % self.config.checkpoint_every == 0 or i == self.config.steps
+
+  def flops(self, tokens: float) -> float:
+    """Of so many tokens: a pass of the sampler, one of the teacher, and three of the student
+    (forward, and both gradients), each 2 a parameter and token.
+    """
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
+    return 2.0 * parameters * 5 * tokens
+
+  def failed(self, step: int, what: str, prefixes: Sequence[int]) -> finite.NotFiniteError:
+    """The error that ends the run at this step (`failure.failed`)."""
+    return failure.failed(
+      what,
+      config=self.config,
+      dtype=self.policy.dtype,
+      round=self.task.round,
+      step=step,
+      ids=[self.task.ids[i] for i in prefixes],
+      checkpoints=self.checkpoints,
+    )
+
+
+def _prepare(
+  config, task, policy, optimizer, shardings, limit, mesh, metrics, checkpoints, first
+) -> _Training:
+  """Reads the knowledge once, and makes the step and the probe.
+
+  Raises:
+    NotFiniteError: the probe's batch could not be sampled before step `first` + 1.
+  """
+  path = placement.attention_path(config, policy)
+  teacher = placement.prepare_teacher(config, task, policy, mesh, path)
+  _tell_if_on_host(config, task, teacher)
+  training = _Training(
+    config,
+    task,
+    policy,
+    teacher,
+    _make_step(config, policy, optimizer, path, shardings),
+    lambda params: {},
+    limit,
+    mesh,
+    metrics,
+    checkpoints,
+  )
+  try:
+    probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
+  except finite.NotFiniteError as error:
+    raise training.failed(first, str(error), error.prompts) from error
+  return dataclasses.replace(training, probe=probe)
+
+
 def _go_on(
   restored: Restored,
   batches: Any,
   config: Any,
-  task: Task,
+  task: task_lib.Task,
   made_from: dict[str, str],
   directory: str | os.PathLike,
 ) -> int:
@@ -360,7 +282,7 @@ def _go_on(
   return restored.step
 
 
-def _tell_if_on_host(config: Any, task: Task, teacher: teacher_lib.Teacher) -> None:
+def _tell_if_on_host(config: Any, task: task_lib.Task, teacher: teacher_lib.Teacher) -> None:
   if teacher.keys.sharding.memory_kind == "pinned_host":
     logging.warning(
       "round %d: keys and values of the knowledge are more than %g GiB, as "
@@ -387,7 +309,7 @@ def _make_step(config, policy, optimizer, path, shardings):
   )
 
 
-def _inputs(task: Task, policy: Policy) -> dict[str, str]:
+def _inputs(task: task_lib.Task, policy: Policy) -> dict[str, str]:
   """What a training is made from → a digest of it; kept in each checkpoint."""
   return {
     "weights": fingerprint(policy.params),
@@ -396,7 +318,7 @@ def _inputs(task: Task, policy: Policy) -> dict[str, str]:
   }
 
 
-def check_inputs(directory: str | os.PathLike, task: Task, policy: Policy) -> None:
+def check_inputs(directory: str | os.PathLike, task: task_lib.Task, policy: Policy) -> None:
   """Raises ValueError if the newest checkpoint in `directory` was trained from other weights,
   prompts or knowledge than these.
   """
@@ -473,87 +395,6 @@ def steps_done(directory: str | os.PathLike) -> int:
   return max((int(name) for name in os.listdir(directory) if name.isdigit()), default=0)
 
 
-def attention_path(config: Any, policy: Policy) -> str:
-  """The attention that config.consolidation.attention asks for: "auto" is the fastest that is
-  correct here (`attention.attend`).
-
-  Raises:
-    ValueError: rows may hold several samples, and "flash" would not keep them apart.
-  """
-  if config.attention == "flash" and config.pack:
-    raise ValueError(
-      'config.consolidation.attention is "flash", which does not keep a row\'s samples apart, and '
-      "config.consolidation.pack is True: "
-      'it must be False, or the attention "cudnn", "xla" or "auto"'
-    )
-  if config.attention != "auto":
-    return config.attention
-  if not _fast(policy):
-    return "xla"
-  return "cudnn" if config.pack else "flash"
-
-
-def _fast(policy: Policy) -> bool:
-  """Whether cuDNN and the kernels are there: on an NVIDIA GPU, in bfloat16."""
-  return jax.default_backend() == "gpu" and np.dtype(policy.dtype) == "bfloat16"
-
-
-def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
-  """Whether the layers run without a loop, as config.consolidation.unroll asks for.
-
-  Raises:
-    ValueError: it asks for that on several devices.
-  """
-  if config.unroll == "yes" and mesh.size > 1:
-    raise ValueError(
-      f'config.consolidation.unroll is "yes" on {mesh.size} devices: it is for one; "auto" or "no" '
-      "run on many"
-    )
-  possible = mesh.size == 1 and _fast(policy)
-  return possible if config.unroll == "auto" else config.unroll == "yes"
-
-
-def prepare_teacher(
-  config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str
-) -> teacher_lib.Teacher:
-  """The round's teacher, its texts read once; heads of keys and values are spread as those of the
-  parameters are.
-
-  Where they would take more than config.knowledge_gib of a device, they stay in the host's memory
-  (of a run of one process).
-  """
-  a, longest = policy.architecture, max(map(len, task.knowledge))
-  shardings = _knowledge_shardings(policy, mesh, len(task.knowledge), longest)[1]
-  size = knowledge_bytes(policy, mesh, len(task.knowledge), longest)
-  return teacher_lib.prepare(
-    policy.params,
-    a,
-    task.knowledge,
-    skip=task.skip,
-    dtype=policy.dtype,
-    path="flash" if path == "cudnn" else path,
-    unroll=unroll(config, policy, mesh),
-    shardings=(shardings["keys"], shardings["values"]),
-    on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,
-  )
-
-
-def _knowledge_shardings(
-  policy: Policy, mesh: jax.sharding.Mesh, texts: int, tokens: int
-) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
-  """The shape of the teacher's keys, and of its values, and how each lies on the mesh."""
-  a, P = policy.architecture, teacher_lib.room([range(tokens)])
-  shape = jax.ShapeDtypeStruct((a.layers, texts, a.kv_heads, P, a.head_size), policy.dtype)
-  names = {"teacher": {"keys": shape, "values": shape}}
-  return shape, mesh_lib.param_shardings(mesh, names)["teacher"]
-
-
-def knowledge_bytes(policy: Policy, mesh: jax.sharding.Mesh, texts: int, tokens: int) -> int:
-  """What keys and values of so many texts, the longest of so many tokens, take on a device."""
-  shape, shardings = _knowledge_shardings(policy, mesh, texts, tokens)
-  return 2 * math.prod(shardings["keys"].shard_shape(shape.shape)) * shape.dtype.itemsize
-
-
 def _make_probe(config, task, policy, teacher, limit, mesh, path):
   """Statistics on one fixed batch, the same at every step of the round: exact KL, entropies, top-k
   mass, named probe_kl and so on.
@@ -562,8 +403,8 @@ def _make_probe(config, task, policy, teacher, limit, mesh, path):
   if count == 0:
     return lambda params: {}
   numbers = list(range(count))
-  batch, _ = sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
-  batch = _place(batch, mesh, count)
+  batch, _ = samples.sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
+  batch = samples.place(batch, mesh, count)
   probe = step_lib.make_probe(
     policy.architecture,
     k=config.k,
@@ -576,17 +417,3 @@ def _make_probe(config, task, policy, teacher, limit, mesh, path):
   return lambda params: {
     f"probe_{name}": float(value) for name, value in probe(params, teacher, batch).items()
   }
-
-
-def _place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> batch_lib.Batch:
-  """Puts the batch on the devices, rows spread over them.
-
-  Rows are added, masked out: devices come out even, and few shapes are compiled, each for half a
-  minute on a CPU. Packed samples need a little more than half as many rows in most batches.
-  """
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  rooms = [-(-samples * eighths // (8 * shards)) * shards for eighths in (2, 5, 8)]
-  padded = mesh_lib.pad_batch(
-    batch, mesh, multiple=next(room for room in rooms if len(batch.mask) <= room)
-  )
-  return jax.device_put(padded, mesh_lib.batch_sharding(mesh))

@@ -17,9 +17,10 @@ import ml_collections
 from oel_jax import choices, loop
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import placement, trainer
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.consolidation import trainer
 from oel_jax.conversations.importers import read_check, read_prompts, read_text
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix
 from oel_jax.evaluation import statistics
@@ -80,7 +81,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   )
   longest = config.deployment.max_response_tokens
   policy = loop.load_policy(config.policy, devices, response_tokens=longest)
-  task = trainer.make_task(
+  task = task_lib.make_task(
     policy.tokenizer,
     prompts,
     [text],
@@ -90,7 +91,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     limit=config.policy.max_prompt_tokens,
     message=_knowledge,
   )
-  trainer.unroll(config.consolidation, policy, devices)
+  placement.unroll(config.consolidation, policy, devices)
   _check_lengths(config, policy, held_out, text, "held_out")
   _check_lengths(config, policy, unrelated, None, "unrelated")
   sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
