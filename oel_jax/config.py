@@ -147,6 +147,25 @@ def default() -> ml_collections.ConfigDict:
   return config.lock()
 
 
+def default_distill() -> ml_collections.ConfigDict:
+  """Returns `default()` with `task` = "distill" and the fields of `oel_jax.tasks.distill`."""
+  config = default()
+  with config.unlocked():
+    config.task = "distill"
+    config.distill = ml_collections.ConfigDict(
+      dict(
+        knowledge="",  # file with the text that only the teacher's prompts hold
+        # what is answered in training: .txt, .jsonl or .json (`conversations/importers.py`)
+        prompts="",
+        held_out="",  # the same, to measure on
+        unrelated="",  # the same, to measure what else has changed; "": not measured
+        # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
+        obeys="",
+      )
+    )
+  return config
+
+
 def validate(
   config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict | None = None
 ) -> None:

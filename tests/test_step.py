@@ -696,16 +696,6 @@ def test_the_server_side_has_no_environment():
   ]
 
 
-def test_importing_the_step_pulls_in_jax_and_flax_only():
-  modules = _imported("import oel_jax.consolidation.step")
-  assert not [
-    name
-    for name in modules
-    if name.split(".")[0]
-    in ("optax", "orbax", "grain", "sentencepiece", "ml_collections", "textarena")
-  ]
-
-
 def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
   """Prompt and knowledge begin with a system text: the teacher reads knowledge + prompt[skip:]."""
   samples, student, params, skip = _samples(), _params(0), _params(1), [3, 1, 0, 3]

@@ -11,7 +11,7 @@ import os
 import pathlib
 from typing import Any
 
-from oel_jax.report import page, plots
+from oel_jax.report import page
 from oel_jax.report.records import RETENTION, Evaluation, Measure, Run, read
 from oel_jax.runtime import files, schema
 
@@ -60,6 +60,8 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
       seen and what would be right.
     OSError: the report cannot be written; what stood there before still does.
   """
+  from oel_jax.report import plots  # here, for it imports Matplotlib
+
   run = read(pathlib.Path(workdir))
   results = summarize(run) | {"choices": _choices(pathlib.Path(workdir) / "choices.json")}
   light, dark = (plots.draw(run, theme) for theme in (plots.LIGHT, plots.DARK))

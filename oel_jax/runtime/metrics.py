@@ -13,11 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
 
-from oel_jax.runtime import files, schema
+from oel_jax.runtime import boards, files, schema
 
 SCHEMA = 1
 RESERVED = ("schema", "round", "stage", "step", "time", "not_finite", schema.DIGEST)
@@ -104,9 +101,7 @@ class Metrics:
     if lines and not lines[-1].endswith(b"\n"):
       logging.warning("%s:%d: unfinished last line dropped", self._path, len(lines))
       files.write_bytes(self._path, b"".join(lines[:-1]))
-    # SummaryWriter's thread dies of a full disk without a word, and then blocks the run when its
-    # queue is full; this one writes at once.
-    self._board = EventsWriter(str(self._path.parent / "events"), f".{os.getpid()}")
+    self._board = boards.TensorBoard(self._path.parent)
     self._open()
 
   def _open(self) -> None:
@@ -171,11 +166,8 @@ class Metrics:
     try:
       self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
       self._file.flush()
-      for name, value in values.items():
-        if value is not None:
-          point = summary.scalar(f"{stage}/{name}", value)
-          self._board.write_event(Event(step=at, wall_time=now, summary=point))
-      self._board.flush()
+      shown = {name: value for name, value in values.items() if value is not None}
+      self._board.add(stage, at, now, shown)
     except OSError as error:
       raise files.explained(error, self._path) from error
     self._count(stage, round, step)

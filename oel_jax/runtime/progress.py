@@ -8,19 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import rich.console
-import rich.progress
-import rich.table
-
 LINE_SECONDS = 10  # between two lines, where the output is no terminal
-_COLUMNS = (
-  "[progress.description]{task.description}",
-  rich.progress.BarColumn(),
-  rich.progress.MofNCompleteColumn(),
-  rich.progress.TimeElapsedColumn(),
-  "left",
-  rich.progress.TimeRemainingColumn(),
-)
 
 
 @contextlib.contextmanager
@@ -39,6 +27,8 @@ def bar(name: str, total: int, first: str = "") -> Iterator[Callable[..., None]]
     advance(n=1, note=""): tells that n more pieces are done, and something about the last of them,
       e.g. "loss 0.21".
   """
+  import rich.console  # here, for it takes a while
+
   # Made here, since stdout may have been redirected after the import; and of this stdout, since a
   # game's is redirected.
   console = rich.console.Console(file=sys.stdout)
@@ -47,9 +37,7 @@ def bar(name: str, total: int, first: str = "") -> Iterator[Callable[..., None]]
   with contextlib.ExitStack() as stack:
     shown = None
     if console.is_terminal:
-      shown = stack.enter_context(
-        rich.progress.Progress(*_COLUMNS, console=console, transient=True)
-      )
+      shown = stack.enter_context(_bar(console))
       task = shown.add_task(f"{name}: {first}" if first else name, total=total)
     elif first:
       print(f"{name}: {first}, then {total} to do", flush=True)
@@ -72,6 +60,22 @@ def bar(name: str, total: int, first: str = "") -> Iterator[Callable[..., None]]
   print(f"{name}: {done} of {total} in {time.monotonic() - start:.1f} s", flush=True)
 
 
+def _bar(console: Any) -> Any:
+  """Returns a rich.progress.Progress that vanishes at its end."""
+  from rich import progress
+
+  return progress.Progress(
+    "[progress.description]{task.description}",
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TimeElapsedColumn(),
+    "left",
+    progress.TimeRemainingColumn(),
+    console=console,
+    transient=True,
+  )
+
+
 def _clock(seconds: float) -> str:
   """Returns 0:05, 12:30 or 1:02:03."""
   hours, rest = divmod(round(seconds), 3600)
@@ -83,6 +87,10 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> None:
   """Prints one line a row; the columns are the keys in the order they first appear. Floats show
   four significant digits, None a dash.
   """
+
+  import rich.console
+  import rich.markup
+  import rich.table
 
   def cell(value: Any) -> str:
     if value is None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 
 from oel_jax import choices, loop
 from oel_jax import config as config_lib
@@ -32,25 +31,7 @@ from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import opened
 
 CHECKPOINTS = "round_1/checkpoints"
-
-
-def default() -> ml_collections.ConfigDict:
-  """The default configuration with `task` = "distill" and its own fields."""
-  config = config_lib.default()
-  with config.unlocked():
-    config.task = "distill"
-    config.distill = ml_collections.ConfigDict(
-      dict(
-        knowledge="",  # file with the text that only the teacher's prompts hold
-        # what is answered in training: .txt, .jsonl or .json (`conversations/importers.py`)
-        prompts="",
-        held_out="",  # the same, to measure on
-        unrelated="",  # the same, to measure what else has changed; "": not measured
-        # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
-        obeys="",
-      )
-    )
-  return config
+default = config_lib.default_distill
 
 
 def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
