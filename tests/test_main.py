@@ -112,6 +112,28 @@ def test_help_lists_the_experiments_and_their_sizes(start):
   assert "SIZE: pocket, pocket-table, pocket-4x4, qwen3-1.7b, qwen3-4b, qwen3-8b" in out
 
 
+@pytest.mark.parametrize(
+  "source, told",
+  [
+    ("def get_config(:\n  pass\n\ndef get_config():\n", "cannot be read: SyntaxError("),
+    ("import no_such_package\n\ndef get_config(size):\n", "cannot be read: "),
+    ('"""Mine."""\nSIZES = 1 / 0\n\ndef get_config():\n  pass\n', "ZeroDivisionError("),
+  ],
+)
+def test_help_lists_the_others_beside_a_file_that_is_broken(source, told, tmp_path, monkeypatch):
+  folder = tmp_path / "experiments"
+  folder.mkdir()
+  (folder / "broken.py").write_text(source)
+  (folder / "whole.py").write_text(
+    '"""A game.\n\nMore."""\nSIZES = ("s", "m")\n\ndef get_config():\n  pass\n'
+  )
+  (folder / "table.py").write_text("print('not an experiment')\n")
+  monkeypatch.setattr(main, "__file__", str(tmp_path / "oel_jax/main.py"))
+  broken, whole, sizes = main._experiments().strip().splitlines()[1:]
+  assert broken.startswith("  experiments/broken.py:SIZE  cannot be read: ") and told in broken
+  assert (whole, sizes) == ("  experiments/whole.py:SIZE  A game.", "    SIZE: s, m")
+
+
 def test_starts_the_pre_training(start, tmp_path):
   assert start(size=":pretrain").stdout == f"pretrain 0 {tmp_path}/run\n"
 
