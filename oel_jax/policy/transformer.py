@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.parameters import abstract, init  # noqa: F401  (named from here, too)
 
 Params = Any
 
@@ -276,17 +277,6 @@ class Decoder(nn.Module):
     )(a, self.dtype, self.path, name="layers")
     x, kv = layers(x, positions_BxT, mask, read)
     return nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="norm")(x), (kv if keep_cache else None)
-
-
-def init(architecture: Architecture, key: Array) -> Params:
-  """Returns freshly drawn float32 parameters."""
-  one = jnp.zeros((1, 1), jnp.int32)
-  return Decoder(architecture).init(key, one, one, one)["params"]
-
-
-def abstract(architecture: Architecture) -> Params:
-  """The tree of `init` as ShapeDtypeStructs; nothing is computed."""
-  return jax.eval_shape(lambda: init(architecture, jax.random.key(0)))
 
 
 def head(params: Params) -> Float[Array, "V D"]:

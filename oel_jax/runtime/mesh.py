@@ -1,4 +1,4 @@
-"""The device mesh and the one table that says how every parameter is split over it.
+"""The device mesh, and how every array is split over it: parameters as `policy.parameters` says.
 
 Axes: "data" splits the batch; "fsdp" splits the batch and, along the width, the parameters and
 their optimizer state; "tensor" splits heads, feed-forward and vocabulary. XLA inserts the
@@ -15,24 +15,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from oel_jax.policy import parameters
+
 AXES = ("data", "fsdp", "tensor")
 
 # Path of a parameter (regular expression for the whole path) → mesh axis of each of its dimensions.
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"embed/embedding", ("tensor", "fsdp")),  # [V, D]
-  (r"layers/attention/[qkv]/kernel", (None, "fsdp", "tensor", None)),  # [L, D, N or K, H]
-  (r"layers/attention/[qkv]/bias", (None, "tensor", None)),  # [L, N or K, H]
-  (r"layers/attention/o/kernel", (None, "tensor", None, "fsdp")),  # [L, N, H, D]
-  (r"layers/attention/[qk]_norm/scale", (None, None)),  # [L, H]
-  (r"layers/feedforward/(gate|up)/kernel", (None, "fsdp", "tensor")),  # [L, D, F]
-  (r"layers/feedforward/down/kernel", (None, "tensor", "fsdp")),  # [L, F, D]
-  (r"layers/(attention|feedforward)_norm/scale", (None, None)),  # [L, D]
-  (r"norm/scale", (None,)),  # [D]
-  (r"head/kernel", ("tensor", "fsdp")),  # [V, D]
-  (
-    r"teacher/(keys|values)",
-    (None, None, "tensor", None, None),
-  ),  # [L, G, K, P, H], of the knowledge texts
+  *((parameter.path, parameter.axes) for parameter in parameters.PARAMETERS),
+  # [L, G, K, P, H], of the knowledge texts
+  (r"teacher/(keys|values)", (None, None, "tensor", None, None)),
 )
 
 
@@ -114,7 +105,7 @@ def _shardings(mesh: Mesh, tree: Any, above: str) -> Any:
   shardings = jax.tree_util.tree_map_with_path(one, tree)
   if wrong:
     raise ValueError(
-      "runtime.mesh.TABLE must have exactly one row for every parameter: " + "; ".join(wrong)
+      "policy.parameters must have exactly one row for every parameter: " + "; ".join(wrong)
     )
   return shardings
 

@@ -3,7 +3,7 @@
 They are as llama.cpp writes them; `gguf_file` reads the file itself. Needs the extra `hf`.
 """
 
-import functools
+import operator
 import pathlib
 from typing import Any
 
@@ -14,10 +14,11 @@ try:
 except ImportError as error:
   raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
 
+from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
 from oel_jax.policy.tokenizer import import_transformers
-from oel_jax.policy.weights import huggingface
+from oel_jax.policy.weights import assemble
 from oel_jax.policy.weights.gguf_file import File, read  # noqa: F401  (read is called as gguf.read)
 from oel_jax.runtime import finite
 
@@ -26,23 +27,9 @@ transformers = import_transformers()
 FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
 
-# From Hugging Face's name of a tensor to llama.cpp's, one after the other.
-RENAMED = (
-  ("model.layers.", "blk."),
-  ("self_attn.o_proj", "attn_output"),
-  ("self_attn.", "attn_"),
-  ("mlp.", "ffn_"),
-  ("_proj", ""),
-  ("input_layernorm", "attn_norm"),
-  ("post_attention_layernorm", "ffn_norm"),
-  ("model.embed_tokens", "token_embd"),
-  ("model.norm", "output_norm"),
-  ("lm_head", "output"),
-)
-NAMES = {
-  path: functools.reduce(lambda name, pair: name.replace(*pair), RENAMED, name)
-  for path, name in huggingface.NAMES.items()
-}
+_name_of = operator.attrgetter("gguf")
+EMBEDDING = parameters.BY_PATH["embed/embedding"].gguf
+HEAD = parameters.BY_PATH["head/kernel"].gguf
 
 # Metadata below the family's name that is read here, or changes nothing of the forward pass. Any
 # other is refused.
@@ -134,8 +121,8 @@ def read_architecture(file: File) -> Architecture:
       raise ValueError(f'{file.path}: "{family}.{name}" is missing')
     return given[name]
 
-  if NAMES["embed/embedding"] not in file.tensors:
-    raise ValueError(f"{file.path}: {NAMES['embed/embedding']} is missing")
+  if EMBEDDING not in file.tensors:
+    raise ValueError(f"{file.path}: {EMBEDDING} is missing")
   width, heads = need("embedding_length"), need("attention.head_count")
   size = given.get("attention.key_length", width // heads)
   fixed = FIXED | {"attention.value_length": size, "rope.dimension_count": size}
@@ -150,7 +137,7 @@ def read_architecture(file: File) -> Architecture:
       )
   theta = _plain(given.get("rope.freq_base", 10000.0))
   return Architecture(
-    vocabulary=file.tensors[NAMES["embed/embedding"]].shape[0],
+    vocabulary=file.tensors[EMBEDDING].shape[0],
     width=width,
     layers=need("block_count"),
     heads=heads,
@@ -168,8 +155,8 @@ def read_architecture(file: File) -> Architecture:
 
 
 def _is_tied(file: File) -> bool:
-  head = file.tensors.get(NAMES["head/kernel"])
-  return head is None or head.holds_what(file.tensors[NAMES["embed/embedding"]])
+  head = file.tensors.get(HEAD)
+  return head is None or head.holds_what(file.tensors[EMBEDDING])
 
 
 def _plain(value: float) -> float:
@@ -213,38 +200,33 @@ def load(
     shardings: tree of shardings (`mesh.param_shardings`); None for the default device.
 
   Returns:
-    The parameter tree of `transformer.init`, layers stacked.
+    The parameter tree of `parameters.init`, layers stacked.
 
   Raises:
     ValueError: tensors are missing, unknown or misshaped: one error lists them all; or one holds
       numbers that are not finite.
   """
-  interleaved = {
-    NAMES[f"layers/attention/{x}/kernel"].format(layer): heads
-    for x, heads in (("q", architecture.heads), ("k", architecture.kv_heads))
-    for layer in range(architecture.layers)
-    if file.metadata["general.architecture"] == "llama"
-  }
+  held = assemble.names(architecture, _name_of)
+  interleaves = file.metadata["general.architecture"] == "llama"
 
   def take(name: str) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # a scale that is no number is told of next
       found = finite.checked(file.path, name, file.tensors[name].values(dtype))
-    if name not in interleaved:
+    if not (interleaves and held[name][0].rotated):
       return found
     # llama.cpp rotates neighbouring rows of a llama's heads against each other, we the two halves
     # of a head.
-    return (
-      found.reshape(interleaved[name], -1, 2, found.shape[1]).swapaxes(1, 2).reshape(found.shape)
-    )
+    pairs = found.reshape(-1, architecture.head_size // 2, 2, *found.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(found.shape)
 
   shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
   if architecture.rope_scaling:
     del shapes[ROPE_FACTORS]
   if architecture.tied_head:
-    shapes.pop(NAMES["head/kernel"], None)  # the embedding once more
+    shapes.pop(HEAD, None)  # the embedding once more
   complaint = f"{file.path}: the tensors do not fit the metadata"
-  return huggingface.assemble(
-    complaint, shapes, take, architecture, NAMES, dtype=dtype, shardings=shardings
+  return assemble.assemble(
+    complaint, shapes, take, architecture, _name_of, dtype=dtype, shardings=shardings
   )
 
 

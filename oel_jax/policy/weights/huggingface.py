@@ -1,298 +1,40 @@
-"""Hugging Face model folders: config.json ↔ `Architecture`, safetensors (one file or shards) ↔
-parameters.
+"""Hugging Face model folders: safetensors, one file or shards, ↔ parameters; config.json is
+`huggingface_config`'s.
 
-Qwen3, Qwen2.5 and Llama (SmolLM2 too) are one decoder here, told apart by two switches: a norm on
-query and key heads, and a bias on query, key and value. Tensors are read one by one and go to their
-devices as they come, so the host never holds the model.
+Tensors are read one by one and go to their devices as they come, so the host never holds the model.
 """
 
-import dataclasses
-import json
+import operator
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from jax.sharding import NamedSharding, PartitionSpec
 
-from oel_jax.policy import transformer
-from oel_jax.policy.architecture import Architecture, Llama3Scaling
-from oel_jax.policy.weights.safetensors_folder import FLOATS, INDEX, SINGLE, Tensor, open_folder
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.weights import assemble
+from oel_jax.policy.weights.huggingface_config import (  # noqa: F401  (the first is read from here)
+  read_architecture,
+  write_config,
+)
+from oel_jax.policy.weights.safetensors_folder import (
+  EMBEDDING,
+  FLOATS,
+  HEAD,
+  INDEX,
+  SINGLE,
+  open_folder,
+)
 from oel_jax.runtime import files, finite
 
 SHARD_BYTES = 4 * 2**30
-FAMILIES = ("qwen3", "qwen2", "llama")
-
-# Our path, layers' leading L aside ↔ the tensor's name. {} is the layer.
-NAMES = {
-  "embed/embedding": "model.embed_tokens.weight",
-  "norm/scale": "model.norm.weight",
-  "head/kernel": "lm_head.weight",
-  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-  "layers/feedforward_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-  "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-  **{
-    f"layers/attention/{x}/{ours}": f"model.layers.{{}}.self_attn.{x}_proj.{theirs}"
-    for x in "qkv"
-    for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
-  },
-  **{
-    f"layers/attention/{x}_norm/scale": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"
-  },
-  **{
-    f"layers/feedforward/{x}/kernel": f"model.layers.{{}}.mlp.{x}_proj.weight"
-    for x in ("gate", "up", "down")
-  },
-}
-
-# Fields that change what the model computes, each with the only value that is built here.
-FIXED = {
-  "hidden_act": "silu",
-  "mlp_bias": False,
-  "use_sliding_window": False,
-  "partial_rotary_factor": 1.0,
-  "pretraining_tp": 1,
-  "rope_interleaved": False,
-  "is_encoder_decoder": False,
-  "add_cross_attention": False,
-}
-READ = {
-  "model_type",
-  "vocab_size",
-  "hidden_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-  "num_key_value_heads",
-  "head_dim",
-  "intermediate_size",
-  "rope_theta",
-  "rope_scaling",
-  "rope_parameters",
-  "rms_norm_eps",
-  "tie_word_embeddings",
-  "attention_bias",
-  "layer_types",
-  "max_position_embeddings",
-}
-# Fields that change nothing of the forward pass, nor do those whose names begin with a mark.
-HARMLESS = {
-  "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
-  "chunk_size_feed_forward", "cls_token_id", "decoder_start_token_id", "dtype", "eos_token_id",
-  "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
-  "mask_token_id", "max_window_layers", "output_attentions", "output_hidden_states",
-  "pad_token_id", "prefix", "problem_type", "return_dict", "sep_token_id", "sliding_window",
-  "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "unk_token_id",
-  "use_bfloat16", "use_cache",
-}  # fmt: skip
-MARKS = ("_", "transformers", "unsloth_")
-# Settings of sampling, which `transformers` 4 kept in config.json; ours are config.policy's.
-SAMPLING = {
-  "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
-  "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
-  "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length",
-  "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
-  "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
-  "temperature", "top_k", "top_p", "typical_p",
-}  # fmt: skip
-QUANTISED = ("quantization_config", "quantization", "compression_config")
-HEAD, EMBEDDING = NAMES["head/kernel"], NAMES["embed/embedding"]
 FREQUENCIES = "rotary_emb.inv_freq"  # of old files; they follow from config.json
 
-
-def read_architecture(folder: str | os.PathLike) -> Architecture:
-  """The shapes that the folder's config.json gives, and whether the head is tied.
-
-  A head that lies beside the embedding although "tie_word_embeddings" is true counts if its numbers
-  differ, as in version 5 of `transformers`. The files of weights are opened to see that.
-
-  Raises:
-    FileNotFoundError: there is no config.json; or the head is tied and there are no weights.
-    ValueError: the folder holds an adapter; or config.json is damaged, a field is missing, or says
-      something that this decoder does not do; names the field and its value.
-  """
-  path = pathlib.Path(folder) / "config.json"
-  adapter = path.with_name("adapter_config.json")
-  if adapter.is_file():
-    raise ValueError(
-      f"{adapter}: the folder holds an adapter (LoRA), not a model: merge it into its base, with "
-      "PEFT's merge_and_unload, and give that; remove the file if this has been done"
-    )
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"{path}: no such file; config.policy.weights must be a folder with a Hugging Face model"
-    )
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    family = config["model_type"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{path}: not a Hugging Face configuration ({type(error).__name__}: {error})"
-    ) from error
-  if family not in FAMILIES:
-    raise ValueError(
-      f'{path}: "model_type" is {family!r}: it must be one of {", ".join(map(repr, FAMILIES))}'
-    )
-  _refuse(path, config, family)
-
-  def need(name: str, kind: type = int, default: int | None = None) -> Any:
-    value = default if config.get(name) is None else config[name]
-    if value is None:
-      raise ValueError(f'{path}: "{name}" is missing')
-    return _number(path, name, value, kind)
-
-  tied = config.get("tie_word_embeddings") or False
-  if not isinstance(tied, bool):
-    raise ValueError(f'{path}: "tie_word_embeddings" is {tied!r}: it must be true or false')
-  theta, scaling = _rope(path, config)
-  heads, width = need("num_attention_heads"), need("hidden_size")
-  longest = config.get("max_position_embeddings")
-  return Architecture(
-    vocabulary=need("vocab_size"),
-    width=width,
-    layers=need("num_hidden_layers"),
-    heads=heads,
-    kv_heads=need("num_key_value_heads", default=heads),
-    head_size=need("head_dim", default=width // heads),
-    feedforward=need("intermediate_size"),
-    rope_theta=theta,
-    rope_scaling=scaling,
-    norm_eps=need("rms_norm_eps", float),
-    qk_norm=family == "qwen3",
-    qkv_bias=family == "qwen2",
-    tied_head=tied and _is_tied(open_folder(path.parent)),
-    max_positions=longest if longest is None else need("max_position_embeddings"),
-  )
-
-
-def _number(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
-  if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < np.inf:
-    raise ValueError(
-      f'{path}: "{name}" is {value!r}: it must be a {"whole " if kind is int else ""}number above 0'
-    )
-  return kind(value)
-
-
-def _refuse(path: pathlib.Path, config: dict[str, Any], family: str) -> None:
-  """Raises ValueError at the first field that would change the model in a way that is not built
-  here.
-  """
-  fixed = FIXED | ({} if family == "qwen2" else {"attention_bias": False})
-  for name, value in config.items():
-    if name in fixed and value is not None and value != fixed[name]:
-      raise ValueError(f'{path}: "{name}" is {value!r}: only {fixed[name]!r} is supported')
-    if name == "layer_types" and value is not None and set(value) - {"full_attention"}:
-      raise ValueError(
-        f'{path}: "layer_types" holds {sorted(set(value) - {"full_attention"})}: only '
-        '"full_attention" is supported'
-      )
-    if name in QUANTISED and value:
-      raise ValueError(
-        f'{path}: "{name}" is {value!r:.100}: the weights are quantised, and only floating-point '
-        "ones are read; give the folder of the model before it was quantised, or a GGUF file"
-      )
-    known = name in READ | FIXED.keys() | HARMLESS | SAMPLING or name.startswith(MARKS)
-    if not known and value not in (None, False, "", [], {}):
-      raise ValueError(
-        f'{path}: "{name}" is {value!r:.100}: this decoder does not know the field; remove it only '
-        "if it changes nothing"
-      )
-
-
-def _rope(path: pathlib.Path, config: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-  """Base and scaling of the rotary frequencies, from the older "rope_theta" and "rope_scaling", the
-  newer "rope_parameters", or both.
-  """
-  given = {
-    field: config[field] for field in ("rope_parameters", "rope_scaling") if config.get(field)
-  }
-  scalings = {field: _scaling(path, field, value) for field, value in given.items()}
-  thetas = [
-    _number(path, "rope_theta", value["rope_theta"], float)
-    for value in (*given.values(), config)
-    if value.get("rope_theta") is not None
-  ]
-  if len(set(scalings.values())) > 1 or len(set(thetas)) > 1:
-    said = ", ".join(
-      f'"{field}" is {config[field]!r}' for field in (*given, "rope_theta") if field in config
-    )
-    raise ValueError(f"{path}: {said}: they must say the same")
-  return thetas[0] if thetas else 10000.0, next(iter(scalings.values()), None)
-
-
-def _scaling(path: pathlib.Path, field: str, given: Any) -> Llama3Scaling | None:
-  kinds = (
-    {given[name] for name in ("rope_type", "type") if given.get(name)}
-    if isinstance(given, dict)
-    else {None}
-  )
-  if not kinds <= {"default"} and kinds != {"llama3"}:
-    raise ValueError(
-      f'{path}: "{field}" is {given!r}: of the ways to scale rotary positions, only "llama3" is '
-      "supported"
-    )
-  names = (
-    tuple(part.name for part in dataclasses.fields(Llama3Scaling)) if kinds == {"llama3"} else ()
-  )
-  for name, value in given.items():
-    if name not in ("rope_type", "type", "rope_theta", *names) and value not in (
-      None,
-      FIXED.get(name),
-    ):
-      raise ValueError(
-        f'{path}: "{field}" holds "{name}", which is {value!r:.100}: this decoder does not know it'
-      )
-  missing = [name for name in names if given.get(name) is None]
-  if missing:
-    raise ValueError(f'{path}: "{field}" lacks {", ".join(missing)}')
-  return (
-    Llama3Scaling(*(_number(path, f"{field}.{name}", given[name], float) for name in names))
-    if names
-    else None
-  )
-
-
-def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-  return {
-    path: leaf.shape
-    for path, leaf in flax.traverse_util.flatten_dict(
-      transformer.abstract(architecture), sep="/"
-    ).items()
-  }
-
-
-def _tensors(
-  architecture: Architecture, names: dict[str, str] = NAMES
-) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-  """Each tensor that a file of this architecture holds: name → (our path, layer or None, its shape
-  there).
-  """
-  found = {}
-  for path, shape in _shapes(architecture).items():
-    layered = path.startswith("layers/")
-    for layer in range(architecture.layers) if layered else (None,):
-      found[names[path].format(layer)] = (
-        path,
-        layer,
-        _their_shape(path, shape[1:] if layered else shape),
-      )
-  return found
-
-
-def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  if path.endswith("/bias"):
-    return (shape[0] * shape[1],)
-  if not path.startswith("layers/") or path.endswith("/scale"):
-    return shape
-  # o reads heads × size, the others read the width
-  rows = shape[0] * shape[1] if path.endswith("/o/kernel") else shape[0]
-  size = int(np.prod(shape))
-  return (size // rows, rows)
+_name_of = operator.attrgetter("huggingface")
 
 
 def load(
@@ -311,7 +53,7 @@ def load(
     shardings: tree of shardings (`mesh.param_shardings`); None for the default device.
 
   Returns:
-    The parameter tree of `transformer.init`, layers stacked.
+    The parameter tree of `parameters.init`, layers stacked.
 
   Raises:
     FileNotFoundError: no weights in the folder, or a shard is missing.
@@ -331,83 +73,15 @@ def load(
     raise ValueError(f"{folder}: {shown}: quantised or packed; only {', '.join(FLOATS)} are read")
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   read = lambda name: finite.checked(folder, name, tensors[name].read())
-  return assemble(
+  return assemble.assemble(
     f"{folder}: the weights do not fit config.json",
     shapes,
     read,
     architecture,
-    NAMES,
+    _name_of,
     dtype=dtype,
     shardings=shardings,
   )
-
-
-def assemble(
-  complaint: str,
-  shapes: dict[str, tuple[int, ...]],
-  read: Callable[[str], Any],
-  architecture: Architecture,
-  names: dict[str, str],
-  *,
-  dtype: Any,
-  shardings: Any,
-) -> Any:
-  """Puts the tensors of a file, one by one and each straight to its devices, where
-  `transformer.init` has them.
-
-  Args:
-    complaint: how an error begins.
-    shapes: of every tensor there, by its name; matrices are [out, in].
-    read: name → tensor.
-    architecture: what the tensors should make.
-    names: our path → the name there, {} for the layer, as in `NAMES`.
-    dtype, shardings: as in `load`.
-
-  Returns:
-    The parameter tree of `transformer.init`, layers stacked.
-
-  Raises:
-    ValueError: tensors are missing, unknown or misshaped: one error lists them all.
-  """
-  wanted = _tensors(architecture, names)
-  wrong = [f"{name}: missing" for name in wanted.keys() - shapes.keys()] + [
-    f"{name}: unknown" for name in shapes.keys() - wanted.keys()
-  ]
-  for name in wanted.keys() & shapes.keys():
-    if shapes[name] != wanted[name][2]:
-      wrong.append(f"{name}: {shapes[name]} instead of {wanted[name][2]}")
-  if wrong:
-    shown = "; ".join(sorted(wrong)[:20]) + (
-      f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-    )
-    raise ValueError(f"{complaint}: {shown}")
-  places = flax.traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
-  flat = {}
-  for path, shape in _shapes(architecture).items():
-    whole = places.get(path)
-    # Cast on the devices: on the host a float32 copy of a bfloat16 tensor would be twice its size.
-    if not path.startswith("layers/"):
-      flat[path] = jax.block_until_ready(jax.device_put(read(names[path]), whole)).astype(dtype)
-      continue
-    layer_sharding = whole and NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=whole)()
-    # In place, unlike a scatter.
-    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x.astype(dtype), i, 0)
-    place = jax.jit(update, donate_argnums=0, out_shardings=whole)
-    for layer in range(architecture.layers):
-      found = read(names[path].format(layer))
-      found = found.T.reshape(shape[1:])  # theirs is [out, in]
-      # Waits: one tensor at a time on the host.
-      stack = place(stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer)
-    flat[path] = stack
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _is_tied(tensors: dict[str, Tensor]) -> bool:
-  """Whether there is but one matrix for embedding and head, or the same twice."""
-  if HEAD not in tensors or EMBEDDING not in tensors:
-    return True
-  return tensors[HEAD].holds_what(tensors[EMBEDDING])
 
 
 def save(
@@ -427,7 +101,7 @@ def save(
 
   Args:
     folder: made if need be.
-    params: tree of `transformer.init`'s shape.
+    params: tree of `parameters.init`'s shape.
     architecture: theirs.
     dtype: stored type.
     config: fields of the folder that the model came from, kept where they do not speak of shapes.
@@ -440,10 +114,8 @@ def save(
       to be unfinished.
   """
   # An architecture that has no folder is told before one is touched.
-  folder, fields = (
-    pathlib.Path(folder),
-    write_config(architecture, dtype),
-  )
+  fields = write_config(architecture, dtype)
+  folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
@@ -456,50 +128,6 @@ def save(
   if len(set(weight_map.values())) > 1:
     files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
   files.write_json(folder / "config.json", (config or {}) | fields)
-
-
-def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
-  """The fields of a config.json that `read_architecture` reads back as the same architecture.
-
-  Raises:
-    ValueError: no family of `transformers` has this combination of norms, biases and scaling.
-  """
-  a = architecture
-  if (a.qk_norm and a.qkv_bias) or (a.rope_scaling and (a.qk_norm or a.qkv_bias)):
-    raise ValueError(
-      f"no Hugging Face family has {a}: qk_norm, qkv_bias and rope_scaling exclude one another"
-    )
-  family, name = (
-    ("qwen3", "Qwen3") if a.qk_norm else ("qwen2", "Qwen2") if a.qkv_bias else ("llama", "Llama")
-  )
-  rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rope_theta}
-  if a.rope_scaling:
-    scaling = dataclasses.asdict(a.rope_scaling)
-    rope |= scaling | {
-      "rope_type": "llama3",
-      "original_max_position_embeddings": int(scaling["original_max_position_embeddings"]),
-    }
-  # Both spellings: engines built on older versions read rope_theta, rope_scaling and torch_dtype.
-  longest = {} if a.max_positions is None else {"max_position_embeddings": a.max_positions}
-  return longest | {
-    "architectures": [f"{name}ForCausalLM"],
-    "model_type": family,
-    "vocab_size": a.vocabulary,
-    "hidden_size": a.width,
-    "num_hidden_layers": a.layers,
-    "num_attention_heads": a.heads,
-    "num_key_value_heads": a.kv_heads,
-    "head_dim": a.head_size,
-    "intermediate_size": a.feedforward,
-    "rms_norm_eps": a.norm_eps,
-    "tie_word_embeddings": a.tied_head,
-    "hidden_act": "silu",
-    "rope_theta": a.rope_theta,
-    "rope_scaling": rope if a.rope_scaling else None,
-    "rope_parameters": rope,
-    "dtype": np.dtype(dtype).name,
-    "torch_dtype": np.dtype(dtype).name,
-  }
 
 
 def _write_shards(
@@ -541,13 +169,12 @@ def _remove(folder: pathlib.Path, *patterns: str) -> None:
 def _theirs(
   flat: dict[str, Any], architecture: Architecture, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-  for name, (path, layer, shape) in _tensors(architecture).items():
-    leaf = np.asarray(flat[path] if layer is None else flat[path][layer])
-    kernel = layer is not None and len(shape) == 2
+  """Each tensor's name and numbers, in the order of the tree's leaves."""
+  for name, (parameter, layer) in assemble.names(architecture, _name_of).items():
+    stack = flat[parameter.path]
+    leaf = np.asarray(stack if layer is None else stack[layer])
     with np.errstate(over="ignore"):  # told below, with the tensor's name
-      tensor = np.ascontiguousarray(
-        leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape), dtype
-      )
+      tensor = np.ascontiguousarray(parameter.to_stored(leaf, architecture), dtype)
     if not np.isfinite(tensor).all():
       raise ValueError(
         f"{name} holds values that are not finite in {tensor.dtype}: nothing was exported"

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from oel_jax.policy import transformer
+from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture
 from oel_jax.runtime import files, finite
 
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike, architecture: Architecture) -> Any:
   except (safetensors.SafetensorError, ValueError) as error:
     hint = pointer_hint(path)
     raise ValueError(f"{path}: not a whole safetensors file ({error}){hint}") from error
-  wanted = flax.traverse_util.flatten_dict(transformer.abstract(architecture), sep="/")
+  wanted = flax.traverse_util.flatten_dict(parameters.abstract(architecture), sep="/")
   wrong = [f"{name}: missing" for name in wanted if name not in found] + [
     f"{name}: unknown" for name in found if name not in wanted
   ]

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from oel_jax.policy import parameters
 from oel_jax.policy.weights import native
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-HEAD = "lm_head.weight"
+EMBEDDING = parameters.BY_PATH["embed/embedding"].huggingface
+HEAD = parameters.BY_PATH["head/kernel"].huggingface
 FLOATS = ("F16", "BF16", "F32", "F64")
 SLICE = 2**22  # numbers compared at a time
 
