@@ -15,7 +15,8 @@ import frozen_lake  # noqa: E402
 
 CONTROLS = {
   "own": {},  # the first round of frozen_lake.py:pocket-table, to compare with
-  "swapped": {"extraction.source": "swapped"},  # goal and trap exchanged in every item
+  # goal and trap exchanged in every item
+  "swapped": {"extraction.edit": "oel_jax.pocket.claims:swap_roles"},
   "empty": {"extraction.source": "empty"},  # the wrapper with nothing in it
   "trajectories": {
     "extraction.source": "trajectories",

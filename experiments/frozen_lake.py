@@ -15,6 +15,10 @@ import ml_collections
 from oel_jax import config as config_lib
 
 POCKET = ("pocket", "pocket-table", "pocket-4x4")
+# What the embedded policy must not lose.
+RETENTION = tuple(
+  f"oel_jax.pocket.retention:{task}" for task in ("extraction", "worlds", "symmetric", "other")
+)
 # OEL, section 4 and appendix: form of the knowledge, trajectories accumulated and used, whether the
 # extractor sees what is known, longest knowledge, learning rate, steps a round. What all have in
 # common are the defaults of config.py.
@@ -98,7 +102,7 @@ def _pocket(size: str) -> ml_collections.ConfigDict:
       checkpoint_every=8,
       gate_episodes=32,
     )
-    config.evaluation.update(episodes=64, retention=32, accumulation=(4,))
+    config.evaluation.update(episodes=64, tasks=RETENTION, retention=32, accumulation=(4,))
     if size == "pocket":  # ten minutes on two cores
       config.rounds = 2
       config.consolidation.steps = 16

@@ -7,7 +7,6 @@ what its figure or table needs.
 """
 
 import math
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -20,6 +19,12 @@ KINDS = (*DIVERGENCES, "imitation")
 SUPPORTS = ("full", "topk", "topk_tail")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "cudnn", "flash")
+# Short names of what modules outside the core have, each for its MODULE:NAME.
+POLICIES = {"pocket": "oel_jax.pocket.load:load"}  # of config.policy.weights
+TASKS = {  # of config.task
+  "distill": "oel_jax.tasks.distill:run",
+  "pretrain": "oel_jax.pocket.pretrain:run",
+}
 
 
 def default() -> ml_collections.ConfigDict:
@@ -33,8 +38,8 @@ def default() -> ml_collections.ConfigDict:
       # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree
       # with
       architecture="auto",
-      # A Hugging Face folder; a .gguf file; a .safetensors file of ours; or "pocket", the embedded
-      # policy.
+      # A Hugging Face folder; a .gguf file; a .safetensors file of ours, its tokenizer.model beside
+      # it; MODULE:NAME, a function (compute dtype) -> Policy; or "pocket", the embedded policy.
       weights=config_dict.placeholder(str),
       # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
       compute_dtype="auto",
@@ -71,9 +76,10 @@ def default() -> ml_collections.ConfigDict:
       see_previous=True,  # whether the extractor sees the knowledge so far
       # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
       start_from="nothing",
-      # "extracted"; controls: "trajectories" (raw), "swapped" (roles exchanged), "empty" (wrapper
-      # only)
+      # "extracted"; controls: "trajectories" (raw), "empty" (wrapper only)
       source="extracted",
+      # MODULE:NAME, a function (text of a new item) -> text: the round's knowledge says that; ""
+      edit="",
       max_knowledge_tokens=8192,  # over it, the oldest whole items go
       max_response_tokens=1024,  # an answer of the extractor, thinking included
       temperature=0.7,  # sampling of the answers
@@ -138,8 +144,9 @@ def default() -> ml_collections.ConfigDict:
       in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
       # round 1: also play with the knowledge as it stood after these many trajectories
       accumulation=(),
-      # examples of each retention task; 0: none (they need the embedded policy's worlds)
-      retention=0,
+      # each MODULE:NAME, a function of evaluation/tasks.py's kind; what must not be lost
+      tasks=(),
+      retention=0,  # examples of each of those tasks; 0: none
     )
   )
   # Devices on each axis; -1: all that are left.
@@ -164,6 +171,13 @@ def default_distill() -> ml_collections.ConfigDict:
       )
     )
   return config
+
+
+def policy(config: Any) -> Any:
+  """Returns config.policy with a short name of POLICIES written out, as `policy.load` takes it."""
+  copy = config.policy.copy_and_resolve_references()
+  copy.weights = POLICIES.get(copy.weights, copy.weights)
+  return copy
 
 
 def validate(
@@ -196,31 +210,16 @@ def validate(
 
   one_of("policy.architecture", ("auto", *ARCHITECTURES))
   one_of("policy.compute_dtype", ("auto", "bfloat16", "float32"))
-  if config.policy.weights == "pocket":
-    need(
-      config.policy.architecture in ("auto", "pocket"),
-      "policy.architecture",
-      config.policy.architecture,
-      '"pocket", as policy.weights is',
-    )
-  weights = config.policy.weights or ""
-  # Weights that are not set are told of when they are to be read.
-  embedded = weights in ("", "pocket") or pathlib.Path(weights).suffix == ".safetensors"
-  need(
-    embedded or config.extraction.source != "swapped",
-    "extraction.source",
-    config.extraction.source,
-    'another: it knows the words of the embedded policy alone (policy.weights = "pocket")',
-  )
-  need(
-    embedded or config.evaluation.retention <= 0,
-    "evaluation.retention",
-    config.evaluation.retention,
-    '0: its tasks are the embedded policy\'s (policy.weights = "pocket")',
-  )
   one_of("extraction.form", ("items", "text"))
   one_of("extraction.start_from", ("nothing", "previous_round"))
-  one_of("extraction.source", ("extracted", "trajectories", "swapped", "empty"))
+  need(
+    config.extraction.source != "swapped",
+    "extraction.source",
+    config.extraction.source,
+    "another: what changes the items of the knowledge is named by extraction.edit now, as "
+    "experiments/controls.py does",
+  )
+  one_of("extraction.source", ("extracted", "trajectories", "empty"))
   one_of("consolidation.data", ("student", "teacher"))
   one_of("consolidation.kind", KINDS)
   one_of("consolidation.support", SUPPORTS)
@@ -267,6 +266,12 @@ def validate(
     "evaluation.retention",
   ):
     positive(field, zero_ok=True)
+  need(
+    config.evaluation.tasks or not config.evaluation.retention,
+    "evaluation.retention",
+    config.evaluation.retention,
+    "0 where evaluation.tasks names no task, each as MODULE:NAME",
+  )
   for stage in ("deployment", "extraction", "evaluation"):
     need(
       0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1"
@@ -297,7 +302,7 @@ def validate(
     config.consolidation.pack,
     'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
   )
-  if config.get("task") != "distill":  # which extracts nothing
+  if "distill" not in config:  # which extracts nothing
     known, limit = config.extraction.max_knowledge_tokens, config.policy.max_prompt_tokens
     right = f"below policy.max_prompt_tokens ({limit})"
     need(known < limit, "extraction.max_knowledge_tokens", known, right)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 
 from oel_jax import choices, report
@@ -42,17 +41,13 @@ from oel_jax.conversations.schema import (
 )
 from oel_jax.environments.rollout import Episode, play_to_file
 from oel_jax.environments.textarena import game_spec, try_game
-from oel_jax.evaluation import evaluate, statistics
+from oel_jax.evaluation import episodes, statistics, tasks
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction.extract import extract, raw_knowledge
-from oel_jax.pocket import claims
-from oel_jax.pocket import load as pocket
-from oel_jax.policy import architecture, transformer
+from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy, Reply, Sampling
-from oel_jax.policy.tokenizer import HuggingFaceTokenizer
-from oel_jax.policy.weights import huggingface, native
 from oel_jax.report import records
-from oel_jax.runtime import files, mesh, progress, schema
+from oel_jax.runtime import files, mesh, named, progress, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.metrics import Metrics
@@ -76,7 +71,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   devices = mesh.make_mesh(config.mesh)
   try_game(game_spec(config.deployment))
   longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
-  policy = load_policy(config.policy, devices, response_tokens=longest)
+  policy = load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
+  tasks.read_tasks(config.evaluation.tasks)
+  _read_edit(config)
   placement.unroll(config.consolidation, policy, devices)
   most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
   chosen = choices.choose(config, policy, devices, **most, exact=False)
@@ -98,98 +95,6 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   return results
 
 
-def load_policy(
-  config: Any, devices: jax.sharding.Mesh, *, response_tokens: int | None = None
-) -> Policy:
-  """The policy that config.policy names, its parameters in float32 and placed as training leaves
-  them.
-
-  Args:
-    config: config.policy.
-    devices: the mesh.
-    response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
-
-  Raises:
-    ValueError: no such weights, or damaged ones; or they are of another architecture than
-      config.policy.architecture; or, which shows before they are read: they are too small for the
-      tokenizer, or prompts and responses may be longer than the model's context.
-    OSError: a file is missing in the folder.
-  """
-  dtype = config.compute_dtype
-  if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  if config.weights is None:
-    raise ValueError(
-      "config.policy.weights is not set: it must be a Hugging Face folder, a .gguf file, a "
-      '.safetensors file of ours, or "pocket"'
-    )
-  path = files.local(config.weights, "config.policy.weights")
-  if path.is_dir():
-    shape, tokenizer = huggingface.read_architecture(path), HuggingFaceTokenizer.from_folder(path)
-    read = functools.partial(huggingface.load, path, shape)
-  elif path.suffix == ".gguf":
-    from oel_jax.policy.weights import gguf  # here, for it needs packages of the extra "hf"
-
-    file = gguf.read(path)
-    shape = gguf.read_architecture(file)
-    tokenizer = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
-    read = functools.partial(gguf.load, file, shape)
-  else:
-    return _load_own(config, path, devices, jnp.dtype(dtype))
-  _agree(config, shape, tokenizer)
-  if response_tokens is not None:
-    _check_context(config, shape.max_positions, response_tokens)
-  return Policy(
-    shape,
-    read(shardings=mesh.param_shardings(devices, transformer.abstract(shape))),
-    tokenizer,
-    jnp.dtype(dtype),
-  )
-
-
-def _load_own(config: Any, path: pathlib.Path, devices: jax.sharding.Mesh, dtype: Any) -> Policy:
-  """The embedded policy, or a file of ours with its vocabulary."""
-  policy = pocket.load(dtype)
-  if config.weights != "pocket":
-    if not path.is_file():
-      raise ValueError(
-        f"config.policy.weights is {config.weights!r}: there is no such file or folder"
-      )
-    name = (
-      native.metadata(path).get("architecture")
-      if config.architecture == "auto"
-      else config.architecture
-    )
-    if name is None:
-      raise ValueError(
-        f'config.policy.architecture is "auto", but {path} does not say its own: give a name of '
-        "policy/architecture.py"
-      )
-    shape = architecture.named(name)
-    policy = dataclasses.replace(policy, architecture=shape, params=native.load(path, shape))
-  _agree(config, policy.architecture, policy.tokenizer)
-  # To jit, host arrays are not what training leaves: every program would be compiled again after
-  # round 1.
-  return policy.replace(jax.device_put(policy.params, mesh.param_shardings(devices, policy.params)))
-
-
-def _agree(config: Any, shape: architecture.Architecture, tokenizer: Any) -> None:
-  """Raises ValueError if the weights are of another architecture than the configuration names, or
-  lack ids of the tokenizer.
-  """
-  if config.architecture != "auto" and architecture.named(config.architecture) != shape:
-    raise ValueError(
-      f"config.policy.architecture is {config.architecture!r}, but {config.weights} holds {shape}: "
-      'it must be "auto" or fit'
-    )
-  if tokenizer.vocabulary > shape.vocabulary:  # before the weights are read, which takes minutes
-    raise ValueError(
-      f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids "
-      "but its weights only "
-      f"{shape.vocabulary} rows: tokenizer and weights must be of one model, with a row for each id"
-    )
-
-
 # Files of a round, below its folder.
 DEPLOYED, PREFIX_GAMES, PREFIXES = (
   "user/trajectories.jsonl",
@@ -197,21 +102,6 @@ DEPLOYED, PREFIX_GAMES, PREFIXES = (
   "prefixes.jsonl",
 )
 TRAINED = "checkpoints"  # the manifest's entry of the finished training
-
-
-def _check_context(config: Any, context: int | None, response_tokens: int) -> None:
-  """Raises ValueError if a prompt that is allowed and its response are longer than the context."""
-  together = config.max_prompt_tokens + response_tokens
-  if context is not None and together > context:
-    limit = context - response_tokens
-    right = f"it must be at most {limit}"
-    if limit <= 0:
-      right = "max_response_tokens must be far smaller"
-    raise ValueError(
-      f"config.policy.max_prompt_tokens is {config.max_prompt_tokens}, with up to "
-      f"{response_tokens} tokens of a response {together}, but the context length "
-      f"(max_position_embeddings) of {config.weights} is {context}: {right}"
-    )
 
 
 @dataclasses.dataclass
@@ -473,31 +363,31 @@ class Loop:
       plays |= {"first_knowledge": (policy, first)} if first else {}
     steps = config.accumulation if number == 1 else ()
     curve = {step: self._knowledge_at(step, before) for step in steps}
-    total = config.episodes * (len(plays) + len(curve)) + len(evaluate.RETENTION) * config.retention
+    kept = tasks.read_tasks(config.tasks)
+    total = config.episodes * (len(plays) + len(curve)) + len(kept) * config.retention
     with self._stage(number, "evaluate", policy, total) as (meter, advance):
       for name, (player, given) in plays.items():
         meter.policy = player
-        result[name] = evaluate.play_summary(
+        result[name] = episodes.play_summary(
           self._play_held_out(number, name, meter, given, advance)
         )
       result["accumulation"] = []
       for step, given in curve.items():
         meter.policy = before
-        passed = evaluate.play_summary(
+        passed = episodes.play_summary(
           self._play_held_out(number, f"after_{step:03d}_trajectories", meter, given, advance)
         )["passed"]
         result["accumulation"].append({"trajectories": step, "passed": passed})
       meter.policy = policy
-      result["retention"] = evaluate.retention(
-        meter, config.retention, seed=derive(self.config.seed, "retention"), advance=advance
-      )
+      seed = derive(self.config.seed, "retention")
+      result["retention"] = tasks.measure(kept, meter, config.retention, seed=seed, advance=advance)
     if number and "in_context" in result:
       result["recovered"] = statistics.recovered(
         result["without"]["passed"]["rate"], base, result["in_context"]["passed"]["rate"]
       )
     result["gate"] = gate
     scalars = {f"passed_{name}": result[name]["passed"]["rate"] for name in plays}
-    scalars |= {f"retention_{name}": kept["rate"] for name, kept in result["retention"].items()}
+    scalars |= {f"retention_{name}": share["rate"] for name, share in result["retention"].items()}
     self._log(
       number, "evaluate", response_tokens=result["without"]["response_tokens"]["mean"], **scalars
     )
@@ -513,7 +403,7 @@ class Loop:
     self.metrics.write(stage, 0, round=number, at=number, **scalars)
 
   def _log_play(self, number: int, stage: str, trajectories: Sequence[Trajectory]) -> None:
-    played = evaluate.play_summary(trajectories)
+    played = episodes.play_summary(trajectories)
     self._log(
       number,
       stage,
@@ -607,7 +497,7 @@ class Loop:
       evaluation = {
         name: value
         for name, value in evaluation.items()
-        if name not in ("in_context", "accumulation", "retention")
+        if name not in ("in_context", "accumulation", "tasks", "retention")
       }
     # How the prompts of training were sampled says nothing about held-out games.
     game = {
@@ -736,15 +626,16 @@ class Loop:
   def _limited(
     self, whole: list[knowledge_lib.Knowledge], step: int, policy: Policy
   ) -> list[knowledge_lib.Knowledge]:
-    """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens; roles
-    exchanged for the control "swapped".
+    """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens, and
+    edited if config.extraction.edit says so.
     """
     config = self.config.extraction
     count = lambda text: len(policy.tokenizer.encode(text))
     texts = knowledge_lib.as_of(
       whole, step, max_tokens=config.max_knowledge_tokens, count_tokens=count
     )
-    return [_swapped(text) for text in texts] if config.source == "swapped" else texts
+    edit = _read_edit(self.config)
+    return [_edited(text, edit) for text in texts] if edit else texts
 
   def _accumulate(
     self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]
@@ -806,15 +697,16 @@ class Loop:
       files.write_sealed(path, {"schema": 1, "stages": spent})
 
 
-def _swapped(text: knowledge_lib.Knowledge) -> knowledge_lib.Knowledge:
-  """Goal and trap exchanged in the round's own items; those carried over were exchanged when they
-  were new.
-  """
+def _read_edit(config: Any) -> Callable[[str], str] | None:
+  name = config.extraction.edit
+  return named.function(name, "config.extraction.edit") if name else None
+
+
+def _edited(text: knowledge_lib.Knowledge, edit: Callable[[str], str]) -> knowledge_lib.Knowledge:
+  """The round's own items edited; those carried over were edited when they were new."""
   own = lambda item: item.step != knowledge_lib.CARRIED
   return knowledge_lib.Knowledge(
-    tuple(
-      dataclasses.replace(i, text=claims.swap_roles(i.text)) if own(i) else i for i in text.items
-    )
+    tuple(dataclasses.replace(i, text=edit(i.text)) if own(i) else i for i in text.items)
   )
 
 

@@ -166,13 +166,12 @@ def main(argv: list[str]) -> None:
 
       print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
       return
-    if config.get("task") == "pretrain":
-      from oel_jax.pocket import pretrain as task
-    elif config.get("task") == "distill":
-      from oel_jax.tasks import distill as task
-    else:
-      from oel_jax import loop as task
-    task.run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
+    from oel_jax import config as config_lib
+    from oel_jax.runtime import named
+
+    task = config.get("task", "oel_jax.loop:run")
+    run = named.function(config_lib.TASKS.get(task, task), "config.task")
+    run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
   except Terminated as stopped:
     advice = "give the same command again to go on from there"
     print(f"stopped by SIGTERM: {stopped}; {advice}", file=sys.stderr)

@@ -263,6 +263,7 @@ def there_and_back(
   from oel_jax import config as config_lib
   from oel_jax import loop
   from oel_jax.conversations.schema import Message
+  from oel_jax.policy import load
   from oel_jax.runtime import mesh
   from oel_jax.tasks import export
 
@@ -285,7 +286,7 @@ def there_and_back(
     moved
   )
   config.policy.weights = str(workdir / "export")
-  policy = loop.load_policy(config.policy, mesh.make_mesh(config.mesh))
+  policy = load.load_policy(config.policy, mesh.make_mesh(config.mesh))
   np.testing.assert_array_equal(
     jax.device_get(policy.params["embed"]["embedding"]), found["model.embed_tokens.weight"]
   )

@@ -10,6 +10,7 @@ import test_gguf
 
 from oel_jax import config as config_lib
 from oel_jax import loop
+from oel_jax.policy import load as load_lib
 from oel_jax.policy.weights import gguf, huggingface
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.tasks import distill
@@ -52,7 +53,7 @@ def read(weights, prompt_tokens, response_tokens):
   devices = mesh_lib.make_mesh(
     ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
   )
-  return loop.load_policy(config, devices, response_tokens=response_tokens)
+  return load_lib.load_policy(config, devices, response_tokens=response_tokens)
 
 
 def test_longer_prompts_and_responses_are_told_before_the_weights_are_read(weights):
@@ -96,7 +97,7 @@ def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch
     asked.append(response_tokens)
     raise ValueError("enough")
 
-  monkeypatch.setattr(loop, "load_policy", load)
+  monkeypatch.setattr(load_lib, "load_policy", load)
   (tmp_path / "a.txt").write_text("Be brief.\n")
   (tmp_path / "a.py").write_text("def f(answer):\n  return True\n")
   config.deployment.max_response_tokens, config.extraction.max_response_tokens = 70, 90
@@ -111,7 +112,7 @@ def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch
 
 
 def test_what_shows_without_the_model_is_told_before_it_is_loaded(tmp_path, monkeypatch):
-  monkeypatch.setattr(loop, "load_policy", lambda *_, **__: pytest.fail("the model is loaded"))
+  monkeypatch.setattr(load_lib, "load_policy", lambda *_, **__: pytest.fail("the model is loaded"))
   config = config_lib.default()
   config.deployment.game = "FrozenLak-v0-raw"
   with pytest.raises(ValueError, match="config.deployment.game is 'FrozenLak-v0-raw'"):
@@ -135,4 +136,4 @@ def test_weights_on_another_store_are_refused():
   with pytest.raises(
     ValueError, match="config.policy.weights is 'gs://bucket/Qwen3-1.7B': .* it must be a path here"
   ):
-    loop.load_policy(config, None)
+    load_lib.load_policy(config, None)

@@ -11,7 +11,7 @@ import pytest
 from fakes import Tokenizer, in_turns
 
 from oel_jax.conversations.schema import KNOWLEDGE, Trajectory, Turn
-from oel_jax.evaluation import evaluate, statistics
+from oel_jax.evaluation import episodes, statistics, tasks
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, Claim
 
@@ -87,7 +87,7 @@ def test_a_summary_counts_games_turns_and_tokens():
     trajectory("turn_limit", 70, thinking="The experience given to me says so."),
     trajectory("invalid", 80, answer="As the lessons above say: [up]"),
   ]
-  found = evaluate.play_summary(games)
+  found = episodes.play_summary(games)
   assert (found["passed"]["hits"], found["passed"]["of"]) == (2, 5)
   # A turn, not a game.
   assert (
@@ -111,7 +111,7 @@ def test_a_summary_counts_games_turns_and_tokens():
   ],
 )
 def test_talk_of_the_knowledge_is_a_leak(text):
-  assert evaluate.leaks(text)
+  assert episodes.leaks(text)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_talk_of_the_knowledge_is_a_leak(text):
   ],
 )
 def test_talk_of_the_game_is_none(text):
-  assert not evaluate.leaks(text)
+  assert not episodes.leaks(text)
 
 
 def test_no_answer_that_pre_training_teaches_is_a_leak():
@@ -138,11 +138,16 @@ def test_no_answer_that_pre_training_teaches_is_a_leak():
   played = [example for example in examples if example.kind in ("play", "ask", "other")]
   assert len(played) > 1000
   assert not [
-    example for example in played if evaluate.leaks(f"{example.thinking}\n{example.answer}")
+    example for example in played if episodes.leaks(f"{example.thinking}\n{example.answer}")
   ]
 
 
 # Retention, on policies of which it is known what they can do.
+
+
+KEPT = tasks.read_tasks(
+  [f"oel_jax.pocket.retention:{name}" for name in ("extraction", "worlds", "symmetric", "other")]
+)
 
 
 class Oracle:
@@ -241,7 +246,7 @@ def solve(question: str) -> str:
 
 
 def test_an_oracle_keeps_everything():
-  found = evaluate.retention(Oracle("extraction", "play", "other"), 40, seed=3)
+  found = tasks.measure(KEPT, Oracle("extraction", "play", "other"), 40, seed=3)
   assert {name: (share["hits"], share["of"]) for name, share in found.items()} == {
     name: (40, 40) for name in ("extraction", "worlds", "symmetric", "other")
   }
@@ -250,7 +255,7 @@ def test_an_oracle_keeps_everything():
 def test_each_ability_is_measured_by_itself():
   everything = {"extraction": {"extraction"}, "play": {"worlds", "symmetric"}, "other": {"other"}}
   for lost, measures in everything.items():
-    found = evaluate.retention(Oracle(*(everything.keys() - {lost})), 40, seed=3)
+    found = tasks.measure(KEPT, Oracle(*(everything.keys() - {lost})), 40, seed=3)
     for name, share in found.items():
       # A wrong extractor names a goal that is not there; a player with the roles exchanged now and
       # then has no hazard that it can reach.
@@ -263,8 +268,8 @@ def test_each_ability_is_measured_by_itself():
 
 def test_retention_is_the_same_every_time_and_off_by_request():
   partly = Oracle("extraction")
-  assert evaluate.retention(partly, 12, seed=5) == evaluate.retention(partly, 12, seed=5)
-  assert evaluate.retention(None, 0, seed=5) == {}
+  assert tasks.measure(KEPT, partly, 12, seed=5) == tasks.measure(KEPT, partly, 12, seed=5)
+  assert tasks.measure(KEPT, None, 0, seed=5) == {}
 
 
 def test_a_false_item_beside_a_true_one_is_no_hit():
@@ -272,5 +277,5 @@ def test_a_false_item_beside_a_true_one_is_no_hit():
     def extract(self, question):
       return super().extract(question) + f"\n{claims_line(TRAP, missing_letter(question))}"
 
-  assert evaluate.retention(Talkative("extraction"), 20, seed=3)["extraction"]["hits"] == 0
+  assert tasks.measure(KEPT, Talkative("extraction"), 20, seed=3)["extraction"]["hits"] == 0
   assert claims.parse("- EXPERIENCE ITEM: Watch what each symbol does.") == Claim(GENERIC)

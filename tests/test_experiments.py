@@ -15,6 +15,7 @@ import transformers
 
 from oel_jax import loop
 from oel_jax.conversations.schema import Message
+from oel_jax.policy import load as load_lib
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.tasks import export
@@ -125,7 +126,7 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
   before = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   ids = torch.tensor([tokenizer.encode("How are you?")])
   config.policy.weights = str(tmp_path / "run/export")
-  policy = loop.load_policy(config.policy, mesh_lib.make_mesh(config.mesh))
+  policy = load_lib.load_policy(config.policy, mesh_lib.make_mesh(config.mesh))
   with torch.no_grad():
     trained, first = again(ids).logits.numpy(), before(ids).logits.numpy()
   np.testing.assert_allclose(logits(policy, ids.numpy()), trained, atol=1e-4)

@@ -17,14 +17,13 @@ import optax
 import pytest
 
 from oel_jax import config as config_lib
-from oel_jax import loop
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.conversations.schema import Message, Prefix
-from oel_jax.policy import transformer
+from oel_jax.policy import load, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling.sampler import generate
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -203,7 +202,7 @@ def fixture_real(request):
       steps=3, batch_size=24, learning_rate=1e-5, checkpoint_every=1000, log_probe=8
     )
   devices = mesh_lib.make_mesh(config.mesh)
-  policy = loop.load_policy(config.policy, devices)
+  policy = load.load_policy(config.policy, devices)
   prefixes = [
     Prefix(f"case-{i}", (Message("user", text),)) for i, text in enumerate(instructions())
   ]

@@ -10,15 +10,19 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
+from oel_jax import config as config_lib
 from oel_jax.conversations.schema import Message
 from oel_jax.environments import prompts
 from oel_jax.pocket import claims, corpus, load, probes, vocabulary, worlds
 from oel_jax.pocket.claims import GOAL, TRAP, Claim
+from oel_jax.policy.load import load_policy
 from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.policy.weights import native
+from oel_jax.runtime import mesh
 from oel_jax.runtime.seeds import derive
 
 
@@ -87,6 +91,43 @@ def test_a_missing_file_is_named(tmp_path):
   (folder / load.TOKENIZER).unlink()
   with pytest.raises(OSError, match=load.TOKENIZER):
     load.load(folder=folder)
+
+
+# By its names, as a configuration gives them (policy/load.py).
+
+
+def read(**fields):
+  config = config_lib.default()
+  config.policy.update(fields)
+  devices = mesh.make_mesh(
+    ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
+  )
+  return load_policy(config_lib.policy(config), devices)
+
+
+@pytest.mark.parametrize("weights", ["pocket", "oel_jax.pocket.load:load", "FILE"])
+def test_it_is_the_same_by_its_short_name_its_function_and_its_file(tmp_path, policy, weights):
+  if weights == "FILE":
+    folder = shutil.copytree(load.DATA, tmp_path / "data")
+    weights = str(folder / load.WEIGHTS)
+  found = read(weights=weights, architecture="auto")
+  jax.tree.map(np.testing.assert_array_equal, found.params, policy.params)
+  assert found.architecture == policy.architecture and found.dtype == policy.dtype
+  assert found.tokenizer.digest == policy.tokenizer.digest
+
+
+def test_its_weights_have_one_architecture():
+  with pytest.raises(
+    ValueError, match='config.policy.architecture is "?\'qwen3-1.7b\'.*it must be "auto" or fit'
+  ):
+    read(weights="pocket", architecture="qwen3-1.7b")
+  assert read(weights="pocket", architecture="pocket").architecture.layers == 8
+
+
+def test_a_file_of_ours_needs_its_vocabulary_beside_it(tmp_path):
+  shutil.copy(load.DATA / load.WEIGHTS, tmp_path)
+  with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer.model, .* must lie beside it"):
+    read(weights=str(tmp_path / load.WEIGHTS))
 
 
 CARD = {  # gate → its row in the model card

@@ -38,6 +38,7 @@ from oel_jax.conversations.schema import (
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.pocket import load as pocket
 from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import load as load_lib
 from oel_jax.policy import transformer
 from oel_jax.policy.weights import native
 from oel_jax.runtime import mesh as mesh_lib
@@ -545,7 +546,7 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
   )
   shutil.rmtree(tmp_path / "round_1/knowledge")
   # Of the same extraction: nothing is sampled again.
-  swapped = make_loop(extraction__source="swapped").extract(1, Scripted())
+  swapped = make_loop(extraction__edit="oel_jax.pocket.claims:swap_roles").extract(1, Scripted())
   assert (
     swapped
     == ["\n".join(["- EXPERIENCE ITEM: The hazard is G.", "- EXPERIENCE ITEM: H is the goal."] * 4)]
@@ -731,7 +732,7 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
       return Fake(params)
 
   monkeypatch.setattr(loop_lib, "Loop", Quiet)
-  monkeypatch.setattr(loop_lib, "load_policy", lambda config, devices, **how: Fake({}))
+  monkeypatch.setattr(load_lib, "load_policy", lambda config, devices, **how: Fake({}))
   monkeypatch.setattr(loop_lib.report, "write", lambda folder: {})
   monkeypatch.setattr(loop_lib.report, "rows", lambda results: [])
   loop_lib.run(make_loop(rounds=3).config, make_loop().folder / "run")
@@ -751,6 +752,7 @@ def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   shape = architecture_lib.named("pocket-tiny")
   path = tmp_path / "tiny.safetensors"
   native.save(path, jax.jit(lambda key: transformer.init(shape, key))(jax.random.key(0)))
+  shutil.copy(pocket.DATA / pocket.TOKENIZER, tmp_path)
   config = short_config()
   config.update_from_flattened_dict(
     {
@@ -817,7 +819,7 @@ def test_a_tokenizer_that_the_weights_have_no_rows_for_is_told_before_they_are_r
     match=f"config.policy.weights is '{path}': .* has {len(tokenizer)} ids but its weights only 97 "
     "rows",
   ):
-    loop_lib.load_policy(config, devices)
+    load_lib.load_policy(config, devices)
 
 
 # Bad input: one clear line, status 2, and nothing lost.
@@ -879,8 +881,11 @@ def test_an_unknown_field_is_told_in_one_line(cache, tmp_path):
   "changes, parts",
   [
     ({"policy.architecture": "qwen9"}, ("config.policy.architecture is 'qwen9'", "'pocket'")),
-    ({"policy.architecture": "qwen3-4b"}, ("config.policy.architecture is 'qwen3-4b'", '"pocket"')),
-    ({"policy.weights": None}, ("config.policy.weights is not set", '"pocket"')),
+    (
+      {"policy.architecture": "qwen3-4b"},
+      ("config.policy.architecture is 'qwen3-4b'", "oel_jax.pocket"),
+    ),
+    ({"policy.weights": None}, ("config.policy.weights is not set", "MODULE:NAME")),
     (
       {"policy.weights": "/nowhere/x.safetensors"},
       ("config.policy.weights", "/nowhere/x.safetensors"),
@@ -903,6 +908,11 @@ def test_an_unknown_field_is_told_in_one_line(cache, tmp_path):
     ),
     ({"consolidation.kind": "kl"}, ("config.consolidation.kind is 'kl'", "'reverse_kl'")),
     ({"mesh.data": 5}, ("config.mesh", "5")),
+    (
+      {"evaluation.tasks": ("nowhere:f",)},
+      ("config.evaluation.tasks is 'nowhere:f'", "No module named"),
+    ),
+    ({"extraction.edit": "json:f"}, ("config.extraction.edit is 'json:f'", "no function f")),
   ],
 )
 def test_a_wrong_configuration_is_told_before_the_directory_is_its(

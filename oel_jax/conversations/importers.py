@@ -6,19 +6,16 @@ conversation holds beyond roles and texts (tools, names, reasoning…) is refuse
 and line.
 """
 
-import importlib.util
-import itertools
 import json
 import pathlib
 import reprlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from oel_jax.conversations.schema import Message, Prefix
-from oel_jax.runtime import files
+from oel_jax.runtime import files, named
 
 TEXT = (".txt", ".text")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -30,7 +27,6 @@ HARMLESS = {
   "source", "dataset", "split", "tags", "language", "user", "store", "stream", "n", "seed",
   "temperature", "top_p", "max_tokens", "max_completion_tokens",
 }  # fmt: skip
-_modules = itertools.count()
 
 
 def read_text(path: str, field: str) -> str:
@@ -201,25 +197,11 @@ def read_check(name: str, field: str = "obeys") -> Callable[[str], bool]:
     ValueError: it is not written FILE.py:FUNCTION, or the file cannot be run or lacks the function.
     OSError: there is no such file.
   """
-  path, _, function = name.rpartition(":")
-  told = f"config.distill.{field} is {name!r}"
-  if not path.endswith(".py") or not function:
+  field = f"config.distill.{field}"
+  told = f"{field} is {name!r}"
+  if not (named.is_name(name) and ".py:" in name):
     raise ValueError(f"{told}: it must be FILE.py:FUNCTION")
-  file = files.local(path, f"config.distill.{field}")
-  if not file.is_file():
-    raise FileNotFoundError(f"{told}: there is no such file")
-  # Registered while it runs and afterwards: dataclasses and type hints look it up by its name.
-  spec = importlib.util.spec_from_file_location(f"oel_jax_check_{next(_modules)}", file)
-  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except (Exception, SystemExit) as error:  # whatever is wrong in the user's file
-    del sys.modules[spec.name]
-    reason = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{told}: the file cannot be run ({reason})") from error
-  check = getattr(module, function, None)
-  if not callable(check):
-    raise ValueError(f"{told}: the file has no function {function}")
+  check = named.function(name, field)
 
   def checked(answer: str) -> bool:
     try:

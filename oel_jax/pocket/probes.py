@@ -12,6 +12,7 @@ from typing import Any
 from oel_jax.conversations.schema import transcript
 from oel_jax.environments.rollout import Episode, play
 from oel_jax.environments.textarena import GameSpec, open_game
+from oel_jax.evaluation.tasks import Count
 from oel_jax.pocket import claims as claims_lib
 from oel_jax.pocket import corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, WALL, Claim
@@ -30,18 +31,6 @@ WORLD = GameSpec(
 LAKE = dataclasses.replace(
   WORLD, name="FrozenLake-v0-raw", args={"size": 3, "num_holes": 2}, max_turns=5
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-  """`hits` out of `of`."""
-
-  hits: int
-  of: int
-
-  @property
-  def rate(self) -> float:
-    return self.hits / self.of if self.of else float("nan")
 
 
 def world_of(seed: int, layout: str | None = None) -> worlds.World:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from oel_jax import choices, loop
+from oel_jax import choices
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import placement, trainer
@@ -23,6 +23,7 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.conversations.importers import read_check, read_prompts, read_text
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix
 from oel_jax.evaluation import statistics
+from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import LENGTHS, Policy, Sampling, bucket
 from oel_jax.runtime import files, finite, mesh, progress, schema
 from oel_jax.runtime.checksum import fingerprint
@@ -61,7 +62,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
   )
   longest = config.deployment.max_response_tokens
-  policy = loop.load_policy(config.policy, devices, response_tokens=longest)
+  policy = load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
   task = task_lib.make_task(
     policy.tokenizer,
     prompts,

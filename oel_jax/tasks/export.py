@@ -12,8 +12,8 @@ import ml_collections
 from absl import logging
 
 from oel_jax import config as config_lib
-from oel_jax import loop
 from oel_jax.consolidation import trainer
+from oel_jax.policy import load
 from oel_jax.policy.weights import huggingface
 from oel_jax.runtime import files, mesh, schema
 from oel_jax.runtime.workdir import file_digests, locked, read_config
@@ -57,7 +57,7 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
   with locked(folder):
     own = _own_config(config, folder)
     devices = mesh.make_mesh(config.mesh)
-    policy = loop.load_policy(own.policy, devices)
+    policy = load.load_policy(config_lib.policy(own), devices)
     if not hasattr(policy.tokenizer, "save"):
       raise ValueError(
         f"config.policy.weights is {own.policy.weights!r}: only a model that came from Hugging "

@@ -1,15 +1,13 @@
-"""What a round's policy can do: held-out games without knowledge and with it, what it kept, what it
-gives away.
+"""What finished games show: how many were passed, how long they and their answers were, and what
+was given away.
 """
 
-import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from oel_jax.conversations.schema import ENDED, Trajectory
 from oel_jax.evaluation import statistics
-from oel_jax.pocket import probes
 
 # Answers that speak of the knowledge as of something handed to the speaker.
 LEAK = re.compile(
@@ -43,27 +41,3 @@ def play_summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
       sum(leaks(f"{turn.thinking}\n{turn.answer}") for turn in turns), len(turns)
     ),
   }
-
-
-# What must not be lost: writing knowledge down, other worlds with knowledge in context,
-# role-symmetric ones, other tasks.
-RETENTION = {
-  "extraction": probes.extraction,
-  "worlds": probes.play_worlds,
-  "symmetric": functools.partial(probes.play_worlds, layout="symmetric"),
-  "other": probes.other_tasks,
-}
-
-
-def retention(
-  policy: Any, count: int, *, seed: int, advance: Callable[[int], None] = lambda n: None
-) -> dict[str, Any]:
-  """Each probe of RETENTION on `count` examples, the same in every round; {} if count is 0.
-  `advance` is told of examples done.
-  """
-  measured = {}
-  for name, probe in RETENTION.items() if count else ():
-    found = probe(policy, count, seed=seed)
-    measured[name] = statistics.count(found.hits, found.of)
-    advance(count)
-  return measured

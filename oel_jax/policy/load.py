@@ -1,0 +1,145 @@
+"""The policy that a configuration names: from a folder, a file, or a function of another module."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from oel_jax.policy import architecture as architecture_lib
+from oel_jax.policy import parameters
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from oel_jax.policy.weights import huggingface, native
+from oel_jax.runtime import files, mesh, named
+
+TOKENIZER = "tokenizer.model"  # beside a .safetensors file of ours, as pre-training leaves it
+FORMS = (
+  "a Hugging Face folder, a .gguf file, a .safetensors file of ours, or MODULE:NAME, a function "
+  "that is given the compute dtype and returns a Policy"
+)
+# What reads the parameters, float32, as the given shardings place them.
+Read = Callable[..., Any]
+
+
+def load_policy(
+  config: Any, devices: jax.sharding.Mesh, *, response_tokens: int | None = None
+) -> Policy:
+  """Returns the policy that config.policy names, its parameters in float32 and placed as training
+  leaves them.
+
+  Args:
+    config: config.policy; its `weights` are one of FORMS.
+    devices: the mesh.
+    response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
+
+  Raises:
+    ValueError: no such weights, or damaged ones; or they are of another architecture than
+      config.policy.architecture; or, which shows before they are read: they are too small for the
+      tokenizer, or prompts and responses may be longer than the model's context.
+    OSError: a file is missing in the folder.
+  """
+  dtype = config.compute_dtype
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  dtype = jnp.dtype(dtype)
+  architecture, tokenizer, read = _source(config, dtype)
+  _agree(config, architecture, tokenizer)
+  if response_tokens is not None:
+    _check_context(config, architecture.max_positions, response_tokens)
+  params = read(shardings=mesh.param_shardings(devices, parameters.abstract(architecture)))
+  return Policy(architecture, params, tokenizer, dtype)
+
+
+def _source(config: Any, dtype: jnp.dtype) -> tuple[Architecture, Any, Read]:
+  """The architecture, the tokenizer and what reads the parameters, which takes longest."""
+  if config.weights is None:
+    raise ValueError(f"config.policy.weights is not set: it must be {FORMS}")
+  if named.is_name(config.weights):
+    policy = named.function(config.weights, "config.policy.weights")(dtype)
+    return policy.architecture, policy.tokenizer, functools.partial(_place, policy.params)
+  path = files.local(config.weights, "config.policy.weights")
+  if path.is_dir():
+    architecture = huggingface.read_architecture(path)
+    tokenizer = HuggingFaceTokenizer.from_folder(path)
+    return architecture, tokenizer, functools.partial(huggingface.load, path, architecture)
+  if path.suffix == ".gguf":
+    from oel_jax.policy.weights import gguf  # here, for it needs packages of the extra "hf"
+
+    file = gguf.read(path)
+    architecture = gguf.read_architecture(file)
+    tokenizer = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
+    return architecture, tokenizer, functools.partial(gguf.load, file, architecture)
+  return _own_file(config, path)
+
+
+def _own_file(config: Any, path: pathlib.Path) -> tuple[Architecture, Any, Read]:
+  """A .safetensors file of ours, and the vocabulary beside it."""
+  if not path.is_file():
+    raise ValueError(
+      f"config.policy.weights is {config.weights!r}: there is no such file or folder; it must be "
+      f"{FORMS}"
+    )
+  name = config.architecture
+  if name == "auto":
+    name = native.metadata(path).get("architecture")
+  if name is None:
+    raise ValueError(
+      f'config.policy.architecture is "auto", but {path} does not say its own: give a name of '
+      "policy/architecture.py"
+    )
+  vocabulary = path.with_name(TOKENIZER)
+  if not vocabulary.is_file():
+    raise ValueError(
+      f"config.policy.weights is {config.weights!r}: {vocabulary}, the SentencePiece model that "
+      "the weights were trained with, must lie beside it"
+    )
+  architecture = architecture_lib.named(name)
+  tokenizer = SentencePieceTokenizer(vocabulary.read_bytes())
+  return (
+    architecture,
+    tokenizer,
+    lambda shardings: _place(native.load(path, architecture), shardings),
+  )
+
+
+def _place(params: Any, shardings: Any) -> Any:
+  """To jit, host arrays are not what training leaves: with them, every program would be compiled
+  again after round 1.
+  """
+  return jax.device_put(params, shardings)
+
+
+def _agree(config: Any, architecture: Architecture, tokenizer: Any) -> None:
+  """Raises ValueError if the weights are of another architecture than the configuration names, or
+  lack ids of the tokenizer.
+  """
+  if config.architecture != "auto" and architecture_lib.named(config.architecture) != architecture:
+    raise ValueError(
+      f"config.policy.architecture is {config.architecture!r}, but {config.weights} holds "
+      f'{architecture}: it must be "auto" or fit'
+    )
+  if tokenizer.vocabulary > architecture.vocabulary:
+    raise ValueError(
+      f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids "
+      f"but its weights only {architecture.vocabulary} rows: tokenizer and weights must be of one "
+      "model, with a row for each id"
+    )
+
+
+def _check_context(config: Any, context: int | None, response_tokens: int) -> None:
+  """Raises ValueError if a prompt that is allowed and its response are longer than the context."""
+  together = config.max_prompt_tokens + response_tokens
+  if context is not None and together > context:
+    limit = context - response_tokens
+    right = f"it must be at most {limit}"
+    if limit <= 0:
+      right = "max_response_tokens must be far smaller"
+    raise ValueError(
+      f"config.policy.max_prompt_tokens is {config.max_prompt_tokens}, with up to "
+      f"{response_tokens} tokens of a response {together}, but the context length "
+      f"(max_position_embeddings) of {config.weights} is {context}: {right}"
+    )

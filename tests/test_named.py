@@ -1,0 +1,61 @@
+"""Functions that a configuration names: found, or told in one sentence what is wrong."""
+
+import os.path
+
+import pytest
+
+from oel_jax.runtime import named
+
+
+def test_a_module_and_a_file_hand_in_their_functions(tmp_path):
+  (tmp_path / "mine.py").write_text("def double(x):\n  return 2 * x\n")
+  assert named.function("os.path:join", "config.x") is os.path.join
+  assert named.function(f"{tmp_path}/mine.py:double", "config.x")(4) == 8
+
+
+def test_two_files_of_one_name_stay_two(tmp_path):
+  for number in (1, 2):
+    (tmp_path / str(number)).mkdir()
+    (tmp_path / f"{number}/mine.py").write_text(f"def f():\n  return {number}\n")
+  found = [named.function(f"{tmp_path}/{number}/mine.py:f", "config.x") for number in (1, 2)]
+  assert [function() for function in found] == [1, 2]
+
+
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    ("pocket", "it must be MODULE:NAME or FILE.py:NAME"),
+    ("/models/Qwen3", "it must be MODULE:NAME or FILE.py:NAME"),
+    ("no_such_module:f", "the module cannot be imported .*no_such_module"),
+    ("os.path:no_such", "the module has no function no_such"),
+    ("os.path:sep", "the module has no function sep"),
+    ("BROKEN.py:f", r"the file cannot be run \(ZeroDivisionError"),
+    ("EMPTY.py:f", "the file has no function f"),
+  ],
+)
+def test_what_is_wrong_is_told_with_the_field(tmp_path, monkeypatch, text, told):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "BROKEN.py").write_text("1 / 0\n")
+  (tmp_path / "EMPTY.py").write_text("")
+  with pytest.raises(ValueError, match=f"config.x is '{text}': .*{told}"):
+    named.function(text, "config.x")
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+  with pytest.raises(FileNotFoundError, match="config.x is .*none.py:f': there is no such file"):
+    named.function(f"{tmp_path}/none.py:f", "config.x")
+
+
+@pytest.mark.parametrize(
+  "text, is_one",
+  [
+    ("oel_jax.pocket.load:load", True),
+    ("/somewhere/my file.py:make", True),
+    ("/models/Qwen3-1.7B", False),
+    ("gs://bucket/folder", False),
+    ("runs/a:b/model.gguf", False),
+    ("model.safetensors", False),
+  ],
+)
+def test_paths_are_no_names(text, is_one):
+  assert named.is_name(text) is is_one
