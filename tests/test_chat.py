@@ -6,9 +6,14 @@ import copy
 import datetime
 import functools
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import families
 import pytest
+import transformers
 
 from oel_jax.conversations.schema import Message, knowledge_message
 from oel_jax.policy.tokenizer import HuggingFaceTokenizer
@@ -304,3 +309,52 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path):
   (tmp_path / "generation_config.json").write_text("{")
   with pytest.raises(ValueError, match="generation_config.json: damaged"):
     HuggingFaceTokenizer.from_folder(tmp_path)
+
+
+WITHOUT_TORCH = """
+import importlib.util, runpy, sys
+found = importlib.util.find_spec
+none = lambda name: name.partition(".")[0] == "torch"
+importlib.util.find_spec = lambda name, package=None: None if none(name) else found(name, package)
+class Finder:
+  def find_spec(self, name, path=None, target=None):
+    if none(name):
+      raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Finder())
+"""
+AS_MAIN = 'runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)'
+
+
+@pytest.mark.parametrize("start", ["import transformers", AS_MAIN], ids=["the library", "main"])
+def test_that_there_is_no_pytorch_is_not_told(start, tmp_path):
+  """The library tells it on its own; a run on a Hugging Face folder has its own line alone."""
+  families.tokenizer("qwen3").save_pretrained(tmp_path)
+  transformers.Qwen3Config(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    architectures=["Qwen3ForCausalLM"],
+  ).save_pretrained(tmp_path)
+  root = pathlib.Path(__file__).parents[1]
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      WITHOUT_TORCH + start,
+      f"--config={root}/experiments/frozen_lake.py:qwen3-1.7b",
+      f"--config.policy.weights={tmp_path}",
+      f"--workdir={tmp_path}/run",
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+  )
+  told = done.stderr.splitlines()
+  assert len(told) == 1 and ("PyTorch was not found" in told[0]) == (start != AS_MAIN), told
+  # Which shows that it came as far as the tokenizer, and no further.
+  assert start != AS_MAIN or "config.policy.max_prompt_tokens is 16384" in told[0]
