@@ -114,7 +114,7 @@ def hf(folder: pathlib.Path) -> None:
   assert importlib.util.find_spec("torch") is None, (
     "torch is here: it brings packages that hide what the extra lacks"
   )
-  from oel_jax.policy.tokenizer import HuggingFaceTokenizer, import_transformers
+  from oel_jax.policy.tokenizers import HuggingFaceTokenizer, import_transformers
 
   import_transformers()  # as the package does it: what it prints is looked at
   import families

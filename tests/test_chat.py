@@ -16,7 +16,7 @@ import pytest
 import transformers
 
 from oel_jax.conversations.schema import Message, knowledge_message
-from oel_jax.policy.tokenizer import HuggingFaceTokenizer
+from oel_jax.policy.tokenizers import HuggingFaceTokenizer
 
 PLAYED = (
   Message("user", "You are playing a game.\n\nCurrent Board:\n|  P  |  H  |\n"),

@@ -16,7 +16,7 @@ import transformers
 from oel_jax import loop
 from oel_jax.conversations.schema import Message
 from oel_jax.policy import load as load_lib
-from oel_jax.policy.tokenizer import HuggingFaceTokenizer
+from oel_jax.policy.tokenizers import HuggingFaceTokenizer
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.tasks import export
 

@@ -17,7 +17,7 @@ import pytest
 
 from oel_jax.policy import architecture, transformer
 from oel_jax.policy.sampling import sampler
-from oel_jax.policy.tokenizer import HuggingFaceTokenizer
+from oel_jax.policy.tokenizers import HuggingFaceTokenizer
 from oel_jax.policy.weights import gguf, gguf_file, huggingface
 from oel_jax.runtime import mesh
 from oel_jax.runtime.files import split_parts

@@ -53,7 +53,7 @@ def test_the_losses_alone_do_without_flax():
     "import oel_jax, oel_jax.config, oel_jax.conversations.importers, oel_jax.extraction.extract, "
     "oel_jax.policy.architecture, oel_jax.report, oel_jax.runtime.metrics, "
     "oel_jax.runtime.progress; assert 'rich' not in __import__('sys').modules",
-    "import oel_jax.policy.sampling.sampler, oel_jax.policy.tokenizer, oel_jax.pocket.load, "
+    "import oel_jax.policy.sampling.sampler, oel_jax.policy.tokenizers, oel_jax.pocket.load, "
     "oel_jax.policy.weights.huggingface, oel_jax.policy.weights.native",
   ],
   ids=["conversations, metrics, report", "policy"],

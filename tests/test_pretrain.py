@@ -22,7 +22,7 @@ from oel_jax.environments.prompts import first_message
 from oel_jax.pocket import corpus, load, pretrain, probes, vocabulary, worlds
 from oel_jax.pocket.worlds import WorldGame, random_world
 from oel_jax.policy import architecture, transformer
-from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.tokenizers import SentencePieceTokenizer
 from oel_jax.policy.weights import native
 from oel_jax.runtime import finite, signals
 from oel_jax.runtime.checkpoint import Checkpoints

@@ -31,7 +31,7 @@ FOLDER = os.environ.get("OEL_MODELS", "")
 
 def read_prompts(path):
   from oel_jax.conversations.schema import Message
-  from oel_jax.policy.tokenizer import HuggingFaceTokenizer
+  from oel_jax.policy.tokenizers import HuggingFaceTokenizer
   from oel_jax.policy.weights import gguf
 
   file = gguf.read(path)

@@ -13,7 +13,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from oel_jax.conversations.schema import Message, Trajectory, Turn, knowledge_message, transcript
 from oel_jax.pocket import claims, corpus, vocabulary, worlds
 from oel_jax.policy.architecture import ARCHITECTURES
-from oel_jax.policy.tokenizer import CONTROLS, SentencePieceTokenizer
+from oel_jax.policy.tokenizers import CONTROLS, SentencePieceTokenizer
 
 LOOK_ALIKES = (
   "<|end|>",

@@ -26,7 +26,7 @@ from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.runtime import finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics

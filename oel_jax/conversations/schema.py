@@ -31,7 +31,7 @@ class Message:
 
   Attributes:
     role: "system", "user" or "assistant"; or KNOWLEDGE, which only the first message may have:
-      nobody said it, and where it stands in a prompt is for `policy/tokenizer.py` to say.
+      nobody said it, and where it stands in a prompt is for `policy/tokenizers/` to say.
     content: an assistant's is what stands after its thinking.
   """
 

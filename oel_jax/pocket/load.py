@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from oel_jax.policy import architecture
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.tokenizers import SentencePieceTokenizer
 from oel_jax.policy.weights import native
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -22,7 +22,7 @@ from oel_jax.consolidation import failure
 from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
 from oel_jax.policy import architecture, transformer
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.policy.tokenizer import SentencePieceTokenizer
+from oel_jax.policy.tokenizers import SentencePieceTokenizer
 from oel_jax.policy.weights import native
 from oel_jax.runtime import files, finite, mesh, progress, signals
 from oel_jax.runtime.checkpoint import Checkpoints

@@ -15,7 +15,7 @@ from oel_jax.conversations.schema import knowledge_message
 from oel_jax.environments import prompts
 from oel_jax.extraction.prompts import ITEM_MARK, extraction_message
 from oel_jax.pocket import claims, corpus, worlds
-from oel_jax.policy.tokenizer import CONTROLS
+from oel_jax.policy.tokenizers import CONTROLS
 
 _WORDS = (
   "Goal: ",

@@ -12,7 +12,7 @@ from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.policy.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.policy.weights import huggingface, native
 from oel_jax.runtime import files, mesh, named
 

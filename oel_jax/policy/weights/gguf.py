@@ -17,7 +17,7 @@ except ImportError as error:
 from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
-from oel_jax.policy.tokenizer import import_transformers
+from oel_jax.policy.tokenizers import import_transformers
 from oel_jax.policy.weights import assemble
 from oel_jax.policy.weights.gguf_file import File, read  # noqa: F401  (read is called as gguf.read)
 from oel_jax.runtime import finite
