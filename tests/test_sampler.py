@@ -519,20 +519,33 @@ def test_logits_that_are_not_finite_stop_sampling_where_they_turn_up(monkeypatch
   assert run(eos_ids=(poison, 511)) == sample(prompts, eos_ids=(poison, 511))
 
 
-@pytest.mark.parametrize("value", [np.nan, 3e38, -3e38])
+def _hidden(prompt):
+  """The last hidden state of a prompt, by a forward without any cache."""
+  tokens = jnp.asarray([prompt])
+  ones = jnp.ones(tokens.shape, jnp.int32)
+  return np.asarray(transformer.apply(params(), TINY, tokens, jnp.cumsum(ones, 1) - 1, ones)[0])[
+    0, -1
+  ]
+
+
 @pytest.mark.parametrize("sampling", [FREE, Sampling(0.7, top_p=0.8, top_k=20)])
-def test_one_logit_of_a_prompt_that_is_not_finite_is_enough(value, sampling):
-  """Of a whole row of the vocabulary. What a filter makes -inf itself is no fault."""
-  run = lambda held: generate(
+def test_one_logit_of_a_prompt_that_is_not_finite_is_enough(sampling):
+  """Of a whole row of the vocabulary: NaN or +inf. -inf is a mask, as a filter's: never drawn."""
+  prompt = random_prompts(5, seed=2)[0]
+  # Every product with it is above 0, and their sum above what float32 holds.
+  above = 3e38 * np.sign(_hidden(prompt))
+  run = lambda held, limit=1: generate(
     _poisoned(("head", 77), held),
     UNTIED,
-    random_prompts(5, 5, seed=2),
+    [prompt] * 2,
     range(2),
     sampling=sampling,
-    max_new_tokens=LIMIT,
+    max_new_tokens=limit,
     eos_ids=(510, 511),
     pad_id=1,
   )
-  assert all(run(0.0))
-  with pytest.raises(NotFiniteError, match="index 0 .* after 0 tokens .*, and those of 1 more"):
-    run(value)
+  assert all(run(0.0, LIMIT))
+  for held in (np.nan, above):
+    with pytest.raises(NotFiniteError, match="index 0 .* after 0 tokens .*, and those of 1 more"):
+      run(held)
+  assert run(-above) == [ids[:1] for ids in run(0.0)] and [77] not in run(-above)

@@ -205,6 +205,39 @@ def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
     assert sorts == [1] * (rows == [1, 2])
 
 
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    FREE,
+    Sampling(0.7, 0.8, 20),
+    Sampling(1.3, 0.95),
+    Sampling(1.0, 1.0, 5),
+    Sampling(1.0, min_p=0.1),
+  ],
+  ids=str,
+)
+def test_a_row_that_is_not_finite_is_marked_in_every_mode(sampling):
+  """NaN or +inf anywhere, or nothing but -inf; some -inf is a mask, and never drawn."""
+  vocabulary = 3000
+  logits = rows_of_logits(4, vocabulary)[:8]
+  logits[1, 17] = np.nan
+  logits[2, vocabulary - 1] = np.inf
+  logits[3, [0, 5]] = np.nan, np.inf
+  logits[4] = -np.inf
+  logits[5, ::2] = -np.inf
+  logits[6] = np.nan
+  logits[7, [3, 30]] = np.nan, -np.inf
+  draw = jax.jit(lambda x, keys, active: sample_token(x, keys, sampling, active))
+  keys = jax.random.split(jax.random.key(0), 8)
+  unfit = np.array([0, 1, 1, 1, 1, 0, 1, 1], bool)
+  for active in (np.ones(8, bool), np.arange(8) % 2 == 0):
+    found = np.asarray(draw(logits, keys, active))
+    np.testing.assert_array_equal((found == token_sampling.NOT_FINITE)[active], unfit[active])
+    drawn = found[active & ~unfit]
+    assert (drawn >= 0).all() and (drawn < vocabulary).all()
+  assert draw(logits, keys, np.ones(8, bool))[5] % 2 == 1
+
+
 def test_the_filter_is_the_same_for_bfloat16_logits_of_the_same_value():
   logits = jnp.asarray(np.random.default_rng(3).normal(0, 2, (4, 64)), jnp.bfloat16)
   filtered = filter_logits(logits, Sampling(0.7, 0.8, 20))

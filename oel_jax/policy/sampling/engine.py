@@ -25,10 +25,7 @@ from oel_jax.policy import attention, transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import small_matmul
 from oel_jax.policy.sampling import kv_cache
-from oel_jax.policy.sampling.token_sampling import Sampling, sample_token
-
-# In place of an id: the logits to draw it from are not finite; the row has ended.
-NOT_FINITE = -2
+from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
 
 
 class Slots(NamedTuple):
@@ -545,9 +542,6 @@ def _draw(
     sampling,
     active_B,
   )
-  # The model's own logits, before any filter makes some of them -inf. The mark goes with the ids:
-  # the loop carries nothing more.
-  token = jnp.where(jnp.isfinite(logits).all(-1), token, NOT_FINITE)
   if not logprobs:
     return token, ()
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)

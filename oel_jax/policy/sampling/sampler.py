@@ -25,7 +25,7 @@ import numpy as np
 
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import engine, kv_cache
-from oel_jax.policy.sampling.token_sampling import Sampling
+from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling
 from oel_jax.runtime.finite import NotFiniteError
 
 # A few shapes, so that little is compiled
@@ -193,8 +193,8 @@ def generate(
   Raises:
     ValueError: an empty prompt, an id that the weights have no row for, a limit or slots below 1,
       or not one seed, limit or list a prompt; a reply's prompt is checked when it comes.
-    NotFiniteError: a prompt's logits are not finite, and nothing is drawn from them. It names the
-      prompt's index and how many tokens its response had.
+    NotFiniteError: NaN or +inf is among a prompt's logits, and nothing is drawn from them. It names
+      the prompt's index and how many tokens its response had.
   """
   if slots is not None and slots < 1:
     raise ValueError(f"generate got slots {slots}: it must be at least 1, or None")
@@ -621,7 +621,7 @@ class _Run:
     Raises:
       NotFiniteError: logits were not finite.
     """
-    broken = np.flatnonzero((drawn[0] == engine.NOT_FINITE).any(1))
+    broken = np.flatnonzero((drawn[0] == NOT_FINITE).any(1))
     if len(broken):
       i, row = numbers[broken[0]], drawn[0][broken[0]]
       more = f", and those of {len(broken) - 1} more prompts" if len(broken) > 1 else ""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 NUCLEUS = 64  # so many of the likeliest usually hold top_p of the mass
 GROUP = 64  # most neighbours that are looked at together for the top k
+NOT_FINITE = -2  # in place of an id: its logits are no numbers to draw from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ def sample_token(
   active_B: Bool[Array, "B"] | None = None,
 ) -> Int[Array, "B"]:
   """Draws one id a row: logits / temperature, top-k, top-p, min-p, then softmax. Rows that are not
-  active get any id.
+  active get any id. A row with NaN or +inf among its logits, or nothing but -inf, gets NOT_FINITE;
+  -inf beside finite ones is a mask.
 
   First a group of neighbours is drawn by its mass, then an id in it: two random numbers a row
   instead of one an id (`jax.random.categorical`), which took a CPU a seventh of a step of a small
@@ -57,11 +59,16 @@ def sample_token(
   width = math.isqrt(logits.shape[1] - 1) + 1
   groups = _groups(logits, width)
   top, random = logits.max(-1)[:, None], jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
-  group = _first_above(jnp.exp(groups - top[..., None]).sum(-1), random[:, :1])
+  mass = jnp.exp(groups - top[..., None]).sum(-1)
+  group = _first_above(mass, random[:, :1])
   chosen = jnp.take_along_axis(groups, group[:, None, None], axis=1)[:, 0]
-  return group * width + _first_above(
+  token = group * width + _first_above(
     jnp.exp(chosen - chosen.max(-1, keepdims=True)), random[:, 1:]
   )
+  # No filter takes NaN or +inf away, and either makes a mass NaN, as nothing but -inf does: so the
+  # few masses tell of the whole row, without another pass over the vocabulary. The maximum does
+  # not: XLA's on a CPU passes over NaN.
+  return jnp.where(jnp.isfinite(mass).all(-1), token, NOT_FINITE)
 
 
 def _first_above(mass_BxN: Float[Array, "B N"], share_Bx1: Float[Array, "B 1"]) -> Int[Array, "B"]:
