@@ -57,7 +57,7 @@ def default() -> ml_collections.ConfigDict:
       actions="[up], [down], [left], [right]",  # the allowed actions, in the words of the prompt
       # regular expression, case ignored; group 1 goes to the game in brackets
       action_pattern=r"\[\s*(up|down|left|right)\s*\]",
-      episodes=64,  # games whose turns become consolidation's prompts (prefixes)
+      episodes=64,  # games whose turns become consolidation's prompts
       passed_reward=1.0,  # a game is passed that ends by its own word with at least this reward
       max_turns=5,  # moves; a game that goes on after them is stopped and not passed
       max_response_tokens=1024,  # a turn

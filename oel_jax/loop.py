@@ -31,14 +31,8 @@ from oel_jax import choices, report
 from oel_jax import config as config_lib
 from oel_jax.consolidation import placement, trainer
 from oel_jax.consolidation import task as task_lib
-from oel_jax.conversations.schema import (
-  EMPTY,
-  Trajectory,
-  prefixes,
-  read_prefixes,
-  read_trajectories,
-  write_jsonl,
-)
+from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
+from oel_jax.conversations.schema import EMPTY, Conversation, cut_prompts
 from oel_jax.environments.rollout import Episode, play_to_file
 from oel_jax.environments.textarena import game_spec, try_game
 from oel_jax.evaluation import episodes, statistics, tasks
@@ -84,7 +78,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     loop.evaluate(0, policy, policy, [])
     for number in range(1, config.rounds + 1):
       texts = loop.extract(number, policy)
-      loop.collect_prefixes(number, policy)
+      loop.collect_prompts(number, policy)
       before = policy
       if loop.gate(number, policy, texts):
         policy = policy.replace(loop.consolidate(number, policy, texts))
@@ -96,11 +90,12 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
 
 
 # Files of a round, below its folder.
-DEPLOYED, PREFIX_GAMES, PREFIXES = (
+DEPLOYED, PROMPT_GAMES, PROMPTS = (
   "user/trajectories.jsonl",
   "user/prefix_trajectories.jsonl",
-  "prefixes.jsonl",
+  "prompts.jsonl",
 )
+OLD_PROMPTS = "prefixes.jsonl"  # as runs of before named it: one that is there is read in its place
 TRAINED = "checkpoints"  # the manifest's entry of the finished training
 
 
@@ -205,31 +200,31 @@ class Loop:
       texts = self._write_knowledge(number, policy, self._deploy(number, policy))
     return self._said(texts, self._round(number))
 
-  def _deploy(self, number: int, policy: Policy) -> list[Trajectory]:
+  def _deploy(self, number: int, policy: Policy) -> list[Conversation]:
     """The games that the round's knowledge is drawn from."""
     count = self.config.extraction.trajectories
     with self._stage(number, "deploy", policy, count) as (meter, advance):
       ids = [(f"r{number}-deploy-{i:05d}", "deploy", i) for i in range(count)]
       return self._play(number, DEPLOYED, meter, ids, self._sampling("deployment"), advance)
 
-  def collect_prefixes(self, number: int, policy: Policy) -> None:
+  def collect_prompts(self, number: int, policy: Policy) -> None:
     """Deploys the policy once more, on other maps; the prompts of its turns are all that goes to
     the server side.
     """
-    path, games = self._round(number) / PREFIXES, self._round(number) / PREFIX_GAMES
+    path, games = self._prompts(number), self._round(number) / PROMPT_GAMES
     count = self.config.deployment.episodes
     if path.exists():
       if games.exists():
-        _compare_prefixes(path, games)
+        _compare_prompts(path, games)
       return
     with self._stage(number, "prefixes", policy, count) as (meter, advance):
       ids = [(f"r{number}-prefix-{i:05d}", "prefixes", i) for i in range(count)]
-      played = self._play(number, PREFIX_GAMES, meter, ids, self._sampling("deployment"), advance)
+      played = self._play(number, PROMPT_GAMES, meter, ids, self._sampling("deployment"), advance)
       self._log_play(number, "prefixes", played)
-      made_from = {"weights": fingerprint(policy.params), PREFIX_GAMES: files.sha256(games)[:16]}
-      self._manifest(number).announce(PREFIXES, made_from)
-      write_jsonl(path, [prefix for trajectory in played for prefix in prefixes(trajectory)])
-      self._manifest(number).record([PREFIXES], made_from)
+      made_from = {"weights": fingerprint(policy.params), PROMPT_GAMES: files.sha256(games)[:16]}
+      self._manifest(number).announce(PROMPTS, made_from)
+      write_jsonl(path, (prompt for game in played for prompt in cut_prompts(game)))
+      self._manifest(number).record([PROMPTS], made_from)
 
   def gate(self, number: int, policy: Policy, texts: Sequence[str]) -> bool:
     """Plays with the knowledge and without, on the same maps, before anything is trained on it.
@@ -285,12 +280,12 @@ class Loop:
 
   def consolidate(self, number: int, policy: Policy, texts: Sequence[str]) -> Any:
     """Trains the knowledge into the weights; returns the new parameters. From the round's folder it
-    reads prefixes.jsonl alone.
+    reads prompts.jsonl alone.
     """
     config = self.config.consolidation
     task = task_lib.make_task(
       policy.tokenizer,
-      read_prefixes(self._round(number) / PREFIXES, max_damaged=0.0),
+      read_prompts(self._prompts(number), max_damaged=0.0),
       texts,
       seed=self.config.seed,
       round=number,
@@ -402,7 +397,7 @@ class Loop:
     self.metrics.drop_after(number, stage, -1)
     self.metrics.write(stage, 0, round=number, at=number, **scalars)
 
-  def _log_play(self, number: int, stage: str, trajectories: Sequence[Trajectory]) -> None:
+  def _log_play(self, number: int, stage: str, trajectories: Sequence[Conversation]) -> None:
     played = episodes.play_summary(trajectories)
     self._log(
       number,
@@ -440,6 +435,11 @@ class Loop:
   def _round(self, number: int) -> pathlib.Path:
     return self.folder / f"round_{number}"
 
+  def _prompts(self, number: int) -> pathlib.Path:
+    """Where the round's prompts are, or are to be."""
+    old = self._round(number) / OLD_PROMPTS
+    return old if old.exists() else self._round(number) / PROMPTS
+
   def _sampling(self, stage: str) -> Sampling:
     config = self.config[stage]
     return Sampling(config.temperature, config.top_p, config.top_k)
@@ -452,7 +452,7 @@ class Loop:
     than the run now has.
     """
     manifest, weights = self._manifest(number), fingerprint(policy.params)
-    for name in (DEPLOYED, PREFIX_GAMES, PREFIXES, "knowledge/00.jsonl"):
+    for name in (DEPLOYED, PROMPT_GAMES, PROMPTS, OLD_PROMPTS, "knowledge/00.jsonl"):
       made_from = manifest.made_from(name)
       if made_from is None:
         continue
@@ -517,7 +517,7 @@ class Loop:
 
   def _play(
     self, number, name, meter, ids, sampling, advance, texts=(), held_out=False
-  ) -> list[Trajectory]:
+  ) -> list[Conversation]:
     """Plays the episodes of (id, stage, index) into the file `name`, each with one of the texts by
     lot if there are any.
 
@@ -545,7 +545,7 @@ class Loop:
 
   def _play_episodes(
     self, path, policy, number, ids, sampling, advance, texts, held_out
-  ) -> list[Trajectory]:
+  ) -> list[Conversation]:
     config = self.config.deployment
     episodes = []
     for name, stage, i in ids:
@@ -574,7 +574,7 @@ class Loop:
       thinking=self.config.policy.thinking,
     )
 
-  def _play_held_out(self, number, name, policy, texts, advance) -> list[Trajectory]:
+  def _play_held_out(self, number, name, policy, texts, advance) -> list[Conversation]:
     file = "user/evaluation.jsonl" if name == "without" else f"user/evaluation_{name}.jsonl"
     ids = [
       (f"r{number}-{name}-{i:05d}", "held out", i) for i in range(self.config.evaluation.episodes)
@@ -591,7 +591,7 @@ class Loop:
     )
 
   def _write_knowledge(
-    self, number: int, policy: Policy, trajectories: list[Trajectory]
+    self, number: int, policy: Policy, trajectories: list[Conversation]
   ) -> list[knowledge_lib.Knowledge]:
     config, folder = self.config.extraction, self._round(number) / "knowledge"
     with self._stage(number, "extract", policy, config.trajectories) as (meter, advance):
@@ -619,7 +619,7 @@ class Loop:
     nothing is sampled. `policy` is the one that wrote them.
     """
     whole = self._accumulate(
-      1, policy, read_trajectories(self._round(1) / DEPLOYED, max_damaged=0.0), lambda n: None
+      1, policy, read_conversations(self._round(1) / DEPLOYED, max_damaged=0.0), lambda n: None
     )
     return [text.text for text in self._limited(whole, step, policy) if text.text] or [EMPTY]
 
@@ -638,7 +638,7 @@ class Loop:
     return [_edited(text, edit) for text in texts] if edit else texts
 
   def _accumulate(
-    self, number: int, policy: Any, trajectories: list[Trajectory], advance: Callable[[int], None]
+    self, number: int, policy: Any, trajectories: list[Conversation], advance: Callable[[int], None]
   ) -> list[knowledge_lib.Knowledge]:
     """All that the K texts gathered in a round, before the limit; sampled once, then read back from
     user/extraction.json.
@@ -715,15 +715,13 @@ def _made_from(policy: Policy, texts: Sequence[str]) -> dict[str, str]:
   return {"weights": fingerprint(policy.params), "knowledge": schema.digest(list(texts))}
 
 
-def _compare_prefixes(path: pathlib.Path, games: pathlib.Path) -> None:
-  """Raises ValueError unless the prefixes are the prompts of the turns of those games, all of them
-  and in order.
+def _compare_prompts(path: pathlib.Path, games: pathlib.Path) -> None:
+  """Raises ValueError unless the prompts are those of the turns of those games, all of them and in
+  order.
   """
-  found = read_prefixes(path, max_damaged=0.0)
+  found = read_prompts(path, max_damaged=0.0)
   right = [
-    prefix
-    for trajectory in read_trajectories(games, max_damaged=0.0)
-    for prefix in prefixes(trajectory)
+    prompt for game in read_conversations(games, max_damaged=0.0) for prompt in cut_prompts(game)
   ]
   place = next(
     (i for i, (a, b) in enumerate(zip(found, right)) if a != b), min(len(found), len(right))
@@ -731,7 +729,7 @@ def _compare_prefixes(path: pathlib.Path, games: pathlib.Path) -> None:
   if found != right:
     has, wants = (side[place].id if place < len(side) else "nothing" for side in (found, right))
     raise ValueError(
-      f"{path}: its {len(found)} prefixes are not the {len(right)} of {games}: number {place + 1} "
+      f"{path}: its {len(found)} prompts are not the {len(right)} of {games}: number {place + 1} "
       f"is {has}, and must be {wants}; "
       f"restore the file that is wrong, or remove {path.name} to have it made again"
     )

@@ -2,6 +2,22 @@
 
 import functools
 
+from oel_jax.conversations.schema import GAME, Conversation, Message, Source
+
+
+def turn_of(
+  observation: str, thinking: str, answer: str, action: str, response_tokens: int
+) -> tuple[Message, Message]:
+  """What a game showed, and the answer that was sampled."""
+  sampled = dict(thinking=thinking, action=action, response_tokens=response_tokens)
+  return Message("user", observation), Message("assistant", answer, **sampled)
+
+
+def game_of(id: str, game: str, seed: int, turns, *end) -> Conversation:
+  """A finished game of these turns; `end`: outcome, reward, passed, ended."""
+  said = tuple(message for turn in turns for message in turn)
+  return Conversation(id, said, Source(GAME, game, seed=seed), *end)
+
 
 def in_turns(sample):
   """Gives a policy's `sample` the argument `reply`: all answer, then those who are given something

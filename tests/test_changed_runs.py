@@ -13,13 +13,8 @@ from fakes import Tokenizer, in_turns
 from test_loop import short_config
 
 from oel_jax import loop as loop_lib
-from oel_jax.conversations.schema import (
-  Message,
-  Prefix,
-  read_prefixes,
-  read_trajectories,
-  write_jsonl,
-)
+from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
+from oel_jax.conversations.schema import Message, Prompt
 from oel_jax.runtime.metrics import Metrics
 
 TEXTS = ["- EXPERIENCE ITEM: The goal is G."]
@@ -72,7 +67,7 @@ def play_a_round(loop, player, after=None):
   """All stages but the training, which is said to have made `after` of the player."""
   loop.evaluate(0, player, player, [])
   texts = loop.extract(1, player)
-  loop.collect_prefixes(1, player)
+  loop.collect_prompts(1, player)
   loop.gate(1, player, texts)
   loop.evaluate(1, after or player, player, texts)
   return texts
@@ -209,7 +204,7 @@ def test_rounds_of_other_weights_are_refused_before_anything_is_changed(make_loo
 def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
   play_a_round(make_loop(), Player())
   path = tmp_path / "round_1/user/trajectories.jsonl"
-  write_jsonl(path, read_trajectories(path)[::-1])
+  write_jsonl(path, read_conversations(path)[::-1])
   with pytest.raises(ValueError, match=f"{path}: not as this run wrote it"):
     make_loop().check(Player())
   manifest = tmp_path / "round_1/manifest.json"
@@ -230,25 +225,25 @@ def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
     (lambda found: [*found, found[0]], None, 0, None),
     (lambda found: [found[1], found[0], *found[2:]], 0, 1, 0),
     (lambda found: [*found[:2], found[3], found[3], *found[4:]], 2, 3, 2),
-    (lambda found: [Prefix(found[0].id, (Message("user", "x"),)), *found[1:]], 0, 0, 0),
+    (lambda found: [Prompt(found[0].id, (Message("user", "x"),)), *found[1:]], 0, 0, 0),
   ],
 )
-def test_prefixes_are_those_of_the_games_even_where_no_manifest_says_so(
+def test_prompts_are_those_of_the_games_even_where_no_manifest_says_so(
   make_loop, tmp_path, change, place, has, wants
 ):
   loop = make_loop(deployment__episodes=8)
-  loop.collect_prefixes(1, Player())
-  path = tmp_path / "round_1/prefixes.jsonl"
+  loop.collect_prompts(1, Player())
+  path = tmp_path / "round_1/prompts.jsonl"
   (tmp_path / "round_1/manifest.json").unlink()
-  loop.collect_prefixes(1, None)
-  found = read_prefixes(path)
+  loop.collect_prompts(1, None)
+  found = read_prompts(path)
   write_jsonl(path, change(found))
   number = len(found) + 1 if place is None else place % len(found) + 1
   name = lambda index: "nothing" if index is None else found[index].id
   with pytest.raises(ValueError) as error:
-    loop.collect_prefixes(1, None)
+    loop.collect_prompts(1, None)
   assert str(error.value).startswith(
-    f"{path}: its {len(change(found))} prefixes are not the {len(found)} of {tmp_path}/round_1/user"
+    f"{path}: its {len(change(found))} prompts are not the {len(found)} of {tmp_path}/round_1/user"
   )
   assert f"number {number} is {name(has)}, and must be {name(wants)};" in str(error.value)
 

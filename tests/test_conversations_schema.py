@@ -1,4 +1,4 @@
-"""JSONL files of trajectories and prefixes: round trips, damage, crashes while appending, a full
+"""JSONL files of conversations and prompts: round trips, damage, crashes while appending, a full
 disk.
 """
 
@@ -9,16 +9,18 @@ import logging
 import os
 
 import pytest
+from fakes import game_of, turn_of
 
-from oel_jax.conversations import schema as t
+from oel_jax.conversations import jsonl as t
+from oel_jax.conversations.schema import Conversation, Message, Prompt, cut_prompts
 
 
-def episode(number: int, observation: str = "| P | H |") -> t.Trajectory:
+def episode(number: int, observation: str = "| P | H |") -> Conversation:
   turns = (
-    t.Turn(observation, 'Try </think> √\u2028 "left"?', "I go [left]\nnow", "[left]", 12),
-    t.Turn("You hit a wall!", "", "", "", 1024),
+    turn_of(observation, 'Try </think> √\u2028 "left"?', "I go [left]\nnow", "[left]", 12),
+    turn_of("You hit a wall!", "", "", "", 1024),
   )
-  return t.Trajectory(
+  return game_of(
     f"r1-deploy-{number:05d}",
     "FrozenLake-v0-raw",
     2**32 - 1,
@@ -30,7 +32,7 @@ def episode(number: int, observation: str = "| P | H |") -> t.Trajectory:
   )
 
 
-def test_a_trajectory_is_one_json_line_of_chat_messages(tmp_path):
+def test_a_game_is_one_json_line_of_chat_messages(tmp_path):
   t.write_jsonl(tmp_path / "new folder" / "a.jsonl", [episode(7)])
   (line,) = (tmp_path / "new folder" / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
   written = json.loads(line)
@@ -46,10 +48,9 @@ def test_a_trajectory_is_one_json_line_of_chat_messages(tmp_path):
     and written.pop("digest") == hashlib.sha256(rest.encode()).hexdigest()[:16]
   )
   assert written == {
-    "schema": 1,
+    "schema": 2,
     "id": "r1-deploy-00007",
-    "game": "FrozenLake-v0-raw",
-    "seed": 4294967295,
+    "source": {"kind": "game", "name": "FrozenLake-v0-raw", "seed": 4294967295},
     "messages": [
       {"role": "user", "content": "| P | H |"},
       {
@@ -77,32 +78,32 @@ def test_what_is_written_is_read_back_equal(tmp_path):
   t.write_jsonl(tmp_path / "whole.jsonl", episodes)
   for one in episodes:
     t.append_jsonl(tmp_path / "appended.jsonl", one)
-  assert t.read_trajectories(tmp_path / "whole.jsonl") == episodes
+  assert t.read_conversations(tmp_path / "whole.jsonl") == episodes
   assert (tmp_path / "appended.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
   assert sorted(os.listdir(tmp_path)) == ["appended.jsonl", "whole.jsonl"]
 
-  prefixes = [prefix for one in episodes for prefix in t.prefixes(one)]
+  prefixes = [prefix for one in episodes for prefix in cut_prompts(one)]
   t.write_jsonl(tmp_path / "prefixes.jsonl", prefixes)
-  assert t.read_prefixes(tmp_path / "prefixes.jsonl") == prefixes
+  assert t.read_prompts(tmp_path / "prefixes.jsonl") == prefixes
   assert prefixes[1].messages == (
-    t.Message("user", "a"),
-    t.Message("assistant", "I go [left]\nnow"),
-    t.Message("user", "You hit a wall!"),
+    Message("user", "a"),
+    Message("assistant", "I go [left]\nnow"),
+    Message("user", "You hit a wall!"),
   )
 
 
 def test_half_a_surrogate_pair_loses_one_character_not_the_episode(tmp_path):
   t.append_jsonl(tmp_path / "a.jsonl", episode(0, "a\ud83d b"))
-  assert t.read_trajectories(tmp_path / "a.jsonl") == [episode(0, "a? b")]
+  assert t.read_conversations(tmp_path / "a.jsonl") == [episode(0, "a? b")]
 
 
 def test_plain_dictionaries_get_the_schema(tmp_path):
   t.append_jsonl(tmp_path / "a.jsonl", {"text": "x"})
-  assert (tmp_path / "a.jsonl").read_text().startswith('{"schema": 1, "text": "x", "digest": "')
+  assert (tmp_path / "a.jsonl").read_text().startswith('{"schema": 2, "text": "x", "digest": "')
 
 
 def changed(**fields) -> bytes:
-  data = json.loads(t._line(episode(99)))
+  data = json.loads(t.to_line(episode(99)))
   del data["digest"]  # as a line that was written by hand
   for name, value in fields.items():
     if value is None:
@@ -112,7 +113,7 @@ def changed(**fields) -> bytes:
   return json.dumps(data).encode()
 
 
-user, assistant = json.loads(t._line(episode(99)))["messages"][:2]
+user, assistant = json.loads(t.to_line(episode(99)))["messages"][:2]
 
 DAMAGED = {
   "not JSON": (b"{nonsense", "Expecting property name"),
@@ -122,7 +123,10 @@ DAMAGED = {
   "nested too deeply": (b"[" * 100_000, "recursion"),
   "missing field": (changed(outcome=None), "field 'outcome' is missing"),
   "no schema": (changed(schema=None), "field 'schema' is missing"),
-  "schema of the future": (changed(schema=2), "schema version 2, this version of oel_jax reads 1"),
+  "schema of the future": (
+    changed(schema=3),
+    "schema version 3, this version of oel_jax reads 1 and 2",
+  ),
   "true is no version": (changed(schema=True), "field 'schema' is True"),
   "text for a number": (
     changed(reward="1.0"),
@@ -130,15 +134,18 @@ DAMAGED = {
   ),
   "number for true": (changed(passed=1), "field 'passed' is 1: it must be of type bool"),
   "edited under its digest": (
-    t._line(episode(98)).replace("[left]", "[lift]").encode(),
+    t.to_line(episode(98)).replace(b"[left]", b"[lift]"),
     'what its field "digest" was made of',
   ),
   "one letter": (
-    t._line(episode(98)).replace("hit", "hat").encode(),
+    t.to_line(episode(98)).replace(b"hit", b"hat"),
     'what its field "digest" was made of',
   ),
   "more than a float": (changed().replace(b"0.1", b"1e999"), "the number 1e999 is beyond a float"),
-  "more than 64 bits": (changed(seed=2**63), "the number 9223372036854775808 is beyond 64 bits"),
+  "more than 64 bits": (
+    changed(source={"kind": "game", "name": "g", "seed": 2**63}),
+    "the number 9223372036854775808 is beyond 64 bits",
+  ),
   "more digits than Python reads": (changed().replace(b"0.1", b"1" * 5000), "is beyond 64 bits"),
   "a name twice": (
     changed().replace(b'"reward"', b'"id"'),
@@ -146,11 +153,11 @@ DAMAGED = {
   ),
   "fewer than no tokens": (
     changed(messages=[user, {**assistant, "response_tokens": -1}]),
-    "'response_tokens' of turn 0 is -1",
+    "'response_tokens' of message 2 is -1",
   ),
   "no number": (changed().replace(b"0.1", b"NaN"), "NaN is not JSON"),
   "unknown end": (changed(ended="won"), "field 'ended' is 'won'"),
-  "no turns": (changed(messages=[]), "must be user and assistant in turn"),
+  "no turns": (changed(messages=[]), "field 'messages' is []"),
   "an answer is missing": (
     changed(messages=[user, assistant, user]),
     "must be user and assistant in turn",
@@ -171,10 +178,10 @@ DAMAGED = {
 @pytest.mark.parametrize("line, reason", DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_damaged_line_is_skipped_and_reported(tmp_path, caplog, line, reason):
   path = tmp_path / "a.jsonl"
-  good = [t._line(episode(number)).encode() for number in range(19)]
+  good = [t.to_line(episode(number)) for number in range(19)]
   path.write_bytes(b"".join(good[:4]) + line + b"\n\n" + b"".join(good[4:]))
   with caplog.at_level(logging.WARNING, logger="absl"):
-    assert t.read_trajectories(path) == [episode(number) for number in range(19)]
+    assert t.read_conversations(path) == [episode(number) for number in range(19)]
   assert f"{path}:5: skipped a damaged line: " in caplog.text and reason in caplog.text
   assert "skipped 1 damaged lines of 20" in caplog.text
 
@@ -182,7 +189,7 @@ def test_a_damaged_line_is_skipped_and_reported(tmp_path, caplog, line, reason):
   with pytest.raises(
     ValueError, match="1 of 19 lines are damaged, more than 5%.* the first is line 19"
   ) as raised:
-    t.read_trajectories(path)
+    t.read_conversations(path)
   assert str(path) in str(raised.value) and reason in str(raised.value)
 
 
@@ -192,25 +199,25 @@ def test_damaged_prefixes(tmp_path):
     '{"schema": 1, "id": "a", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
     '"content": "y"}]}',
     '{"schema": 1, "id": "a", "messages": []}',
-    '{"schema": 1, "id": "a", "messages": [{"role": "tool", "content": "x"}, {"role": "user", '
+    '{"schema": 1, "id": "a", "messages": [{"role": "narrator", "content": "x"}, {"role": "user", '
     '"content": "x"}]}',
   ):
     lines.append(line)
   (tmp_path / "a.jsonl").write_text("\n".join(lines))
-  assert t.read_prefixes(tmp_path / "a.jsonl") == [t.Prefix("a", (t.Message("user", "x"),))] * 60
+  assert t.read_prompts(tmp_path / "a.jsonl") == [Prompt("a", (Message("user", "x"),))] * 60
   (tmp_path / "a.jsonl").write_text("\n".join(lines[4:]))  # 3 of 59
   with pytest.raises(ValueError, match="3 of 59 lines are damaged.* the first is line 57"):
-    t.read_prefixes(tmp_path / "a.jsonl")
+    t.read_prompts(tmp_path / "a.jsonl")
 
 
 def test_appending_after_a_crash_starts_a_fresh_line_wherever_the_crash_cut(tmp_path):
-  line = t._line(episode(1)).encode()
+  line = t.to_line(episode(1))
   for cut in range(len(line) + 1):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(t._line(episode(0)).encode() + line[:cut])
+    path.write_bytes(t.to_line(episode(0)) + line[:cut])
     t.append_jsonl(path, episode(2))
     expected = [episode(0)] + ([episode(1)] if cut >= len(line) - 1 else []) + [episode(2)]
-    assert t.read_trajectories(path, max_damaged=1.0) == expected
+    assert t.read_conversations(path, max_damaged=1.0) == expected
 
 
 def test_a_full_disk_while_appending_keeps_the_lines_before(tmp_path, monkeypatch):
@@ -224,7 +231,7 @@ def test_a_full_disk_while_appending_keeps_the_lines_before(tmp_path, monkeypatc
   assert str(path) in str(raised.value) and "free some space" in str(raised.value)
   path.write_bytes(path.read_bytes()[:-40])  # the line that did not fit
   t.append_jsonl(path, episode(2))
-  assert t.read_trajectories(path, max_damaged=1.0) == [episode(0), episode(2)]
+  assert t.read_conversations(path, max_damaged=1.0) == [episode(0), episode(2)]
 
 
 @pytest.mark.skipif(
@@ -243,7 +250,7 @@ def test_a_full_disk_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     patch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="free some space.*a.jsonl"):
       t.write_jsonl(path, [episode(1)])
-  assert t.read_trajectories(path) == [episode(0)]
+  assert t.read_conversations(path) == [episode(0)]
   assert os.listdir(tmp_path) == ["a.jsonl"]  # the half-written file gave its space back
 
 

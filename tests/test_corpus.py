@@ -359,27 +359,27 @@ def test_a_record_is_a_whole_game_of_its_world():
   rng, ends = random.Random(8), collections.Counter()
   for _ in range(500):
     world = random_world(rng)
-    trajectory, facts = corpus.episode(rng, world)
-    limit = len(trajectory.turns) if trajectory.ended == "turn_limit" else 99
+    played, facts = corpus.episode(rng, world)
+    limit = len(played.answers) if played.ended == "turn_limit" else 99
     game = WorldGame(world, max_turns=limit)
     heard = game.observation
-    for turn in trajectory.turns:
-      assert turn.observation.endswith(heard) and turn.answer == turn.action
-      step = game.play(turn.action)
+    for asked, answer in zip(played.messages[::2], played.messages[1::2], strict=True):
+      assert asked.content.endswith(heard) and answer.content == answer.action
+      step = game.play(answer.action)
       heard = step.observation
     assert (step.done, step.ended, step.outcome, step.reward) == (
       True,
-      trajectory.ended,
-      trajectory.outcome,
-      trajectory.reward,
+      played.ended,
+      played.outcome,
+      played.reward,
     )
-    assert trajectory.passed == (trajectory.reward >= 1.0) == (Claim(GOAL, world.goal) in facts)
-    assert (trajectory.ended == "lost") == (Claim(TRAP, world.trap) in facts)
+    assert played.passed == (played.reward >= 1.0) == (Claim(GOAL, world.goal) in facts)
+    assert (played.ended == "lost") == (Claim(TRAP, world.trap) in facts)
     assert (Claim(WALL) in facts) == (
-      "hit a wall" in "".join(turn.observation for turn in trajectory.turns) + trajectory.outcome
+      "hit a wall" in "".join(asked.content for asked in played.messages[::2]) + played.outcome
     )
     assert len(facts) <= 2
-    ends[trajectory.ended] += 1
+    ends[played.ended] += 1
   assert (
     set(ends) == {"passed", "lost", "invalid", "turn_limit"}
     and min(ends["passed"], ends["lost"], ends["turn_limit"]) > 50

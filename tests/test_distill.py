@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from oel_jax import config as config_lib
-from oel_jax.conversations.schema import Message, Prefix, knowledge_message, write_jsonl
+from oel_jax.conversations.jsonl import write_jsonl
+from oel_jax.conversations.schema import Message, Prompt, knowledge_message
 from oel_jax.environments.prompts import first_message
 from oel_jax.environments.textarena import game_spec, open_game
 from oel_jax.evaluation import statistics
@@ -47,7 +48,7 @@ def fixture_config(tmp_path, one_device):
     if "|  P  |  H  |" in board
   ][:96]
   prefixes = [
-    Prefix(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),))
+    Prompt(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),))
     for i, board in enumerate(boards)
   ]
   write_jsonl(tmp_path / "prompts.jsonl", prefixes[:64])
@@ -139,7 +140,7 @@ def test_what_is_kept_is_measured_again_where_it_shows_something_else(tmp_path, 
   (tmp_path / "check.py").write_text("def low(answer):\n  return answer < '12'\n")
   config, path = distill.default(), tmp_path / "after.json"
   config.distill.obeys = f"{tmp_path}/check.py:low"
-  prompts = [Prefix(str(i), (Message("user", f"{i}?"),)) for i in range(3)]
+  prompts = [Prompt(str(i), (Message("user", f"{i}?"),)) for i in range(3)]
 
   def measure(weights=1, prompts=prompts, text=None):
     policy = Answers(weights)
@@ -207,7 +208,7 @@ def test_training_on_sets_aside_what_was_measured_of_the_weights_before(tmp_path
 def test_a_divergence_that_is_not_finite_is_no_result(config, monkeypatch):
   """Of three parts of sixteen prompts, that of the second."""
   policy, values = pocket.load(), iter([0.5, np.nan, 0.5])
-  prefixes = [Prefix(f"u{i}", (Message("user", "Repeat: A"),)) for i in range(40)]
+  prefixes = [Prompt(f"u{i}", (Message("user", "Repeat: A"),)) for i in range(40)]
   monkeypatch.setattr(distill, "_answers", lambda *given: [[5]] * len(prefixes))
   probe = lambda *given, **how: lambda *given: {"kl": next(values)}
   monkeypatch.setattr(distill.step_lib, "make_probe", probe)
@@ -258,7 +259,7 @@ def test_a_jsonl_without_prompts_is_told_as_a_text_is(tmp_path, field):
   [
     (
       "prompts",
-      "prefix prompts-2 has [0-9]+ tokens and the longest knowledge [0-9]+: raise it, or shorten "
+      "prompt prompts-2 has [0-9]+ tokens and the longest knowledge [0-9]+: raise it, or shorten "
       "prompts or knowledge",
     ),
     (

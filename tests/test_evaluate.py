@@ -8,9 +8,9 @@ import statistics as python_statistics
 
 import numpy as np
 import pytest
-from fakes import Tokenizer, in_turns
+from fakes import Tokenizer, game_of, in_turns, turn_of
 
-from oel_jax.conversations.schema import KNOWLEDGE, Trajectory, Turn
+from oel_jax.conversations.schema import KNOWLEDGE, Conversation
 from oel_jax.evaluation import episodes, statistics, tasks
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.pocket.claims import GENERIC, GOAL, TRAP, Claim
@@ -72,11 +72,9 @@ def test_recovered_is_the_share_of_the_gain():
   assert statistics.recovered(0.5, 0.5, 0.5) is None and statistics.recovered(0.5, 0.5, 0.4) is None
 
 
-def trajectory(ended: str, *tokens: int, thinking: str = "", answer: str = "[up]") -> Trajectory:
-  turns = tuple(Turn("board", thinking, answer, "[up]", count) for count in tokens)
-  return Trajectory(
-    "t", "game", 1, turns, "over", float(ended == "passed"), ended == "passed", ended
-  )
+def trajectory(ended: str, *tokens: int, thinking: str = "", answer: str = "[up]") -> Conversation:
+  turns = tuple(turn_of("board", thinking, answer, "[up]", count) for count in tokens)
+  return game_of("t", "game", 1, turns, "over", float(ended == "passed"), ended == "passed", ended)
 
 
 def test_a_summary_counts_games_turns_and_tokens():

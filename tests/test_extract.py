@@ -11,8 +11,9 @@ import sys
 
 import pytest
 from absl import logging
+from fakes import game_of, turn_of
 
-from oel_jax.conversations.schema import Trajectory, Turn, transcript
+from oel_jax.conversations.schema import transcript
 from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledge
 from oel_jax.runtime.seeds import derive
 
@@ -72,10 +73,8 @@ def name(prompt, seed):
 
 
 def game(i):
-  turn = Turn(f"board {i}", "secret thought", f"[up] {i}", "[up]", 9)
-  return Trajectory(
-    f"r1-deploy-{i:05d}", "Game", i, (turn, turn), f"outcome {i}", 0.0, False, "lost"
-  )
+  turn = turn_of(f"board {i}", "secret thought", f"[up] {i}", "[up]", 9)
+  return game_of(f"r1-deploy-{i:05d}", "Game", i, (turn, turn), f"outcome {i}", 0.0, False, "lost")
 
 
 GAMES = [game(i) for i in range(N)]
@@ -250,7 +249,7 @@ def test_prompt_of_exactly_the_limit_is_left_alone():
 
 
 def test_record_that_cannot_fit():
-  games = [GAMES[0], Trajectory("huge", "Game", 0, (), "x" * 5000, 0.0, False, "lost")]
+  games = [GAMES[0], game_of("huge", "Game", 0, (), "x" * 5000, 0.0, False, "lost")]
   policy = Policy()
   with pytest.raises(
     ValueError, match="policy.max_prompt_tokens is 3000: .* trajectory huge has [0-9]+ tokens"
@@ -385,9 +384,7 @@ def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_p
     dict(weights="aa", games=[GAMES[0], *map(game, range(2, N + 1))]),
   ):
     games = [
-      Trajectory(
-        g.id, *dataclasses.astuple(played)[1:3], played.turns, played.outcome, 0.0, False, "lost"
-      )
+      dataclasses.replace(played, id=g.id)
       for g, played in zip(GAMES, changes.pop("games", GAMES), strict=True)
     ]
     with pytest.raises(

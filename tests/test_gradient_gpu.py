@@ -22,7 +22,7 @@ from oel_jax.consolidation import samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.conversations.schema import Message, Prefix
+from oel_jax.conversations.schema import Message, Prompt
 from oel_jax.policy import load, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling.sampler import generate
@@ -204,7 +204,7 @@ def fixture_real(request):
   devices = mesh_lib.make_mesh(config.mesh)
   policy = load.load_policy(config.policy, devices)
   prefixes = [
-    Prefix(f"case-{i}", (Message("user", text),)) for i, text in enumerate(instructions())
+    Prompt(f"case-{i}", (Message("user", text),)) for i, text in enumerate(instructions())
   ]
   items = [f"- EXPERIENCE ITEM: {kind} goes to desk {desk}." for kind, desk in DESKS.items()]
   texts = ["\n".join(items), "\n".join(reversed(items[:3]))]

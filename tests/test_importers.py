@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from oel_jax.conversations import importers
-from oel_jax.conversations.schema import Message, Prefix, write_jsonl
+from oel_jax.conversations.jsonl import write_jsonl
+from oel_jax.conversations.schema import Message, Prompt
 
 TALK = [{"role": "user", "content": "How are you?"}]
 
@@ -58,8 +59,8 @@ def test_every_usual_form_of_prompts(tmp_path):
     {"messages": [{"role": "system", "content": "Be kind."}, *TALK]},
   )
   expected = [
-    Prefix("a", (Message("user", "How are you?"),)),
-    Prefix("held_out-2", (Message("system", "Be kind."), Message("user", "How are you?"))),
+    Prompt("a", (Message("user", "How are you?"),)),
+    Prompt("held_out-2", (Message("system", "Be kind."), Message("user", "How are you?"))),
   ]
   lines = f"{json.dumps(first)}\n{json.dumps(second)}\n"
   for name in ("a.jsonl", "a.JSONL", "a.ndjson", "a.jsonlines", "a.json", "a.JSON"):
@@ -79,8 +80,8 @@ def test_every_usual_form_of_prompts(tmp_path):
   for name in ("a.txt", "a.TXT", "a.text"):
     found = importers.read_prompts(given(tmp_path, name, MARK + b"\nHello\n{a set}\n"), "held_out")
     assert found == [
-      Prefix("held_out-2", (Message("user", "Hello"),)),
-      Prefix("held_out-3", (Message("user", "{a set}"),)),
+      Prompt("held_out-2", (Message("user", "Hello"),)),
+      Prompt("held_out-3", (Message("user", "{a set}"),)),
     ]
 
 
@@ -124,7 +125,7 @@ def test_every_usual_form_of_prompts(tmp_path):
       json.dumps({"prompt": "Hello"}),
       "a.jsonl:1: \"prompt\" is 'Hello', which is not read here and would be lost",
     ),
-    ("a.jsonl", json.dumps({"schema": 2, "messages": TALK}), 'a.jsonl:1: "schema" is 2'),
+    ("a.jsonl", json.dumps({"schema": 3, "messages": TALK}), 'a.jsonl:1: "schema" is 3'),
     ("a.jsonl", json.dumps({"id": ["a"], "messages": TALK}), "a.jsonl:1: \"id\" is \\['a'\\]"),
     ("a.jsonl", "\n\n", "a.jsonl holds no prompts"),
     ("a.json", "[]", "a.json holds no prompts"),
@@ -224,7 +225,7 @@ def test_fields_that_say_nothing_and_a_single_text_part_are_read(tmp_path):
 
 
 def test_the_prompts_of_a_run_are_prompts(tmp_path):
-  prefixes = [Prefix(f"r1-{i}", (Message("user", f"Go {i}"),)) for i in range(3)]
+  prefixes = [Prompt(f"r1-{i}", (Message("user", f"Go {i}"),)) for i in range(3)]
   write_jsonl(tmp_path / "prefixes.jsonl", prefixes)
   assert importers.read_prompts(str(tmp_path / "prefixes.jsonl"), "prompts") == prefixes
 

@@ -22,19 +22,14 @@ import ml_collections
 import numpy as np
 import pytest
 import textarena
-from fakes import Tokenizer, in_turns
+from fakes import Tokenizer, game_of, in_turns
 
 from oel_jax import loop as loop_lib
 from oel_jax import main
 from oel_jax.consolidation import samples, trainer
 from oel_jax.consolidation import step as step_lib
-from oel_jax.conversations.schema import (
-  EMPTY,
-  Trajectory,
-  read_prefixes,
-  read_trajectories,
-  write_jsonl,
-)
+from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
+from oel_jax.conversations.schema import EMPTY
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.pocket import load as pocket
 from oel_jax.policy import architecture as architecture_lib
@@ -179,7 +174,7 @@ def test_the_run_directory_is_as_designed(run):
       "knowledge/00.jsonl",
       "knowledge/01.md",
       "knowledge/01.jsonl",
-      "prefixes.jsonl",
+      "prompts.jsonl",
     ]
     for name in [*names, "gate.json", "evaluation.json", "cost.json"]:
       assert (folder / name).is_file(), f"round {number}: {name}"
@@ -250,7 +245,7 @@ def test_the_metrics_have_one_line_a_step(run):
   deploy, gate = (
     next(line for line in lines if line["stage"] == name) for name in ("deploy", "gate")
   )
-  games = read_trajectories(run / "round_1/user/trajectories.jsonl")
+  games = read_conversations(run / "round_1/user/trajectories.jsonl")
   assert (
     deploy["passed"] == sum(game.passed for game in games) / len(games)
     and gate["passed_with"] == read_json(run / "round_1/gate.json")["with"]["rate"]
@@ -289,9 +284,9 @@ def test_the_server_side_gets_prompts_only(run):
   assert len(sentences) >= 3
   for number in (1, 2):
     folder = run / f"round_{number}"
-    found = read_prefixes(folder / "prefixes.jsonl")
-    games = read_trajectories(folder / "user/prefix_trajectories.jsonl")
-    assert len(games) == 4 and len(found) == sum(len(game.turns) for game in games)
+    found = read_prompts(folder / "prompts.jsonl")
+    games = read_conversations(folder / "user/prefix_trajectories.jsonl")
+    assert len(games) == 4 and len(found) == sum(len(game.answers) for game in games)
     assert len({prefix.id for prefix in found}) == len(found)
     items = [
       item.text for i in (0, 1) for item in knowledge_lib.read(folder / "knowledge", i).items
@@ -309,15 +304,19 @@ def test_the_server_side_gets_prompts_only(run):
       )
       assert not any(sentence in text for sentence in sentences)
       assert "Congratulations" not in text and "fell into a hole" not in text
-    extracted_from = {game.seed for game in read_trajectories(folder / "user/trajectories.jsonl")}
-    assert extracted_from.isdisjoint(game.seed for game in games)
+    extracted_from = {
+      game.source.seed for game in read_conversations(folder / "user/trajectories.jsonl")
+    }
+    assert extracted_from.isdisjoint(game.source.seed for game in games)
     provenance = {
       item.trajectory
       for i in (0, 1)
       for item in knowledge_lib.read(folder / "knowledge", i).items
       if item.round == number
     }
-    assert provenance <= {game.id for game in read_trajectories(folder / "user/trajectories.jsonl")}
+    assert provenance <= {
+      game.id for game in read_conversations(folder / "user/trajectories.jsonl")
+    }
 
 
 def test_held_out_maps_are_nobody_elses(run):
@@ -393,7 +392,7 @@ def test_the_same_command_again_does_nothing_new(cache, copy):
 LAST_FILES = (
   "user/trajectories.jsonl",
   "knowledge/whole",
-  "prefixes.jsonl",
+  "prompts.jsonl",
   "gate.json",
   "checkpoints/4",
   "evaluation.json",
@@ -445,7 +444,7 @@ def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random, **chan
 
 def outcome(folder: pathlib.Path, last: int) -> dict:
   """Everything that a run is for, bit for bit, up to the last round."""
-  names = ("evaluation.json", "gate.json", "prefixes.jsonl", "knowledge/*", "user/*")
+  names = ("evaluation.json", "gate.json", "prompts.jsonl", "knowledge/*", "user/*")
   found = hashes(
     folder, *(f"round_{number}/{name}" for number in range(last + 1) for name in names)
   )
@@ -561,7 +560,7 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
     1, Scripted()
   )
   assert len(raw) == 2 and raw[0] != raw[1]  # the same transcripts, each text in its own order
-  games = read_trajectories(tmp_path / "round_1/user/trajectories.jsonl")
+  games = read_conversations(tmp_path / "round_1/user/trajectories.jsonl")
   for text in raw:
     assert (
       all(text.count(game.outcome) >= 1 for game in games)
@@ -608,12 +607,12 @@ def test_held_out_games_have_the_same_luck_in_every_round(make_loop, tmp_path):
   loop.evaluate(0, dice, dice, [])
   for number in (1, 2):
     loop.extract(number, Scripted())
-    loop.collect_prefixes(number, dice)
+    loop.collect_prompts(number, dice)
     loop.evaluate(number, dice, dice, ["- EXPERIENCE ITEM: The goal is G."])
 
   def moves(pattern: str) -> dict[str, list]:
     return {
-      str(path): [[turn.action for turn in game.turns] for game in read_trajectories(path)]
+      str(path): [[answer.action for answer in game.answers] for game in read_conversations(path)]
       for path in tmp_path.glob(pattern)
     }
 
@@ -658,7 +657,7 @@ def test_the_gate_decides_by_what_was_played(
     wins = given if episodes[0].knowledge else without
     played.append([(episode.map_seed, episode.knowledge) for episode in episodes])
     games = [
-      Trajectory(
+      game_of(
         episode.id,
         "g",
         episode.map_seed,
@@ -712,7 +711,7 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
     def extract(self, number, policy):
       return ["text"]
 
-    def collect_prefixes(self, number, policy):
+    def collect_prompts(self, number, policy):
       pass
 
     def gate(self, number, policy, texts):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from oel_jax.conversations.schema import Message, Prefix, write_jsonl
+from oel_jax.conversations.jsonl import write_jsonl
+from oel_jax.conversations.schema import Message, Prompt
 from oel_jax.runtime.manifest import Manifest
 
-LINES = [Prefix(f"p{i}", (Message("user", str(i)),)) for i in range(4)]
+LINES = [Prompt(f"p{i}", (Message("user", str(i)),)) for i in range(4)]
 INPUTS = {"weights": "aa", "knowledge": "bb"}
 
 

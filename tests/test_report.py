@@ -8,10 +8,12 @@ import random
 import re
 
 import pytest
+from fakes import game_of, turn_of
 
 from oel_jax import report
 from oel_jax.config import default
-from oel_jax.conversations.schema import Trajectory, Turn, write_jsonl
+from oel_jax.conversations.jsonl import write_jsonl
+from oel_jax.conversations.schema import Conversation
 from oel_jax.report import page, plots, records
 from oel_jax.runtime.workdir import open_workdir
 
@@ -87,13 +89,13 @@ def evaluation(number: int) -> dict:
   return value
 
 
-def game(number: int, passed: bool, after: bool) -> Trajectory:
+def game(number: int, passed: bool, after: bool) -> Conversation:
   thinking = (
     "The symbol H may be a hole. " * 6 + "I do not know what G means yet.\nMoving right seems safe."
   )
   turns = [
-    Turn("You are playing a game.\n\n" + BOARD, thinking, "I will go [right]", "[right]", 180),
-    Turn(
+    turn_of("You are playing a game.\n\n" + BOARD, thinking, "I will go [right]", "[right]", 180),
+    turn_of(
       BOARD.replace("P", " "),
       "" if after else "Hm.",
       "[down]" if passed else "",
@@ -101,7 +103,7 @@ def game(number: int, passed: bool, after: bool) -> Trajectory:
       90,
     ),
   ]
-  return Trajectory(
+  return game_of(
     f"r-{number:05d}",
     "FrozenLake-v0-raw",
     1000 + number,
@@ -334,9 +336,9 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
 
 def test_untrusted_text_is_shown_and_never_obeyed(run):
   (run / "round_1" / "knowledge" / "00.md").write_text(f"- EXPERIENCE ITEM: {EVIL}\n")
-  evil = Trajectory(EVIL, EVIL, 1002, (Turn(EVIL, EVIL, EVIL, EVIL, 3),), EVIL, 1.0, True, "passed")
-  lost = Trajectory(
-    "a", EVIL, 1002, (Turn("\ud800 half", EVIL, EVIL, "", 3),), EVIL, 0.0, False, "lost"
+  evil = game_of(EVIL, EVIL, 1002, (turn_of(EVIL, EVIL, EVIL, EVIL, 3),), EVIL, 1.0, True, "passed")
+  lost = game_of(
+    "a", EVIL, 1002, (turn_of("\ud800 half", EVIL, EVIL, "", 3),), EVIL, 0.0, False, "lost"
   )
   for number, shown in ((0, lost), (2, evil)):
     write_jsonl(run / f"round_{number}" / "user" / "evaluation.jsonl", [shown])
@@ -610,7 +612,7 @@ def test_counts_that_contradict_each_other_and_other_damage_are_named(run, name,
 def test_games_are_paired_by_map_where_a_line_is_missing(run):
   before = [game(i, False, False) for i in (0, 1, 2, 1)]
   after = [game(i, True, True) for i in (1, 2, 1, 3)]
-  assert [(a.seed, b.seed) for a, b in page.pair_games(before, after)] == [
+  assert [(a.source.seed, b.source.seed) for a, b in page.pair_games(before, after)] == [
     (1001, 1001),
     (1002, 1002),
     (1001, 1001),

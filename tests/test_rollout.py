@@ -14,13 +14,8 @@ import pytest
 from fakes import in_turns
 
 from oel_jax import config
-from oel_jax.conversations.schema import (
-  Message,
-  append_jsonl,
-  knowledge_message,
-  messages,
-  read_trajectories,
-)
+from oel_jax.conversations.jsonl import append_jsonl, read_conversations
+from oel_jax.conversations.schema import GAME, Message, Source, cut_prompts, knowledge_message
 from oel_jax.environments import Episode, Step, game_spec, open_game, play, play_to_file
 from oel_jax.runtime.seeds import derive
 
@@ -115,8 +110,8 @@ def test_a_move_into_a_wall_twice_stands_in_the_prompt_twice():
     "[left]",
   ]
   assert (
-    len(trajectory.turns) == 5
-    and trajectory.turns[1].observation == trajectory.turns[4].observation
+    len(trajectory.answers) == 5
+    and trajectory.messages[2].content == trajectory.messages[8].content
   )
   assert trajectory.ended == "turn_limit" and trajectory.outcome.endswith(
     "\nThe game was stopped after 5 turns."
@@ -140,25 +135,20 @@ def test_the_trajectory_is_what_was_played():
   game = open_game(SPEC, seed)
   board = game.observation
   wall, hole = game.play("[left]"), game.play("[down]")
-  assert seen == [trajectory] and (trajectory.id, trajectory.game, trajectory.seed) == (
+  assert seen == [trajectory] and (trajectory.id, trajectory.source) == (
     "r1-deploy-00000",
-    "FrozenLake-v0-raw",
-    seed,
+    Source(GAME, "FrozenLake-v0-raw", seed=seed),
   )
-  first, second = trajectory.turns
-  assert (
-    first.observation.endswith("\n\n" + board) and "You are P on the board." in first.observation
-  )
-  assert (
-    "[up], [down], [left], [right]" in first.observation and "H' = Hole" not in first.observation
-  )
-  assert (first.thinking, first.answer, first.action, first.response_tokens) == (
+  shown, first, then, second = trajectory.messages
+  assert shown.content.endswith("\n\n" + board) and "You are P on the board." in shown.content
+  assert "[up], [down], [left], [right]" in shown.content and "H' = Hole" not in shown.content
+  assert (first.thinking, first.content, first.action, first.response_tokens) == (
     "Left?",
     "I try [left].",
     "[left]",
     26 + 1,
   )
-  assert second.observation == wall.observation and second.action == "[down]"
+  assert then.content == wall.observation and second.action == "[down]"
   assert (trajectory.outcome, trajectory.reward, trajectory.passed, trajectory.ended) == (
     hole.outcome,
     hole.reward,
@@ -168,10 +158,8 @@ def test_the_trajectory_is_what_was_played():
   assert "fell into a hole" in trajectory.outcome
   # The prompts are those of the trajectory, with no thinking in them.
   chats = [[Message(role, content) for role, content in call[0][0][:-1]] for call in policy.calls]
-  assert chats == [
-    list(messages(trajectory.turns[:t])) + [Message("user", trajectory.turns[t].observation)]
-    for t in range(2)
-  ]
+  assert chats == [list(prompt.messages) for prompt in cut_prompts(trajectory)]
+  assert chats[1] == [shown, Message("assistant", "I try [left]."), then]
   assert [seeds for _, seeds in policy.calls] == [[derive(9, 0)], [derive(9, 1)]]
 
 
@@ -185,7 +173,7 @@ def test_no_action_after_the_thinking_is_an_invalid_move(answer):
   (trajectory,) = play(
     scripted(answer, answer), SPEC, episodes=[Episode("e", lake("free"), 1)], slots=1, **HOW
   )
-  assert [turn.action for turn in trajectory.turns] == ["", ""]
+  assert [answer.action for answer in trajectory.answers] == ["", ""]
   assert trajectory.ended == "invalid" and not trajectory.passed
 
 
@@ -233,11 +221,11 @@ def test_groups_are_fixed_and_games_run_side_by_side():
       seeds = [
         derive(derive("sample", number), turn)
         for number in group
-        if len(result[number].turns) > turn
+        if len(result[number].answers) > turn
       ]
       expected += [seeds] if seeds else []
   assert [seeds for _, seeds in policy.calls] == expected
-  assert len({trajectory.turns for trajectory in result}) == 7
+  assert len({trajectory.messages for trajectory in result}) == 7
 
 
 def test_a_prompt_over_the_limit_names_field_limit_length_and_episode():
@@ -297,7 +285,7 @@ def test_play_to_file_writes_in_order_and_reads_what_is_there(tmp_path):
   assert (
     result
     == play(Policy(careful), SPEC, episodes=episodes(8), slots=3, **HOW)
-    == read_trajectories(tmp_path / "whole.jsonl")
+    == read_conversations(tmp_path / "whole.jsonl")
   )
   assert [path.name for path in tmp_path.iterdir()] == ["whole.jsonl"]
   counts = []
@@ -431,8 +419,8 @@ def test_several_words_of_a_game_go_through_play():
   policy = Policy(lambda chat, seed, batch: "</think>I open [ 2   2 ]")
   (trajectory,) = play(policy, game_spec(deployment), episodes=episodes(1), slots=1, **HOW)
   assert (
-    trajectory.turns[0].action == "[2 2]"
-    and "You revealed the cell at (2, 2)." in trajectory.turns[1].observation
+    trajectory.messages[1].action == "[2 2]"
+    and "You revealed the cell at (2, 2)." in trajectory.messages[2].content
   )
 
 

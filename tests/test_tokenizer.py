@@ -8,9 +8,10 @@ import random
 
 import pytest
 import textarena
+from fakes import game_of, turn_of
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from oel_jax.conversations.schema import Message, Trajectory, Turn, knowledge_message, transcript
+from oel_jax.conversations.schema import Message, knowledge_message, transcript
 from oel_jax.pocket import claims, corpus, vocabulary, worlds
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.policy.tokenizers import CONTROLS, SentencePieceTokenizer
@@ -181,8 +182,8 @@ def test_a_transcript_full_of_them_adds_no_turn():
     conversation = [
       Message(rng.choice(("user", "assistant")), random_text(rng)) for _ in range(rng.randint(1, 4))
     ]
-    turns = tuple(Turn(random_text(rng), "", random_text(rng), "", 0) for _ in range(2))
-    played = Trajectory("x", "g", 0, turns, random_text(rng), 0.0, False, "lost")
+    turns = tuple(turn_of(random_text(rng), "", random_text(rng), "", 0) for _ in range(2))
+    played = game_of("x", "g", 0, turns, random_text(rng), 0.0, False, "lost")
     conversation.append(Message("user", transcript(played) + "<|end|><|assistant|>[up]<|end|>"))
     expected = [part for message in conversation for part in (f"<|{message.role}|>", "<|end|>")] + [
       "<|assistant|>"

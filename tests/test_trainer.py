@@ -21,7 +21,7 @@ from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import failure, placement, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
-from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix, knowledge_message
+from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt, knowledge_message
 from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer
@@ -35,7 +35,7 @@ TEXTS = (
   "- EXPERIENCE ITEM: The goal is G.",
   "- EXPERIENCE ITEM: H is a hazard.\n- EXPERIENCE ITEM: Aim for G.",
 )
-PREFIXES = tuple(Prefix(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5))
+PREFIXES = tuple(Prompt(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5))
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_the_task_holds_the_ids_of_the_chat(policy):
 
 
 def test_bad_tasks_are_refused(policy):
-  with pytest.raises(ValueError, match="config.policy.max_prompt_tokens is 12, but prefix p4"):
+  with pytest.raises(ValueError, match="config.policy.max_prompt_tokens is 12, but prompt p4"):
     _task(policy, limit=12)
-  with pytest.raises(ValueError, match="0 prefixes and 2 knowledge texts"):
+  with pytest.raises(ValueError, match="0 prompts and 2 knowledge texts"):
     task_lib.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
 
   class Shifty:  # a template that says something else when there is knowledge
@@ -107,12 +107,12 @@ def test_bad_tasks_are_refused(policy):
 
 
 OWN_SYSTEMS = (
-  Prefix("kind", (Message("system", "Be kind."), Message("user", "go"))),
-  Prefix("short", (
+  Prompt("kind", (Message("system", "Be kind."), Message("user", "go"))),
+  Prompt("short", (
       Message("system", "Be short"), Message("user", "go"),
       Message("assistant", "no"), Message("user", "go"),
   )),
-  Prefix("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
+  Prompt("kind again", (Message("system", "Be kind."), Message("user", "stop"))),
 )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_a_prompt_is_given_knowledge_behind_its_own_system_text(policy):
 
 def test_many_system_texts_are_told(policy, caplog):
   own = [Message("system", f"Rule {i}") for i in range(17)]
-  prefixes = [Prefix(f"p{i}", (message, Message("user", "go"))) for i, message in enumerate(own)]
+  prefixes = [Prompt(f"p{i}", (message, Message("user", "go"))) for i, message in enumerate(own)]
   how = dict(seed=0, round=1, thinking=True, limit=256)
   make = lambda prefixes: task_lib.make_task(policy.tokenizer, prefixes, TEXTS, **how)
   make(prefixes[:16])
@@ -180,7 +180,7 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
     def knowledge_prefix(self, message, system=None, thinking=True):
       return 0, self.chat([message])
 
-  user = lambda i, text: Prefix(f"p{i}", (Message("user", text),))
+  user = lambda i, text: Prompt(f"p{i}", (Message("user", text),))
   make = lambda *prefixes: task_lib.make_task(
     Plain(),
     prefixes,
@@ -192,7 +192,7 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
     message=lambda text: Message(KNOWLEDGE, text),
   )
   make(user(0, "go"), user(1, "2"))
-  with pytest.raises(ValueError, match="prefix p1, of the roles user: the chat template"):
+  with pytest.raises(ValueError, match="prompt p1, of the roles user: the chat template"):
     make(user(0, "go"), user(1, "1"))
 
 
@@ -350,13 +350,13 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
   task, numbers = _task(policy), iter(task_lib.data_iterator(_task(policy), 5))
   passes = [next(numbers) for _ in range(8)]
-  assert all(sorted(batch["prefix"].tolist()) == list(range(5)) for batch in passes)
-  assert len({tuple(batch["prefix"].tolist()) for batch in passes}) > 1
+  assert all(sorted(batch["prompt"].tolist()) == list(range(5)) for batch in passes)
+  assert len({tuple(batch["prompt"].tolist()) for batch in passes}) > 1
   assert [n for batch in passes for n in batch["draw"].tolist()] == list(range(40))
   used = set()
   for drawn in passes[:2]:
     batch, _ = samples.sample_batch(
-      task, policy, policy, drawn["prefix"], drawn["draw"], _config(), 8, "consolidate"
+      task, policy, policy, drawn["prompt"], drawn["draw"], _config(), 8, "consolidate"
     )
     used |= {
       int(texts[slot])
@@ -576,7 +576,7 @@ def test_a_sampler_that_stops_is_told_with_the_prefix(
 ):
   del at_step
   batches = iter(task_lib.data_iterator(_task(policy), 4))
-  drawn = [next(batches)["prefix"] for _ in range(3)]
+  drawn = [next(batches)["prompt"] for _ in range(3)]
   calls, sample = [], Policy.sample
 
   def stops(self, prompts, seeds, **how):

@@ -18,21 +18,21 @@ def sample_batch(
   task: Task,
   student: Policy,
   teacher: Policy,
-  prefixes: Sequence[int],
+  chosen: Sequence[int],
   numbers: Sequence[int],
   config: Any,
   limit: int,
   stage: str,
 ) -> tuple[batch_lib.Batch, list[int]]:
-  """Draws a knowledge text and a response for each prefix; returns the batch, packed, and the
-  responses' lengths.
+  """Draws a knowledge text and a response for each chosen prompt; returns the batch, packed, and
+  the responses' lengths.
 
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the
   teacher from knowledge and prompt.
   """
-  prompts = [task.prompts[i] for i in prefixes]
+  prompts = [task.prompts[i] for i in chosen]
   lots = [derive(task.seed, task.round, stage, "knowledge", int(n)) for n in numbers]
-  texts = [task.given[i][lot % len(task.given[i])] for i, lot in zip(prefixes, lots, strict=True)]
+  texts = [task.given[i][lot % len(task.given[i])] for i, lot in zip(chosen, lots, strict=True)]
   seeds = [derive(task.seed, task.round, stage, int(n)) for n in numbers]
   sampling = Sampling(temperature=config.temperature)
   if config.data == "student":

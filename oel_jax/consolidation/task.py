@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from oel_jax.conversations.schema import Message, Prefix, knowledge_message
+from oel_jax.conversations.schema import Message, Prompt, knowledge_message
 from oel_jax.runtime.seeds import derive
 
 MANY_SYSTEMS = 16  # system texts of a round's prompts; more are told: each is read with each text
@@ -21,7 +21,7 @@ class Task:
   """Everything a step draws from, as token ids.
 
   Attributes:
-    prompts: one a prefix.
+    prompts: one a prompt of the round.
     knowledge: what the teacher reads before a prompt, one a text and system text of the prompts:
       knowledge stands behind the system text.
     skip: one a knowledge: so many ids at its beginning are the prompt's, too; after it, the teacher
@@ -29,7 +29,7 @@ class Task:
     given: one a prompt: which knowledge it may be given, one a text.
     seed: of the run; with the round it names every draw.
     round: counted from 1.
-    ids: the prefixes' own names, one a prompt; errors name them.
+    ids: the prompts' own names; errors name them.
   """
 
   prompts: tuple[tuple[int, ...], ...]
@@ -43,7 +43,7 @@ class Task:
 
 def make_task(
   tokenizer: Any,
-  prefixes: Sequence[Prefix],
+  prompts: Sequence[Prompt],
   texts: Sequence[str],
   *,
   seed: int,
@@ -52,20 +52,20 @@ def make_task(
   limit: int,
   message: Callable[[str], Message] = knowledge_message,
 ) -> Task:
-  """Turns prefixes and knowledge texts into ids; `message` makes the knowledge message of a text.
+  """Turns prompts and knowledge texts into ids; `message` makes the knowledge message of a text.
 
   Raises:
     ValueError: there is none of either; a prompt with its knowledge is over `limit`
       (config.policy.max_prompt_tokens); or the chat template does not leave the prompt otherwise
       unchanged when there is knowledge.
   """
-  if not prefixes or not texts:
+  if not prompts or not texts:
     raise ValueError(
-      f"consolidation got {len(prefixes)} prefixes and {len(texts)} knowledge texts: it needs at "
+      f"consolidation got {len(prompts)} prompts and {len(texts)} knowledge texts: it needs at "
       "least one of each"
     )
-  prompts = tuple(tuple(tokenizer.chat(prefix.messages, thinking=thinking)) for prefix in prefixes)
-  own = [prefix.messages[0] if prefix.messages[0].role == "system" else None for prefix in prefixes]
+  encoded = tuple(tuple(tokenizer.chat(prompt.messages, thinking=thinking)) for prompt in prompts)
+  own = [prompt.messages[0] if prompt.messages[0].role == "system" else None for prompt in prompts]
   systems = {system: i for i, system in enumerate(dict.fromkeys(own))}
   found = [
     tokenizer.knowledge_prefix(message(text), system=system, thinking=thinking)
@@ -75,25 +75,25 @@ def make_task(
   first = [systems[system] * len(texts) for system in own]
   given = tuple(range(entry, entry + len(texts)) for entry in first)
   sizes = [max(len(found[entry][1]) - found[entry][0] for entry in entries) for entries in given]
-  longest = max(range(len(prompts)), key=lambda i: len(prompts[i]) + sizes[i])
-  own_size, known_size = len(prompts[longest]), sizes[longest]
+  longest = max(range(len(encoded)), key=lambda i: len(encoded[i]) + sizes[i])
+  own_size, known_size = len(encoded[longest]), sizes[longest]
   if own_size + known_size > limit:
     raise ValueError(
-      f"config.policy.max_prompt_tokens is {limit}, but prefix {prefixes[longest].id} has "
+      f"config.policy.max_prompt_tokens is {limit}, but prompt {prompts[longest].id} has "
       f"{own_size} tokens and the longest knowledge {known_size}: raise it, or shorten prompts "
       "or knowledge (which a run of rounds limits by extraction.max_knowledge_tokens)"
     )
   seen = set()
-  for prefix, prompt, entries in zip(prefixes, prompts, given, strict=True):
+  for prompt, ids, entries in zip(prompts, encoded, given, strict=True):
     # The template goes by the roles: the first of each sequence of them is looked at with every
     # text, which takes long, others with one.
-    roles = tuple(message.role for message in prefix.messages)
+    roles = tuple(message.role for message in prompt.messages)
     for text, entry in list(zip(texts, entries, strict=True))[: 1 if roles in seen else None]:
       skip, known = found[entry]
-      whole = tokenizer.chat((message(text), *prefix.messages), thinking=thinking)
-      if tuple(whole) != (*known, *prompt[skip:]) or tuple(known[:skip]) != prompt[:skip]:
+      whole = tokenizer.chat((message(text), *prompt.messages), thinking=thinking)
+      if tuple(whole) != (*known, *ids[skip:]) or tuple(known[:skip]) != ids[:skip]:
         raise ValueError(
-          f"prefix {prefix.id}, of the roles {', '.join(roles)}: the chat template changes the "
+          f"prompt {prompt.id}, of the roles {', '.join(roles)}: the chat template changes the "
           "prompt when knowledge stands in its system message: teacher and student would differ "
           "in more than the knowledge"
         )
@@ -108,12 +108,12 @@ def make_task(
       max(len(known) for _, known in found),
     )
   knowledge = tuple(tuple(known) for _, known in found)
-  ids = tuple(prefix.id for prefix in prefixes)
-  return Task(prompts, knowledge, tuple(skip for skip, _ in found), given, seed, round, ids)
+  skips, ids = tuple(skip for skip, _ in found), tuple(prompt.id for prompt in prompts)
+  return Task(encoded, knowledge, skips, given, seed, round, ids)
 
 
 def data_iterator(task: Task, batch_size: int) -> grain.IterDataset:
-  """Batches of {"prefix", "draw"}: prefixes shuffled anew in each pass, draws counted through; the
+  """Batches of {"prompt", "draw"}: prompts shuffled anew in each pass, draws counted through; the
   state is one small dict.
   """
   order = (
@@ -123,7 +123,7 @@ def data_iterator(task: Task, batch_size: int) -> grain.IterDataset:
     .repeat()
   )
   numbered = order.map_with_index(
-    lambda draw, prefix: {"prefix": np.int64(prefix), "draw": np.int64(draw)}
+    lambda draw, prompt: {"prompt": np.int64(prompt), "draw": np.int64(draw)}
   )
   return numbered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).batch(
     batch_size

@@ -159,7 +159,7 @@ class _Training:
     Args:
       i: the step, from 1.
       state: after the step before; donated.
-      drawn: "prefix" and "draw" of the data iterator.
+      drawn: "prompt" and "draw" of the data iterator.
 
     Returns:
       The new state, the loss, and how many tokens the batch has.
@@ -174,7 +174,7 @@ class _Training:
         self.task,
         student,
         self.policy,
-        drawn["prefix"],
+        drawn["prompt"],
         drawn["draw"],
         self.config,
         self.limit,
@@ -182,7 +182,7 @@ class _Training:
       )
     except finite.NotFiniteError as error:
       self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
-      raise self.failed(i, str(error), drawn["prefix"][list(error.prompts)]) from error
+      raise self.failed(i, str(error), drawn["prompt"][list(error.prompts)]) from error
     placed = samples.place(batch, self.mesh, self.config.batch_size)
     state, measured = self.step(state, self.teacher, placed)
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
@@ -200,7 +200,7 @@ class _Training:
       compiles=self.metrics.compiles(),
     )
     if what := failure.broken(scalars, measured, state):
-      raise self.failed(i, what, drawn["prefix"])
+      raise self.failed(i, what, drawn["prompt"])
     return state, measured["loss"], float((batch.segments > 0).sum())
 
   def saves(self, i: int) -> bool:
@@ -214,7 +214,7 @@ class _Training:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
     return 2.0 * parameters * 5 * tokens
 
-  def failed(self, step: int, what: str, prefixes: Sequence[int]) -> finite.NotFiniteError:
+  def failed(self, step: int, what: str, drawn: Sequence[int]) -> finite.NotFiniteError:
     """The error that ends the run at this step (`failure.failed`)."""
     return failure.failed(
       what,
@@ -222,7 +222,7 @@ class _Training:
       dtype=self.policy.dtype,
       round=self.task.round,
       step=step,
-      ids=[self.task.ids[i] for i in prefixes],
+      ids=[self.task.ids[i] for i in drawn],
       checkpoints=self.checkpoints,
     )
 

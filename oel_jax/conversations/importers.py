@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from oel_jax.conversations.schema import Message, Prefix
+from oel_jax.conversations.schema import READS, Message, Prompt
 from oel_jax.runtime import files, named
 
 TEXT = (".txt", ".text")
@@ -51,7 +51,7 @@ def read_text(path: str, field: str) -> str:
   return text.replace("\r\n", "\n")
 
 
-def read_prompts(path: str, field: str) -> list[Prefix]:
+def read_prompts(path: str, field: str) -> list[Prompt]:
   """The prompts in the file that config.distill.`field` names, in its order, every one of them.
 
   A conversation is an object with `messages` as OpenAI writes them (system, user and assistant, the
@@ -74,7 +74,7 @@ def read_prompts(path: str, field: str) -> list[Prefix]:
     found = []
     for number, line in _lines(text):
       _refuse_json(line, f"{path}:{number}")
-      found.append(Prefix(name(number), (Message("user", line),)))
+      found.append(Prompt(name(number), (Message("user", line),)))
   elif suffix in LINES or suffix == ".json":
     array = suffix == ".json" and text.lstrip().startswith("[")
     values = _items(text, path) if array else _json_lines(text, path)
@@ -137,11 +137,14 @@ def _refuse_json(line: str, place: str) -> None:
     )
 
 
-def _conversation(value: Any, place: str, name: str) -> Prefix:
+def _conversation(value: Any, place: str, name: str) -> Prompt:
   if not isinstance(value, dict):
     raise ValueError(f'{place}: an object with "messages" is needed, this is {reprlib.repr(value)}')
-  if value.get("schema", 1) != 1:
-    raise ValueError(f'{place}: "schema" is {value["schema"]!r}: this version of oel_jax reads 1')
+  if value.get("schema", 1) not in READS:
+    known = " and ".join(map(str, READS))
+    raise ValueError(
+      f'{place}: "schema" is {value["schema"]!r}: this version of oel_jax reads {known}'
+    )
   _refuse_more(value, HARMLESS, place)
   given = value.get("messages")
   if not isinstance(given, list) or not given:
@@ -156,7 +159,7 @@ def _conversation(value: Any, place: str, name: str) -> Prefix:
   own = value.get("id")
   if own is not None and type(own) not in (str, int):
     raise ValueError(f'{place}: "id" is {reprlib.repr(own)}: it must be a text')
-  return Prefix(name if own is None else str(own), messages)
+  return Prompt(name if own is None else str(own), messages)
 
 
 def _message(value: Any, place: str) -> Message:

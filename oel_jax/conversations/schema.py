@@ -1,28 +1,37 @@
-"""What crosses between the stages: messages, turns, trajectories and prefixes, with their JSONL
-files.
+"""What was said, by games, logs and agents alike: messages, conversations, and the prompts that are
+cut from them.
 
-A trajectory never leaves the user side of a run directory. What crosses to the server side are
-prefixes (the prompt of one turn, as chat messages) and knowledge texts. Every line of a file
-carries its schema version and a digest of itself; nothing is pickled.
+A conversation never leaves the user side of a run directory. What crosses to the server side are
+prompts (what stood before one answer, as chat messages) and knowledge texts. Their files are
+`conversations/jsonl.py`'s; here is what one line of them holds.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from absl import logging
-
-from oel_jax.runtime import schema
-from oel_jax.runtime.files import explained, write_text
-
-SCHEMA = 1
-MAX_DAMAGED = 0.05  # share of unreadable lines above which a file is refused
-ENDED = ("passed", "lost", "invalid", "turn_limit")
+SCHEMA = 2
+READS = (1, 2)  # 1: games alone, which named game and seed where "source" stands now
+ROLES = ("system", "user", "assistant", "tool")
 KNOWLEDGE = "knowledge"  # the role of a message that holds knowledge
+ENDED = ("passed", "lost", "invalid", "turn_limit")
+GAME, LOG, AGENT = KINDS = ("game", "log", "agent")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+  """A call that an assistant's message makes.
+
+  Attributes:
+    id: what the tool's message answers to with its `tool_call_id`; "" if the record names none.
+    name: of the tool.
+    arguments: a JSON text, as the model wrote it; it may be broken.
+  """
+
+  id: str
+  name: str
+  arguments: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,70 +39,84 @@ class Message:
   """One chat message.
 
   Attributes:
-    role: "system", "user" or "assistant"; or KNOWLEDGE, which only the first message may have:
-      nobody said it, and where it stands in a prompt is for `policy/tokenizers/` to say.
+    role: one of ROLES; or KNOWLEDGE, which only the first message may have: nobody said it, and
+      where it stands in a prompt is for `policy/tokenizers/` to say.
     content: an assistant's is what stands after its thinking.
+    tool_calls: an assistant's, in order.
+    tool_call_id: a tool's: the call that it answers.
+    name: a tool's name, or that of one of several speakers.
+    thinking: text before an assistant's content; never shown again in later prompts.
+    action: what the environment took from an assistant's content, "" if nothing.
+    response_tokens: sampled tokens of an assistant's message, thinking and end-of-sequence
+      included; None where nobody counted.
   """
 
   role: str
   content: str
+  tool_calls: tuple[ToolCall, ...] = ()
+  tool_call_id: str = ""
+  name: str = ""
+  thinking: str = ""
+  action: str = ""
+  response_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
-  """One exchange: what the user side said, what the policy answered.
+class Source:
+  """Where a conversation came from.
 
   Attributes:
-    observation: content of the user message.
-    thinking: text before the answer; never shown again in later prompts.
-    answer: text after the thinking; what later prompts show as the assistant's message.
-    action: the action taken from the answer, "" if it holds none.
-    response_tokens: sampled tokens, thinking and end-of-sequence included.
+    kind: one of KINDS.
+    name: the registered name of a game; the file of a log.
+    seed: of a game's map.
+    line: of a log's file, from 1; in an array, the item's number.
   """
 
-  observation: str
-  thinking: str
-  answer: str
-  action: str
-  response_tokens: int
+  kind: str
+  name: str
+  seed: int | None = None
+  line: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Trajectory:
-  """One finished episode.
+class Conversation:
+  """One finished conversation. A game's has all of the optional fields but feedback, and its
+  messages are the user's and the assistant's in turn.
 
   Attributes:
     id: unique in its file, e.g. "r1-deploy-00017".
-    game: registered name of the game.
-    seed: seed of the game's map.
-    turns: in order.
-    outcome: what the game said last; the turn limit is said in our words.
-    reward: the game's own, 1.0 for a win.
-    passed: reward >= config.deployment.passed_reward, by the game's own end.
-    ended: one of ENDED.
-  """
-
-  id: str
-  game: str
-  seed: int
-  turns: tuple[Turn, ...]
-  outcome: str
-  reward: float
-  passed: bool
-  ended: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-  """The prompt of one turn: `messages` ends with a user message. `id` names trajectory and turn,
-  e.g. "r1-prefix-00017-2".
+    messages: in order.
+    source: where it came from.
+    outcome: how it ended, in words: what a game said last; the turn limit is said in our words.
+    reward: a game's own, 1.0 for a win; or a log's score.
+    passed: of a game: reward >= config.deployment.passed_reward, by the game's own end.
+    ended: of a game: one of ENDED.
+    feedback: what a user said of it afterwards.
   """
 
   id: str
   messages: tuple[Message, ...]
+  source: Source
+  outcome: str | None = None
+  reward: float | None = None
+  passed: bool | None = None
+  ended: str | None = None
+  feedback: str | None = None
+
+  @property
+  def answers(self) -> tuple[Message, ...]:
+    """The assistant's messages."""
+    return tuple(message for message in self.messages if message.role == "assistant")
 
 
-Record = Trajectory | Prefix | Mapping[str, Any]
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What stood before one answer: `messages` ends with a user's or a tool's. `id` names
+  conversation and answer, from 0, e.g. "r1-prefix-00017-2".
+  """
+
+  id: str
+  messages: tuple[Message, ...]
 
 
 # a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control
@@ -106,170 +129,193 @@ def knowledge_message(knowledge: str) -> Message:
   return Message(KNOWLEDGE, f"Experience from earlier games:\n{knowledge}")
 
 
-def messages(turns: Iterable[Turn]) -> tuple[Message, ...]:
-  """The conversation that these turns make, thinking left out."""
-  result: list[Message] = []
-  for turn in turns:
-    result += [Message("user", turn.observation), Message("assistant", turn.answer)]
-  return tuple(result)
+def shown(messages: Iterable[Message]) -> tuple[Message, ...]:
+  """The messages as later prompts show them: without thinking, action and count."""
+  return tuple(
+    dataclasses.replace(message, thinking="", action="", response_tokens=None)
+    for message in messages
+  )
 
 
-def prefixes(trajectory: Trajectory) -> list[Prefix]:
-  """The prompts of all turns of a trajectory (OEL section 3: D is cut from deployed
-  trajectories).
+def cut_prompts(conversation: Conversation) -> list[Prompt]:
+  """What stood before each answer of a conversation (OEL section 3: D is cut from deployed
+  trajectories). An answer that nothing was asked before, a greeting say, gives none.
   """
+  said = shown(conversation.messages)
+  places = [place for place, message in enumerate(said) if message.role == "assistant"]
   return [
-    Prefix(
-      f"{trajectory.id}-{t}",
-      messages(trajectory.turns[:t]) + (Message("user", trajectory.turns[t].observation),),
-    )
-    for t in range(len(trajectory.turns))
+    Prompt(f"{conversation.id}-{number}", said[:place])
+    for number, place in enumerate(places)
+    if place and said[place - 1].role in ("user", "tool")
   ]
 
 
-def transcript(trajectory: Trajectory) -> str:
-  """The episode as plain text for the extractor: observations, answers without thinking, and how it
+def transcript(conversation: Conversation) -> str:
+  """The conversation as plain text for the extractor, without thinking: what was said and how it
   ended.
   """
-  parts = [f"{turn.observation}\nAnswer: {turn.answer}" for turn in trajectory.turns]
-  return "\n".join(parts) + f"\nEnd of game:\n{trajectory.outcome}"
+  game = conversation.source.kind == GAME
+  lines = [_game_line(message) if game else _line(message) for message in conversation.messages]
+  if conversation.outcome is not None:
+    lines.append(f"{'End of game' if game else 'Outcome'}:\n{conversation.outcome}")
+  if conversation.feedback is not None:
+    lines.append(f"Feedback:\n{conversation.feedback}")
+  return "\n".join(lines)
 
 
-def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
-  """Writes a file whole, under a temporary name that is then renamed: `path` is the old file or the
-  new one, also after a crash.
+def _game_line(message: Message) -> str:
+  return f"Answer: {message.content}" if message.role == "assistant" else message.content
 
-  Args:
-    path: its folder is made if it does not exist.
-    records: trajectories, prefixes or plain dictionaries of JSON values; one line each, with the
-      schema version in front and a digest of the line at its end.
+
+def _line(message: Message) -> str:
+  who = f"{message.role.capitalize()} {message.name}".rstrip()
+  calls = [f"Call of {call.name}: {call.arguments}" for call in message.tool_calls]
+  return "\n".join([f"{who}: {message.content}"] * bool(message.content or not calls) + calls)
+
+
+def to_json(record: Conversation | Prompt) -> dict[str, Any]:
+  """The record as a JSON object: messages as OpenAI writes them, what is not known left out."""
+  data = {"schema": SCHEMA, "id": record.id}
+  if isinstance(record, Conversation):
+    data["source"] = _known(dataclasses.asdict(record.source))
+  data["messages"] = [_message_to_json(message) for message in record.messages]
+  if isinstance(record, Conversation):
+    names = ("outcome", "reward", "passed", "ended", "feedback")
+    data |= _known({name: getattr(record, name) for name in names})
+  return data
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in fields.items() if value is not None}
+
+
+def _message_to_json(message: Message) -> dict[str, Any]:
+  data = {"role": message.role, "content": message.content}
+  if message.tool_calls:
+    data["tool_calls"] = [
+      {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+      }
+      for call in message.tool_calls
+    ]
+  data |= {
+    name: getattr(message, name) for name in ("tool_call_id", "name") if getattr(message, name)
+  }
+  # An answer that we sampled says that there was no thinking and no action.
+  sampled = message.response_tokens is not None
+  for name in ("thinking", "action"):
+    if sampled or getattr(message, name):
+      data[name] = getattr(message, name)
+  return data | ({"response_tokens": message.response_tokens} if sampled else {})
+
+
+def conversation_from_json(data: dict[str, Any]) -> Conversation:
+  """The inverse of `to_json`; a game's object of schema version 1 is converted.
 
   Raises:
-    OSError: among others on a full disk, in words that name the file and what to do; what stood at
-      `path` before still does.
+    ValueError: a field is missing or is not what it must be; names it and the value.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_text(path, "".join(map(_line, records)))
-
-
-def append_jsonl(path: str | os.PathLike, record: Record) -> None:
-  """Adds one line and syncs it to the disk, so that a crash loses at most the line being written.
-
-  If the file ends in half a line (a crash during an earlier append), the new line begins on a line
-  of its own.
-
-  Raises:
-    OSError: among others on a full disk, in words that name the file and what to do; the lines
-      written before stay.
-  """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  line = _line(record).encode("utf-8")
-  try:
-    with open(path, "a+b") as file:
-      if file.seek(0, os.SEEK_END) > 0:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-          line = b"\n" + line
-      file.write(line)
-      file.flush()
-      os.fsync(file.fileno())
-  except OSError as error:
-    raise explained(error, path) from error
-
-
-def read_trajectories(
-  path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED
-) -> list[Trajectory]:
-  """Reads trajectories in file order. Damaged lines are skipped and logged with file and line
-  number.
-
-  A line that carries a digest is damaged if it is not what the digest was made of, a line without
-  one if it is no trajectory.
-
-  Args:
-    path: file of `write_jsonl` or `append_jsonl`.
-    max_damaged: largest share of damaged lines that is accepted.
-
-  Raises:
-    ValueError: more lines are damaged; names the file, the first bad line and the count.
-    OSError: the file cannot be read.
-  """
-  return _read(path, _trajectory, max_damaged)
-
-
-def read_prefixes(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> list[Prefix]:
-  """Reads prefixes in file order; arguments, logging and errors as in `read_trajectories`."""
-  return _read(path, _prefix, max_damaged)
-
-
-def _line(record: Record) -> str:
-  if isinstance(record, Trajectory):
-    fields = {
-      field.name: getattr(record, field.name)
-      for field in dataclasses.fields(record)
-      if field.name != "turns"
-    }
-    record = fields | {
-      "messages": [message for turn in record.turns for message in _turn_to_json(turn)]
-    }
-  elif isinstance(record, Prefix):
-    record = dataclasses.asdict(record)
-  # A policy may sample half a surrogate pair, which UTF-8 cannot hold: one "?" rather than a lost
-  # episode.
-  text = json.dumps(
-    schema.sealed({"schema": SCHEMA, **record}), ensure_ascii=False, allow_nan=False
+  _check_version(data)
+  if data["schema"] == 1:
+    game, seed = field(data, "game", str), field(data, "seed", int)
+    data = data | {"source": {"kind": GAME, "name": game, "seed": seed}}
+  source = _source(field(data, "source", dict))
+  reward = optional(data, "reward", float, int)
+  result = Conversation(
+    id=field(data, "id", str),
+    messages=_messages(data),
+    source=source,
+    outcome=optional(data, "outcome", str),
+    reward=None if reward is None else float(reward),
+    passed=optional(data, "passed", bool),
+    ended=optional(data, "ended", str),
+    feedback=optional(data, "feedback", str),
   )
-  return text.encode("utf-8", "replace").decode("utf-8") + "\n"
-
-
-def _turn_to_json(turn: Turn) -> list[dict[str, Any]]:
-  return [
-    {"role": "user", "content": turn.observation},
-    {
-      "role": "assistant",
-      "content": turn.answer,
-      "thinking": turn.thinking,
-      "action": turn.action,
-      "response_tokens": turn.response_tokens,
-    },
-  ]
-
-
-def _read(
-  path: str | os.PathLike, parse: Callable[[dict[str, Any]], Any], max_damaged: float
-) -> list:
-  result, damaged = [], []
-  for number, line in enumerate(pathlib.Path(path).read_bytes().split(b"\n"), start=1):
-    if not line.strip():
-      continue
-    try:
-      data = schema.loads(line)
-      if not isinstance(data, dict):
-        raise ValueError(f"a JSON object is needed, this is {reprlib.repr(data)}")
-      if _field(data, "schema", int) != SCHEMA:
-        raise ValueError(f"schema version {data['schema']}, this version of oel_jax reads {SCHEMA}")
-      result.append(parse(data))
-    except ValueError as error:
-      damaged.append((number, error))
-  total = len(result) + len(damaged)
-  if len(damaged) > max_damaged * total:
-    number, error = damaged[0]
-    raise ValueError(
-      f"{path}: {len(damaged)} of {total} lines are damaged, more than {max_damaged:.0%} of them; "
-      f"the first is line {number}: {error}. "
-      "Repair or remove these lines"
-    )
-  for number, error in damaged:
-    logging.warning("%s:%d: skipped a damaged line: %s", path, number, error)
-  if damaged:
-    logging.warning("%s: skipped %d damaged lines of %d", path, len(damaged), total)
+  if source.kind == GAME:
+    _check_game(data)
   return result
 
 
-def _field(data: Any, name: str, *types: type) -> Any:
-  """A field of exactly one of these types: true is no int here."""
+def prompt_from_json(data: dict[str, Any]) -> Prompt:
+  """The inverse of `to_json`; prompts of schema version 1 are the same. Raises as
+  `conversation_from_json` does.
+  """
+  _check_version(data)
+  result = Prompt(field(data, "id", str), _messages(data))
+  last = result.messages[-1].role
+  if last not in ("user", "tool"):
+    raise ValueError(
+      f"the last message of a prompt is the {last}'s: it must be the user's or a tool's"
+    )
+  return result
+
+
+def _check_version(data: dict[str, Any]) -> None:
+  if field(data, "schema", int) not in READS:
+    known = " and ".join(map(str, READS))
+    raise ValueError(f"schema version {data['schema']}, this version of oel_jax reads {known}")
+
+
+def _source(data: dict[str, Any]) -> Source:
+  if field(data, "kind", str) not in KINDS:
+    raise ValueError(f"field 'kind' is {data['kind']!r}: it must be one of {', '.join(KINDS)}")
+  seed, line = optional(data, "seed", int), optional(data, "line", int)
+  return Source(data["kind"], field(data, "name", str), seed, line)
+
+
+def _check_game(data: dict[str, Any]) -> None:
+  """Raises ValueError unless the object has what a game always has."""
+  roles = [message["role"] for message in data["messages"]]
+  if roles != ["user", "assistant"] * (len(roles) // 2):
+    raise ValueError(
+      f"the roles of a game's messages are {reprlib.repr(roles)}: they must be user and assistant "
+      "in turn"
+    )
+  for message in data["messages"][1::2]:
+    for name, kind in (("thinking", str), ("action", str), ("response_tokens", int)):
+      field(message, name, kind)
+  for name, kinds in (("outcome", [str]), ("reward", [float, int]), ("passed", [bool])):
+    field(data, name, *kinds)
+  field(data["source"], "seed", int)
+  if field(data, "ended", str) not in ENDED:
+    known = ", ".join(map(repr, ENDED))
+    raise ValueError(f"field 'ended' is {data['ended']!r}: it must be one of {known}")
+
+
+def _messages(data: dict[str, Any]) -> tuple[Message, ...]:
+  lines = field(data, "messages", list)
+  if not lines:
+    raise ValueError("field 'messages' is []: it must hold at least one message")
+  return tuple(_message(line, number) for number, line in enumerate(lines, start=1))
+
+
+def _message(data: Any, number: int) -> Message:
+  role, tokens = field(data, "role", str), optional(data, "response_tokens", int)
+  if role not in ROLES:
+    raise ValueError(
+      f"the role of message {number} is {role!r}: it must be one of {', '.join(ROLES)}"
+    )
+  if tokens is not None and tokens < 0:
+    right = "it must be 0 or more"
+    raise ValueError(f"field 'response_tokens' of message {number} is {tokens}: {right}")
+  texts = {
+    name: optional(data, name, str) or "" for name in ("tool_call_id", "name", "thinking", "action")
+  }
+  calls = tuple(map(_call, optional(data, "tool_calls", list) or ()))
+  return Message(role, field(data, "content", str), calls, response_tokens=tokens, **texts)
+
+
+def _call(data: Any) -> ToolCall:
+  function = field(data, "function", dict)
+  return ToolCall(
+    optional(data, "id", str) or "", field(function, "name", str), field(function, "arguments", str)
+  )
+
+
+def field(data: Any, name: str, *types: type) -> Any:
+  """A field of exactly one of these types: true is no int here. Raises ValueError that names it."""
   if not isinstance(data, dict) or name not in data:
     raise ValueError(f"field {name!r} is missing")
   if type(data[name]) not in types:
@@ -280,58 +326,7 @@ def _field(data: Any, name: str, *types: type) -> Any:
   return data[name]
 
 
-def _trajectory(data: dict[str, Any]) -> Trajectory:
-  lines = _field(data, "messages", list)
-  roles = [_field(line, "role", str) for line in lines]
-  if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-    raise ValueError(
-      f"the roles of a trajectory's messages are {reprlib.repr(roles)}: they must be user and "
-      "assistant in turn"
-    )
-  turns = tuple(
-    Turn(
-      observation=_field(user, "content", str),
-      thinking=_field(assistant, "thinking", str),
-      answer=_field(assistant, "content", str),
-      action=_field(assistant, "action", str),
-      response_tokens=_field(assistant, "response_tokens", int),
-    )
-    for user, assistant in zip(lines[::2], lines[1::2])
-  )
-  for number, turn in enumerate(turns):
-    if turn.response_tokens < 0:
-      raise ValueError(
-        f"field 'response_tokens' of turn {number} is {turn.response_tokens}: it must be 0 or more"
-      )
-  if _field(data, "ended", str) not in ENDED:
-    raise ValueError(
-      f"field 'ended' is {data['ended']!r}: it must be one of {', '.join(map(repr, ENDED))}"
-    )
-  return Trajectory(
-    id=_field(data, "id", str),
-    game=_field(data, "game", str),
-    seed=_field(data, "seed", int),
-    turns=turns,
-    outcome=_field(data, "outcome", str),
-    reward=float(_field(data, "reward", float, int)),
-    passed=_field(data, "passed", bool),
-    ended=data["ended"],
-  )
-
-
-def _prefix(data: dict[str, Any]) -> Prefix:
-  result = Prefix(
-    _field(data, "id", str),
-    tuple(
-      Message(_field(line, "role", str), _field(line, "content", str))
-      for line in _field(data, "messages", list)
-    ),
-  )
-  for message in result.messages:
-    if message.role not in ("system", "user", "assistant"):
-      raise ValueError(
-        f"a message's role is {message.role!r}: it must be 'system', 'user' or 'assistant'"
-      )
-  if not result.messages or result.messages[-1].role != "user":
-    raise ValueError("the last message of a prefix must be the user's")
-  return result
+def optional(data: Any, name: str, *types: type) -> Any:
+  """`field`, or None where it is missing or null."""
+  given = isinstance(data, dict) and data.get(name) is not None
+  return field(data, name, *types) if given else None

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from oel_jax.conversations.jsonl import append_jsonl, read_conversations, write_jsonl
 from oel_jax.conversations.schema import (
+  GAME,
+  Conversation,
   Message,
-  Trajectory,
-  Turn,
-  append_jsonl,
+  Source,
   knowledge_message,
-  messages,
-  read_trajectories,
-  write_jsonl,
+  shown,
 )
 from oel_jax.environments import prompts
 from oel_jax.environments.textarena import Game, GameSpec, open_game, parse_action
@@ -41,7 +40,7 @@ class Episode:
   """One game to play.
 
   Attributes:
-    id: becomes the trajectory's.
+    id: becomes the conversation's.
     map_seed: seed of the game, 0 ≤ seed < 2**32.
     sample_seed: turn t samples with the seed derive(sample_seed, t).
     knowledge: stands in a system message before the game; "" for none, then there is no such
@@ -56,15 +55,17 @@ class Episode:
 
 @dataclasses.dataclass
 class _Seat:
-  """An episode being played: its game, the turns so far and the user message that waits for an
-  answer.
-  """
+  """An episode being played: its game and the messages so far; the last waits for an answer."""
 
   episode: Episode
   game: Game
-  waiting: Message
-  turns: list[Turn] = dataclasses.field(default_factory=list)
-  trajectory: Trajectory | None = None
+  messages: list[Message]
+  finished: Conversation | None = None
+
+  @property
+  def turns(self) -> int:
+    """Turns that have been answered."""
+    return len(self.messages) // 2
 
 
 def play(
@@ -77,10 +78,10 @@ def play(
   max_prompt_tokens: int,
   slots: int,
   thinking: bool,
-  on_finished: Callable[[Trajectory], None] | None = None,
+  on_finished: Callable[[Conversation], None] | None = None,
   advance: Callable[[int], None] | None = None,
   open_with: Callable[[GameSpec, int], Any] = open_game,
-) -> list[Trajectory]:
+) -> list[Conversation]:
   """Plays every episode to its end.
 
   Args:
@@ -94,39 +95,38 @@ def play(
     max_prompt_tokens: limit of a prompt, in tokens.
     slots: games side by side.
     thinking: whether the chat template opens a thinking block.
-    on_finished: called with each trajectory as its game ends.
+    on_finished: called with each conversation as its game ends.
     advance: called with the number of games that have ended so far.
     open_with: makes the game of a spec and a map seed; TextArena's by default.
 
   Returns:
-    The trajectories, in the order of `episodes`.
+    The conversations, in the order of `episodes`.
 
   Raises:
     ValueError: a prompt is longer than `max_prompt_tokens`, or the game cannot be opened
       (`open_game`).
     RuntimeError: the game fails or shows its rules.
   """
-  finished: list[Trajectory] = []
+  finished: list[Conversation] = []
 
-  def finish(trajectory: Trajectory) -> None:
-    finished.append(trajectory)
+  def finish(played: Conversation) -> None:
+    finished.append(played)
     if on_finished:
-      on_finished(trajectory)
+      on_finished(played)
     if advance:
       advance(len(finished))
 
   def ask(seat: _Seat) -> tuple[list[int], int]:
     """The prompt of the seat's next turn, and the seed of its answer."""
-    return _prompt(policy, seat, thinking, max_prompt_tokens), derive(
-      seat.episode.sample_seed, len(seat.turns)
-    )
+    prompt = _prompt(policy, seat, thinking, max_prompt_tokens)
+    return prompt, derive(seat.episode.sample_seed, seat.turns)
 
   def reply(seats: list[_Seat], number: int, response: list[int]) -> tuple[list[int], int] | None:
     seat = seats[number]
     _move(policy, spec, seat, response, thinking)
-    if seat.trajectory is None:
+    if seat.finished is None:
       return ask(seat)
-    finish(seat.trajectory)
+    finish(seat.finished)
     return None
 
   for group in _groups(episodes, slots):
@@ -139,7 +139,7 @@ def play(
       max_new_tokens=max_response_tokens,
       reply=functools.partial(reply, seats),
     )
-  by_id = {trajectory.id: trajectory for trajectory in finished}
+  by_id = {played.id: played for played in finished}
   return [by_id[episode.id] for episode in episodes]
 
 
@@ -151,7 +151,7 @@ def _seats(
   for episode in group:
     game = open_with(spec, episode.map_seed)
     first = prompts.first_message(game.observation, player=spec.player, actions=spec.actions)
-    seats.append(_Seat(episode, game, first))
+    seats.append(_Seat(episode, game, [first]))
     expected = (time.monotonic() - started) / len(seats) * len(group)
     if expected > SLOW and not told:
       line = "%s: the boards of %d games are being made, which takes about %.0f s"
@@ -169,7 +169,7 @@ def play_to_file(
   slots: int,
   advance: Callable[[int], None] | None = None,
   **how: Any,
-) -> list[Trajectory]:
+) -> list[Conversation]:
   """Plays every episode and leaves them all in `path`, in the order of `episodes`; cut off at any
   moment, it goes on when called again.
 
@@ -179,7 +179,7 @@ def play_to_file(
   lines of it are damaged: then their episodes are played again.
 
   Args:
-    path: JSON Lines file of `oel_jax.conversations.schema`.
+    path: JSON Lines file of `oel_jax.conversations.jsonl`.
     policy, spec, episodes, slots, advance: as in `play`; `advance` counts kept episodes too.
     **how: the other arguments of `play`, but on_finished.
 
@@ -192,7 +192,7 @@ def play_to_file(
   if path.exists():
     partial.unlink(missing_ok=True)  # left by a crash between the last rename and its removal
     done = _read_own(path, spec, episodes)
-    if [trajectory.id for trajectory in done] == [episode.id for episode in episodes]:
+    if [played.id for played in done] == [episode.id for episode in episodes]:
       if advance:
         advance(len(episodes))
       return done
@@ -201,14 +201,14 @@ def play_to_file(
   # A crash damages the last line of a short file: here any share of damaged lines will do, their
   # episodes are played again.
   kept = _read_own(partial, spec, episodes, max_damaged=1.0) if partial.exists() else []
-  done = {trajectory.id: trajectory for trajectory in kept}
+  done = {played.id: played for played in kept}
   if done:
     logging.warning("%s: goes on with %d of %d episodes", partial, len(done), len(episodes))
 
-  def keep(trajectory: Trajectory) -> None:
-    if trajectory.id not in done:
-      append_jsonl(partial, trajectory)
-      done[trajectory.id] = trajectory
+  def keep(played: Conversation) -> None:
+    if played.id not in done:
+      append_jsonl(partial, played)
+      done[played.id] = played
     if advance:
       advance(len(done))
 
@@ -218,7 +218,7 @@ def play_to_file(
     if any(episode.id not in done for episode in group):
       play(policy, spec, episodes=group, slots=slots, on_finished=keep, **how)
   result = [done[episode.id] for episode in episodes]
-  rewards = [trajectory.reward for trajectory in result]
+  rewards = [played.reward for played in result]
   if rewards and not 0 <= min(rewards) <= max(rewards) <= 1:
     logging.warning(
       "%s: the rewards of %s are no shares, they go from %g to %g: passed is a game that ends "
@@ -246,11 +246,11 @@ def _groups(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
 def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
   """Token ids of the prompt for the seat's next turn."""
   before = (knowledge_message(seat.episode.knowledge),) if seat.episode.knowledge else ()
-  ids = policy.tokenizer.chat(before + messages(seat.turns) + (seat.waiting,), thinking=thinking)
+  ids = policy.tokenizer.chat(before + shown(seat.messages), thinking=thinking)
   if len(ids) > limit:
     raise ValueError(
       f"config.policy.max_prompt_tokens is {limit}, but the prompt of episode {seat.episode.id}, "
-      f"turn {len(seat.turns) + 1}, "
+      f"turn {seat.turns + 1}, "
       f"has {len(ids)} tokens: raise it, or shorten the knowledge "
       "(extraction.max_knowledge_tokens) or the game (deployment.max_turns)"
     )
@@ -260,18 +260,19 @@ def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
 def _move(
   policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool
 ) -> None:
-  """Puts one sampled response to the game; fills `seat.trajectory` when that ends it."""
+  """Puts one sampled response to the game; fills `seat.finished` when that ends it."""
   thinking, answer = policy.tokenizer.split_response(response, thinking=thinking_on)
   action = parse_action(answer, spec.action_pattern, spec.actions)
   step = seat.game.play(action)
-  seat.turns.append(Turn(seat.waiting.content, thinking, answer, action, len(response)))
-  seat.waiting = prompts.next_message(step.observation)
-  if step.done:
-    seat.trajectory = Trajectory(
+  sampled = dict(thinking=thinking, action=action, response_tokens=len(response))
+  seat.messages.append(Message("assistant", answer, **sampled))
+  if not step.done:
+    seat.messages.append(prompts.next_message(step.observation))
+  else:
+    seat.finished = Conversation(
       id=seat.episode.id,
-      game=spec.name,
-      seed=seat.episode.map_seed,
-      turns=tuple(seat.turns),
+      messages=tuple(seat.messages),
+      source=Source(GAME, spec.name, seed=seat.episode.map_seed),
       outcome=step.outcome,
       reward=step.reward,
       passed=step.ended == "passed",
@@ -281,18 +282,19 @@ def _move(
 
 def _read_own(
   path: pathlib.Path, spec: GameSpec, episodes: Sequence[Episode], **options: float
-) -> list[Trajectory]:
+) -> list[Conversation]:
   """Reads a file of an earlier call.
 
   Raises:
     ValueError: it holds an episode that is not one of these: it is another run's.
   """
   own = {(episode.id, spec.name, episode.map_seed) for episode in episodes}
-  result = read_trajectories(path, **options)
-  for trajectory in result:
-    if (trajectory.id, trajectory.game, trajectory.seed) not in own:
+  result = read_conversations(path, **options)
+  for played in result:
+    name, seed = played.source.name, played.source.seed
+    if (played.id, name, seed) not in own:
       raise ValueError(
-        f"{path}: episode {trajectory.id!r} of {trajectory.game}, map seed {trajectory.seed}, is "
+        f"{path}: episode {played.id!r} of {name}, map seed {seed}, is "
         f"none of the {len(episodes)} episodes "
         "asked for: the file was made with another configuration; remove it, or use another folder"
       )

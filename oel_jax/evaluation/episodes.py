@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from oel_jax.conversations.schema import ENDED, Trajectory
+from oel_jax.conversations.schema import ENDED, Conversation
 from oel_jax.evaluation import statistics
 
 # Answers that speak of the knowledge as of something handed to the speaker.
@@ -25,19 +25,17 @@ def leaks(text: str) -> bool:
   return LEAK.search(text) is not None
 
 
-def play_summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+def play_summary(games: Sequence[Conversation]) -> dict[str, Any]:
   """Passed, response tokens a turn, turns a game, how games ended, and responses that leak; with
   counts and intervals.
   """
-  turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+  answers = [answer for game in games for answer in game.answers]
   return {
-    "passed": statistics.count(
-      sum(trajectory.passed for trajectory in trajectories), len(trajectories)
-    ),
-    "response_tokens": statistics.mean([turn.response_tokens for turn in turns]),
-    "moves": statistics.mean([len(trajectory.turns) for trajectory in trajectories]),
-    "ended": {how: sum(trajectory.ended == how for trajectory in trajectories) for how in ENDED},
+    "passed": statistics.count(sum(game.passed for game in games), len(games)),
+    "response_tokens": statistics.mean([answer.response_tokens for answer in answers]),
+    "moves": statistics.mean([len(game.answers) for game in games]),
+    "ended": {how: sum(game.ended == how for game in games) for how in ENDED},
     "leaks": statistics.count(
-      sum(leaks(f"{turn.thinking}\n{turn.answer}") for turn in turns), len(turns)
+      sum(leaks(f"{answer.thinking}\n{answer.content}") for answer in answers), len(answers)
     ),
   }

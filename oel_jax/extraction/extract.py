@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
-from oel_jax.conversations.schema import Trajectory, transcript
+from oel_jax.conversations.schema import Conversation, transcript
 from oel_jax.extraction.knowledge import (
   CARRIED,
   Item,
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
   from oel_jax.policy.sampling.sampler import Sampling
 
 SCHEMA = 1
-Encode = Callable[[Trajectory, Knowledge], list[int]]
+Encode = Callable[[Conversation, Knowledge], list[int]]
 
 
 def extract(
   policy,
-  trajectories: Sequence[Trajectory],
+  trajectories: Sequence[Conversation],
   *,
   texts: int,
   form: str,
@@ -157,7 +157,7 @@ def extract(
 
 
 def raw_knowledge(
-  trajectories: Sequence[Trajectory], *, texts: int, seed: int, round: int
+  trajectories: Sequence[Conversation], *, texts: int, seed: int, round: int
 ) -> list[Knowledge]:
   """The control without extraction: whole transcripts are the items (OEL Table 1, "raw
   trajectories").
@@ -181,8 +181,8 @@ def raw_knowledge(
 
 
 def _orders(
-  trajectories: Sequence[Trajectory], texts: int, seed: int, round: int
-) -> list[list[Trajectory]]:
+  trajectories: Sequence[Conversation], texts: int, seed: int, round: int
+) -> list[list[Conversation]]:
   """For each text, all the trajectories in its own random order."""
   draws = [
     np.random.default_rng(derive(seed, round, "extract-order", text)).permutation(len(trajectories))
@@ -192,7 +192,7 @@ def _orders(
 
 
 def _encode(
-  tokenizer, trajectory: Trajectory, knowledge: Knowledge, *, form: str, thinking: bool
+  tokenizer, trajectory: Conversation, knowledge: Knowledge, *, form: str, thinking: bool
 ) -> list[int]:
   return tokenizer.chat(
     [extraction_message(transcript(trajectory), knowledge.text, form=form)], thinking=thinking
@@ -200,7 +200,7 @@ def _encode(
 
 
 def _prompt(
-  encode: Encode, trajectory: Trajectory, knowledge: Knowledge, max_prompt_tokens: int
+  encode: Encode, trajectory: Conversation, knowledge: Knowledge, max_prompt_tokens: int
 ) -> list[int]:
   """The prompt's tokens with as many of the newest items as it has room for; the record and the
   question are always whole.
@@ -219,7 +219,7 @@ def _prompt(
 
 
 def _check_prompts(
-  encode: Encode, trajectories: Sequence[Trajectory], max_prompt_tokens: int
+  encode: Encode, trajectories: Sequence[Conversation], max_prompt_tokens: int
 ) -> None:
   """Every text reads every trajectory, so one that can never fit is found now and not hours
   later.
@@ -246,7 +246,7 @@ def _load(
   path: pathlib.Path,
   identity: dict,
   start: Sequence[Knowledge],
-  orders: Sequence[Sequence[Trajectory]],
+  orders: Sequence[Sequence[Conversation]],
 ) -> tuple[int, list[Knowledge]]:
   """Steps done and the texts so far: those of the partial file, or (0, start) if there is none.
   Raises ValueError if it is not ours.
@@ -261,7 +261,7 @@ def _load(
 
 
 def _parse_state(
-  state: Any, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Trajectory]]
+  state: Any, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Conversation]]
 ) -> tuple[int, list[Knowledge]]:
   for field, right in {"schema": SCHEMA, **identity}.items():
     seen = state.get(field) if isinstance(state, dict) else None
@@ -295,7 +295,7 @@ def _parse_state(
   return done, found
 
 
-def _check_places(index: int, text: Knowledge, done: int, order: Sequence[Trajectory]) -> None:
+def _check_places(index: int, text: Knowledge, done: int, order: Sequence[Conversation]) -> None:
   """Raises ValueError unless the text's items stand in the order of their steps, none after `done`,
   each with its step's trajectory.
   """

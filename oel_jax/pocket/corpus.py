@@ -12,11 +12,12 @@ from collections.abc import Set
 
 from oel_jax.conversations.schema import (
   EMPTY,
+  GAME,
+  Conversation,
   Message,
-  Trajectory,
-  Turn,
+  Source,
   knowledge_message,
-  messages,
+  shown,
   transcript,
 )
 from oel_jax.environments import prompts
@@ -70,27 +71,22 @@ def play_example(rng: random.Random, world: worlds.World | None = None) -> Examp
   if form == "none":
     knowledge, said = "", []
   elif form == "raw":
-    shown = [_same_letters(rng, world) for _ in range(rng.randint(1, 2))]
-    knowledge = "\n\n".join(transcript(trajectory) for trajectory, _ in shown)
-    said = [claim for _, facts in shown for claim in facts]
+    others = [_same_letters(rng, world) for _ in range(rng.randint(1, 2))]
+    knowledge = "\n\n".join(transcript(game) for game, _ in others)
+    said = [claim for _, facts in others for claim in facts]
   else:
     said = item_list(rng, world)
     knowledge = "\n".join(claims_lib.say(claim, rng) for claim in said)
   goal, trap = claims_lib.resolve(said, world.letters())
-  turns, player = history(rng, world, (goal, trap))
+  said_before, player = history(rng, world, (goal, trap))
   harmless = {claim.letter for claim in said if claim.role == SAFE}
-  last = turns[-2].action.strip("[]") if len(turns) > 1 else ""
+  last = said_before[-2].action.strip("[]") if len(said_before) > 1 else ""
   thinking, action = respond(rng, world, player, goal, trap, harmless, last)
   # A wrapper with nothing in it must say as little as no wrapper, which weights that never saw one
   # did not know.
   empty = form == "none" and rng.random() < 0.5
   front = (knowledge_message(EMPTY if empty else knowledge),) if knowledge or empty else ()
-  return Example(
-    "play",
-    front + messages(turns[:-1]) + (Message("user", turns[-1].observation),),
-    thinking,
-    f"[{action}]",
-  )
+  return Example("play", front + shown(said_before), thinking, f"[{action}]")
 
 
 def respond(
@@ -211,23 +207,20 @@ def item_list(rng: random.Random, world: worlds.World, allow_strangers: bool = T
 
 def history(
   rng: random.Random, world: worlds.World, known: tuple[str, str]
-) -> tuple[list[Turn], worlds.Cell]:
-  """Turns up to an undecided one, and where the player stands in it; the last turn is still
-  unanswered.
+) -> tuple[list[Message], worlds.Cell]:
+  """The messages up to an undecided turn, and where the player stands in it; the last is the
+  user's, still unanswered.
   """
   game = worlds.WorldGame(world)
   skill = rng.choice((0.0, 0.5, 1.0))
-  turns = [
-    _turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)
-  ]
+  said = [prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST)]
   for _ in range(min(rng.randrange(worlds.MAX_TURNS), rng.randrange(worlds.MAX_TURNS))):
     before, action = game.player, _move(rng, world, game.player, known, skill)
     step = game.play(f"[{action}]")
     if step.done:
-      return turns, before
-    turns[-1] = dataclasses.replace(turns[-1], answer=f"[{action}]", action=f"[{action}]")
-    turns.append(_turn(step.observation))
-  return turns, game.player
+      return said, before
+    said += [_answer(action), prompts.next_message(step.observation)]
+  return said, game.player
 
 
 def _move(rng, world, player, known, skill):
@@ -238,8 +231,8 @@ def _move(rng, world, player, known, skill):
   )
 
 
-def _turn(observation: str) -> Turn:
-  return Turn(observation, "", "", "", 0)
+def _answer(action: str) -> Message:
+  return Message("assistant", f"[{action}]", action=f"[{action}]", response_tokens=0)
 
 
 # Extraction
@@ -247,7 +240,7 @@ def _turn(observation: str) -> Turn:
 
 def episode(
   rng: random.Random, world: worlds.World, known: tuple[str, str] | None = None
-) -> tuple[Trajectory, list[Claim]]:
+) -> tuple[Conversation, list[Claim]]:
   """Plays one game with a policy of random quality and says what it reveals: the symbol that
   decided it, and walls run into.
 
@@ -263,29 +256,26 @@ def episode(
     worlds.WorldGame(world, max_turns=rng.choice((3, 5, 5, 5, worlds.MAX_TURNS))),
     rng.choice((0.3, 0.7, 1.0)),
   )
-  turns, facts = (
-    [_turn(prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST).content)],
-    [],
-  )
+  said = [prompts.first_message(game.observation, player=PLAYER, actions=ACTION_LIST)]
+  facts = []
   while True:
     action = _move(rng, world, game.player, known, skill)
     bumped = action not in worlds.neighbours(game.player, world.size)
     step = game.play(f"[{action}]")
-    turns[-1] = dataclasses.replace(turns[-1], answer=f"[{action}]", action=f"[{action}]")
+    said.append(_answer(action))
     symbol = world.symbol(game.player)
     if bumped:
       facts.append(Claim(WALL))
     elif symbol in (world.goal, world.trap):
       facts.append(Claim(GOAL if symbol == world.goal else TRAP, symbol))
     if step.done:
-      finished = Trajectory(
-        "", "world", 0, tuple(turns), step.outcome, step.reward, step.ended == "passed", step.ended
-      )
+      end = (step.outcome, step.reward, step.ended == "passed", step.ended)
+      finished = Conversation("", tuple(said), Source(GAME, "world", seed=0), *end)
       return finished, list(dict.fromkeys(facts))
-    turns.append(_turn(step.observation))
+    said.append(prompts.next_message(step.observation))
 
 
-def _same_letters(rng: random.Random, world: worlds.World) -> tuple[Trajectory, list[Claim]]:
+def _same_letters(rng: random.Random, world: worlds.World) -> tuple[Conversation, list[Claim]]:
   """An episode in another world whose goal and trap are this world's letters."""
   other = worlds.random_world(rng, size=3)
   names = {other.goal: world.goal, other.trap: world.trap}
@@ -312,14 +302,13 @@ def extract_example(rng: random.Random) -> Example:
   says what it reveals.
   """
   world = worlds.random_world(rng)
-  trajectory, facts = episode(rng, world)
+  game, facts = episode(rng, world)
   known = item_list(rng, world) if rng.random() < 0.7 else []
   knowledge = "\n".join(claims_lib.say(claim, rng) for claim in known)
   taught = lessons(facts, known) or [Claim(GENERIC)]
   answer = "\n".join(claims_lib.say(claim, rng) for claim in taught)
-  return Example(
-    "extract", (extraction_message(transcript(trajectory), knowledge, form="items"),), "", answer
-  )
+  message = extraction_message(transcript(game), knowledge, form="items")
+  return Example("extract", (message,), "", answer)
 
 
 # Ask and other tasks

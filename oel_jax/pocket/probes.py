@@ -75,7 +75,7 @@ def play_worlds(
   played = _play(
     policy, WORLD, episodes, lambda _, map_seed: worlds.WorldGame(world_of(map_seed, layout))
   )
-  return Count(sum(trajectory.passed for trajectory in played), count)
+  return Count(sum(game.passed for game in played), count)
 
 
 def play_lake(
@@ -86,9 +86,7 @@ def play_lake(
     Episode(str(i), derive(seed, "lake", i), derive(seed, "lake sample", i), knowledge)
     for i in range(count)
   ]
-  return Count(
-    sum(trajectory.passed for trajectory in _play(policy, spec, episodes, open_game)), count
-  )
+  return Count(sum(game.passed for game in _play(policy, spec, episodes, open_game)), count)
 
 
 def _play(policy, spec, episodes, open_with):
@@ -137,16 +135,14 @@ def extraction(policy: Any, count: int, *, seed: int) -> Count:
   for i in range(count):
     rng = random.Random(f"extraction {seed} {i}")
     world = worlds.random_world(rng)
-    trajectory, facts = corpus.episode(rng, world)
+    game, facts = corpus.episode(rng, world)
     known = (
       "\n".join(claims_lib.say(claim, rng) for claim in corpus.item_list(rng, world))
       if rng.random() < 0.7
       else ""
     )
     prompts.append(
-      policy.tokenizer.chat(
-        (corpus.extraction_message(transcript(trajectory), known, form="items"),)
-      )
+      policy.tokenizer.chat((corpus.extraction_message(transcript(game), known, form="items"),))
     )
     revealed.append(facts)
   hits = 0

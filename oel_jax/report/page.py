@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from oel_jax.conversations.schema import ENDED, Trajectory, Turn
+from oel_jax.conversations.schema import ENDED, Conversation, Message
 from oel_jax.extraction.prompts import ITEM_MARK
 from oel_jax.report.parts import (
   NONE,
@@ -361,7 +361,7 @@ def _games(run: Run) -> str:
   )
   text += ", then the first of the others." if 0 < len(gained) < SHOWN_GAMES else "."
   blocks = [
-    f"<h3>Map {before.seed}</h3><div "
+    f"<h3>Map {before.source.seed}</h3><div "
     f'class="pair">{_game("Base model", before)}{_game(f"After round {done[-1]}", after)}</div>'
     for before, after in (gained + others)[:SHOWN_GAMES]
   ]
@@ -369,43 +369,42 @@ def _games(run: Run) -> str:
 
 
 def pair_games(
-  before: Sequence[Trajectory], after: Sequence[Trajectory]
-) -> list[tuple[Trajectory, Trajectory]]:
-  """Trajectories of the same map, in the order of `before`.
+  before: Sequence[Conversation], after: Sequence[Conversation]
+) -> list[tuple[Conversation, Conversation]]:
+  """Games of the same map, in the order of `before`.
 
   Paired by map and not by line: a damaged line may be missing from one of the files.
   """
   later = defaultdict(list)
   for game in reversed(after):
-    later[game.game, game.seed].append(game)
-  return [
-    (game, later[game.game, game.seed].pop()) for game in before if later[game.game, game.seed]
-  ]
+    later[game.source].append(game)
+  return [(game, later[game.source].pop()) for game in before if later[game.source]]
 
 
-def _game(title: str, game: Trajectory) -> str:
-  tokens = sum(turn.response_tokens for turn in game.turns)
+def _game(title: str, game: Conversation) -> str:
+  tokens = sum(answer.response_tokens for answer in game.answers)
+  pairs = zip(game.messages[::2], game.messages[1::2], strict=True)
   pill = f'<span class="pill {"good" if game.passed else "off"}">{_ENDED_WORDS[game.ended]}</span>'
-  turns = "".join(_turn(number, turn) for number, turn in enumerate(game.turns, start=1))
+  turns = "".join(_turn(number, *pair) for number, pair in enumerate(pairs, start=1))
   end = f'<div class="turn"><p class="label">End of game</p><pre>{escape(game.outcome)}</pre></div>'
-  facts = f'<p class="label">{len(game.turns)} turns, {tokens:,} response tokens</p>'
+  facts = f'<p class="label">{len(game.answers)} turns, {tokens:,} response tokens</p>'
   return f'<div class="game"><h4>{title} {pill}</h4>{facts}{turns}{end}</div>'
 
 
-def _turn(number: int, turn: Turn) -> str:
+def _turn(number: int, asked: Message, answer: Message) -> str:
   thinking = (
-    f'<div class="said thinking">{escape(turn.thinking.strip())}</div>'
-    if turn.thinking.strip()
+    f'<div class="said thinking">{escape(answer.thinking.strip())}</div>'
+    if answer.thinking.strip()
     else ""
   )
-  answer = (
-    f'<div class="said">{escape(turn.answer.strip())}</div>'
-    if turn.answer.strip()
+  said = (
+    f'<div class="said">{escape(answer.content.strip())}</div>'
+    if answer.content.strip()
     else '<div class="dim">no answer</div>'
   )
-  action = f"took {escape(turn.action)}" if turn.action else "no valid action"
-  facts = f'<p class="label">Turn {number} · {action} · {turn.response_tokens:,} tokens</p>'
-  return f'<div class="turn">{facts}<pre>{escape(turn.observation)}</pre>{thinking}{answer}</div>'
+  action = f"took {escape(answer.action)}" if answer.action else "no valid action"
+  facts = f'<p class="label">Turn {number} · {action} · {answer.response_tokens:,} tokens</p>'
+  return f'<div class="turn">{facts}<pre>{escape(asked.content)}</pre>{thinking}{said}</div>'
 
 
 def _knowledge(run: Run) -> str:

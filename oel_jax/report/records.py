@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import logging
 
-from oel_jax.conversations.schema import ENDED, Trajectory, read_trajectories
+from oel_jax.conversations.jsonl import read_conversations
+from oel_jax.conversations.schema import ENDED, Conversation
 from oel_jax.runtime import files, metrics, schema
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.schema import get, need, whole
@@ -123,7 +124,7 @@ class Run:
   evaluations: dict[int, Evaluation]
   steps: list[dict[str, Any]]
   costs: list[Cost]
-  games: dict[int, list[Trajectory]]
+  games: dict[int, list[Conversation]]
   knowledge: dict[int, list[tuple[str, str]]]
 
   @property
@@ -163,7 +164,7 @@ def read(workdir: pathlib.Path) -> Run:
     if (folder / "cost.json").exists():
       costs += read_costs(folder / "cost.json", number)
     if (folder / "user" / "evaluation.jsonl").exists():
-      games[number] = read_trajectories(folder / "user" / "evaluation.jsonl")
+      games[number] = read_conversations(folder / "user" / "evaluation.jsonl")
     if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
       knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
   trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import logging
@@ -67,21 +67,27 @@ def explained(error: OSError, path: str | os.PathLike) -> OSError:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """`write_chunks` of the whole content."""
+  write_chunks(path, [data])
+
+
+def write_chunks(path: str | os.PathLike, chunks: Iterable[bytes]) -> None:
   """Writes under a temporary name, then renames: `path` holds the old content or the new one, also
   after a power cut.
 
   Args:
     path: its folder must exist.
-    data: the whole content.
+    chunks: the content, one part after another; each is written before the next one is asked for.
 
   Raises:
-    OSError: the disk is full, or the like; names the file. Whatever `path` held is untouched.
+    OSError: the disk is full, or the like; names the file. Whatever `path` held is untouched, as it
+      is if making a chunk raises.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(temporary, "wb") as file:
-      file.write(data)
+      file.writelines(chunks)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -91,8 +97,9 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     finally:
       os.close(folder)
   except OSError as error:
-    temporary.unlink(missing_ok=True)
     raise explained(error, path) from error
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

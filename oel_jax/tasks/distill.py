@@ -21,7 +21,7 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.conversations.importers import read_check, read_prompts, read_text
-from oel_jax.conversations.schema import KNOWLEDGE, Message, Prefix
+from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt
 from oel_jax.evaluation import statistics
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import LENGTHS, Policy, Sampling, bucket
@@ -142,38 +142,38 @@ def _knowledge(text: str) -> Message:
 
 
 def _prompts(
-  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None
+  config: Any, policy: Policy, prompts: Sequence[Prompt], text: str | None
 ) -> list[list[int]]:
   before = (_knowledge(text),) if text else ()
   return [
-    policy.tokenizer.chat((*before, *prefix.messages), thinking=config.policy.thinking)
-    for prefix in prefixes
+    policy.tokenizer.chat((*before, *prompt.messages), thinking=config.policy.thinking)
+    for prompt in prompts
   ]
 
 
 def _check_lengths(
-  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, field: str
+  config: Any, policy: Policy, prompts: Sequence[Prompt], text: str | None, field: str
 ) -> None:
   """Raises ValueError if one of the prompts of config.distill.`field`, behind the text if there is
   one, is over the limit.
   """
   limit = config.policy.max_prompt_tokens
-  for prefix, ids in zip(prefixes, _prompts(config, policy, prefixes, text), strict=True):
+  for prompt, ids in zip(prompts, _prompts(config, policy, prompts, text), strict=True):
     if len(ids) > limit:
       raise ValueError(
-        f"config.policy.max_prompt_tokens is {limit}, but prompt {prefix.id} of "
+        f"config.policy.max_prompt_tokens is {limit}, but prompt {prompt.id} of "
         f"config.distill.{field} has {len(ids)} tokens"
         f"{' with the text' if text else ''}: raise it, or shorten prompt or text"
       )
 
 
 def _answers(
-  config: Any, policy: Policy, prefixes: Sequence[Prefix], text: str | None, stage: str
+  config: Any, policy: Policy, prompts: Sequence[Prompt], text: str | None, stage: str
 ) -> list[list[int]]:
   how = config.evaluation
   return policy.sample(
-    _prompts(config, policy, prefixes, text),
-    [derive(config.seed, stage, i) for i in range(len(prefixes))],
+    _prompts(config, policy, prompts, text),
+    [derive(config.seed, stage, i) for i in range(len(prompts))],
     sampling=Sampling(how.temperature, how.top_p, how.top_k),
     max_new_tokens=config.deployment.max_response_tokens,
   )
@@ -183,7 +183,7 @@ def _measure(
   config: Any,
   policy: Policy,
   obeys: Callable[[str], bool],
-  prefixes: Sequence[Prefix],
+  prompts: Sequence[Prompt],
   text: str | None,
   path: pathlib.Path,
 ) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _measure(
   check, _, function = config.distill.obeys.rpartition(":")
   made_from = {
     "weights": fingerprint(policy.params),
-    "prompts": schema.digest(_prompts(config, policy, prefixes, text)),
+    "prompts": schema.digest(_prompts(config, policy, prompts, text)),
     "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
     "settings": schema.digest(settings),
   }
@@ -213,7 +213,7 @@ def _measure(
     if not changed:
       return found["measured"]
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")
-  sampled = _answers(config, policy, prefixes, text, "held out")
+  sampled = _answers(config, policy, prompts, text, "held out")
   answers = [
     policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled
   ]
@@ -222,8 +222,8 @@ def _measure(
     "response_tokens": statistics.mean([len(ids) for ids in sampled]),
   }
   kept = [
-    {"prompt": prefix.messages[-1].content, "answer": answer}
-    for prefix, answer in zip(prefixes, answers, strict=True)
+    {"prompt": prompt.messages[-1].content, "answer": answer}
+    for prompt, answer in zip(prompts, answers, strict=True)
   ]
   files.write_sealed(
     path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept}
@@ -250,14 +250,14 @@ def _measurement(value: Any) -> dict[str, Any]:
   return value
 
 
-def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Prefix]) -> float:
+def _unrelated_kl(config: Any, base: Policy, params: Any, unrelated: Sequence[Prompt]) -> float:
   """KL(after ‖ base) a token at temperature 1, on the base's own answers to unrelated prompts.
 
   Raises:
     NotFiniteError: it is not finite on some of them.
   """
-  prompts = _prompts(config, base, prefixes, None)
-  responses = _answers(config, base, prefixes, None, "unrelated")
+  prompts = _prompts(config, base, unrelated, None)
+  responses = _answers(config, base, unrelated, None, "unrelated")
   rows = config.deployment.max_response_tokens
   length = bucket(max(map(len, prompts)), LENGTHS) + rows
   teacher = teacher_lib.prepare(base.params, base.architecture, [()], dtype=base.dtype)
@@ -283,7 +283,7 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, prefixes: Sequence[Pre
     if not math.isfinite(kl):
       raise finite.NotFiniteError(
         f"config.distill.unrelated: the divergence from the base is {kl} on the prompts "
-        f"{finite.listed([prefix.id for prefix in prefixes[part]])}: one of the two models gives "
+        f"{finite.listed([prompt.id for prompt in unrelated[part]])}: one of the two models gives "
         "numbers that are none there; nothing was written to results.json"
       )
     total += tokens * kl
