@@ -14,6 +14,7 @@ from ml_collections import config_dict
 
 from oel_jax.consolidation.divergences import DIVERGENCES
 from oel_jax.policy.architecture import ARCHITECTURES
+from oel_jax.runtime import boards
 
 KINDS = (*DIVERGENCES, "imitation")
 SUPPORTS = ("full", "topk", "topk_tail")
@@ -32,6 +33,8 @@ def default() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0  # every draw derives from (seed, round, stage, index)
   config.rounds = 2  # deploy → extract → consolidate → evaluate, this often
+  # The project of Weights & Biases that gets the metrics, too; "": nothing is sent anywhere.
+  config.wandb_project = ""
 
   config.policy = ml_collections.ConfigDict(
     dict(
@@ -183,7 +186,8 @@ def policy(config: Any) -> Any:
 def validate(
   config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict | None = None
 ) -> None:
-  """Raises ValueError naming the field, the value seen and what would be right.
+  """Raises ValueError naming the field, the value seen and what would be right; ImportError if
+  `wandb_project` is set and wandb not installed.
 
   Checks that each field of `expected` (None: of `default()`) is there and of its type, and fields
   alone and against each other.
@@ -306,6 +310,8 @@ def validate(
     known, limit = config.extraction.max_knowledge_tokens, config.policy.max_prompt_tokens
     right = f"below policy.max_prompt_tokens ({limit})"
     need(known < limit, "extraction.max_knowledge_tokens", known, right)
+  if config.wandb_project:
+    boards.import_wandb(config.wandb_project)
   check_finite(config)
 
 

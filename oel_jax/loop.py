@@ -71,7 +71,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   placement.unroll(config.consolidation, policy, devices)
   most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
   chosen = choices.choose(config, policy, devices, **most, exact=False)
-  with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
+  with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
     loop = Loop(config, folder, metrics, devices)
     loop.check(policy)
     choices.tell(folder, chosen)  # a run that is refused changes no file

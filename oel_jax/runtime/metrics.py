@@ -1,5 +1,5 @@
-"""What a run measured: one JSON line a step in metrics.jsonl, the same numbers for TensorBoard, and
-a count of compilations.
+"""What a run measured: one JSON line a step in metrics.jsonl, the same numbers for TensorBoard and
+Weights & Biases, and a count of compilations.
 """
 
 import collections
@@ -83,17 +83,22 @@ class Metrics:
     compiles: call it for the number of programs compiled since this object was made.
   """
 
-  def __init__(self, directory: str | os.PathLike):
+  def __init__(self, directory: str | os.PathLike, config: Any = None):
     """Opens DIR/metrics.jsonl for appending; a last line that a kill cut off is dropped, with a
     warning.
 
     Args:
       directory: created if need be; TensorBoard's event files go there too.
+      config: of the run, an ml_collections.ConfigDict; W&B gets the numbers, too, if its
+        `wandb_project` names a project.
+
+    Raises:
+      ImportError, RuntimeError: W&B is asked for and not installed, or does not start.
     """
     self.compiles = CompileCounter()
     self._path = pathlib.Path(directory) / "metrics.jsonl"
     self._last = collections.defaultdict(dict)  # stage → round → its last step
-    self._file = self._board = None
+    self._file, self._boards = None, []
     if jax.process_index() != 0:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +106,11 @@ class Metrics:
     if lines and not lines[-1].endswith(b"\n"):
       logging.warning("%s:%d: unfinished last line dropped", self._path, len(lines))
       files.write_bytes(self._path, b"".join(lines[:-1]))
-    self._board = boards.TensorBoard(self._path.parent)
+    self._boards.append(boards.TensorBoard(self._path.parent))
+    if config is not None and config.get("wandb_project"):
+      fields = json.loads(config.to_json())
+      board = boards.WeightsAndBiases(self._path.parent, config.wandb_project, fields)
+      self._boards.append(board)
     self._open()
 
   def _open(self) -> None:
@@ -167,7 +176,8 @@ class Metrics:
       self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
       self._file.flush()
       shown = {name: value for name, value in values.items() if value is not None}
-      self._board.add(stage, at, now, shown)
+      for board in self._boards:
+        board.add(stage, at, now, shown)
     except OSError as error:
       raise files.explained(error, self._path) from error
     self._count(stage, round, step)
@@ -192,18 +202,19 @@ class Metrics:
     files.write_bytes(self._path, b"".join(kept))
     self._open()
 
-  def close(self) -> None:
+  def close(self, failed: bool = False) -> None:
     """Closes the files and stops counting compilations. Everything is on disk already: each line is
-    handed over when it is written.
+    handed over when it is written. `failed` is what W&B is told of the run.
     """
     if self._file is not None:
       self._file.close()
-      self._board.close()
+      for board in self._boards:
+        board.close(failed)
       self._file = None
     self.compiles.close()
 
   def __enter__(self) -> "Metrics":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    self.close(failed=kind is not None)

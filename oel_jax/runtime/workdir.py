@@ -186,7 +186,7 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
       )
   if not changed:
     return
-  if all(map(_only_more, changed)):
+  if all(map(_is_harmless, changed)):
     logging.info("%s: going on: %s", path, "; ".join(listed))
   elif not resume_anyway:
     raise ValueError(
@@ -203,9 +203,11 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
   files.write_sealed(path, new)
 
 
-def _only_more(change: dict[str, Any]) -> bool:
-  """Whether a change only adds to a run: more rounds, which change nothing in those before."""
+def _is_harmless(change: dict[str, Any]) -> bool:
+  """Whether a change leaves what is there as it is: more rounds; another place for the metrics."""
   was, now = change["was"], change["is"]
+  if change["field"] == "wandb_project":
+    return True
   return change["field"] == "rounds" and type(was) is type(now) is int and now > was
 
 

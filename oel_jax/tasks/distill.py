@@ -78,7 +78,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   _check_lengths(config, policy, unrelated, None, "unrelated")
   sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
   chosen = choices.choose(config, policy, devices, **sizes, exact=True)
-  with opened(config, workdir, resume_anyway) as folder, Metrics(folder) as metrics:
+  with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
     _check(config, folder)
     trainer.check_inputs(folder / CHECKPOINTS, task, policy)
     choices.tell(folder, chosen)  # a run that is refused changes no file
