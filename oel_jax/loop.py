@@ -37,6 +37,7 @@ from oel_jax.environments.rollout import Episode, play_to_file
 from oel_jax.environments.textarena import game_spec, try_game
 from oel_jax.evaluation import episodes, statistics, tasks
 from oel_jax.extraction import knowledge as knowledge_lib
+from oel_jax.extraction import state as extraction_state
 from oel_jax.extraction.extract import extract, raw_knowledge
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy, Reply, Sampling
@@ -168,7 +169,9 @@ class Loop:
         that would now be trained further.
     """
     records.read(self.folder)
-    for path in self.folder.glob("round_*/user/extraction.json"):
+    for path in self.folder.glob("round_*/user/extraction.jsonl"):
+      extraction_state.check(path)
+    for path in self.folder.glob("round_*/user/extraction.json"):  # an earlier version's
       files.read_json(
         path, advice="restore it from a copy, or delete it to extract anew where that has not ended"
       )
@@ -641,7 +644,7 @@ class Loop:
     self, number: int, policy: Any, trajectories: list[Conversation], advance: Callable[[int], None]
   ) -> list[knowledge_lib.Knowledge]:
     """All that the K texts gathered in a round, before the limit; sampled once, then read back from
-    user/extraction.json.
+    user/extraction.jsonl.
     """
     config = self.config.extraction
     if config.source == "trajectories":
@@ -665,7 +668,7 @@ class Loop:
       round=number,
       thinking=self.config.policy.thinking,
       start=carried,
-      state_path=self._round(number) / "user/extraction.json",
+      state_path=self._round(number) / "user/extraction.jsonl",
       weights=fingerprint(policy.params),
       advance=advance,
     )

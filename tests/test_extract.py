@@ -2,9 +2,11 @@
 alone.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from fakes import game_of, turn_of
 
 from oel_jax.conversations.schema import transcript
 from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledge
+from oel_jax.runtime.files import write_sealed
 from oel_jax.runtime.seeds import derive
 
 MARK = "- EXPERIENCE ITEM:"
@@ -249,18 +252,110 @@ def test_prompt_of_exactly_the_limit_is_left_alone():
 
 
 def test_record_that_cannot_fit():
-  games = [GAMES[0], game_of("huge", "Game", 0, (), "x" * 5000, 0.0, False, "lost")]
+  huge = game_of("huge", "Game", 0, (), "x" * 5000, 0.0, False, "lost")
   policy = Policy()
   with pytest.raises(
-    ValueError, match="policy.max_prompt_tokens is 3000: .* trajectory huge has [0-9]+ tokens"
+    ValueError, match=r"all 1 are left out; the first, huge: .* has [0-9]+ tokens .* \(3000\)"
   ) as error:
-    run(policy, games, max_prompt_tokens=3000)
+    run(policy, [huge], max_prompt_tokens=3000)
   assert not policy.calls
   needed = int(re.search("has ([0-9]+) tokens", str(error.value)).group(1))
   with pytest.raises(ValueError, match="huge"):
-    run(policy, games, max_prompt_tokens=needed - 1)
-  run(policy, games, max_prompt_tokens=needed)
+    run(policy, [huge], max_prompt_tokens=needed - 1)
+  run(policy, [huge], max_prompt_tokens=needed)
   assert max(len(prompt) for prompts, _ in policy.calls for prompt in prompts) == needed
+
+
+def lines_of(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("broken_at", [None, 0, 2])
+def test_a_record_that_no_prompt_has_room_for_is_left_out_and_the_others_are_as_without_it(
+  tmp_path, caplog, broken_at
+):
+  huge = game_of("huge", "Game", 0, (), "x" * 5000, 0.0, False, "lost")
+  small = game_of("huge", "Game", 0, (), "x", 0.0, False, "lost")
+  path, policy = tmp_path / "state.jsonl", Policy()
+  if broken_at is not None:
+    with pytest.raises(KeyboardInterrupt):
+      run(Policy(broken_at=broken_at), [*GAMES, huge], state_path=path, max_prompt_tokens=3000)
+  found = run(policy, [*GAMES, huge], state_path=path, max_prompt_tokens=3000)
+  # What is sampled elsewhere goes by text and step, and is the same where the record is short; but
+  # for what it taught, which later prompts show.
+  other = run(Policy(), [*GAMES, small], see_previous=False)
+  alone = run(Policy(), [*GAMES, huge], see_previous=False, max_prompt_tokens=3000)
+  for text, whole, part in zip(found, other, alone, strict=True):
+    assert [item.trajectory for item in text.items] == [
+      item.trajectory for item in whole.items if item.trajectory != "huge"
+    ]
+    assert list(part.items) == [item for item in whole.items if item.trajectory != "huge"]
+  left_out = [
+    (line["step"], one["text"], one["trajectory"])
+    for line in lines_of(path)[1:]
+    for one in line["left_out"]
+  ]
+  places = [
+    [raw.trajectory for raw in text.items].index("huge") + 1
+    for text in raw_knowledge([*GAMES, huge], texts=K, seed=0, round=1)
+  ]
+  assert sorted(left_out) == sorted((step, k, "huge") for k, step in enumerate(places))
+  assert "trajectory huge left out: its extraction prompt has" in caplog.text
+  assert "1 of 6 trajectories are left out of every text" in caplog.text
+
+
+def test_an_answer_that_cannot_be_read_is_left_out_and_named(tmp_path, caplog):
+  class Broken(Policy):
+    def __init__(self):
+      super().__init__()
+      self.tokenizer.split_response = self.split
+
+    def split(self, ids, thinking=True):
+      if "board 3" in self.calls[-1][0][self.read]:
+        self.read += 1
+        raise ValueError("no such id")
+      self.read += 1
+      return Tokenizer().split_response(ids, thinking)
+
+    def sample(self, *args, **how):
+      self.read = 0
+      return super().sample(*args, **how)
+
+  path = tmp_path / "state.jsonl"
+  found = run(Broken(), state_path=path)
+  for text in found:
+    assert {item.trajectory for item in text.items} == {g.id for g in GAMES} - {GAMES[3].id}
+  left_out = [one for line in lines_of(path)[1:] for one in line["left_out"]]
+  assert sorted(one["text"] for one in left_out) == list(range(K))
+  assert {one["why"] for one in left_out} == {"the answer cannot be read: no such id"}
+  assert f"trajectory {GAMES[3].id} left out: the answer cannot be read" in caplog.text
+  done = Policy()
+  assert run(done, state_path=path) == found and not done.calls
+
+
+def test_half_a_surrogate_pair_in_an_item_ends_nothing(tmp_path):
+  path, policy = tmp_path / "state.jsonl", Policy(answer=lambda *_: f"{MARK} a\ud83d b")
+  found = run(policy, state_path=path)
+  assert found[0].items[0].text == f"{MARK} a? b"
+  assert run(Policy(), state_path=path) == found
+
+
+def test_what_the_extractor_sees_is_what_the_limit_leaves_of_all_items():
+  """The newest items are kept from step to step; here they are found anew among all of them."""
+  lengths = random.Random(4)
+  extra = {}
+
+  def answer(prompt, seed):
+    size = extra.setdefault(seed, lengths.choice((3, 10, 40, 400)))  # 400 are over the limit alone
+    return f"{MARK} {name(prompt, seed)} {'y' * size}\n{MARK} {'z' * (size // 2)}"
+
+  policy = Policy(answer=answer)
+  games = [game(i) for i in range(12)]
+  texts = run(policy, games, max_knowledge_tokens=200)
+  for step, (prompts, _) in enumerate(policy.calls, start=1):
+    for k, prompt in enumerate(prompts):
+      kept, _ = knowledge.limit(texts[k].at(step - 1), 200, len)
+      assert shown_items(prompt) == [item.text for item in kept.items]
 
 
 def files(directory, texts):
@@ -276,7 +371,7 @@ def test_interrupted_anywhere_gives_the_same_files(tmp_path, see_previous, carri
   changes = dict(see_previous=see_previous, start=start, max_knowledge_tokens=150)
   whole = files(tmp_path / "whole", run(Policy(), **changes))
   for broken_at in range(N):
-    state = tmp_path / f"round_{broken_at}" / "state.json"
+    state = tmp_path / f"round_{broken_at}" / "state.jsonl"
     with pytest.raises(KeyboardInterrupt):
       run(Policy(broken_at=broken_at), state_path=state, **changes)
     policy, steps = Policy(), []
@@ -289,7 +384,7 @@ def test_interrupted_anywhere_gives_the_same_files(tmp_path, see_previous, carri
     )
     assert len(policy.calls) == N - broken_at
     assert steps == ([broken_at] if broken_at else []) + [1] * (N - broken_at)
-    assert [path.name for path in state.parent.iterdir()] == ["state.json"]
+    assert [path.name for path in state.parent.iterdir()] == ["state.jsonl"]
     done = Policy()
     assert (
       files(tmp_path / f"again_{broken_at}", run(done, state_path=state, **changes)) == whole
@@ -314,7 +409,7 @@ def test_interrupted_anywhere_gives_the_same_files(tmp_path, see_previous, carri
   ],
 )
 def test_partial_file_of_another_extraction(tmp_path, changes, field):
-  state = tmp_path / "state.json"
+  state = tmp_path / "state.jsonl"
   with pytest.raises(KeyboardInterrupt):
     run(Policy(broken_at=2), state_path=state)
   before, policy = state.read_bytes(), Policy()
@@ -328,11 +423,83 @@ def test_partial_file_of_another_extraction(tmp_path, changes, field):
   assert not policy.calls and state.read_bytes() == before
 
 
-def damage(state, **fields):
-  """With the fields changed, and no digest that would tell."""
-  return json.dumps(
-    {name: value for name, value in (json.loads(state) | fields).items() if name != "digest"}
-  )
+def line_of(**fields):
+  """A line as someone wrote it by hand: no digest that would tell."""
+  return json.dumps({"schema": 2, **fields})
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (lambda lines: [lines[0][:40], *lines[1:]], "state.jsonl:1: damaged: "),
+    (lambda lines: ["[]", *lines[1:]], "state.jsonl:1: damaged: the line is []"),
+    (lambda lines: [lines[0], lines[1][:-9], *lines[2:]], "state.jsonl:2: damaged: "),
+    (
+      lambda lines: [*lines[:3], lines[3].replace("second", "third", 1), *lines[4:]],
+      'state.jsonl:4: damaged: damaged, or edited: the rest of it is not what its field "digest"',
+    ),
+    (lambda lines: [line_of(), *lines[1:]], '"seed" of the partial extraction is None'),
+    (lambda lines: [lines[0], *lines[2:]], 'line 2: "step" is 2: it must be 1'),
+    (
+      lambda lines: [*lines, line_of(step=N + 1, items=[[]] * K)],
+      'line 7: "step" is 6: it must be at',
+    ),
+    (
+      lambda lines: [lines[0], line_of(step=1, items=[[]])],
+      'line 2: "items" is [[]]: it must be 3',
+    ),
+    (lambda lines: [lines[0], line_of(step=1, items=[[], [1], []])], 'line 2: "items" is'),
+  ],
+)
+def test_damaged_partial_file(tmp_path, change, words):
+  path = tmp_path / "state.jsonl"
+  run(Policy(), state_path=path)
+  path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
+  with pytest.raises(ValueError) as error:
+    run(Policy(), state_path=path)
+  assert str(error.value).startswith(str(path)) and words in str(error.value)
+  assert "delete the file" in str(error.value)
+
+
+def test_a_kill_may_cut_the_last_line_anywhere(tmp_path):
+  whole, path = tmp_path / "whole.jsonl", tmp_path / "state.jsonl"
+  found = run(Policy(), state_path=whole)
+  data, last = whole.read_bytes(), whole.read_bytes().rindex(b"\n", 0, -1) + 1
+  for cut in (*range(0, len(data), 61), *range(last, len(data), 7), len(data) - 1):
+    path.write_bytes(data[:cut])
+    assert run(Policy(), state_path=path) == found and path.read_bytes() == data
+
+
+# The partial file as earlier versions wrote it: one object, all items of all texts.
+
+
+def old_state(tmp_path, done, **changes):
+  """Writes extraction.json after `done` steps, as the version before wrote it."""
+  path = tmp_path / "extraction.jsonl"
+  with pytest.raises(KeyboardInterrupt) if done < N else contextlib.nullcontext():
+    run(Policy(broken_at=done), state_path=path, weights="aa")
+  header = lines_of(path)[0]
+  fields = {name: header[name] for name in header if name not in ("schema", "start", "digest")}
+  texts = run(Policy())
+  items = [[dataclasses.asdict(item) for item in text.at(done).items] for text in texts]
+  path.unlink()
+  old = path.with_suffix(".json")
+  fields = {"schema": 1, **fields, "done": done, "items": items} | changes
+  write_sealed(old, {name: value for name, value in fields.items() if value is not None})
+  return old
+
+
+@pytest.mark.parametrize("done", [0, 3, N])
+@pytest.mark.parametrize("made_from", [True, False])  # the first versions did not say
+def test_a_partial_file_of_an_earlier_version_is_gone_on_with(tmp_path, done, made_from):
+  old = old_state(tmp_path, done, **({} if made_from else {"made_from": None}))
+  before, policy = old.read_bytes(), Policy()
+  assert run(policy, state_path=tmp_path / "extraction.jsonl", weights="aa") == run(Policy())
+  assert len(policy.calls) == N - done and not old.exists()
+  [kept] = tmp_path.glob("extraction.json.replaced-*")
+  assert kept.read_bytes() == before
+  run(Policy(), state_path=tmp_path / "whole.jsonl", weights="aa")
+  assert (tmp_path / "extraction.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def items_of(state):
@@ -366,17 +533,24 @@ def items_of(state):
     (lambda state: damage(state, items=[[], [{"text": 1}], []]), 'text 1: "text" is 1'),
   ],
 )
-def test_damaged_partial_file(tmp_path, change, words):
-  state = tmp_path / "state.json"
-  run(Policy(), state_path=state)
-  state.write_text(change(state.read_text()))
+def test_damaged_partial_file_of_an_earlier_version(tmp_path, change, words):
+  old = old_state(tmp_path, N)
+  old.write_text(change(old.read_text()))
   with pytest.raises(ValueError) as error:
-    run(Policy(), state_path=state)
-  assert str(error.value).startswith(str(state)) and words in str(error.value)
+    run(Policy(), state_path=tmp_path / "extraction.jsonl", weights="aa")
+  assert str(error.value).startswith(str(old)) and words in str(error.value)
+  assert [path.name for path in tmp_path.iterdir()] == ["extraction.json"]
+
+
+def damage(state, **fields):
+  """With the fields changed, and no digest that would tell."""
+  return json.dumps(
+    {name: value for name, value in (json.loads(state) | fields).items() if name != "digest"}
+  )
 
 
 def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_path):
-  state = tmp_path / "state.json"
+  state = tmp_path / "state.jsonl"
   with pytest.raises(KeyboardInterrupt):
     run(Policy(broken_at=2), state_path=state, weights="aa")
   for changes in (
@@ -391,9 +565,6 @@ def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_p
       ValueError, match='"made_from" of the partial extraction is .* delete the file'
     ):
       run(Policy(), games, state_path=state, **changes)
-  # As an earlier version wrote it.
-  state.write_text(re.sub(r'"made_from": [^}]*},', "", damage(state.read_text())))
-  assert run(Policy(), state_path=state, weights="aa") == run(Policy())
 
 
 def test_refusals():

@@ -14,24 +14,16 @@ import numpy as np
 from absl import logging
 
 from oel_jax.conversations.schema import Conversation, transcript
-from oel_jax.extraction.knowledge import (
-  CARRIED,
-  Item,
-  Knowledge,
-  limit,
-  longest_end,
-  parse_item,
-  parse_items,
-)
+from oel_jax.extraction import state
+from oel_jax.extraction.knowledge import Item, Knowledge, limit, longest_end, parse_items
 from oel_jax.extraction.prompts import extraction_message
 from oel_jax.runtime import schema
-from oel_jax.runtime.files import read_json, write_sealed
 from oel_jax.runtime.seeds import derive
 
 if TYPE_CHECKING:
   from oel_jax.policy.sampling.sampler import Sampling
 
-SCHEMA = 1
+MAX_NAMED = 20  # trajectories left out that the log names, of those that it counts
 Encode = Callable[[Conversation, Knowledge], list[int]]
 
 
@@ -61,6 +53,11 @@ def extract(
   in one batch. Which step reads which trajectory and how its answer is sampled derive from (seed,
   round, text, step), so a resumed run goes on as if never stopped.
 
+  A step costs the same however many went before: the prompt is made of the newest items that fit,
+  found among those that fitted at the step before and the new ones, and the step's items are added
+  to the file. A trajectory that no prompt has room for, and an answer that cannot be read, add
+  nothing at their step; they are counted and named in the log and in the step's line.
+
   Args:
     policy: π_extract; its `tokenizer` and `sample` are used.
     trajectories: what every text reads, in the same order at every call.
@@ -76,8 +73,8 @@ def extract(
     round: the round, from 1.
     thinking: whether the chat template opens a thinking block.
     start: e_0 of each text, the previous round's knowledge; None: empty.
-    state_path: partial file, replaced after every step and resumed from if it is there. When
-      complete, nothing is sampled any more.
+    state_path: partial file (`extraction.state`), added to after every step and resumed from if it
+      is there. When complete, nothing is sampled any more.
     weights: names the policy's weights (`runtime.checksum.fingerprint`); a partial file of others
       is refused.
     advance: called with the number of steps that have just ended (at once with those found in
@@ -88,9 +85,9 @@ def extract(
     after n trajectories, within the limit.
 
   Raises:
-    ValueError: no trajectory; `start` with another number of texts; a trajectory whose prompt is
-      over `max_prompt_tokens` without any knowledge; a partial file that is damaged or of another
-      extraction. All before anything is sampled.
+    ValueError: no trajectory, or none that a prompt has room for; `start` with another number of
+      texts; a partial file that is damaged or of another extraction. All before anything is
+      sampled.
   """
   start = [Knowledge()] * texts if start is None else [text.carried() for text in start]
   if len(start) != texts:
@@ -99,61 +96,136 @@ def extract(
       "as in the previous round"
     )
   encode = functools.partial(_encode, policy.tokenizer, form=form, thinking=thinking)
-  _check_prompts(encode, trajectories, max_prompt_tokens)
-  identity = {
-    "seed": seed,
-    "round": round,
-    "texts": texts,
-    "form": form,
-    "see_previous": see_previous,
-    "trajectories": [trajectory.id for trajectory in trajectories],
-    "made_from": {
+  how = _Settings(
+    policy=policy,
+    encode=encode,
+    unfit=_find_unfit(encode, trajectories, max_prompt_tokens),
+    form=form,
+    see_previous=see_previous,
+    sampling=sampling,
+    max_response_tokens=max_response_tokens,
+    max_knowledge_tokens=max_knowledge_tokens,
+    max_prompt_tokens=max_prompt_tokens,
+    seed=seed,
+    round=round,
+    thinking=thinking,
+  )
+  orders = _orders(len(trajectories), texts, seed, round)
+  ids = [trajectory.id for trajectory in trajectories]
+  done: list[state.Step] = []
+  if state_path is not None:
+    state_path = pathlib.Path(state_path)
+    made_from = {
       "weights": weights,
       "transcripts": schema.digest([transcript(trajectory) for trajectory in trajectories]),
-    },
-  }
-  state_path = pathlib.Path(state_path) if state_path is not None else None
-  orders = _orders(trajectories, texts, seed, round)
-  done, found = _load(state_path, identity, start, orders) if state_path is not None else (0, start)
+    }
+    named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
+    identity = {**named, "trajectories": ids, "made_from": made_from}
+    done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in orders])
   if done and advance is not None:
-    advance(done)
+    advance(len(done))
 
-  def seen(text: Knowledge) -> Knowledge:
-    return (
-      limit(text, max_knowledge_tokens, lambda words: len(policy.tokenizer.encode(words)))[0]
-      if see_previous
-      else Knowledge()
-    )
-
-  for step in range(done + 1, len(trajectories) + 1):
-    read = [order[step - 1] for order in orders]
-    prompts = [
-      _prompt(encode, trajectory, seen(text), max_prompt_tokens)
-      for trajectory, text in zip(read, found)
-    ]
-    seeds = [derive(seed, round, "extract", text, step) for text in range(texts)]
-    responses = policy.sample(prompts, seeds, sampling=sampling, max_new_tokens=max_response_tokens)
-    answers = [
-      parse_items(policy.tokenizer.split_response(response, thinking=thinking)[1], form)
-      for response in responses
-    ]
-    found = [
-      Knowledge(text.items + tuple(Item(line, trajectory.id, step, round) for line in answer))
-      for text, trajectory, answer in zip(found, read, answers, strict=True)
-    ]
-    logging.info(
-      "extraction step %d of %d: %d items from %d texts, %d answers without one",
-      step,
-      len(trajectories),
-      sum(map(len, answers)),
-      texts,
-      sum(not answer for answer in answers),
-    )
+  found = [list(text.items) for text in start]
+  for number, answers in enumerate(done, start=1):
+    _add(found, answers, [ids[order[number - 1]] for order in orders], number, round)
+  shown = [_newest(how, items) for items in found]
+  for number in range(len(done) + 1, len(trajectories) + 1):
+    read = [trajectories[order[number - 1]] for order in orders]
+    answers, left_out = _ask(how, number, read, shown)
+    new = _add(found, answers, [trajectory.id for trajectory in read], number, round)
+    # What does not fit beside the items of before fits no better beside more: the newest that fit
+    # are among those that did, and the new ones.
+    shown = [_newest(how, (*text.items, *items)) for text, items in zip(shown, new, strict=True)]
+    told = "extraction step %d of %d: %d items from %d texts, %d answers without one"
+    items = sum(map(len, answers))
+    empty = sum(not answer for answer in answers) - len(left_out)
+    logging.info(told, number, len(trajectories), items, texts, empty)
     if state_path is not None:
-      _save(state_path, identity, step, found)
+      state.append(state_path, number, answers, left_out)
     if advance is not None:
       advance(1)
-  return found
+  return [Knowledge(tuple(items)) for items in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """What all steps have in common: `extract`'s arguments, `encode`, and the trajectories that are
+  left out, by id, and why.
+  """
+
+  policy: Any
+  encode: Encode
+  unfit: dict[str, str]
+  form: str
+  see_previous: bool
+  sampling: "Sampling"
+  max_response_tokens: int
+  max_knowledge_tokens: int
+  max_prompt_tokens: int
+  seed: int
+  round: int
+  thinking: bool
+
+
+def _ask(
+  how: _Settings, number: int, read: Sequence[Conversation], shown: Sequence[Knowledge]
+) -> tuple[state.Step, list[dict[str, Any]]]:
+  """Samples step `number` of all texts in one batch: the items of each answer, and what is left
+  out, as `state.append` takes it.
+  """
+  answers: state.Step = [[] for _ in read]
+  left_out = [
+    {"text": text, "trajectory": trajectory.id, "why": how.unfit[trajectory.id]}
+    for text, trajectory in enumerate(read)
+    if trajectory.id in how.unfit
+  ]
+  asked = [text for text, trajectory in enumerate(read) if trajectory.id not in how.unfit]
+  if not asked:
+    return answers, left_out
+  responses = how.policy.sample(
+    [_prompt(how.encode, read[text], shown[text], how.max_prompt_tokens) for text in asked],
+    [derive(how.seed, how.round, "extract", text, number) for text in asked],
+    sampling=how.sampling,
+    max_new_tokens=how.max_response_tokens,
+  )
+  for text, response in zip(asked, responses, strict=True):
+    try:
+      answers[text] = _items_of(how, response)
+    except ValueError as error:
+      name, why = read[text].id, f"the answer cannot be read: {error}"
+      left_out.append({"text": text, "trajectory": name, "why": why})
+      told = "extraction step %d, text %d: trajectory %s left out: %s"
+      logging.warning(told, number, text, name, why)
+  return answers, left_out
+
+
+def _items_of(how: _Settings, response: Sequence[int]) -> list[str]:
+  """The items of a response. Half a surrogate pair, which no file can hold, becomes a "?"."""
+  answer = how.policy.tokenizer.split_response(response, thinking=how.thinking)[1]
+  return parse_items(answer.encode("utf-8", "replace").decode("utf-8"), how.form)
+
+
+def _add(
+  found: Sequence[list[Item]], answers: state.Step, read: Sequence[str], step: int, round: int
+) -> list[list[Item]]:
+  """Adds a step's items to each text and returns them; `read`: the id of the trajectory that each
+  text read.
+  """
+  new = [
+    [Item(text, trajectory, step, round) for text in answer]
+    for answer, trajectory in zip(answers, read, strict=True)
+  ]
+  for items, added in zip(found, new, strict=True):
+    items += added
+  return new
+
+
+def _newest(how: _Settings, items: Sequence[Item]) -> Knowledge:
+  """The newest of the items that the extractor may see, within the limit of tokens."""
+  if not how.see_previous:
+    return Knowledge()
+  count = lambda text: len(how.policy.tokenizer.encode(text))
+  return limit(Knowledge(tuple(items)), how.max_knowledge_tokens, count)[0]
 
 
 def raw_knowledge(
@@ -172,23 +244,20 @@ def raw_knowledge(
   return [
     Knowledge(
       tuple(
-        Item(transcript(trajectory), trajectory.id, step, round)
-        for step, trajectory in enumerate(order, start=1)
+        Item(transcript(trajectories[i]), trajectories[i].id, step, round)
+        for step, i in enumerate(order, start=1)
       )
     )
-    for order in _orders(trajectories, texts, seed, round)
+    for order in _orders(len(trajectories), texts, seed, round)
   ]
 
 
-def _orders(
-  trajectories: Sequence[Conversation], texts: int, seed: int, round: int
-) -> list[list[Conversation]]:
-  """For each text, all the trajectories in its own random order."""
-  draws = [
-    np.random.default_rng(derive(seed, round, "extract-order", text)).permutation(len(trajectories))
+def _orders(count: int, texts: int, seed: int, round: int) -> list[list[int]]:
+  """For each text, all the trajectories' numbers in its own random order."""
+  return [
+    np.random.default_rng(derive(seed, round, "extract-order", text)).permutation(count).tolist()
     for text in range(texts)
   ]
-  return [[trajectories[i] for i in draw] for draw in draws]
 
 
 def _encode(
@@ -218,98 +287,38 @@ def _prompt(
   return encode(trajectory, shown)
 
 
-def _check_prompts(
+def _find_unfit(
   encode: Encode, trajectories: Sequence[Conversation], max_prompt_tokens: int
-) -> None:
-  """Every text reads every trajectory, so one that can never fit is found now and not hours
-  later.
+) -> dict[str, str]:
+  """Trajectories that no prompt has room for or can hold, by id, and why; found before anything is
+  sampled.
+
+  Raises:
+    ValueError: there is no trajectory, or all are left out.
   """
   if not trajectories:
     raise ValueError("extraction has 0 trajectories to read: it needs at least 1")
+  unfit = {}
   for trajectory in trajectories:
-    tokens = len(encode(trajectory, Knowledge()))
+    try:
+      tokens = len(encode(trajectory, Knowledge()))
+    except ValueError as error:
+      unfit[trajectory.id] = f"it cannot be made a prompt: {error}"
+      continue
     if tokens > max_prompt_tokens:
-      raise ValueError(
-        f"policy.max_prompt_tokens is {max_prompt_tokens}: the extraction prompt of trajectory "
-        f"{trajectory.id} has {tokens} "
-        "tokens without any knowledge; it must be at least that, or the trajectory left out"
+      unfit[trajectory.id] = (
+        f"its extraction prompt has {tokens} tokens without any knowledge, over "
+        f"policy.max_prompt_tokens ({max_prompt_tokens})"
       )
-
-
-def _save(path: pathlib.Path, identity: dict, done: int, found: Sequence[Knowledge]) -> None:
-  items = [[dataclasses.asdict(item) for item in text.items] for text in found]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_sealed(path, {"schema": SCHEMA, **identity, "done": done, "items": items})
-
-
-def _load(
-  path: pathlib.Path,
-  identity: dict,
-  start: Sequence[Knowledge],
-  orders: Sequence[Sequence[Conversation]],
-) -> tuple[int, list[Knowledge]]:
-  """Steps done and the texts so far: those of the partial file, or (0, start) if there is none.
-  Raises ValueError if it is not ours.
-  """
-  if not path.exists():
-    return 0, list(start)
-  return read_json(
-    path,
-    functools.partial(_parse_state, identity=identity, start=start, orders=orders),
-    "delete the file to extract anew",
-  )
-
-
-def _parse_state(
-  state: Any, identity: dict, start: Sequence[Knowledge], orders: Sequence[Sequence[Conversation]]
-) -> tuple[int, list[Knowledge]]:
-  for field, right in {"schema": SCHEMA, **identity}.items():
-    seen = state.get(field) if isinstance(state, dict) else None
-    # An earlier version's does not say.
-    if seen != right and not (field == "made_from" and seen is None):
-      raise ValueError(
-        f'"{field}" of the partial extraction is {seen!r:.200}, this run has {right!r:.200}'
-      )
-  done, items = state.get("done"), state.get("items")
-  steps, texts = len(identity["trajectories"]), identity["texts"]
-  if type(done) is not int or not 0 <= done <= steps:
-    raise ValueError(f'"done" is {done!r}: it must be from 0 to {steps}')
-  if (
-    not isinstance(items, list)
-    or len(items) != texts
-    or not all(isinstance(text, list) for text in items)
-  ):
-    raise ValueError(f'"items" must hold {texts} lists')
-  found = [
-    Knowledge(tuple(parse_item(record, f"text {index}") for record in text))
-    for index, text in enumerate(items)
-  ]
-  for index, (text, carried, order) in enumerate(zip(found, start, orders, strict=True)):
-    if text.at(CARRIED) != carried:
-      raise ValueError(
-        f"text {index} began from other knowledge ({len(text.at(CARRIED).items)} items) than this "
-        "run's "
-        f"({len(carried.items)} items)"
-      )
-    _check_places(index, text, done, order)
-  return done, found
-
-
-def _check_places(index: int, text: Knowledge, done: int, order: Sequence[Conversation]) -> None:
-  """Raises ValueError unless the text's items stand in the order of their steps, none after `done`,
-  each with its step's trajectory.
-  """
-  last = CARRIED
-  for number, item in enumerate(text.items):
-    if item.step < last or item.step > done:
-      raise ValueError(
-        f'text {index}, item {number}: "step" is {item.step}: it must be from {max(last, 1)} to '
-        f'"done" ({done})'
-      )
-    last = item.step
-    if item.step != CARRIED and item.trajectory != order[item.step - 1].id:
-      raise ValueError(
-        f'text {index}, item {number}: "trajectory" is {item.trajectory!r}: step {item.step} of '
-        "this text reads "
-        f"{order[item.step - 1].id!r}"
-      )
+  for name, why in list(unfit.items())[:MAX_NAMED]:
+    logging.warning("extraction: trajectory %s left out: %s", name, why)
+  if len(unfit) == len(trajectories):
+    name, why = next(iter(unfit.items()))
+    raise ValueError(
+      f"extraction has 0 trajectories to read: all {len(trajectories)} are left out; the first, "
+      f"{name}: {why}"
+    )
+  if unfit:
+    told = "extraction: %d of %d trajectories are left out of every text"
+    logging.warning(told, len(unfit), len(trajectories))
+  return unfit
