@@ -3,8 +3,9 @@ pytest and no torch here.
 
 python tests/bare.py core FOLDER    a round of the embedded policy; what only an extra
                                   brings cannot be imported
-python tests/bare.py hf FOLDER      a round of a small Hugging Face folder and of a GGUF
-                                  file of the same weights, and out again
+python tests/bare.py hf FOLDER      a round of a small Hugging Face folder, and out again; a
+                                  GGUF file of the same weights gives the same policy
+python tests/bare.py both FOLDER    a round of both
 """
 
 import importlib.metadata
@@ -22,13 +23,17 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 SAYS = "- EXPERIENCE ITEM: H is a hole [down]"  # knowledge to the extractor, a move to the game
 FEWER = {
   "rounds": 1,
-  "deployment.episodes": 4,
+  "deployment.episodes": 2,
   "deployment.max_turns": 2,
-  "extraction.texts": 1,
+  "deployment.max_response_tokens": 32,
+  "deployment.top_p": 0.8,
+  "deployment.top_k": 20,
+  "extraction.texts": 2,
   "extraction.trajectories": 2,
   "extraction.use": 2,
+  "extraction.max_response_tokens": 32,
   "consolidation.steps": 1,
-  "consolidation.batch_size": 4,
+  "consolidation.batch_size": 2,
   "consolidation.gate_episodes": 0,
   "consolidation.log_probe": 0,
   "evaluation.episodes": 2,
@@ -111,6 +116,27 @@ def core(folder: pathlib.Path) -> None:
 
 
 def hf(folder: pathlib.Path) -> None:
+  """A round of the folder; the GGUF file is read."""
+  tokenizer, tensors = write_both(folder)
+  there_and_back(folder / "model", tokenizer, tensors)
+  same_policy(folder / "model", folder / "model.gguf")
+
+
+def both(folder: pathlib.Path) -> None:
+  """A round of each."""
+  tokenizer, tensors = write_both(folder)
+  trained = [
+    there_and_back(weights, tokenizer, tensors)
+    for weights in (folder / "model", folder / "model.gguf")
+  ]
+  for name, value in trained[0].items():
+    np.testing.assert_array_equal(
+      trained[1][name], value, err_msg=f"{name}: the two files hold the same model"
+    )
+
+
+def write_both(folder: pathlib.Path) -> tuple[object, dict[str, np.ndarray]]:
+  """Writes model/ and model.gguf; returns their tokenizer and tensors."""
   assert importlib.util.find_spec("torch") is None, (
     "torch is here: it brings packages that hide what the extra lacks"
   )
@@ -124,14 +150,27 @@ def hf(folder: pathlib.Path) -> None:
   tokenizer.save_pretrained(folder / "model")
   tensors = write_folder(folder / "model", tokenizer, HuggingFaceTokenizer(tokenizer))
   write_gguf(folder / "model.gguf", tokenizer, tensors)
-  trained = [
-    there_and_back(weights, tokenizer, tensors)
-    for weights in (folder / "model", folder / "model.gguf")
-  ]
-  for name, value in trained[0].items():
-    np.testing.assert_array_equal(
-      trained[1][name], value, err_msg=f"{name}: the two files hold the same model"
-    )
+  return tokenizer, tensors
+
+
+def same_policy(*files: pathlib.Path) -> None:
+  """Reads both; their parameters, and the ids of a chat, are the same."""
+  import jax
+
+  from oel_jax import config as config_lib
+  from oel_jax import loop
+  from oel_jax.conversations.schema import Message
+  from oel_jax.runtime import mesh
+
+  config = config_lib.default()
+  found = []
+  for file in files:
+    config.policy.weights = str(file)
+    policy = loop.load_policy(config.policy, mesh.make_mesh(config.mesh))
+    chat = policy.tokenizer.chat([Message("user", "How are you?")])
+    found.append((policy.architecture, policy.params, chat))
+  assert found[0][0] == found[1][0] and found[0][2] == found[1][2]
+  jax.tree.map(np.testing.assert_array_equal, found[0][1], found[1][1])
 
 
 def write_folder(folder: pathlib.Path, tokenizer: object, chat: object) -> dict[str, np.ndarray]:
@@ -298,4 +337,4 @@ def there_and_back(
 
 if __name__ == "__main__":
   print(importlib.util.find_spec("oel_jax").origin)
-  {"core": core, "hf": hf}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+  {"core": core, "hf": hf, "both": both}[sys.argv[1]](pathlib.Path(sys.argv[2]))

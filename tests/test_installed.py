@@ -111,7 +111,14 @@ def imports(tree):
       yield name.partition(".")[0], node not in inner
 
 
-@pytest.mark.parametrize("stage", [pytest.param("core", marks=pytest.mark.slow), "hf"])
+@pytest.mark.parametrize(
+  "stage",
+  [
+    pytest.param("core", marks=pytest.mark.slow),
+    "hf",
+    pytest.param("both", marks=pytest.mark.slow),
+  ],
+)
 def test_a_bare_environment_plays_trains_and_exports(stage, python, wheel, tmp_path):
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(tmp_path / "package")
