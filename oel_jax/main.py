@@ -4,7 +4,8 @@
 The same command goes on with a run that was stopped. What runs is the online loop, or, where the
 configuration has a `task`: "distill", consolidation of a given text alone, or "pretrain", the
 pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a
-Hugging Face folder.
+Hugging Face folder; `--stage=deploy`, `extract`, `consolidate` or `evaluate`, with `--round=N`, is
+that stage of a round alone.
 """
 
 if __name__ == "__main__":
@@ -34,7 +35,15 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
 _STAGE = flags.DEFINE_enum(
-  "stage", "run", ["run", "export"], "run: the loop; export: its newest weights to WORKDIR/export."
+  "stage",
+  "run",
+  ["run", "deploy", "extract", "consolidate", "evaluate", "export", "report"],
+  "run: all of it; export: its newest weights to WORKDIR/export; report: WORKDIR/report anew; one "
+  "of the others: that stage of --round alone. Of these, consolidate is the server side: it needs "
+  "round_N/knowledge and round_N/prompts.jsonl, and leaves round_N/checkpoints.",
+)
+_ROUND = flags.DEFINE_integer(
+  "round", 1, "Round of the --stage, from 1; --stage=evaluate --round=0 is the base model's."
 )
 _DTYPE = flags.DEFINE_enum(
   "export_dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Type of the exported tensors."
@@ -165,6 +174,18 @@ def main(argv: list[str]) -> None:
       from oel_jax.tasks import export
 
       print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
+      return
+    if _STAGE.value == "report":
+      from oel_jax import report
+
+      report.write(_WORKDIR.value)
+      print(pathlib.Path(_WORKDIR.value) / "report" / "index.html")
+      return
+    if _STAGE.value != "run":
+      from oel_jax.tasks import stage
+
+      how = dict(stage=_STAGE.value, number=_ROUND.value, resume_anyway=_RESUME_ANYWAY.value)
+      stage.run(config, _WORKDIR.value, **how)
       return
     from oel_jax import config as config_lib
     from oel_jax.runtime import named

@@ -12,10 +12,17 @@ import pytest
 from fakes import Tokenizer, in_turns
 from test_loop import short_config
 
-from oel_jax import loop as loop_lib
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import Message, Prompt
 from oel_jax.runtime.metrics import Metrics
+from oel_jax.stages import play as play_lib
+from oel_jax.stages import resume
+from oel_jax.stages.consolidate import note_trained
+from oel_jax.stages.deploy import deploy
+from oel_jax.stages.evaluate import evaluate
+from oel_jax.stages.extract import extract
+from oel_jax.stages.gate import gate
+from oel_jax.stages.run import Run
 
 TEXTS = ["- EXPERIENCE ITEM: The goal is G."]
 
@@ -40,17 +47,17 @@ class Player:
     return [self.tokenizer.put(TEXTS[0] if wanted else move) for wanted, move in zip(lesson, moves)]
 
 
-@pytest.fixture(name="make_loop")
-def fixture_make_loop(tmp_path):
+@pytest.fixture(name="make_run")
+def fixture_make_run(tmp_path):
   with Metrics(tmp_path) as metrics:
 
-    def make(**changes) -> loop_lib.Loop:
+    def make(**changes) -> Run:
       config = short_config()
       config.evaluation.retention = 0
       config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in changes.items()}
       )
-      return loop_lib.Loop(config, tmp_path, metrics, None)
+      return Run(config, tmp_path, metrics, None)
 
     yield make
 
@@ -63,22 +70,22 @@ def bits(folder, pattern="**/*"):
   }
 
 
-def play_a_round(loop, player, after=None):
+def play_a_round(this, player, after=None):
   """All stages but the training, which is said to have made `after` of the player."""
-  loop.evaluate(0, player, player, [])
-  texts = loop.extract(1, player)
-  loop.collect_prompts(1, player)
-  loop.gate(1, player, texts)
-  loop.evaluate(1, after or player, player, texts)
+  evaluate(this, 0, player, player, [])
+  deploy(this, 1, player)
+  texts = extract(this, 1, player)
+  gate(this, 1, player, texts)
+  evaluate(this, 1, after or player, player, texts)
   return texts
 
 
-def test_stages_found_whole_are_checked_and_not_done_again(make_loop, tmp_path):
-  play_a_round(make_loop(), Player())
+def test_stages_found_whole_are_checked_and_not_done_again(make_run, tmp_path):
+  play_a_round(make_run(), Player())
   before, player = bits(tmp_path, "round_*/**/*"), Player()
-  loop = make_loop()
-  loop.check(player)
-  play_a_round(loop, player)
+  this = make_run()
+  resume.check(this, player)
+  play_a_round(this, player)
   assert bits(tmp_path, "round_*/**/*") == before and not player.asked
   for name in (
     "trajectories",
@@ -103,12 +110,12 @@ def test_stages_found_whole_are_checked_and_not_done_again(make_loop, tmp_path):
   ],
 )
 def test_held_out_games_are_played_again_where_what_they_show_has_changed(
-  make_loop, tmp_path, caplog, changes, weights, told
+  make_run, tmp_path, caplog, changes, weights, told
 ):
-  make_loop().evaluate(0, Player(), Player(), [])
+  evaluate(make_run(), 0, Player(), Player(), [])
   before = bits(tmp_path / "round_0")
   player = Player(weights)
-  make_loop(**changes).evaluate(0, player, player, [])
+  evaluate(make_run(**changes), 0, player, player, [])
   now = bits(tmp_path / "round_0")
   assert (
     player.asked
@@ -118,8 +125,8 @@ def test_held_out_games_are_played_again_where_what_they_show_has_changed(
   for name in ("evaluation.json", "user/evaluation.jsonl"):
     [aside] = [other for other in now if other.startswith(f"{name}.replaced-")]
     assert now[aside] == before[name]
-  fresh = loop_lib.Loop(make_loop(**changes).config, tmp_path / "fresh", make_loop().metrics, None)
-  fresh.evaluate(0, Player(weights), Player(weights), [])
+  fresh = Run(make_run(**changes).config, tmp_path / "fresh", make_run().metrics, None)
+  evaluate(fresh, 0, Player(weights), Player(weights), [])
   assert {name: now[name] for name in ("evaluation.json", "user/evaluation.jsonl")} == {
     name: (tmp_path / "fresh/round_0" / name).read_bytes()
     for name in ("evaluation.json", "user/evaluation.jsonl")
@@ -134,17 +141,17 @@ def test_held_out_games_are_played_again_where_what_they_show_has_changed(
     {"deployment__temperature": 1.0},
   ],
 )
-def test_what_held_out_games_do_not_depend_on_changes_nothing(make_loop, tmp_path, changes):
-  make_loop().evaluate(0, Player(), Player(), [])
+def test_what_held_out_games_do_not_depend_on_changes_nothing(make_run, tmp_path, changes):
+  evaluate(make_run(), 0, Player(), Player(), [])
   before, player = bits(tmp_path / "round_0"), Player()
-  make_loop(**changes).evaluate(0, player, player, [])
+  evaluate(make_run(**changes), 0, player, player, [])
   assert bits(tmp_path / "round_0") == before and not player.asked
 
 
-def test_one_more_point_of_the_curve_leaves_the_other_games_as_they_are(make_loop, tmp_path):
-  texts = play_a_round(make_loop(), Player(), after=Player(1))
+def test_one_more_point_of_the_curve_leaves_the_other_games_as_they_are(make_run, tmp_path):
+  texts = play_a_round(make_run(), Player(), after=Player(1))
   before = bits(tmp_path / "round_1/user")
-  make_loop(evaluation__accumulation=(2,)).evaluate(1, Player(1), Player(), texts)
+  evaluate(make_run(evaluation__accumulation=(2,)), 1, Player(1), Player(), texts)
   after = bits(tmp_path / "round_1/user")
   assert {name for name in after if before.get(name) != after[name]} == {
     "evaluation_after_002_trajectories.jsonl"
@@ -158,7 +165,7 @@ def test_one_more_point_of_the_curve_leaves_the_other_games_as_they_are(make_loo
 
 
 def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(
-  make_loop, tmp_path, monkeypatch
+  make_run, tmp_path, monkeypatch
 ):
   class Cut(Exception):
     pass
@@ -169,44 +176,44 @@ def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(
     raise Cut
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop_lib, "play_to_file", cut)
+    patch.setattr(play_lib, "play_to_file", cut)
     with pytest.raises(Cut):
-      make_loop().evaluate(0, Player(), Player(), [])
+      evaluate(make_run(), 0, Player(), Player(), [])
     with pytest.raises(Cut):
-      make_loop().extract(1, Player())
-  make_loop().evaluate(0, Player(1), Player(1), [])
+      extract(make_run(), 1, Player())
+  evaluate(make_run(), 0, Player(1), Player(1), [])
   [aside] = (tmp_path / "round_0/user").glob("evaluation.jsonl.partial.replaced-*")
   assert aside.read_text() == "half of the games"
   with pytest.raises(
     ValueError,
     match="round_1/user/trajectories.jsonl: made from other weights than round 1 has now",
   ):
-    make_loop().extract(1, Player(1))
+    extract(make_run(), 1, Player(1))
 
 
-def test_rounds_of_other_weights_are_refused_before_anything_is_changed(make_loop, tmp_path):
-  texts = play_a_round(make_loop(), Player())
+def test_rounds_of_other_weights_are_refused_before_anything_is_changed(make_run, tmp_path):
+  texts = play_a_round(make_run(), Player())
   before, player = bits(tmp_path), Player(1)
   for stage in (
-    lambda loop: loop.check(player),
-    lambda loop: loop.extract(1, player),
-    lambda loop: loop.gate(1, player, texts),
-    lambda loop: loop.gate(1, Player(), ["other"]),
+    lambda this: resume.check(this, player),
+    lambda this: extract(this, 1, player),
+    lambda this: gate(this, 1, player, texts),
+    lambda this: gate(this, 1, Player(), ["other"]),
   ):
     with pytest.raises(
       ValueError,
       match=f"{tmp_path}/round_1/.* other (weights|knowledge) than .* remove the (folder|round)",
     ):
-      stage(make_loop())
+      stage(make_run())
   assert bits(tmp_path) == before and not player.asked
 
 
-def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
-  play_a_round(make_loop(), Player())
+def test_knowledge_of_other_games_is_refused(make_run, tmp_path):
+  play_a_round(make_run(), Player())
   path = tmp_path / "round_1/user/trajectories.jsonl"
   write_jsonl(path, read_conversations(path)[::-1])
   with pytest.raises(ValueError, match=f"{path}: not as this run wrote it"):
-    make_loop().check(Player())
+    resume.check(make_run(), Player())
   manifest = tmp_path / "round_1/manifest.json"
   entries = json.loads(manifest.read_text())
   entries["files"].pop("user/trajectories.jsonl"), entries.pop("digest")
@@ -215,7 +222,7 @@ def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
     ValueError,
     match="knowledge/00.jsonl: made from other user/trajectories.jsonl than round 1 has now",
   ):
-    make_loop().check(Player())
+    resume.check(make_run(), Player())
 
 
 @pytest.mark.parametrize(
@@ -229,48 +236,51 @@ def test_knowledge_of_other_games_is_refused(make_loop, tmp_path):
   ],
 )
 def test_prompts_are_those_of_the_games_even_where_no_manifest_says_so(
-  make_loop, tmp_path, change, place, has, wants
+  make_run, tmp_path, change, place, has, wants
 ):
-  loop = make_loop(deployment__episodes=8)
-  loop.collect_prompts(1, Player())
+  this = make_run(deployment__episodes=8)
+  player = Player()
+  deploy(this, 1, player)
+  asked = player.asked
   path = tmp_path / "round_1/prompts.jsonl"
   (tmp_path / "round_1/manifest.json").unlink()
-  loop.collect_prompts(1, None)
+  deploy(this, 1, player)
   found = read_prompts(path)
   write_jsonl(path, change(found))
   number = len(found) + 1 if place is None else place % len(found) + 1
   name = lambda index: "nothing" if index is None else found[index].id
   with pytest.raises(ValueError) as error:
-    loop.collect_prompts(1, None)
+    deploy(this, 1, player)
   assert str(error.value).startswith(
     f"{path}: its {len(change(found))} prompts are not the {len(found)} of {tmp_path}/round_1/user"
   )
+  assert player.asked == asked
   assert f"number {number} is {name(has)}, and must be {name(wants)};" in str(error.value)
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_more_steps_are_for_the_last_round(make_loop, tmp_path, caplog, noted):
+def test_more_steps_are_for_the_last_round(make_run, tmp_path, caplog, noted):
   """`noted`: the manifest says how far training came; an earlier version's has to be told by the
   checkpoints.
   """
-  play_a_round(make_loop(), Player())
+  play_a_round(make_run(), Player())
   (tmp_path / "round_1/checkpoints/4").mkdir(parents=True)
   if noted:
-    make_loop()._note_trained(1, {"w": np.ones(2)})
+    note_trained(make_run(), 1, {"w": np.ones(2)})
   before = bits(tmp_path / "round_1")
-  make_loop().check(Player())
+  resume.check(make_run(), Player())
   assert bits(tmp_path / "round_1") == before
-  longer = make_loop(consolidation__steps=6)
+  longer = make_run(consolidation__steps=6)
   write_jsonl(tmp_path / "round_2/user/trajectories.jsonl", [])
   with pytest.raises(
     ValueError,
     match="steps is 6, round 1 has been trained for 4, and round 2 was built on those .* set it to "
     "4",
   ):
-    longer.check(Player())
+    resume.check(longer, Player())
   assert bits(tmp_path / "round_1") == before
   shutil.rmtree(tmp_path / "round_2")
-  longer.check(Player())
+  resume.check(longer, Player())
   assert (
     not (tmp_path / "round_1/evaluation.json").exists()
     and len(list((tmp_path / "round_1").glob("evaluation.json.replaced-*"))) == 1
@@ -278,21 +288,21 @@ def test_more_steps_are_for_the_last_round(make_loop, tmp_path, caplog, noted):
 
 
 def test_a_checkpoint_that_was_lost_is_trained_again_whatever_was_built_on_it(
-  make_loop, tmp_path, caplog
+  make_run, tmp_path, caplog
 ):
-  play_a_round(make_loop(), Player())
+  play_a_round(make_run(), Player())
   # That of step 4 was damaged and set aside.
   (tmp_path / "round_1/checkpoints/2").mkdir(parents=True)
-  make_loop()._note_trained(1, {"w": np.ones(2)})
+  note_trained(make_run(), 1, {"w": np.ones(2)})
   write_jsonl(tmp_path / "round_2/user/trajectories.jsonl", [])
-  make_loop().check(Player())
+  resume.check(make_run(), Player())
   with caplog.at_level(logging.WARNING):
-    make_loop()._note_trained(1, {"w": np.zeros(2)})
+    note_trained(make_run(), 1, {"w": np.zeros(2)})
   assert "round 1: trained again, to other weights than before" in caplog.text
 
 
-def test_a_run_of_a_version_without_digests_is_read(make_loop, tmp_path, caplog):
-  texts = play_a_round(make_loop(), Player())
+def test_a_run_of_a_version_without_digests_is_read(make_run, tmp_path, caplog):
+  texts = play_a_round(make_run(), Player())
   for path in tmp_path.glob("round_*/manifest.json"):
     path.unlink()
   for path in tmp_path.rglob("*.json*"):
@@ -307,9 +317,9 @@ def test_a_run_of_a_version_without_digests_is_read(make_loop, tmp_path, caplog)
     ]
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
   player = Player()
-  loop = make_loop()
-  loop.check(player)
-  assert play_a_round(loop, player) == texts and not player.asked
+  this = make_run()
+  resume.check(this, player)
+  assert play_a_round(this, player) == texts and not player.asked
   assert (
     f"{tmp_path / 'round_1'}: made before runs had a manifest.json: its files are taken as they "
     "stand" in caplog.text

@@ -24,8 +24,8 @@ import pytest
 import textarena
 from fakes import Tokenizer, game_of, in_turns
 
+from oel_jax import choices, main
 from oel_jax import loop as loop_lib
-from oel_jax import main
 from oel_jax.consolidation import samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
@@ -39,9 +39,15 @@ from oel_jax.policy.weights import native
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
+from oel_jax.stages import play as play_lib
+from oel_jax.stages.deploy import deploy
+from oel_jax.stages.evaluate import evaluate
+from oel_jax.stages.extract import extract
+from oel_jax.stages.gate import gate
+from oel_jax.stages.run import Run
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
+STAGES = ("deploy", "prefixes", "extract", "gate", "consolidate", "evaluate")
 # the quickstart with few games, alike in sampling, batch and length where they can be, so that
 # little is compiled
 SHORT = {
@@ -391,8 +397,8 @@ def test_the_same_command_again_does_nothing_new(cache, copy):
 
 LAST_FILES = (
   "user/trajectories.jsonl",
-  "knowledge/whole",
   "prompts.jsonl",
+  "knowledge/whole",
   "gate.json",
   "checkpoints/4",
   "evaluation.json",
@@ -522,22 +528,22 @@ class Scripted:
     ]
 
 
-@pytest.fixture(name="make_loop")
-def fixture_make_loop(tmp_path):
+@pytest.fixture(name="make_run")
+def fixture_make_run(tmp_path):
   with Metrics(tmp_path) as metrics:
 
-    def make(**changes) -> loop_lib.Loop:
+    def make(**changes) -> Run:
       config = short_config()
       config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in changes.items()}
       )
-      return loop_lib.Loop(config, tmp_path, metrics, None)
+      return Run(config, tmp_path, metrics, None)
 
     yield make
 
 
-def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
-  own = make_loop().extract(1, Scripted())
+def test_the_controls_change_what_the_knowledge_says(make_run, tmp_path):
+  own = extract(make_run(), 1, Scripted())
   assert (
     own
     == ["\n".join(["- EXPERIENCE ITEM: The goal is G.", "- EXPERIENCE ITEM: H is a hazard."] * 4)]
@@ -545,7 +551,7 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
   )
   shutil.rmtree(tmp_path / "round_1/knowledge")
   # Of the same extraction: nothing is sampled again.
-  swapped = make_loop(extraction__edit="oel_jax.pocket.claims:swap_roles").extract(1, Scripted())
+  swapped = extract(make_run(extraction__edit="oel_jax.pocket.claims:swap_roles"), 1, Scripted())
   assert (
     swapped
     == ["\n".join(["- EXPERIENCE ITEM: The hazard is G.", "- EXPERIENCE ITEM: H is the goal."] * 4)]
@@ -553,11 +559,11 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
   )
   assert (tmp_path / "round_1/knowledge/00.md").read_text() == swapped[0] + "\n"
   shutil.rmtree(tmp_path / "round_1/knowledge")
-  assert make_loop(extraction__source="empty").extract(1, Scripted()) == [EMPTY]
+  assert extract(make_run(extraction__source="empty"), 1, Scripted()) == [EMPTY]
   assert not EMPTY.strip()
   shutil.rmtree(tmp_path / "round_1/knowledge")
-  raw = make_loop(extraction__source="trajectories", extraction__max_knowledge_tokens=900).extract(
-    1, Scripted()
+  raw = extract(
+    make_run(extraction__source="trajectories", extraction__max_knowledge_tokens=900), 1, Scripted()
   )
   assert len(raw) == 2 and raw[0] != raw[1]  # the same transcripts, each text in its own order
   games = read_conversations(tmp_path / "round_1/user/trajectories.jsonl")
@@ -568,10 +574,12 @@ def test_the_controls_change_what_the_knowledge_says(make_loop, tmp_path):
     )
 
 
-def test_items_are_carried_over_or_begun_anew(make_loop, tmp_path):
-  make_loop().extract(1, Scripted("- EXPERIENCE ITEM: The goal is G."))
-  carried = make_loop(extraction__start_from="previous_round").extract(
-    2, Scripted("- EXPERIENCE ITEM: H is a hazard.")
+def test_items_are_carried_over_or_begun_anew(make_run, tmp_path):
+  extract(make_run(), 1, Scripted("- EXPERIENCE ITEM: The goal is G."))
+  carried = extract(
+    make_run(extraction__start_from="previous_round"),
+    2,
+    Scripted("- EXPERIENCE ITEM: H is a hazard."),
   )
   assert (
     carried
@@ -584,8 +592,8 @@ def test_items_are_carried_over_or_begun_anew(make_loop, tmp_path):
   )
   shutil.rmtree(tmp_path / "round_2")
   assert (
-    make_loop(extraction__start_from="nothing").extract(
-      2, Scripted("- EXPERIENCE ITEM: H is a hazard.")
+    extract(
+      make_run(extraction__start_from="nothing"), 2, Scripted("- EXPERIENCE ITEM: H is a hazard.")
     )
     == ["\n".join(["- EXPERIENCE ITEM: H is a hazard."] * 4)] * 2
   )
@@ -602,13 +610,13 @@ class Dice(Scripted):
     ]
 
 
-def test_held_out_games_have_the_same_luck_in_every_round(make_loop, tmp_path):
-  loop, dice = make_loop(evaluation__retention=0, evaluation__episodes=6), Dice()
-  loop.evaluate(0, dice, dice, [])
+def test_held_out_games_have_the_same_luck_in_every_round(make_run, tmp_path):
+  this, dice = make_run(evaluation__retention=0, evaluation__episodes=6), Dice()
+  evaluate(this, 0, dice, dice, [])
   for number in (1, 2):
-    loop.extract(number, Scripted())
-    loop.collect_prompts(number, dice)
-    loop.evaluate(number, dice, dice, ["- EXPERIENCE ITEM: The goal is G."])
+    deploy(this, number, dice)
+    extract(this, number, Scripted())
+    evaluate(this, number, dice, dice, ["- EXPERIENCE ITEM: The goal is G."])
 
   def moves(pattern: str) -> dict[str, list]:
     return {
@@ -625,9 +633,9 @@ def test_held_out_games_have_the_same_luck_in_every_round(make_loop, tmp_path):
   assert first != second  # training draws anew
 
 
-def test_knowledge_that_is_all_empty_stops_with_its_folder(make_loop, tmp_path):
+def test_knowledge_that_is_all_empty_stops_with_its_folder(make_run, tmp_path):
   with pytest.raises(ValueError, match="all 2 knowledge texts are empty") as error:
-    make_loop().extract(1, Scripted("I have nothing to say."))
+    extract(make_run(), 1, Scripted("I have nothing to say."))
   assert (
     str(tmp_path / "round_1") in str(error.value)
     and len((tmp_path / "round_1/user/trajectories.jsonl").read_text().splitlines()) == 4
@@ -649,7 +657,7 @@ def test_knowledge_that_is_all_empty_stops_with_its_folder(make_loop, tmp_path):
   ],
 )
 def test_the_gate_decides_by_what_was_played(
-  make_loop, tmp_path, monkeypatch, caplog, without, given, on_no_gain, decision
+  make_run, tmp_path, monkeypatch, caplog, without, given, on_no_gain, decision
 ):
   played = []
 
@@ -672,9 +680,9 @@ def test_the_gate_decides_by_what_was_played(
     write_jsonl(path, games)
     return games
 
-  monkeypatch.setattr(loop_lib, "play_to_file", play)
+  monkeypatch.setattr(play_lib, "play_to_file", play)
   monkeypatch.setattr(loop_lib.report, "write", lambda folder: {})
-  loop = make_loop(consolidation__on_no_gain=on_no_gain)
+  this = make_run(consolidation__on_no_gain=on_no_gain)
   for _ in range(2):  # the second time from the file
     if decision is None:
       with pytest.raises(
@@ -682,9 +690,9 @@ def test_the_gate_decides_by_what_was_played(
         match=f"{given} of 4 games .*, without it {without}; config.consolidation.on_no_gain is "
         '"stop"',
       ):
-        loop.gate(1, Scripted(), ["one", "two"])
+        gate(this, 1, Scripted(), ["one", "two"])
     else:
-      assert loop.gate(1, Scripted(), ["one", "two"]) == (decision != "skip")
+      assert gate(this, 1, Scripted(), ["one", "two"]) == (decision != "skip")
   plain, informed = played
   assert [seed for seed, _ in plain] == [seed for seed, _ in informed] and len(
     {seed for seed, _ in plain}
@@ -692,36 +700,33 @@ def test_the_gate_decides_by_what_was_played(
   assert {text for _, text in plain} == {""} and {text for _, text in informed} <= {"one", "two"}
   written = read_json(tmp_path / "round_1/gate.json")
   assert (written["without"]["hits"], written["with"]["hits"]) == (without, given)
-  assert decision is None or loop._gate(1)["decision"] == decision
+  assert decision is None or this.gate(1)["decision"] == decision
   assert ("no gain from the knowledge" in caplog.text) == (given <= without)
 
 
-def test_no_gate_is_no_games(make_loop, tmp_path):
-  assert make_loop(consolidation__gate_episodes=0).gate(1, None, ["text"]) is True
+def test_no_gate_is_no_games(make_run, tmp_path):
+  assert gate(make_run(consolidation__gate_episodes=0), 1, None, ["text"]) is True
   assert not (tmp_path / "round_1").exists()
 
 
-def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypatch):
+def test_a_round_without_gain_leaves_the_weights_as_they_are(make_run, monkeypatch):
   """By "skip", `run` goes on with the policy that it had; the round is evaluated all the same."""
   calls = []
   # It asks for an architecture.
-  monkeypatch.setattr(loop_lib.choices, "choose", lambda *given, **how: {})
+  monkeypatch.setattr(choices, "choose", lambda *given, **how: {})
 
-  class Quiet(loop_lib.Loop):
-    def extract(self, number, policy):
-      return ["text"]
+  def note(this, number, policy, before, texts):
+    calls.append((number, list(policy.params), list(before.params)))
 
-    def collect_prompts(self, number, policy):
-      pass
-
-    def gate(self, number, policy, texts):
-      return number == 2
-
-    def consolidate(self, number, policy, texts):
-      return policy.params | {number: np.zeros(1)}
-
-    def evaluate(self, number, policy, before, texts):
-      calls.append((number, list(policy.params), list(before.params)))
+  stages = {
+    "deploy": lambda this, number, policy: None,
+    "extract": lambda this, number, policy: ["text"],
+    "gate": lambda this, number, policy, texts: number == 2,
+    "consolidate": lambda this, number, policy, texts: policy.params | {number: np.zeros(1)},
+    "evaluate": note,
+  }
+  for name, stage in stages.items():
+    monkeypatch.setattr(loop_lib, name, stage)
 
   @dataclasses.dataclass(frozen=True)
   class Fake:
@@ -730,11 +735,10 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_loop, monkeypa
     def replace(self, params):
       return Fake(params)
 
-  monkeypatch.setattr(loop_lib, "Loop", Quiet)
   monkeypatch.setattr(load_lib, "load_policy", lambda config, devices, **how: Fake({}))
   monkeypatch.setattr(loop_lib.report, "write", lambda folder: {})
   monkeypatch.setattr(loop_lib.report, "rows", lambda results: [])
-  loop_lib.run(make_loop(rounds=3).config, make_loop().folder / "run")
+  loop_lib.run(make_run(rounds=3).config, make_run().folder / "run")
   # By the rounds whose training is in the weights.
   assert calls == [
     (0, [], []),
@@ -849,6 +853,7 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
       "_RESUME_ANYWAY": resume_anyway,
       "_DEBUG": False,
       "_STAGE": "run",
+      "_ROUND": 1,
     }
     for name, value in flags.items():
       monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))

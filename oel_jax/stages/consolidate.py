@@ -1,0 +1,59 @@
+"""Consolidation, the server side: knowledge/ and prompts.jsonl in, checkpoints out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from oel_jax.consolidation import task as task_lib
+from oel_jax.consolidation import trainer
+from oel_jax.conversations.jsonl import read_prompts
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.runtime.checksum import fingerprint
+from oel_jax.stages.run import CHECKPOINTS, Run
+
+
+def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> Any:
+  """Trains the knowledge into the weights; returns the new parameters. From the round's folder it
+  reads prompts.jsonl alone.
+  """
+  config = run.config.consolidation
+  task = task_lib.make_task(
+    policy.tokenizer,
+    read_prompts(run.prompts(number), max_damaged=0.0),
+    texts,
+    seed=run.config.seed,
+    round=number,
+    thinking=run.config.policy.thinking,
+    limit=run.config.policy.max_prompt_tokens,
+  )
+  with run.stage(number, "consolidate", policy, config.steps) as (meter, advance):
+    params, cost = trainer.consolidate(
+      config,
+      task,
+      policy,
+      limit=run.config.deployment.max_response_tokens,
+      directory=run.round(number) / CHECKPOINTS,
+      mesh=run.mesh,
+      metrics=run.metrics,
+      advance=advance,
+    )
+    meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
+  note_trained(run, number, params)
+  return params
+
+
+def note_trained(run: Run, number: int, params: Any) -> None:
+  """Enters steps and weights of the finished training into the manifest, after a look at what stood
+  there.
+  """
+  now = {"steps": str(run.config.consolidation.steps), "weights": fingerprint(params)}
+  before = run.manifest(number).made_from(CHECKPOINTS)
+  if before and before["steps"] == now["steps"] and before["weights"] != now["weights"]:
+    logging.warning(
+      "round %d: trained again, to other weights than before (%s, now %s)",
+      number,
+      before["weights"],
+      now["weights"],
+    )
+  run.manifest(number).announce(CHECKPOINTS, now)

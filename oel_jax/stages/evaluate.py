@@ -1,0 +1,104 @@
+"""Evaluation: held-out maps, the same in every round, without knowledge and with it; and what was
+kept.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from oel_jax.evaluation import episodes, statistics, tasks
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.report import records
+from oel_jax.runtime import files, schema
+from oel_jax.runtime.checksum import fingerprint
+from oel_jax.runtime.seeds import derive
+from oel_jax.stages import extract, knowledge, play
+from oel_jax.stages.run import EVALUATION, Run, made_from
+
+
+def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
+  """Writes evaluation.json; one that was measured with others than these is set aside.
+
+  Args:
+    run: the run.
+    number: of the round; 0 for the base model.
+    policy: what is measured.
+    before: the policy that the round began with, which wrote its knowledge.
+    texts: the round's knowledge.
+  """
+  path, gate = run.round(number) / EVALUATION, run.gate(number)
+  carried = number > 1 and run.config.evaluation.in_context and texts
+  first = knowledge.texts(run, 1) if carried else []
+  base = None
+  if number:  # the round before, whose policy wrote this round's knowledge; not the run's first
+    measured = run.round(number - 1) / EVALUATION
+    base = records.read_evaluation(measured, number - 1).without.passed.value
+  inputs = made_from(policy, texts) | {
+    "weights before": fingerprint(before.params),
+    "first knowledge": schema.digest(first),
+    "gate": schema.digest(gate and gate["decision"]),
+    "base": schema.digest(base),
+    "settings": play.settings(run.config, all_of_it=True),
+  }
+  if path.exists():
+    measured = records.read_evaluation(path, number).made_from
+    changed = [name for name in inputs if measured and measured.get(name) != inputs[name]]
+    if not changed:
+      return
+    files.set_aside(path, f"it was measured with other {', '.join(changed)}")
+  found = _measure(run, number, policy, before, texts, first)
+  if number and "in_context" in found:
+    rates = [found[name]["passed"]["rate"] for name in ("without", "in_context")]
+    found["recovered"] = statistics.recovered(rates[0], base, rates[1])
+  _log(run, number, found)
+  head = {"schema": 1, "round": number, "made_from": inputs}
+  files.write_sealed(path, head | found | {"gate": gate})
+
+
+def _measure(
+  run: Run,
+  number: int,
+  policy: Policy,
+  before: Policy,
+  texts: Sequence[str],
+  first: Sequence[str],
+) -> dict[str, Any]:
+  """The games of every kind, and the tasks."""
+  config = run.config.evaluation
+  # What is played: a name, by whom, and with which knowledge in the prompt.
+  plays = {"without": (policy, [])}
+  if config.in_context and texts:
+    plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)}
+    plays |= {"first_knowledge": (policy, first)} if first else {}
+  steps = config.accumulation if number == 1 else ()
+  curve = {step: extract.texts_after(run, step, before) for step in steps}
+  kept = tasks.read_tasks(config.tasks)
+  total = config.episodes * (len(plays) + len(curve)) + config.retention * len(kept)
+  found = {}
+  with run.stage(number, "evaluate", policy, total) as (meter, advance):
+
+    def summary(name: str, player: Policy, given: Sequence[str]) -> dict[str, Any]:
+      meter.policy = player
+      games = play.held_out(run, number, name, given)
+      return episodes.play_summary(play.play(run, number, games, meter, advance))
+
+    for name, (player, given) in plays.items():
+      found[name] = summary(name, player, given)
+    found["accumulation"] = [
+      {
+        "trajectories": step,
+        "passed": summary(f"after_{step:03d}_trajectories", before, given)["passed"],
+      }
+      for step, given in curve.items()
+    ]
+    meter.policy = policy
+    seed = derive(run.config.seed, "retention")
+    found["retention"] = tasks.measure(kept, meter, config.retention, seed=seed, advance=advance)
+  return found
+
+
+def _log(run: Run, number: int, found: dict[str, Any]) -> None:
+  ways = ("without", "in_context", "after_in_context", "first_knowledge")
+  scalars = {f"passed_{name}": found[name]["passed"]["rate"] for name in ways if name in found}
+  scalars |= {f"retention_{name}": share["rate"] for name, share in found["retention"].items()}
+  tokens = found["without"]["response_tokens"]["mean"]
+  run.log(number, "evaluate", response_tokens=tokens, **scalars)

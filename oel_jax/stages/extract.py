@@ -1,0 +1,124 @@
+"""Extraction: what the deployed games teach, in words (OEL section 3)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from oel_jax.conversations.jsonl import read_conversations
+from oel_jax.conversations.schema import EMPTY, Conversation
+from oel_jax.extraction import knowledge as knowledge_lib
+from oel_jax.extraction.extract import extract as accumulate
+from oel_jax.extraction.extract import raw_knowledge
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.runtime import files, named, schema
+from oel_jax.runtime.checksum import fingerprint
+from oel_jax.stages import deploy, knowledge, resume
+from oel_jax.stages.run import DEPLOYED, KNOWLEDGE, Meter, Run
+
+Advance = Callable[..., None]
+Texts = list[knowledge_lib.Knowledge]
+
+
+def extract(run: Run, number: int, policy: Policy) -> list[str]:
+  """Lets the policy write down what its deployed games teach; returns the texts of the round that
+  enter prompts, at most K.
+
+  Raises:
+    ValueError: what is there was made by other weights; or no text says anything.
+  """
+  resume.refuse_other_weights(run, number, policy)
+  if not knowledge.read(run, number):
+    path = run.round(number) / DEPLOYED
+    there = path.exists()  # and made by this policy, or it would have been refused
+    games = read_conversations(path, max_damaged=0.0) if there else None
+    _write(run, number, policy, games or deploy.play_for_knowledge(run, number, policy))
+  return knowledge.texts(run, number)
+
+
+def read_edit(config: Any) -> Callable[[str], str] | None:
+  """The function that config.extraction.edit names; None if it names none."""
+  name = config.extraction.edit
+  return named.function(name, "config.extraction.edit") if name else None
+
+
+def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
+  """Round 1's texts as they stood after `step` trajectories; read back from the accumulation,
+  nothing is sampled. `policy` is the one that wrote them.
+  """
+  games = read_conversations(run.round(1) / DEPLOYED, max_damaged=0.0)
+  whole = _accumulate(run, 1, policy, games, lambda n: None)
+  return [text.text for text in _limited(run, whole, step, policy) if text.text] or [EMPTY]
+
+
+def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation]) -> None:
+  config, folder = run.config.extraction, run.round(number) / "knowledge"
+  with run.stage(number, "extract", policy, config.trajectories) as (meter, advance):
+    whole = _accumulate(run, number, meter, games, advance)
+  texts = _limited(run, whole, config.use, policy)
+  for i, text in enumerate(texts):
+    knowledge_lib.write(folder, i, text)
+  made_from = {
+    "weights": fingerprint(policy.params),
+    DEPLOYED: files.sha256(run.round(number) / DEPLOYED)[:16],
+  }
+  if config.start_from == "previous_round" and number > 1:
+    before = [text.text for text in knowledge.read(run, number - 1)]
+    made_from["previous knowledge"] = schema.digest(before)
+  names = [f"knowledge/{i:02d}.{kind}" for i in range(len(texts)) for kind in ("jsonl", "md")]
+  run.manifest(number).record(names, made_from)
+  run.log(number, "extract", items=sum(len(text.items) for text in texts) / len(texts))
+  files.write_text(run.round(number) / KNOWLEDGE, "")
+
+
+def _accumulate(
+  run: Run, number: int, policy: Policy | Meter, games: Sequence[Conversation], advance: Advance
+) -> Texts:
+  """All that the K texts gathered in a round, before the limit; sampled once, then read back from
+  user/extraction.jsonl.
+  """
+  config = run.config.extraction
+  if config.source == "trajectories":
+    return raw_knowledge(games, texts=config.texts, seed=run.config.seed, round=number)
+  if config.source == "empty":
+    return [knowledge_lib.Knowledge()] * config.texts
+  carries = config.start_from == "previous_round" and number > 1
+  return accumulate(
+    policy,
+    games,
+    texts=config.texts,
+    form=config.form,
+    see_previous=config.see_previous,
+    sampling=run.sampling("extraction"),
+    max_response_tokens=config.max_response_tokens,
+    max_knowledge_tokens=config.max_knowledge_tokens,
+    max_prompt_tokens=run.config.policy.max_prompt_tokens,
+    seed=run.config.seed,
+    round=number,
+    thinking=run.config.policy.thinking,
+    start=knowledge.read(run, number - 1) if carries else None,
+    state_path=run.round(number) / "user/extraction.jsonl",
+    weights=fingerprint(policy.params),
+    advance=advance,
+  )
+
+
+def _limited(run: Run, whole: Texts, step: int, policy: Policy) -> Texts:
+  """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens, and
+  edited if config.extraction.edit says so.
+  """
+  texts = knowledge_lib.as_of(
+    whole,
+    step,
+    max_tokens=run.config.extraction.max_knowledge_tokens,
+    count_tokens=lambda text: len(policy.tokenizer.encode(text)),
+  )
+  edit = read_edit(run.config)
+  return [_edited(text, edit) for text in texts] if edit else texts
+
+
+def _edited(text: knowledge_lib.Knowledge, edit: Callable[[str], str]) -> knowledge_lib.Knowledge:
+  """The round's own items edited; those carried over were edited when they were new."""
+  own = lambda item: item.step != knowledge_lib.CARRIED
+  return knowledge_lib.Knowledge(
+    tuple(dataclasses.replace(i, text=edit(i.text)) if own(i) else i for i in text.items)
+  )
