@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,7 @@ def test_the_reader_of_imports_sees_them(tmp_path):
     ("policy", ("consolidation", "environments", "extraction", "evaluation", "loop", "tasks")),
     ("conversations", ("consolidation", "environments", "extraction", "evaluation", "loop")),
     ("runtime", ("consolidation", "environments", "extraction", "evaluation", "loop")),
+    ("stages", ("loop", "main", "tasks")),
     ("tasks", ("loop", "main")),
   ],
 )
@@ -56,6 +59,18 @@ def test_the_arrows_run_one_way(part, forbidden):
     if imports(path, f"oel_jax.{other}")
   ]
   assert not wrong
+
+
+def test_the_server_side_alone_loads_no_environment():
+  """What `--stage=consolidate` imports, each file's own imports and those of what it imports."""
+  code = (
+    "import sys, oel_jax.tasks.stage, oel_jax.stages.consolidate\n"
+    "found = [name for name in sys.modules"
+    " if name.startswith(('oel_jax.environments', 'oel_jax.pocket', 'textarena'))]\n"
+    "assert 'oel_jax.consolidation.trainer' in sys.modules and not found, found"
+  )
+  done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def test_nothing_but_experiments_imports_the_embedded_policy():

@@ -325,10 +325,28 @@ def test_the_server_side_gets_prompts_only(run):
     }
 
 
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_server_side_needs_knowledge_and_prompts_only(run, cache, tmp_path, number):
+  """`--stage=consolidate`, in a folder that holds nothing else of the run but, for a later round,
+  the checkpoints that it made before, leaves the bits of the whole run.
+  """
+  server = tmp_path / "server"
+  there, here = run / f"round_{number}", server / f"round_{number}"
+  shutil.copytree(there / "knowledge", here / "knowledge")
+  shutil.copy(there / "prompts.jsonl", here)
+  if number == 2:
+    shutil.copytree(run / "round_1/checkpoints", server / "round_1/checkpoints")
+  finish(start(cache, server, "--stage=consolidate", f"--round={number}"), server)
+  assert same_bits(final_params(server, number), final_params(run, number))
+  made = {path.name for path in here.iterdir()} - {"knowledge", "prompts.jsonl"}
+  assert made == {"checkpoints", "cost.json", "manifest.json"}
+  assert f"the user side needs {here}/checkpoints" in pathlib.Path(f"{server}.out").read_text()
+
+
 def test_held_out_maps_are_nobody_elses(run):
   held_out, others = {}, set()
-  for path in run.glob("round_*/user/*.jsonl"):
-    seeds = [json.loads(line)["seed"] for line in path.read_text().splitlines()]
+  for path in set(run.glob("round_*/user/*.jsonl")) - set(run.glob("**/extraction.jsonl")):
+    seeds = [json.loads(line)["source"]["seed"] for line in path.read_text().splitlines()]
     if path.name.startswith("evaluation"):
       held_out[str(path)] = seeds
     else:

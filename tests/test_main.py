@@ -152,6 +152,8 @@ def test_starts_the_pre_training(start, tmp_path):
     ("bogus", "unexpected argument 'bogus'"),
     ("--config=/nowhere/config.py", "/nowhere/config.py"),
     ("--workdir=", "--workdir is missing"),
+    ("--stage=play", "value should be one of <run|deploy|extract|consolidate|evaluate"),
+    ("--round=first", "--round=first"),
     ("--config.rate=1.0", "No such file or directory: '/nowhere/at/all'"),
   ],
 )
