@@ -157,6 +157,30 @@ def _unraisable(found: Any) -> None:
     sys.__unraisablehook__(found)
 
 
+def _run(config: config_dict.ConfigDict) -> None:
+  """Does what --stage and config.task ask for; what that needs is imported here alone."""
+  workdir, how = _WORKDIR.value, {"resume_anyway": _RESUME_ANYWAY.value}
+  if _STAGE.value == "export":
+    from oel_jax.tasks import export
+
+    print(export.run(config, workdir, dtype=_DTYPE.value))
+  elif _STAGE.value == "report":
+    from oel_jax import report
+
+    report.write(workdir)
+    print(pathlib.Path(workdir) / "report" / "index.html")
+  elif _STAGE.value != "run":
+    from oel_jax.tasks import stage
+
+    stage.run(config, workdir, stage=_STAGE.value, number=_ROUND.value, **how)
+  else:
+    from oel_jax import config as config_lib
+    from oel_jax.runtime import named
+
+    task = config.get("task", "oel_jax.loop:run")
+    named.function(config_lib.TASKS.get(task, task), "config.task")(config, workdir, **how)
+
+
 def main(argv: list[str]) -> None:
   del argv
   sys.unraisablehook = _unraisable
@@ -170,29 +194,7 @@ def main(argv: list[str]) -> None:
   )
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   try:
-    if _STAGE.value == "export":
-      from oel_jax.tasks import export
-
-      print(export.run(config, _WORKDIR.value, dtype=_DTYPE.value))
-      return
-    if _STAGE.value == "report":
-      from oel_jax import report
-
-      report.write(_WORKDIR.value)
-      print(pathlib.Path(_WORKDIR.value) / "report" / "index.html")
-      return
-    if _STAGE.value != "run":
-      from oel_jax.tasks import stage
-
-      how = dict(stage=_STAGE.value, number=_ROUND.value, resume_anyway=_RESUME_ANYWAY.value)
-      stage.run(config, _WORKDIR.value, **how)
-      return
-    from oel_jax import config as config_lib
-    from oel_jax.runtime import named
-
-    task = config.get("task", "oel_jax.loop:run")
-    run = named.function(config_lib.TASKS.get(task, task), "config.task")
-    run(config, _WORKDIR.value, resume_anyway=_RESUME_ANYWAY.value)
+    _run(config)
   except Terminated as stopped:
     advice = "give the same command again to go on from there"
     print(f"stopped by SIGTERM: {stopped}; {advice}", file=sys.stderr)

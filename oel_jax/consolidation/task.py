@@ -3,6 +3,7 @@ each (OEL section 3, consolidation).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.schema import Message, Prompt, knowledge_message
 from oel_jax.runtime.seeds import derive
 
@@ -64,7 +66,8 @@ def make_task(
       f"consolidation got {len(prompts)} prompts and {len(texts)} knowledge texts: it needs at "
       "least one of each"
     )
-  encoded = tuple(tuple(tokenizer.chat(prompt.messages, thinking=thinking)) for prompt in prompts)
+  encode = functools.partial(prompt_lib.ids, tokenizer, thinking=thinking)
+  encoded = tuple(tuple(encode(prompt.messages)) for prompt in prompts)
   own = [prompt.messages[0] if prompt.messages[0].role == "system" else None for prompt in prompts]
   systems = {system: i for i, system in enumerate(dict.fromkeys(own))}
   found = [
@@ -90,7 +93,7 @@ def make_task(
     roles = tuple(message.role for message in prompt.messages)
     for text, entry in list(zip(texts, entries, strict=True))[: 1 if roles in seen else None]:
       skip, known = found[entry]
-      whole = tokenizer.chat((message(text), *prompt.messages), thinking=thinking)
+      whole = encode(prompt.messages, message(text))
       if tuple(whole) != (*known, *ids[skip:]) or tuple(known[:skip]) != ids[:skip]:
         raise ValueError(
           f"prompt {prompt.id}, of the roles {', '.join(roles)}: the chat template changes the "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.jsonl import append_jsonl, read_conversations, write_jsonl
 from oel_jax.conversations.schema import (
   GAME,
@@ -23,7 +24,6 @@ from oel_jax.conversations.schema import (
   Message,
   Source,
   knowledge_message,
-  shown,
 )
 from oel_jax.environments import prompts
 from oel_jax.environments.textarena import Game, GameSpec, open_game, parse_action
@@ -245,8 +245,8 @@ def _groups(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
 
 def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
   """Token ids of the prompt for the seat's next turn."""
-  before = (knowledge_message(seat.episode.knowledge),) if seat.episode.knowledge else ()
-  ids = policy.tokenizer.chat(before + shown(seat.messages), thinking=thinking)
+  knowledge = knowledge_message(seat.episode.knowledge) if seat.episode.knowledge else None
+  ids = prompt_lib.ids(policy.tokenizer, seat.messages, knowledge, thinking=thinking)
   if len(ids) > limit:
     raise ValueError(
       f"config.policy.max_prompt_tokens is {limit}, but the prompt of episode {seat.episode.id}, "

@@ -20,6 +20,7 @@ from oel_jax.consolidation import placement, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
+from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.importers import read_check, read_prompts, read_text
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt
 from oel_jax.evaluation import statistics
@@ -144,11 +145,8 @@ def _knowledge(text: str) -> Message:
 def _prompts(
   config: Any, policy: Policy, prompts: Sequence[Prompt], text: str | None
 ) -> list[list[int]]:
-  before = (_knowledge(text),) if text else ()
-  return [
-    policy.tokenizer.chat((*before, *prompt.messages), thinking=config.policy.thinking)
-    for prompt in prompts
-  ]
+  known, thinking = _knowledge(text) if text else None, config.policy.thinking
+  return [prompt_lib.ids(policy.tokenizer, p.messages, known, thinking=thinking) for p in prompts]
 
 
 def _check_lengths(
