@@ -400,11 +400,7 @@ def test_a_round_with_little_measured(tmp_path):
     results["base"] is None
     and entry["in_context"] is entry["in_context_count"] is entry["in_context_interval"] is None
   )
-  assert (entry["leaks"], entry["leaks_count"], entry["retention"]["worlds_interval"]) == (
-    None,
-    0,
-    None,
-  )
+  assert (entry["leaks"], entry["leaks_count"], entry["retention"]) == (None, 0, {})
   text = Seen(page_of(tmp_path)).text
   assert (
     "The base model has no evaluation, so there is nothing to compare" in text
@@ -417,12 +413,20 @@ def test_a_round_with_little_measured(tmp_path):
       "in context %": None,
       "recovered": None,
       "response tokens": 50.0,
-      "extraction": None,
-      "worlds": None,
-      "symmetric": None,
-      "other": None,
     }
   ]
+
+
+def test_a_task_of_the_users_own_is_shown_where_it_was_measured(tmp_path):
+  for number, kept in enumerate(({}, {"spelling": count(3, 4)})):
+    (tmp_path / f"round_{number}").mkdir()
+    found = {"schema": 1, "round": number, "without": play(5, 10, 50.0), "retention": kept}
+    (tmp_path / f"round_{number}/evaluation.json").write_text(json.dumps(found))
+  results = report.write(tmp_path)
+  assert results["base_retention"]["spelling"] is None
+  assert results["rounds"][0]["retention"]["spelling"] == 0.75
+  assert [row["spelling"] for row in report.rows(results)] == [None, "75.0"]
+  assert "Spelling" in Seen(page_of(tmp_path)).text
 
 
 def test_rows_of_a_finished_round(run):

@@ -29,7 +29,7 @@ from oel_jax.report.parts import (
   signed,
   table,
 )
-from oel_jax.report.records import RETENTION, Cost, Evaluation, Gate, Run
+from oel_jax.report.records import Cost, Evaluation, Gate, Run
 
 SHOWN_GAMES = 2
 # In the order of a round.
@@ -208,7 +208,7 @@ def _rounds(run: Run) -> str:
       ]
     )
     retained.append(
-      [f"<td>{label}</td>", *(share_cell(evaluation.retention.get(task)) for task in RETENTION)]
+      [f"<td>{label}</td>", *(share_cell(evaluation.retention.get(task)) for task in run.tasks)]
     )
   return (
     table(head, lines)
@@ -219,12 +219,13 @@ def _rounds(run: Run) -> str:
         (
           "Round",
           *(
-            f"{task.capitalize()}<br><small>{_RETENTION_WORDS[task]}</small>" for task in RETENTION
+            f"{task.capitalize()}<br><small>{_RETENTION_WORDS.get(task, '')}</small>"
+            for task in run.tasks
           ),
         ),
         retained,
       )
-      if any(evaluation.retention for evaluation in run.evaluations.values())
+      if run.tasks
       else note("Not measured.")
     )
   )

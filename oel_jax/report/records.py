@@ -18,7 +18,6 @@ from oel_jax.runtime.schema import get, need, whole
 from oel_jax.runtime.workdir import read_config
 
 SCHEMA = 1
-RETENTION = ("extraction", "worlds", "symmetric", "other")
 DECISIONS = ("train", "warn", "skip")
 
 
@@ -72,7 +71,7 @@ class Evaluation:
     in_context: the round's knowledge in the prompt of the round's first weights.
     after_in_context: the same knowledge in the prompt of the consolidated weights.
     first_knowledge: round 1's knowledge in the prompt of the consolidated weights.
-    retention: by the names in RETENTION; those not measured are absent.
+    retention: by the names of config.evaluation.tasks; those not measured are absent.
     accumulation: (trajectories, passed in context with the knowledge as it stood after so many).
     recovered: (after − before the round) / (in context − before the round).
     made_from: what was measured → a digest of it; {} by an earlier version.
@@ -126,6 +125,12 @@ class Run:
   costs: list[Cost]
   games: dict[int, list[Conversation]]
   knowledge: dict[int, list[tuple[str, str]]]
+
+  @property
+  def tasks(self) -> tuple[str, ...]:
+    """The names of the retention tasks that some round was measured on."""
+    found = (task for evaluation in self.evaluations.values() for task in evaluation.retention)
+    return tuple(dict.fromkeys(found))
 
   @property
   def rounds(self) -> int:
@@ -269,11 +274,7 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     plays.get("in_context"),
     plays.get("after_in_context"),
     plays.get("first_knowledge"),
-    {
-      task: _share(retention[task], f"retention.{task}")
-      for task in RETENTION
-      if retention.get(task) is not None
-    },
+    {task: _share(share, f"retention.{task}") for task, share in retention.items()},
     tuple(sorted(points, key=lambda point: point[0])),
     value.get("recovered"),
     gate,

@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from oel_jax.report import page
-from oel_jax.report.records import RETENTION, Evaluation, Measure, Run, read
+from oel_jax.report.records import Evaluation, Measure, Run, read
 from oel_jax.runtime import files, schema
 
 SCHEMA = 1
@@ -114,7 +114,8 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
       None if entry.get("recovered") is None else f"{100 * entry['recovered']:.0f}%"
     )
     row["response tokens"] = entry["response_tokens"]
-    row.update({task: _percent(entry["retention"][task]) for task in RETENTION})
+    kept = entry["retention"]
+    row.update({name: _percent(kept[name]) for name in kept if f"{name}_interval" in kept})
     table.append(row)
   return table
 
@@ -127,15 +128,15 @@ def summarize(run: Run) -> dict[str, Any]:
     "config": {name: run.config.get(name) for name in CONFIG_FIELDS},
     "base": _play_numbers(base) if base else None,
     "rounds": [
-      _round_numbers(evaluation)
+      _round_numbers(run, evaluation)
       for number, evaluation in sorted(run.evaluations.items())
       if number > 0
     ],
-    "base_retention": _retention(base),
+    "base_retention": _retention(run, base),
   }
 
 
-def _round_numbers(evaluation: Evaluation) -> dict[str, Any]:
+def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
   entry = {"round": evaluation.round, **_play_numbers(evaluation)}
   for name in ("in_context", "after_in_context", "first_knowledge"):
     play = getattr(evaluation, name)
@@ -153,7 +154,7 @@ def _round_numbers(evaluation: Evaluation) -> dict[str, Any]:
     entry["accumulation"] = [
       {"trajectories": n, **_numbers("passed", passed)} for n, passed in evaluation.accumulation
     ]
-  return entry | {"retention": _retention(evaluation)}
+  return entry | {"retention": _retention(run, evaluation)}
 
 
 def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:
@@ -166,10 +167,10 @@ def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:
   } | {"ended": play.ended}
 
 
-def _retention(evaluation: Evaluation | None) -> dict[str, Any]:
+def _retention(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
   found = evaluation.retention if evaluation else {}
   return {
-    key: value for task in RETENTION for key, value in _numbers(task, found.get(task)).items()
+    key: value for task in run.tasks for key, value in _numbers(task, found.get(task)).items()
   }
 
 
