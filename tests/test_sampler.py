@@ -14,7 +14,7 @@ from jax.extend import core as jax_core
 
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import named
-from oel_jax.policy.sampling import engine, kv_cache, sampler
+from oel_jax.policy.sampling import engine, kv_cache, sampler, scheduler
 from oel_jax.policy.sampling.sampler import Policy, generate
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime.finite import NotFiniteError
@@ -27,7 +27,7 @@ LIMIT = 12  # few limits, samplings and sets of end ids: each is compiled anew
 @pytest.fixture(name="one_core", autouse=True)
 def fixture_one_core(monkeypatch):
   """All slots together, whatever the machine's cores; with several: test_sampler_cores.py."""
-  monkeypatch.setattr(sampler, "PROMPTS_CORE", 10**9)
+  monkeypatch.setattr(sampler, "MIN_PROMPTS_PER_CORE", 10**9)
 
 
 @functools.cache
@@ -174,7 +174,7 @@ def four_prompts():
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
   whole, run = sample(prompts), engine.enter
-  monkeypatch.setattr(sampler, "BATCH_TOKENS", 4 * (256 + 96))
+  monkeypatch.setattr(scheduler, "MAX_BATCH_TOKENS", 4 * (256 + 96))
   monkeypatch.setattr(
     engine, "enter", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how)
   )
@@ -243,7 +243,7 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long
   ones, where the ring has gone round.
   """
-  monkeypatch.setattr(sampler, "RINGS", (64, 128))
+  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
   long, short = random_prompts(60, 50, seed=5), random_prompts(3, 8, 5, 9, 4, 7, seed=6)
   expected = [naive_sampled(prompt, seed, limit=30) for seed, prompt in enumerate(long + short)]
   assert sample(long + short, limit=30, slots=4) == expected
@@ -271,10 +271,10 @@ def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert rows(300) == 256
   token = 2 * TINY.layers * TINY.kv_heads * TINY.head_size * 4
-  monkeypatch.setattr(sampler, "CACHE_BYTES", 20 * 512 * token)
+  monkeypatch.setattr(sampler, "MAX_CACHE_BYTES", 20 * 512 * token)
   # Room for 305 tokens is 512: there is memory for 20 rows, and 16 is a size.
   assert rows(40, limit=300) == 16
-  monkeypatch.setattr(sampler, "CACHE_BYTES", 0)
+  monkeypatch.setattr(sampler, "MAX_CACHE_BYTES", 0)
   assert rows(2) == 1
 
 
@@ -292,7 +292,7 @@ def fixture_drawing(monkeypatch):
 
 
 def test_few_that_are_left_on_a_cpu_go_on_in_fewer_slots(monkeypatch, drawing):
-  monkeypatch.setattr(sampler, "CHUNK", 4)
+  monkeypatch.setattr(scheduler, "CHUNK", 4)
   prompts, limits = (
     random_prompts(*range(10, 50), seed=18),
     [30 if i % 5 == 4 else 2 for i in range(40)],
@@ -407,11 +407,11 @@ def test_few_programs_are_compiled():
   "size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)]
 )
 def test_buckets(size, expected):
-  assert sampler.bucket(size, sampler.LENGTHS) == expected
+  assert scheduler.bucket(size, scheduler.PREFILL_LENGTHS) == expected
 
 
 def test_every_ring_is_whole_blocks():
-  assert all(size % kv_cache.BLOCK == 0 for size in sampler.RINGS)
+  assert all(size % kv_cache.BLOCK == 0 for size in scheduler.CACHE_LENGTHS)
 
 
 def test_bad_input_is_one_clear_error():
@@ -491,7 +491,7 @@ def _poisoned(place, value):
 def test_logits_that_are_not_finite_stop_sampling_where_they_turn_up(monkeypatch, cores):
   """The id that response 2 draws third has an embedding of NaN: all that it is read for is NaN."""
   if cores:
-    monkeypatch.setattr(sampler, "PROMPTS_CORE", 1)
+    monkeypatch.setattr(sampler, "MIN_PROMPTS_PER_CORE", 1)
     monkeypatch.setattr(sampler, "_cores", lambda mesh: 2)
   prompts = random_prompts(9, 14, 7, 11, seed=21)
   whole = sample(prompts)

@@ -18,7 +18,7 @@ from test_sampler import (
 )  # noqa: F401
 from test_sampler_mesh import on_mesh, placed
 
-from oel_jax.policy.sampling import engine, sampler
+from oel_jax.policy.sampling import driver, engine, scheduler
 
 
 def alike_prompts():
@@ -60,8 +60,8 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(monkeypatch, entere
     (1000, [((8, 96), [0] * 7)]),
     (30, [((8, 96), [0] * 3), ((8, 96), [50, 50, 40, 40])]),
   ):
-    monkeypatch.setattr(sampler, "SHARED_CPU", least)
-    monkeypatch.setattr(sampler, "WORTH_WAITING", least)
+    monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", least)
+    monkeypatch.setattr(scheduler, "MIN_SHARED_TO_WAIT", least)
     entered.clear()
     assert sample(prompts) == expected and entered == right
   entered.clear()
@@ -98,8 +98,8 @@ def converse(prompts, turns, **how):
 @pytest.mark.parametrize("slots", [16, 4, 1])
 def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
   """Ten conversations of three turns, through fewer slots, in a ring that goes round and grows."""
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
-  monkeypatch.setattr(sampler, "RINGS", (64, 128))
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
   answers, asked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
     assert len(each) == len(prompts) == 3
@@ -112,8 +112,8 @@ def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_a_conversation_on_a_mesh_goes_on_where_it_was(monkeypatch, entered, slots):
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
-  monkeypatch.setattr(sampler, "RINGS", (64, 128))
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
   monkeypatch.setitem(globals(), "params", placed)
   _, asked = talked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
   monkeypatch.undo()
@@ -123,7 +123,7 @@ def test_a_conversation_on_a_mesh_goes_on_where_it_was(monkeypatch, entered, slo
 
 
 def test_a_text_before_all_prompts_is_read_once_a_device(monkeypatch, entered):
-  monkeypatch.setattr(sampler, "WORTH_WAITING", 30)
+  monkeypatch.setattr(scheduler, "MIN_SHARED_TO_WAIT", 30)
   text, *rest = random_prompts(60, *range(3, 23), seed=12)
   prompts = [text + own for own in rest]
   assert on_mesh(prompts, range(20), max_new_tokens=LIMIT) == sample(prompts)
@@ -133,9 +133,9 @@ def test_a_text_before_all_prompts_is_read_once_a_device(monkeypatch, entered):
 
 def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
   """One conversation waits, while a long answer goes round the ring in the other slot."""
-  monkeypatch.setattr(sampler, "TURN", 96)  # both are read in one batch
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
-  monkeypatch.setattr(sampler, "RINGS", (64, 128))
+  monkeypatch.setattr(scheduler, "REPLY_LENGTH", 96)  # both are read in one batch
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
   first, second = random_prompts(50, 3, seed=13)
   calls = []
 
@@ -150,7 +150,7 @@ def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
     naive_sampled(second, 2, (), 60),
   ]
   # 40 columns are written before the reply: 50 + 1 + 40 are more than 64.
-  monkeypatch.setattr(sampler, "CHUNK_REPLIES", 40)
+  monkeypatch.setattr(scheduler, "CHUNK_REPLIES", 40)
   entered.clear()
   calls.clear()
   assert sample([first, second], [1, 2], limit=[2, 60], eos_ids=(), reply=reply) == late
@@ -161,10 +161,10 @@ def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, ent
   """As above, and a long prompt makes the ring grow before the overwritten slot is looked at: 91
   columns would fit into it now.
   """
-  monkeypatch.setattr(sampler, "TURN", 96)
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
-  monkeypatch.setattr(sampler, "RINGS", (64, 128))
-  monkeypatch.setattr(sampler, "CHUNK_REPLIES", 40)
+  monkeypatch.setattr(scheduler, "REPLY_LENGTH", 96)
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
+  monkeypatch.setattr(scheduler, "CHUNK_REPLIES", 40)
   first, second, long = random_prompts(50, 3, 70, seed=13)
   further = {0: [(long, 7), (first + [5, 6], 8)], 1: []}
   late = sample(
@@ -184,7 +184,7 @@ def test_a_slot_that_a_waiting_prompt_goes_on_from_is_taken_last(monkeypatch, en
   """The first of four goes on with too much to be read beside the second, and waits; meanwhile two
   others take the slots of those that are done with.
   """
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
   prompts, more = random_prompts(40, 39, 38, 37, 8, 7, seed=16), random_prompts(150, 5, seed=17)
   asked = {}
 
@@ -204,7 +204,7 @@ def test_a_slot_that_a_waiting_prompt_goes_on_from_is_taken_last(monkeypatch, en
 
 
 def test_replies_where_every_response_is_one_id(monkeypatch):
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
   answers, asked = converse(random_prompts(*range(20, 26), seed=14), 3, limit=1, slots=4)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
     assert each == [
@@ -215,7 +215,7 @@ def test_replies_where_every_response_is_one_id(monkeypatch):
 def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
   """On a CPU every prompt looks at the slots; on a GPU only those that share."""
   weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
-  tokens, lengths = sampler.pad_right(random_prompts(5, 20, 32, seed=15), 4, 32, 1)
+  tokens, lengths = driver.pad_right(random_prompts(5, 20, 32, seed=15), 4, 32, 1)
   zero, how = (
     np.zeros((4,), np.int32),
     dict(architecture=TINY, sampling=FREE, logprobs=True, path="xla"),
@@ -252,7 +252,7 @@ def test_a_reply_is_checked():
 
 def test_conversations_go_on_in_fewer_slots(monkeypatch, entered, drawing):
   """Five of 32 go on; what their slots hold is taken along."""
-  monkeypatch.setattr(sampler, "SHARED_CPU", 4)
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
   prompts, more, answers = (
     random_prompts(*range(10, 42), seed=19),
     random_prompts(5, 7, seed=20),

@@ -25,7 +25,8 @@ from oel_jax.conversations.importers import read_check, read_prompts, read_text
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt
 from oel_jax.evaluation import statistics
 from oel_jax.policy import load
-from oel_jax.policy.sampling.sampler import LENGTHS, Policy, Sampling, bucket
+from oel_jax.policy.sampling.sampler import Policy, Sampling
+from oel_jax.policy.sampling.scheduler import PREFILL_LENGTHS, bucket
 from oel_jax.runtime import files, finite, mesh, progress, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
@@ -257,7 +258,7 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, unrelated: Sequence[Pr
   prompts = _prompts(config, base, unrelated, None)
   responses = _answers(config, base, unrelated, None, "unrelated")
   rows = config.deployment.max_response_tokens
-  length = bucket(max(map(len, prompts)), LENGTHS) + rows
+  length = bucket(max(map(len, prompts)), PREFILL_LENGTHS) + rows
   teacher = teacher_lib.prepare(base.params, base.architecture, [()], dtype=base.dtype)
   probe = step_lib.make_probe(
     base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype

@@ -1,0 +1,176 @@
+"""One call of `generate` under way: what the scheduler decides, done by the engine's programs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from oel_jax.policy.sampling import engine
+from oel_jax.policy.sampling import scheduler as scheduling
+from oel_jax.policy.sampling.scheduler import Draw, Entry, Scheduler
+from oel_jax.policy.sampling.token_sampling import NOT_FINITE
+from oel_jax.runtime.finite import NotFiniteError
+
+
+class Requests(NamedTuple):
+  """What is asked for besides the prompts, one a prompt.
+
+  Attributes:
+    seeds: [n] uint32.
+    limits: [n] int32, most ids of the response.
+    ends: [n, E] int32, ids that end the response; -1 fills.
+  """
+
+  seeds: np.ndarray
+  limits: np.ndarray
+  ends: np.ndarray
+
+
+class Driver:
+  """Takes the prompts of one scheduler through the engine.
+
+  Attributes:
+    scheduler: decides; `responses` there are the ids drawn.
+    scores: the log-probabilities of each prompt's ids, if they are asked for.
+  """
+
+  def __init__(
+    self,
+    weights: Any,
+    slots: engine.Slots,
+    scheduler: Scheduler,
+    requests: Requests,
+    how: dict[str, Any],
+    *,
+    indices: Sequence[int],
+    pad_id: int,
+    reply: Callable[[int, list[int]], tuple[Sequence[int], int] | None] | None,
+  ):
+    """`weights`, `slots` and `how` are the engine's. `indices`: the caller's numbers of the
+    scheduler's prompts, for errors; `reply` is given the scheduler's.
+    """
+    self.scheduler, self.requests = scheduler, requests
+    self.scores: list[list[float]] = [[] for _ in scheduler.prompts]
+    self._weights, self._slots, self._how = weights, slots, how
+    self._indices, self._pad_id, self._reply = indices, pad_id, reply
+    self._columns = scheduler.table.columns
+
+  def advance(self) -> None:
+    """One round: seats those who wait, draws, asks for replies meanwhile, and lets go who has
+    ended.
+    """
+    entries = [(entry, self._insert(entry)) for entry in self.scheduler.next_entries()]
+    rows = self.scheduler.shrink()
+    if rows is not None:
+      self._slots = engine.pick(self._slots, rows)
+    draw = self.scheduler.next_draw()
+    drawn = self._decode(draw) if draw else None
+    # Nothing has been waited for so far: the device draws while replies are made up.
+    for i in self.scheduler.finished():
+      self._follow(i)
+    if drawn is None:
+      return
+    firsts, drawn, active = jax.device_get(([f for _, f in entries], drawn, self._slots.active))
+    for (entry, _), first in zip(entries, firsts, strict=True):
+      own = [array[entry.places, None] for array in first]
+      self._keep(entry.prompts, own)
+      self.scheduler.entered(entry, own[0][:, 0])
+    seated = self.scheduler.seated
+    self._keep(list(seated.values()), [array[list(seated)] for array in drawn])
+    self.scheduler.drawn(drawn[0], active)
+
+  def _insert(self, entry: Entry) -> tuple[jax.Array, ...]:
+    """Starts the prefill of a batch. Returns what is drawn for it, as `engine.enter` does."""
+    self._grow(entry.columns)
+    scheduler = self.scheduler
+    slots = scheduler.table.rows // scheduler.devices  # of a device, which counts its own
+    # Which of the entry's prompts stands where in the batch; the first one fills it.
+    order = np.zeros((scheduler.devices * entry.batch,), np.int32)
+    order[entry.places] = np.arange(len(entry.prompts))
+    tokens, lengths = pad_right(
+      [scheduler.prompts[i][n:] for i, n in zip(entry.prompts, entry.shared, strict=True)],
+      len(entry.prompts),
+      entry.length,
+      self._pad_id,
+    )
+    # A row beyond all slots is written nowhere: what fills the batch goes there.
+    rows = np.full(order.shape, scheduler.table.rows, np.int32)
+    rows[entry.places] = entry.rows % slots
+    requests = tuple(array[entry.prompts][order] for array in self.requests)
+    shared = None
+    if scheduler.always_looks or entry.shared.any():
+      shared = engine.Shared(
+        *(array[order] for array in (entry.sources % slots, entry.back, entry.shared))
+      )
+    self._slots, first = engine.enter(
+      self._weights,
+      self._slots,
+      tokens[order],
+      lengths[order],
+      rows,
+      requests,
+      shared,
+      **self._how,
+    )
+    return first
+
+  def _decode(self, draw: Draw) -> tuple[jax.Array, ...]:
+    """Starts the device on the next ids. Returns them as `engine.decode` does."""
+    self._grow(draw.columns)
+    self._slots, drawn = engine.decode(
+      self._weights, self._slots, draw.steps, draw.min_active, chunk=scheduling.CHUNK, **self._how
+    )
+    return drawn
+
+  def _grow(self, columns: int) -> None:
+    if columns > self._columns:
+      self._slots = engine.grow(self._slots, size=columns, path=self._how["path"])
+      self._columns = columns
+
+  def _follow(self, i: int) -> None:
+    """Asks what follows a response; if something does, the prompt goes on with it."""
+    following = self._reply(i, self.scheduler.responses[i])
+    if following is None:
+      return
+    prompt, self.requests.seeds[i] = following
+    self.scores[i] = []
+    self.scheduler.follow(i, prompt)
+
+  def _keep(self, numbers: Sequence[int], drawn: Sequence[np.ndarray]) -> None:
+    """Checks what was drawn for these prompts, ids [n, steps] with -1 where nothing, and keeps the
+    log-probabilities that may come with them.
+
+    Raises:
+      NotFiniteError: logits were not finite.
+    """
+    ids = drawn[0]
+    broken = np.flatnonzero((ids == NOT_FINITE).any(1))
+    if len(broken):
+      i, before = numbers[broken[0]], (ids[broken[0]] >= 0).sum()
+      more = f", and those of {len(broken) - 1} more prompts" if len(broken) > 1 else ""
+      dtype = self._weights["norm"]["scale"].dtype
+      raise NotFiniteError(
+        f"sampling has stopped: the logits of the prompt at index {self._indices[i]} "
+        f"({len(self.scheduler.prompts[i])} tokens) are not finite after "
+        f"{len(self.scheduler.responses[i]) + before} tokens of its response{more}: the weights, "
+        f"or what {dtype} makes of them, are no numbers to draw from",
+        prompts=[self._indices[numbers[place]] for place in broken],
+      )
+    for scores in drawn[1:]:
+      for i, row, own in zip(numbers, scores, ids, strict=True):
+        self.scores[i].extend(row[own >= 0].tolist())
+
+
+def pad_right(
+  sequences: Sequence[Sequence[int]], rows: int, length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int32 tokens [rows, length], padded on the right, and int32 lengths [rows]; rows beyond
+  the sequences have length 1.
+  """
+  tokens = np.full((rows, length), pad_id, np.int32)
+  lengths = np.ones((rows,), np.int32)
+  for i, sequence in enumerate(sequences):
+    tokens[i, : len(sequence)] = sequence
+    lengths[i] = len(sequence)
+  return tokens, lengths

@@ -1,0 +1,394 @@
+"""Who sits in which slot: the sampler's decisions, plain host code that never touches a device.
+
+The life of a slot:
+
+             next_entries               drawn: its last id            finished
+    free  ----------------->  seated  --------------------->  kept  ----------->  free
+                              (draws)   without replies: straight to free
+
+A free slot still holds what it held (`slot_table`): a prompt that begins with it reads only the
+rest, in that slot or in another one of the same device. A slot is kept while its response may be
+replied to, so that the prompt that goes on finds there what it begins with.
+
+One round, as the driver goes through it:
+
+    next_entries()   which prompts are prefilled into which free slots, batch by batch
+    shrink()         on a CPU: which slots to keep, when few are left
+    next_draw()      how many steps to decode
+    finished()       whose responses may be replied to now, while the device draws
+    follow(...)        a reply: the prompt goes on
+    entered(...)     each prompt's first id
+    drawn(...)       the ids of the steps, and who goes on drawing
+
+The same prompts, ids and replies give the same decisions: no clock is looked at.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from oel_jax.policy.sampling.slot_table import SlotTable, common_prefix
+
+# Few sizes and lengths, so that few programs are compiled.
+SLOT_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+SHRUNK_SLOT_COUNTS = (8, 16)  # on a CPU, when no more are left of MAX_SLOTS_CPU or more
+# Prompts that enter together; more than half of a batch is filled, unless the batch is small.
+PREFILL_BATCHES = (1, 4, 32, 256)
+SMALL_BATCH_TOKENS = 1024  # tokens, padding included, up to which a batch is small
+# Tokens that are prefilled at once, padding and the cache that is looked at included.
+MAX_BATCH_TOKENS = 65536
+PREFILL_LENGTHS = (
+  *(96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048),
+  *(3072, 4096, 6144, 8192, 12288, 16384),
+)
+# One more length for replies on a CPU, which are short: there, padding is not for nothing.
+REPLY_LENGTH = 40
+CACHE_LENGTHS = (
+  *(128, 256, 512, 1024, 1536, 2048, 3072, 4096),
+  *(6144, 8192, 12288, 16384, 24576, 32768),
+)
+MAX_SLOTS = 256  # of a device, if it is not said how many there are
+MAX_SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
+MIN_SHARED = 48  # tokens in common that are worth taking over from a slot
+MIN_SHARED_CPU = 24  # the same; there, the cache is looked at for every prompt anyway
+MIN_SHARED_TO_WAIT = 128  # tokens in common that are worth waiting for until a slot holds them
+CHUNK = 64  # steps between two looks at who has ended
+CHUNK_REPLIES = 4  # the same while replies are made up
+MAX_OVERTAKEN = 64  # prompts that enter while one waits, for each prompt of the call
+
+
+def bucket(size: int, sizes: Sequence[int]) -> int:
+  """The smallest of `sizes` that holds `size`; beyond the largest, the next multiple of it."""
+  return next((s for s in sizes if s >= size), -(-size // sizes[-1]) * sizes[-1])
+
+
+class Entry(NamedTuple):
+  """n prompts that are prefilled together; arrays are [n] int32.
+
+  Attributes:
+    prompts: their numbers.
+    rows: the slot of each.
+    sources, shared: the slot that holds what the prompt begins with, and how many tokens of it.
+    back: how many columns before the next one the source's first token stands.
+    places: where in the batch, which is all devices' parts one after the other.
+    batch: rows of the batch on one device.
+    length: tokens of a row of the batch.
+    columns: how many the cache must have by then; it grows to them.
+  """
+
+  prompts: list[int]
+  rows: Int[np.ndarray, "n"]
+  sources: Int[np.ndarray, "n"]
+  shared: Int[np.ndarray, "n"]
+  back: Int[np.ndarray, "n"]
+  places: Int[np.ndarray, "n"]
+  batch: int
+  length: int
+  columns: int
+
+
+class Draw(NamedTuple):
+  """What is decoded next.
+
+  Attributes:
+    steps: ids of a row, at most.
+    min_active: it stops when fewer rows than this draw.
+    columns: how many the cache must have; it grows to them.
+  """
+
+  steps: int
+  min_active: int
+  columns: int
+
+
+class _Candidate(NamedTuple):
+  """A prompt that may be in the next batch.
+
+  Attributes:
+    prompt: its number.
+    source: the slot with most of its beginning; the prompt enters on that slot's device.
+    shared: tokens of that beginning.
+    nth: of the batch's prompts on that device.
+  """
+
+  prompt: int
+  source: int
+  shared: int
+  nth: int
+
+
+class Scheduler:
+  """Prompts under way: who waits, who sits where, and who has ended.
+
+  The longest prompts enter first: those that enter together are then alike, so that little of their
+  batch is padding. Prompts that go on with an earlier one enter before all others, so that its slot
+  still holds what they begin with; nobody starves, as who was overtaken too often goes first.
+
+  Attributes:
+    prompts: token ids of each.
+    responses: ids drawn so far of each, also when it has ended.
+    waiting: numbers of the prompts that have no slot; the first of them always enters next.
+    seated: the prompt in each slot that draws.
+    kept: the prompt in each slot that is kept until its response is replied to.
+    table: what each slot holds.
+  """
+
+  def __init__(
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    columns: int,
+    devices: int = 1,
+    cpu: bool = False,
+    replies: bool = False,
+  ):
+    """`prompts` wait for `devices` times `slots` slots, over `columns` that hold the longest prompt
+    and one id. `cpu`: whether the device is one; `replies`: whether responses may be replied to.
+    """
+    self.prompts = [list(prompt) for prompt in prompts]
+    self.responses: list[list[int]] = [[] for _ in prompts]
+    self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    self.seated: dict[int, int] = {}
+    self.kept: dict[int, int] = {}
+    self.table = SlotTable.empty(devices, slots, columns)
+    self.devices, self.replies = devices, replies
+    self._batches = [*(size for size in PREFILL_BATCHES if size < slots), slots]
+    self._lengths = (REPLY_LENGTH, *PREFILL_LENGTHS) if replies and cpu else PREFILL_LENGTHS
+    self._min_shared = MIN_SHARED_CPU if cpu else MIN_SHARED
+    self._shrinks = cpu and devices == 1 and slots >= MAX_SLOTS_CPU
+    # Whether to look at the cache for every prompt, also where nothing is shared: half as many
+    # programs, and for a small model no loss.
+    self.always_looks = replies or cpu
+    self._entered = 0  # prompts so far
+    self._arrived = [0] * len(prompts)  # `_entered` when each began to wait
+
+  @property
+  def done(self) -> bool:
+    """Whether every response has ended and been replied to."""
+    return not (self.waiting or self.seated or self.kept)
+
+  def next_entries(self) -> list[Entry]:
+    """Seats those who wait, while slots are free. An eighth of the slots is free before anyone
+    enters: a prefill of few costs as much as one of more.
+    """
+    entries = []
+    if len(self._free()) >= max(1, self.table.rows // 8):
+      while self.waiting and self._free():
+        entries.append(self._next_entry())
+    return entries
+
+  def shrink(self) -> Int[np.ndarray, "r"] | None:
+    """On a CPU, where a token takes as long as there are slots: which to keep, when nobody waits
+    and few are left; None: all.
+    """
+    used = [*self.seated, *self.kept]
+    fewer = next((n for n in SHRUNK_SLOT_COUNTS if len(used) <= n < self.table.rows), None)
+    if self.waiting or not fewer or not self._shrinks:
+      return None
+    rows = np.int32([*used, *self._free()][:fewer])
+    self.table.pick(rows)
+    now = {row: n for n, row in enumerate(rows.tolist())}
+    # In the order of the slots, as who is looked at first decides who goes on first.
+    self.seated = {n: self.seated[row] for row, n in now.items() if row in self.seated}
+    self.kept = {n: self.kept[row] for row, n in now.items() if row in self.kept}
+    self._batches = [size for size in self._batches if size < fewer]
+    return rows
+
+  def next_draw(self) -> Draw | None:
+    """How many steps to decode now; None: nobody draws."""
+    if not self.seated:
+      return None
+    # The id drawn last is not in the cache, and of those who have just entered none is known.
+    filled = max(
+      len(self.prompts[i]) + max(len(self.responses[i]) - 1, 0) for i in self.seated.values()
+    )
+    # Each step writes a column; over a full cache it would overwrite what is still to be read.
+    if filled == self.table.columns:
+      self._grow(filled + 1)
+    # Some of those who have just entered may have drawn their last id at that. If fewer than this
+    # go on, nothing is decoded, and they leave first.
+    seated = len(self.seated)
+    min_active = seated - seated // 8 if self.waiting or self.replies else 1
+    steps = min(CHUNK_REPLIES if self.kept else CHUNK, self.table.columns - filled)
+    return Draw(steps, min_active, self.table.columns)
+
+  def finished(self) -> list[int]:
+    """The prompts whose responses may be replied to now, each once; their slots are free then."""
+    numbers = list(self.kept.values())
+    self.kept = {}
+    return numbers
+
+  def follow(self, i: int, prompt: Sequence[int]) -> None:
+    """A reply: `prompt` takes the place of prompt i, and waits before all others."""
+    self.prompts[i], self.responses[i] = list(prompt), []
+    self.waiting.insert(0, i)
+    self._arrived[i] = self._entered
+
+  def entered(self, entry: Entry, ids: Sequence[int]) -> None:
+    """The first id of each of the entry's prompts."""
+    for i, token in zip(entry.prompts, ids, strict=True):
+      self.responses[i].append(int(token))
+
+  def drawn(self, ids: Int[np.ndarray, "R chunk"], active: Bool[np.ndarray, "R"]) -> None:
+    """What every slot has drawn, -1 where nothing, and which slots go on."""
+    lengths = (ids >= 0).sum(1)
+    # There were as many steps as the longest has ids; each wrote a column in every slot.
+    self.table.behind += lengths.max() - lengths
+    for row, i in list(self.seated.items()):
+      self.responses[i].extend(ids[row, : lengths[row]].tolist())
+      # The id drawn last is not in the cache yet.
+      self.table.write(row, [*self.prompts[i], *self.responses[i]][:-1])
+      if not active[row]:
+        del self.seated[row]
+        if self.replies:
+          self.kept[row] = i
+
+  def _free(self) -> list[int]:
+    return [
+      row for row in range(self.table.rows) if row not in self.seated and row not in self.kept
+    ]
+
+  def _grow(self, length: int) -> None:
+    self.table.grow(bucket(length, CACHE_LENGTHS))
+
+  def _next_entry(self) -> Entry:
+    """The next batch: chooses the prompts and their slots, and seats them."""
+    self._overtaken_first()
+    free = self._free()
+    candidates, wanted, sizes, length = self._candidates(free)
+    batch = _batch_size(1 + max(c.nth for c in candidates), sizes, length)
+    entering = [c for c in candidates if c.nth < batch]
+    wanted |= {c.source for c in candidates if c.nth >= batch and c.shared}
+    rows = self._rows(free, entering, wanted)
+    longest = max(len(self.prompts[c.prompt]) for c in entering)
+    # Room for the prompt and the first id.
+    if longest >= self.table.columns:
+      self._grow(longest + 1)
+    sources = np.int32([c.source for c in entering])
+    entry = Entry(
+      prompts=[c.prompt for c in entering],
+      rows=rows,
+      sources=sources,
+      shared=np.int32([c.shared for c in entering]),
+      # Before the seats are taken: the batch reads the cache as it was.
+      back=(self.table.behind + self.table.count)[sources],
+      places=self.table.device[sources] * batch + np.int32([c.nth for c in entering]),
+      batch=batch,
+      length=length,
+      columns=self.table.columns,
+    )
+    self._seat(entry)
+    return entry
+
+  def _seat(self, entry: Entry) -> None:
+    gone = set(entry.prompts)
+    self.waiting = [i for i in self.waiting if i not in gone]
+    self._entered += len(gone)
+    for row, i in zip(entry.rows.tolist(), entry.prompts, strict=True):
+      self.table.insert(row, self.prompts[i])
+      self.seated[row] = i
+
+  def _overtaken_first(self) -> None:
+    """Puts first who has waited while very many entered. Else conversations without an end, which
+    always go on before others enter, would keep the others out for ever; in shorter ones, of up to
+    MAX_OVERTAKEN turns, nobody is overtaken so often.
+    """
+    patience = MAX_OVERTAKEN * len(self.prompts)
+    overdue = [i for i in self.waiting if self._entered - self._arrived[i] > patience]
+    if overdue:
+      overdue.sort(key=lambda i: self._arrived[i])
+      self.waiting = overdue + [i for i in self.waiting if i not in set(overdue)]
+
+  def _candidates(self, free: list[int]) -> tuple[list[_Candidate], set[int], list[int], int]:
+    """Who may enter together. The first who waits always does, so nobody waits for ever; it decides
+    the batch's length.
+
+    Returns:
+      The candidates; slots wanted by prompts that go on waiting; the sizes that the batch may have
+      on a device; and its length.
+    """
+    chosen: list[_Candidate] = []
+    wanted: set[int] = set()
+    room = np.bincount(self.table.device[free], minlength=self.devices)  # of each device
+    beginnings = np.full((len(free), max(map(len, self.prompts))), -1, np.int32)
+    beside: list[list[int]] = [[] for _ in range(self.devices)]  # those chosen for each device
+    sizes, batch_length = self._batches, 0
+    for i in self.waiting[: 2 * len(free)]:
+      prompt = np.asarray(self.prompts[i], np.int32)
+      source, shared = self._source(prompt, room)
+      mates = beside[self.table.device[source]]
+      # A prompt that begins like one of these waits until that one's slot can be read: the batch
+      # reads the cache as it was before any of them entered.
+      if mates and common_prefix(beginnings[mates], prompt, shared + MIN_SHARED_TO_WAIT).any():
+        continue
+      length = bucket(len(prompt) - shared, self._lengths)
+      if not chosen:
+        batch_length = length
+        sizes = self._batch_sizes(len(prompt), length)
+        room = np.minimum(room, sizes[-1])
+      # No longer than the batch, and at most half of its row is padding.
+      elif not length <= batch_length <= 2 * length:
+        wanted |= {source} if shared else set()
+        continue
+      beginnings[len(chosen), : len(prompt)] = prompt
+      mates.append(len(chosen))
+      chosen.append(_Candidate(i, source, shared, len(mates) - 1))
+      room[self.table.device[source]] -= 1
+      if not room.any():
+        break
+    return chosen, wanted, sizes, batch_length
+
+  def _source(self, prompt: Int[np.ndarray, "T"], room: Int[np.ndarray, "D"]) -> tuple[int, int]:
+    """The slot on a device with room that holds most of a prompt's beginning, or else is where most
+    room is; and how many tokens it holds of it.
+    """
+    shared = self.table.shared(prompt, self._min_shared)
+    there = room[self.table.device]
+    # No device has more room than there are slots: what is shared decides first.
+    source = int(np.where(there > 0, shared * (self.table.rows + 1) + there, -1).argmax())
+    return source, int(shared[source])
+
+  def _batch_sizes(self, prompt: int, length: int) -> list[int]:
+    """Sizes of a batch of this length that stay within MAX_BATCH_TOKENS; `prompt` tokens are the
+    first one's, for which the cache may have to grow.
+    """
+    columns = max(self.table.columns, bucket(prompt + 1, CACHE_LENGTHS))
+    looked = columns if self.always_looks or self.table.readable().any() else 0
+    fitting = [n for n in self._batches if n * (looked + length) <= MAX_BATCH_TOKENS]
+    return fitting or self._batches[:1]
+
+  def _rows(
+    self, free: list[int], entering: list[_Candidate], wanted: set[int]
+  ) -> Int[np.ndarray, "n"]:
+    """A free slot for each, on its source's device: the source itself, where something is shared
+    and nobody before has taken it; or else a slot that holds nothing; or else any, those wanted by
+    prompts that still wait last.
+    """
+    left, rows = set(free), []
+    for c in entering:
+      rows.append(c.source if c.shared and c.source in left else None)
+      left.discard(rows[-1])
+    held = self.table.readable()
+    others: list[list[int]] = [[] for _ in range(self.devices)]
+    # The best last, where `pop` takes it.
+    for row in sorted(left, key=lambda row: (row in wanted, held[row] > 0, row), reverse=True):
+      others[self.table.device[row]].append(row)
+    for n, c in enumerate(entering):
+      if rows[n] is None:
+        rows[n] = others[self.table.device[c.source]].pop()
+    return np.int32(rows)
+
+
+def _batch_size(prompts: int, sizes: Sequence[int], length: int) -> int:
+  """The largest size of which more than half is filled by so many prompts, or that is small; or
+  else the largest that they fill, and the others wait.
+  """
+  filled = [
+    size
+    for size in sizes
+    if prompts <= size and (size < 2 * prompts or size * length <= SMALL_BATCH_TOKENS)
+  ]
+  return max(filled or [size for size in sizes if size <= prompts])
