@@ -1,4 +1,4 @@
-"""Attention over a ring, against NumPy in float64; the Triton kernel in interpret mode."""
+"""Attention over a circular cache, against NumPy in float64; the kernel in interpret mode."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def by_hand(q, k, v, column, filled):
   return result
 
 
-def rings(rng, column):
+def caches(rng, column):
   k, v = (rng.standard_normal((5, 2, S, 32)).astype(np.float32) for _ in range(2))
   k[0, :, (column + 1) % S] = v[0, :, (column + 1) % S] = 1e4  # what an earlier sequence left there
   return k, v
@@ -35,7 +35,7 @@ def rings(rng, column):
 @pytest.mark.parametrize("column", [0, 63, 64, 191])
 def test_each_row_sees_what_it_fills(column):
   rng = np.random.default_rng(column)
-  k, v = rings(rng, column)
+  k, v = caches(rng, column)
   q = rng.standard_normal((5, 4, 32)).astype(np.float32)
   new_k, new_v, right = (
     k[:, :, column].copy(),
@@ -72,7 +72,7 @@ def test_many_queries_see_what_their_mask_says():
 def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, programs):
   monkeypatch.setattr(kv_cache, "PROGRAMS", programs)
   rng = np.random.default_rng(column)
-  k, v = rings(rng, column)
+  k, v = caches(rng, column)
   qkv, scale = (
     rng.standard_normal((5, 8, 32)).astype(np.float32),
     rng.standard_normal((6, 32)).astype(np.float32),

@@ -1,10 +1,16 @@
-"""Attention of one query a row over a ring of columns, of which only those that the row fills are
-read.
+"""Attention over the circular cache of keys and values: one query a row, and only the columns that
+the row fills.
 
-A row's tokens are the `filled` columns written last. In plain XLA the whole ring is read and
-masked, and a step has more small kernels than large ones. On NVIDIA GPUs a Triton kernel, by way of
-Pallas, does everything between two matrix products: it norms and turns queries and keys, writes the
-column, and attends to what is filled.
+Every step writes the next of S columns, in all rows at once, and begins anew behind the last. A
+row's tokens are the `filled` columns written last, round the end of the cache if need be:
+
+    column             0  1  2  3  4  5  6  7      S = 8; column 3 is the next to be written
+    row 0, filled 5    c  d  e  .  .  .  a  b      reads columns 6 7 0 1 2
+    row 1, filled 2    .  x  y  .  .  .  .  .      reads columns 1 2
+
+In plain XLA the whole cache is read and masked, and a step has more small kernels than large ones.
+On NVIDIA GPUs a Triton kernel, by way of Pallas, does everything between two matrix products: it
+norms and rotates queries and keys, writes the column, and attends to what is filled.
 """
 
 import functools
@@ -19,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
 
-BLOCK = 32  # columns that are read at once; divides the ring
+BLOCK = 32  # columns that are read at once; divides the cache
 PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where there are fewer
 ROWS = 16  # of the smallest matrix product; the queries of one key-value head are fewer
 
@@ -50,8 +56,8 @@ def attend(
   """Softmax attention of each row's query over its own new key and value and the `filled_B` columns
   before `column`, in plain XLA.
 
-  The new ones are not read from the ring: to read what it has just written, XLA copies the ring at
-  every token.
+  The new ones are not read from the cache: to read what it has just written, XLA copies the cache
+  at every token.
   """
   B, K, H, S = k_BxKxHxS.shape
   seen = jnp.mod(column - 1 - jnp.arange(S), S) < filled_B[:, None]
@@ -110,7 +116,7 @@ def step(
   qkv_BxAxH: Float[Array, "B A H"],
   bias_AxH: Float[Array, "A H"] | None,
   scale: Float[Array, "NK H"] | None,
-  turns_BxH: Float[Array, "B H"],
+  cos_sin_BxH: Float[Array, "B H"],
   k_BxKxSxH: Float[Array, "B K S H"],
   v_BxKxSxH: Float[Array, "B K S H"],
   column: Int[Array, ""],
@@ -125,15 +131,15 @@ def step(
     qkv_BxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values.
     bias_AxH: float32, added to them, and not rounded before the rotation; None for no bias.
     scale: of the queries' and keys' RMS norm; None for no norm.
-    turns_BxH: cosines, then sines of the rotary angles, float32.
-    k_BxKxSxH, v_BxKxSxH: the ring; it is written in place.
+    cos_sin_BxH: cosines, then sines of the rotary angles, float32.
+    k_BxKxSxH, v_BxKxSxH: the cache; it is written in place.
     column: the one to write.
     filled_B: columns that each row sees, the new one with them.
     eps: of the norm.
     interpret: run it without a GPU.
 
   Returns:
-    The attention's output, and the ring.
+    The attention's output, and the cache's keys and values.
   """
   B, K, S, H = k_BxKxSxH.shape
   N = qkv_BxAxH.shape[1] - 2 * K
@@ -143,7 +149,7 @@ def step(
   bias = bias_AxH if biased else jnp.zeros((N + 2 * K, H), qkv_BxAxH.dtype)
   heads = lambda count, first: pl.BlockSpec((None, count, H), lambda b, k, p: (b, first + k, 0))
   scales = lambda count, first: pl.BlockSpec((count, H), lambda b, k, p: (first + k, 0))
-  ring = pl.BlockSpec((None, None, S, H), lambda b, k, p: (b, k, 0, 0))
+  cache = pl.BlockSpec((None, None, S, H), lambda b, k, p: (b, k, 0, 0))
   part = lambda *block: pl.BlockSpec(
     (None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block)
   )
@@ -165,10 +171,10 @@ def step(
       scales(G, 0),
       scales(1, N),
       pl.BlockSpec((None, H), lambda b, k, p: (b, 0)),
-      ring,
-      ring,
+      cache,
+      cache,
     ],
-    out_specs=[part(G, H), part(G), part(G), ring, ring],
+    out_specs=[part(G, H), part(G), part(G), cache, cache],
     out_shape=[
       parted(G, H, dtype=qkv_BxAxH.dtype if parts == 1 else jnp.float32),
       parted(G),
@@ -178,7 +184,7 @@ def step(
     input_output_aliases={11: 3, 12: 4},
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
     interpret=interpret,
-    name="ring_attention",
+    name="circular_attention",
   )(
     filled_B,
     column[None],
@@ -190,7 +196,7 @@ def step(
     bias,
     scale,
     scale,
-    turns_BxH,
+    cos_sin_BxH,
     k_BxKxSxH,
     v_BxKxSxH,
   )
@@ -236,7 +242,7 @@ def _kernel(
   dtype, low, high = keys_ref.dtype, pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
   row = jnp.arange(ROWS) < queries
 
-  def turned(ref, bias_ref, scale_ref, count):
+  def rotated(ref, bias_ref, scale_ref, count):
     """The two halves of normed and rotated heads [ROWS, H / 2], rounded where the model rounds."""
     mask = (jnp.arange(ROWS) < count)[:, None]
     get = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0).astype(
@@ -255,12 +261,12 @@ def _kernel(
     return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
 
   q_low, q_high = (
-    half * jnp.asarray(H**-0.5, dtype) for half in turned(q_ref, q_bias_ref, q_scale_ref, queries)
+    half * jnp.asarray(H**-0.5, dtype) for half in rotated(q_ref, q_bias_ref, q_scale_ref, queries)
   )
   # Rows beyond the first are zeros: the sum is the row.
   new_low, new_high = (
     jnp.sum(half.astype(jnp.float32), 0).astype(dtype)
-    for half in turned(k_ref, k_bias_ref, k_scale_ref, 1)
+    for half in rotated(k_ref, k_bias_ref, k_scale_ref, 1)
   )
   new_value = (
     (v_ref[0, :].astype(jnp.float32) + v_bias_ref[0, :]).astype(dtype) if biased else v_ref[0, :]
@@ -275,7 +281,7 @@ def _kernel(
     )
 
   # The newest block holds column % BLOCK + 1 of the columns or fewer; the others lie behind it, in
-  # the last resort around the ring.
+  # the last resort around the end of the cache.
   newest = column // BLOCK
   count = jnp.minimum(1 + pl.cdiv(jnp.maximum(filled - column % BLOCK - 1, 0), BLOCK), blocks)
 
