@@ -292,19 +292,29 @@ def _messages(data: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def _message(data: Any, number: int) -> Message:
-  role, tokens = field(data, "role", str), optional(data, "response_tokens", int)
+  role, content = field(data, "role", str), field(data, "content", str)
   if role not in ROLES:
-    raise ValueError(
-      f"the role of message {number} is {role!r}: it must be one of {', '.join(ROLES)}"
-    )
-  if tokens is not None and tokens < 0:
-    right = "it must be 0 or more"
-    raise ValueError(f"field 'response_tokens' of message {number} is {tokens}: {right}")
-  texts = {
-    name: optional(data, name, str) or "" for name in ("tool_call_id", "name", "thinking", "action")
+    known = ", ".join(ROLES)
+    raise ValueError(f"the role of message {number} is {role!r}: it must be one of {known}")
+  given = {
+    name: field(data, name, *kinds) for name, kinds in _OPTIONAL if data.get(name) is not None
   }
-  calls = tuple(map(_call, optional(data, "tool_calls", list) or ()))
-  return Message(role, field(data, "content", str), calls, response_tokens=tokens, **texts)
+  if given.get("response_tokens", 0) < 0:
+    seen = given["response_tokens"]
+    raise ValueError(f"field 'response_tokens' of message {number} is {seen}: it must be 0 or more")
+  if "tool_calls" in given:
+    given["tool_calls"] = tuple(map(_call, given["tool_calls"]))
+  return Message(role, content, **given)
+
+
+_OPTIONAL = (
+  ("tool_calls", (list,)),
+  ("tool_call_id", (str,)),
+  ("name", (str,)),
+  ("thinking", (str,)),
+  ("action", (str,)),
+  ("response_tokens", (int,)),
+)
 
 
 def _call(data: Any) -> ToolCall:

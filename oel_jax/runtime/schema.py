@@ -22,11 +22,7 @@ def digest(value: Any) -> str:
   Raises:
     TypeError, ValueError: the value holds something that JSON has not, such as NaN or an array.
   """
-  text = json.dumps(
-    json.loads(_dumps(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-  )
-  # A lone surrogate is written as "?", too.
-  return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+  return _digest(json.loads(_dumps(value)))
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def loads(data: bytes) -> Any:
     ) from error
   except RecursionError as error:
     raise ValueError("nested too deeply (recursion)") from error
-  if isinstance(value, dict) and DIGEST in value and value[DIGEST] != sealed(value)[DIGEST]:
+  if isinstance(value, dict) and DIGEST in value and not _holds(value):
     raise ValueError(
       f'damaged, or edited: the rest of it is not what its field "{DIGEST}" was made of; if it was '
       "edited, remove that field"
@@ -134,6 +130,18 @@ def _measured(value: Any, name: str, of: int, where: str) -> float | None:
       "two numbers, low and high",
     )
   return number
+
+
+def _holds(value: dict[str, Any]) -> bool:
+  """Whether an object that was read is what its digest was made of."""
+  return value[DIGEST] == _digest({name: value[name] for name in value if name != DIGEST})
+
+
+def _digest(value: Any) -> str:
+  """`digest` of a value that came from JSON: no tuple, no key that is no text."""
+  text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+  # A lone surrogate is written as "?", too.
+  return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _dumps(value: Any) -> str:
