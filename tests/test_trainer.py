@@ -348,11 +348,11 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
 
 
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
-  task, numbers = _task(policy), iter(task_lib.data_iterator(_task(policy), 5))
+  task, numbers = _task(policy), iter(trainer.batches_of(_task(policy), 5))
   passes = [next(numbers) for _ in range(8)]
-  assert all(sorted(batch["prompt"].tolist()) == list(range(5)) for batch in passes)
-  assert len({tuple(batch["prompt"].tolist()) for batch in passes}) > 1
-  assert [n for batch in passes for n in batch["draw"].tolist()] == list(range(40))
+  assert all(sorted(batch["prompt"]) == list(range(5)) for batch in passes)
+  assert len({tuple(batch["prompt"]) for batch in passes}) > 1
+  assert [n for batch in passes for n in batch["draw"]] == list(range(40))
   used = set()
   for drawn in passes[:2]:
     batch, _ = samples.sample_batch(
@@ -575,7 +575,7 @@ def test_a_sampler_that_stops_is_told_with_the_prefix(
   policy, tmp_path, monkeypatch, at_step, during, step
 ):
   del at_step
-  batches = iter(task_lib.data_iterator(_task(policy), 4))
+  batches = iter(trainer.batches_of(_task(policy), 4))
   drawn = [next(batches)["prompt"] for _ in range(3)]
   calls, sample = [], Policy.sample
 

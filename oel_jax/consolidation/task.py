@@ -7,13 +7,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
-import numpy as np
 from absl import logging
 
 from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.schema import Message, Prompt, knowledge_message
-from oel_jax.runtime.seeds import derive
 
 MANY_SYSTEMS = 16  # system texts of a round's prompts; more are told: each is read with each text
 
@@ -113,21 +110,3 @@ def make_task(
   knowledge = tuple(tuple(known) for _, known in found)
   skips, ids = tuple(skip for skip, _ in found), tuple(prompt.id for prompt in prompts)
   return Task(encoded, knowledge, skips, given, seed, round, ids)
-
-
-def data_iterator(task: Task, batch_size: int) -> grain.IterDataset:
-  """Batches of {"prompt", "draw"}: prompts shuffled anew in each pass, draws counted through; the
-  state is one small dict.
-  """
-  order = (
-    grain.MapDataset.range(len(task.prompts))
-    .seed(derive(task.seed, task.round, "prefixes"))
-    .shuffle()
-    .repeat()
-  )
-  numbered = order.map_with_index(
-    lambda draw, prompt: {"prompt": np.int64(prompt), "draw": np.int64(draw)}
-  )
-  return numbered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).batch(
-    batch_size
-  )

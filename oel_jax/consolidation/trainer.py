@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 import optax
@@ -21,6 +22,7 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.metrics import BUCKETS
+from oel_jax.conversations import dataset
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import finite, schema, signals
 from oel_jax.runtime import mesh as mesh_lib
@@ -41,6 +43,13 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
       weight_decay=config.weight_decay,
     ),
   )
+
+
+def batches_of(task: task_lib.Task, batch_size: int) -> grain.IterDataset:
+  """Batches of {"prompt", "draw"}: the numbers of the task's prompts, in an order that derives from
+  its seed and round (`dataset.batches`). The ids are in the task, so no file is read.
+  """
+  return dataset.batches(range(len(task.prompts)), batch_size, seed=task.seed, round=task.round)
 
 
 def consolidate(
@@ -82,7 +91,7 @@ def consolidate(
   made_from = _inputs(task, policy)
   cost = {"tokens": 0.0, "flops": 0.0}
   with Checkpoints(directory) as checkpoints:
-    batches = iter(task_lib.data_iterator(task, config.batch_size))
+    batches = iter(batches_of(task, config.batch_size))
     restored = _restore(checkpoints, abstract)
     first = _go_on(restored, batches, config, task, made_from, directory) if restored else 0
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
@@ -182,7 +191,7 @@ class _Training:
       )
     except finite.NotFiniteError as error:
       self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
-      raise self.failed(i, str(error), drawn["prompt"][list(error.prompts)]) from error
+      raise self.failed(i, str(error), [drawn["prompt"][k] for k in error.prompts]) from error
     placed = samples.place(batch, self.mesh, self.config.batch_size)
     state, measured = self.step(state, self.teacher, placed)
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
