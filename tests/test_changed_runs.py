@@ -321,6 +321,6 @@ def test_a_run_of_a_version_without_digests_is_read(make_run, tmp_path, caplog):
   resume.check(this, player)
   assert play_a_round(this, player) == texts and not player.asked
   assert (
-    f"{tmp_path / 'round_1'}: made before runs had a manifest.json: its files are taken as they "
-    "stand" in caplog.text
+    f"{tmp_path / 'round_1'}: carried here without its manifest.json, or made before runs had one: "
+    "its files are taken as they stand" in caplog.text
   )

@@ -65,6 +65,19 @@ def test_a_stage_that_is_done_is_not_done_again(run_stage, tmp_path):
   assert bits(tmp_path / "run", "round_*/**/*") == before
 
 
+def test_games_that_were_removed_before_they_were_read_are_played_again(run_stage, tmp_path):
+  games = tmp_path / "run/round_1/user/trajectories.jsonl"
+  run_stage("deploy")
+  before = games.read_bytes()
+  games.unlink()
+  run_stage("deploy")
+  assert games.read_bytes() == before
+  run_stage("extract")
+  games.unlink()
+  run_stage("deploy")  # once read, they are not needed
+  assert not games.exists()
+
+
 @pytest.mark.parametrize(
   "done, name, number, told",
   [

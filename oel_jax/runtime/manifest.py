@@ -40,7 +40,10 @@ class Manifest:
     if not (self.folder / NAME).exists():
       if any(self.folder.rglob("*.jsonl")):
         logging.warning(
-          "%s: made before runs had a %s: its files are taken as they stand", self.folder, NAME
+          "%s: carried here without its %s, or made before runs had one: its files are taken as "
+          "they stand",
+          self.folder,
+          NAME,
         )
       return
     for name, entry in self._entries().items():

@@ -10,7 +10,7 @@ from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import play, resume
-from oel_jax.stages.run import DEPLOYED, PROMPT_GAMES, PROMPTS, Run
+from oel_jax.stages.run import DEPLOYED, KNOWLEDGE, PROMPT_GAMES, PROMPTS, Run
 
 
 def deploy(run: Run, number: int, policy: Policy) -> None:
@@ -24,6 +24,8 @@ def deploy(run: Run, number: int, policy: Policy) -> None:
   if path.exists():
     if games.exists():
       _compare_prompts(path, games)
+    if not any((run.round(number) / name).exists() for name in (KNOWLEDGE, DEPLOYED)):
+      play_for_knowledge(run, number, policy)  # they were removed, and are still to be read
     return
   play.log(run, number, "deploy", play_for_knowledge(run, number, policy))
   played = _play_for_prompts(run, number, policy)
