@@ -16,10 +16,58 @@ from oel_jax.consolidation.divergences import DIVERGENCES
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.runtime import boards
 
-KINDS = (*DIVERGENCES, "imitation")
-SUPPORTS = ("full", "topk", "topk_tail")
-REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "cudnn", "flash")
+# Fields with few values.
+CHOICES = {
+  "policy.architecture": ("auto", *ARCHITECTURES),
+  "policy.compute_dtype": ("auto", "bfloat16", "float32"),
+  "extraction.form": ("items", "text"),
+  "extraction.start_from": ("nothing", "previous_round"),
+  "extraction.source": ("extracted", "trajectories", "empty"),
+  "consolidation.data": ("student", "teacher"),
+  "consolidation.kind": (*DIVERGENCES, "imitation"),
+  "consolidation.support": ("full", "topk", "topk_tail"),
+  "consolidation.remat": ("none", "dots", "full"),
+  "consolidation.attention": ("auto", "xla", "cudnn", "flash"),
+  "consolidation.unroll": ("auto", "yes", "no"),
+  "consolidation.on_no_gain": ("warn", "skip", "stop"),
+}
+POSITIVE = (
+  "rounds",
+  "policy.max_prompt_tokens",
+  "deployment.episodes",
+  "deployment.max_turns",
+  "deployment.max_response_tokens",
+  "deployment.temperature",
+  "deployment.slots",
+  "extraction.texts",
+  "extraction.trajectories",
+  "extraction.use",
+  "extraction.max_knowledge_tokens",
+  "extraction.max_response_tokens",
+  "extraction.temperature",
+  "consolidation.steps",
+  "consolidation.batch_size",
+  "consolidation.k",
+  "consolidation.temperature",
+  "consolidation.learning_rate",
+  "consolidation.eps",
+  "consolidation.clip_norm",
+  "consolidation.micro_tokens",
+  "consolidation.chunk",
+  "consolidation.checkpoint_every",
+  "evaluation.episodes",
+  "evaluation.temperature",
+)
+NOT_NEGATIVE = (
+  "deployment.top_k",
+  "extraction.top_k",
+  "evaluation.top_k",
+  "consolidation.gate_episodes",
+  "consolidation.log_probe",
+  "consolidation.knowledge_gib",
+  "consolidation.weight_decay",
+  "evaluation.retention",
+)
 # Short names of what modules outside the core have, each for its MODULE:NAME.
 POLICIES = {"pocket": "oel_jax.pocket.load:load"}  # of config.policy.weights
 TASKS = {  # of config.task
@@ -193,126 +241,69 @@ def validate(
   alone and against each other.
   """
   _check_types(config, default() if expected is None else expected)
-
-  def need(ok: bool, field: str, value, right: str) -> None:
-    if not ok:
-      raise ValueError(f"config.{field} is {value!r}: it must be {right}")
-
-  def one_of(field: str, choices) -> None:
-    value = config
-    for part in field.split("."):
-      value = value[part]
-    need(value in choices, field, value, "one of " + ", ".join(repr(choice) for choice in choices))
-
-  def positive(field: str, zero_ok: bool = False) -> None:
-    value = config
-    for part in field.split("."):
-      value = value[part]
-    need(
-      value > 0 or (zero_ok and value == 0), field, value, "0 or more" if zero_ok else "more than 0"
-    )
-
-  one_of("policy.architecture", ("auto", *ARCHITECTURES))
-  one_of("policy.compute_dtype", ("auto", "bfloat16", "float32"))
-  one_of("extraction.form", ("items", "text"))
-  one_of("extraction.start_from", ("nothing", "previous_round"))
-  need(
-    config.extraction.source != "swapped",
+  _need(
+    config,
     "extraction.source",
-    config.extraction.source,
+    config.extraction.source != "swapped",
     "another: what changes the items of the knowledge is named by extraction.edit now, as "
     "experiments/controls.py does",
   )
-  one_of("extraction.source", ("extracted", "trajectories", "empty"))
-  one_of("consolidation.data", ("student", "teacher"))
-  one_of("consolidation.kind", KINDS)
-  one_of("consolidation.support", SUPPORTS)
-  one_of("consolidation.remat", REMAT)
-  one_of("consolidation.attention", ATTENTION)
-  one_of("consolidation.unroll", ("auto", "yes", "no"))
-  one_of("consolidation.on_no_gain", ("warn", "skip", "stop"))
-  for field in (
-    "rounds",
-    "policy.max_prompt_tokens",
-    "deployment.episodes",
-    "deployment.max_turns",
-    "deployment.max_response_tokens",
-    "deployment.temperature",
-    "deployment.slots",
-    "extraction.texts",
-    "extraction.trajectories",
-    "extraction.use",
-    "extraction.max_knowledge_tokens",
-    "extraction.max_response_tokens",
-    "extraction.temperature",
-    "consolidation.steps",
-    "consolidation.batch_size",
-    "consolidation.k",
-    "consolidation.temperature",
-    "consolidation.learning_rate",
-    "consolidation.eps",
-    "consolidation.clip_norm",
-    "consolidation.micro_tokens",
-    "consolidation.chunk",
-    "consolidation.checkpoint_every",
-    "evaluation.episodes",
-    "evaluation.temperature",
-  ):
-    positive(field)
-  for field in (
-    "deployment.top_k",
-    "extraction.top_k",
-    "evaluation.top_k",
-    "consolidation.gate_episodes",
-    "consolidation.log_probe",
-    "consolidation.knowledge_gib",
-    "consolidation.weight_decay",
-    "evaluation.retention",
-  ):
-    positive(field, zero_ok=True)
-  need(
-    config.evaluation.tasks or not config.evaluation.retention,
-    "evaluation.retention",
-    config.evaluation.retention,
-    "0 where evaluation.tasks names no task, each as MODULE:NAME",
-  )
-  for stage in ("deployment", "extraction", "evaluation"):
-    need(
-      0 < config[stage].top_p <= 1, f"{stage}.top_p", config[stage].top_p, "above 0 and at most 1"
-    )
-  for field in ("b1", "b2"):
-    need(
-      0 <= config.consolidation[field] < 1,
-      f"consolidation.{field}",
-      config.consolidation[field],
-      "at least 0 and below 1",
-    )
-  for step in config.evaluation.accumulation:
-    need(
-      type(step) is int and 0 < step <= config.extraction.trajectories,
-      "evaluation.accumulation",
-      tuple(config.evaluation.accumulation),
-      f"whole numbers from 1 to extraction.trajectories ({config.extraction.trajectories})",
-    )
-  need(
-    config.extraction.use <= config.extraction.trajectories,
-    "extraction.use",
-    config.extraction.use,
-    f"at most extraction.trajectories ({config.extraction.trajectories})",
-  )
-  need(
-    config.consolidation.attention != "flash" or not config.consolidation.pack,
-    "consolidation.pack",
-    config.consolidation.pack,
-    'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
-  )
-  if "distill" not in config:  # which extracts nothing
-    known, limit = config.extraction.max_knowledge_tokens, config.policy.max_prompt_tokens
-    right = f"below policy.max_prompt_tokens ({limit})"
-    need(known < limit, "extraction.max_knowledge_tokens", known, right)
+  for field, choices in CHOICES.items():
+    value, right = _value(config, field), "one of " + ", ".join(map(repr, choices))
+    _need(config, field, value in choices, right)
+  for field in POSITIVE:
+    _need(config, field, _value(config, field) > 0, "more than 0")
+  for field in NOT_NEGATIVE:
+    _need(config, field, _value(config, field) >= 0, "0 or more")
+  for field in ("deployment.top_p", "extraction.top_p", "evaluation.top_p"):
+    _need(config, field, 0 < _value(config, field) <= 1, "above 0 and at most 1")
+  for field in ("consolidation.b1", "consolidation.b2"):
+    _need(config, field, 0 <= _value(config, field) < 1, "at least 0 and below 1")
+  _check_together(config)
   if config.wandb_project:
     boards.import_wandb(config.wandb_project)
   check_finite(config)
+
+
+def _value(config: Any, field: str) -> Any:
+  for part in field.split("."):
+    config = config[part]
+  return config
+
+
+def _need(config: Any, field: str, ok: bool, right: str) -> None:
+  if not ok:
+    raise ValueError(f"config.{field} is {_value(config, field)!r}: it must be {right}")
+
+
+def _check_together(config: Any) -> None:
+  """Raises ValueError where two fields contradict each other."""
+  extraction, evaluation = config.extraction, config.evaluation
+  read = f"extraction.trajectories ({extraction.trajectories})"
+  _need(
+    config,
+    "evaluation.retention",
+    bool(evaluation.tasks) or not evaluation.retention,
+    "0 where evaluation.tasks names no task, each as MODULE:NAME",
+  )
+  _need(
+    config,
+    "evaluation.accumulation",
+    all(type(n) is int and 0 < n <= extraction.trajectories for n in evaluation.accumulation),
+    f"whole numbers from 1 to {read}",
+  )
+  _need(config, "extraction.use", extraction.use <= extraction.trajectories, f"at most {read}")
+  _need(
+    config,
+    "consolidation.pack",
+    config.consolidation.attention != "flash" or not config.consolidation.pack,
+    'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
+  )
+  if "distill" not in config:  # which extracts nothing
+    limit = config.policy.max_prompt_tokens
+    fits = extraction.max_knowledge_tokens < limit
+    right = f"below policy.max_prompt_tokens ({limit})"
+    _need(config, "extraction.max_knowledge_tokens", fits, right)
 
 
 def _check_types(config: Any, expected: ml_collections.ConfigDict, above: str = "") -> None:
