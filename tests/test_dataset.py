@@ -73,7 +73,7 @@ def test_prompts_are_read_from_a_file_by_number_and_only_by_whose_they_are(tmp_p
       read.append(index)
       return super().__getitem__(index)
 
-  source = Source(tmp_path / "prompts.jsonl", prompt_from_json)
+  source = Source(tmp_path / "prompts.jsonl", lambda data, _: prompt_from_json(data))
   numbers = iter(dataset.batches(range(9), 4, seed=5, round=1, process_index=1, process_count=2))
   found = iter(dataset.batches(source, 4, seed=5, round=1, process_index=1, process_count=2))
   for _ in range(5):

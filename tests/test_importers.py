@@ -8,7 +8,7 @@ import pytest
 
 from oel_jax.conversations import importers
 from oel_jax.conversations.jsonl import write_jsonl
-from oel_jax.conversations.schema import Message, Prompt
+from oel_jax.conversations.schema import Conversation, Message, Prompt, Source, ToolCall
 
 TALK = [{"role": "user", "content": "How are you?"}]
 
@@ -355,3 +355,141 @@ def test_a_check_that_is_not_there(tmp_path):
     match=re.escape(f"config.distill.obeys is '{tmp_path}/none.py:f': there is no such file"),
   ):
     importers.read_check(f"{tmp_path}/none.py:f")
+
+
+# Logs.
+
+
+def log(tmp_path, *lines, **how):
+  text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+  path = given(tmp_path, "log.jsonl", text)
+  return path, list(importers.read_log(path, **how))
+
+
+ASKED = {"role": "user", "content": "What time is it?"}
+TIME = ToolCall("c", "clock", "{}")
+
+
+def test_openai_chats_keep_tools_reasoning_and_feedback(tmp_path):
+  said = [
+    {"role": "developer", "content": "Be brief."},
+    ASKED | {"name": "ann"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Look."},
+    {"role": "tool", "tool_call_id": "c", "content": "12:00"},
+    {
+      "role": "assistant",
+      "content": [{"type": "text", "text": "It is "}, {"type": "text", "text": "noon."}],
+    },
+  ]
+  line = {
+    "id": 7,
+    "messages": said,
+    "feedback": {"thumb": "up"},
+    "score": 1,
+    "outcome": "solved",
+    "x": 3,
+  }
+  path, found = log(tmp_path, line, "\n", {"messages": [ASKED]})
+  whole = Conversation(
+    "7",
+    (
+      Message("system", "Be brief."),
+      Message("user", "What time is it?", name="ann"),
+      Message("assistant", "", (TIME,), thinking="Look."),
+      Message("tool", "12:00", tool_call_id="c"),
+      Message("assistant", "It is noon."),
+    ),
+    Source("log", path, line=1),
+    outcome="solved",
+    reward=1.0,
+    feedback='{"thumb": "up"}',
+  )
+  short = Conversation("log-3", (Message("user", "What time is it?"),), Source("log", path, line=3))
+  assert found == [whole, short]
+
+
+def test_sharegpt(tmp_path):
+  said = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "What time is it?"},
+    {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "UTC"}}'},
+    {"from": "observation", "value": "12:00"},
+    {"from": "gpt", "value": "Noon."},
+  ]
+  path, [found] = log(tmp_path, {"id": "a", "conversations": said})
+  assert found == Conversation(
+    "a",
+    (
+      Message("system", "Be brief."),
+      Message("user", "What time is it?"),
+      Message("assistant", "", (ToolCall("", "clock", '{"zone": "UTC"}'),)),
+      Message("tool", "12:00"),
+      Message("assistant", "Noon."),
+    ),
+    Source("log", path, line=1),
+  )
+
+
+def test_an_agents_messages_are_gathered_by_session(tmp_path):
+  use = {"type": "tool_use", "id": "c", "name": "clock", "input": {}}
+  results = [
+    {"type": "tool_result", "tool_use_id": "c", "content": "12:00"},
+    {"type": "tool_result", "tool_use_id": "d", "content": [{"type": "text", "text": "13:00"}]},
+  ]
+  thought = {"type": "thinking", "thinking": "Look."}
+  path, found = log(
+    tmp_path,
+    {"type": "user", "sessionId": "s1", "message": ASKED},
+    {
+      "type": "assistant",
+      "sessionId": "s1",
+      "message": {"role": "assistant", "content": [thought, use]},
+    },
+    {"type": "user", "sessionId": "s1", "message": {"role": "user", "content": results}},
+    {"type": "assistant", "sessionId": "s1", "message": {"role": "assistant", "content": "Noon."}},
+    {"sessionId": "s2", "message": ASKED},
+  )
+  first = (
+    Message("user", "What time is it?"),
+    Message("assistant", "", (TIME,), thinking="Look."),
+    Message("tool", "12:00", tool_call_id="c"),
+    Message("tool", "13:00", tool_call_id="d"),
+    Message("assistant", "Noon."),
+  )
+  assert found == [
+    Conversation("s1", first, Source("agent", path, line=1)),
+    Conversation("s2", first[:1], Source("agent", path, line=5)),
+  ]
+  path, [bare] = log(tmp_path, ASKED, {"role": "assistant", "content": "Noon."})
+  assert [message.content for message in bare.messages] == ["What time is it?", "Noon."]
+
+
+@pytest.mark.parametrize(
+  "line, told",
+  [
+    ("{nonsense\n", "Expecting property name"),
+    ({"messages": []}, "the conversation is []: it must be a list of messages"),
+    ({"messages": ["hello"]}, "a message is 'hello': it must be an object"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "said by 'narrator': it must be one of"),
+    ({"messages": [{"role": "user", "content": 3}]}, "a part of a message is {'text': 3"),
+    (
+      {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+      "a part of a message is {'type': 'image_url'}: texts and tools are read",
+    ),
+    (
+      {"messages": [ASKED | {"tool_calls": 3}]},
+      "the calls of a message are 3: they must be a list",
+    ),
+    ({"messages": [ASKED | {"tool_calls": [3]}]}, "a tool's call is 3: it must name a function"),
+    ({"messages": [ASKED], "score": "good"}, "the reward is 'good': it must be a number"),
+    ({"conversations": [{"from": "function_call", "value": None}]}, "Expecting value"),
+    ({"hello": 3}, "a message is said by None"),
+  ],
+)
+def test_a_line_that_is_no_conversation_is_left_out_counted_and_named(tmp_path, caplog, line, told):
+  path, found = log(tmp_path, {"messages": [ASKED]}, line, {"messages": [ASKED]}, max_damaged=0.5)
+  assert [conversation.source.line for conversation in found] == [1, 3]
+  assert f"{path}:2: skipped a damaged line: " in caplog.text and told in caplog.text
+  assert "skipped 1 damaged lines of 3" in caplog.text
+  with pytest.raises(ValueError, match="1 of 3 lines are damaged, more than 5%"):
+    list(importers.read_log(path))

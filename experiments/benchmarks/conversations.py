@@ -28,7 +28,6 @@ from oel_jax.conversations.schema import (
   Message,
   Source,
   ToolCall,
-  conversation_from_json,
 )
 from oel_jax.extraction import extract
 from oel_jax.runtime import files
@@ -71,7 +70,7 @@ def write(path: pathlib.Path, count: int) -> None:
 def read(path: str) -> dict[str, float]:
   """Streams the file, then asks for records by number; prints nothing but the figures."""
   started = time.perf_counter()
-  file = jsonl.JsonLines(path, conversation_from_json)
+  file = jsonl.conversations(path)
   stream = iter(file)
   next(stream)
   first = time.perf_counter() - started

@@ -47,7 +47,7 @@ class JsonLines(Generic[R]):
   def __init__(
     self,
     path: str | os.PathLike,
-    parse: Callable[[dict[str, Any]], R],
+    parse: Callable[[dict[str, Any], int], R],
     *,
     max_damaged: float = MAX_DAMAGED,
   ):
@@ -55,7 +55,8 @@ class JsonLines(Generic[R]):
 
     Args:
       path: file of `write_jsonl` or `append_jsonl`.
-      parse: makes a record of a line's object; raises ValueError where it is none.
+      parse: makes a record of a line's object and the line's number, from 1; raises ValueError
+        where it is none.
       max_damaged: largest share of damaged lines that is accepted.
     """
     self.path, self.damaged = pathlib.Path(path), 0
@@ -76,7 +77,7 @@ class JsonLines(Generic[R]):
       for number, line in enumerate(file, start=1):
         if line.strip():
           try:
-            record = self._record(line)
+            record = self._record(line, number)
           except ValueError as error:
             damaged, first = damaged + 1, first or (number, str(error))
             if damaged <= MAX_NAMED:
@@ -112,7 +113,7 @@ class JsonLines(Generic[R]):
       file.seek(begin)
       line = file.readline()
     try:
-      return self._record(line)
+      return self._record(line, number)
     except ValueError as error:
       raise ValueError(f"{self.path}:{number}: changed since it was first read: {error}") from error
 
@@ -122,23 +123,35 @@ class JsonLines(Generic[R]):
         pass
     return self._places
 
-  def _record(self, line: bytes) -> R:
+  def _record(self, line: bytes, number: int) -> R:
     data = schema.loads(line)
     if not isinstance(data, dict):
       raise ValueError(f"a JSON object is needed, this is {reprlib.repr(data)}")
-    return self._parse(data)
+    return self._parse(data, number)
+
+
+def conversations(
+  path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED
+) -> JsonLines[Conversation]:
+  """The conversations of a file, as a stream and by number."""
+  return JsonLines(path, lambda data, _: conversation_from_json(data), max_damaged=max_damaged)
+
+
+def prompts(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> JsonLines[Prompt]:
+  """The prompts of a file, as a stream and by number."""
+  return JsonLines(path, lambda data, _: prompt_from_json(data), max_damaged=max_damaged)
 
 
 def read_conversations(
   path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED
 ) -> list[Conversation]:
   """All conversations of a file at once, in file order; arguments and errors as in `JsonLines`."""
-  return list(JsonLines(path, conversation_from_json, max_damaged=max_damaged))
+  return list(conversations(path, max_damaged=max_damaged))
 
 
 def read_prompts(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> list[Prompt]:
   """All prompts of a file at once, in file order; arguments and errors as in `JsonLines`."""
-  return list(JsonLines(path, prompt_from_json, max_damaged=max_damaged))
+  return list(prompts(path, max_damaged=max_damaged))
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:

@@ -29,7 +29,18 @@ JOINTS = ("\n\n", "\n", " ")
 def front(
   messages: Sequence[Message],
 ) -> tuple[Message | None, Message | None, tuple[Message, ...]]:
-  """(knowledge, the conversation's own system message, all others); None for what is not there."""
+  """(knowledge, the conversation's own system message, all others); None for what is not there.
+
+  Raises:
+    ValueError: a message calls a tool or is one's, which no prompt can show yet: left out, it would
+      be another conversation.
+  """
+  for number, message in enumerate(messages, start=1):
+    if message.role == "tool" or message.tool_calls:
+      raise ValueError(
+        f"message {number}, the {message.role}'s, is of a tool or calls one: prompts cannot show "
+        "tools yet; leave the conversation out"
+      )
   knowledge = own = None
   rest = tuple(messages)
   if rest and rest[0].role == KNOWLEDGE:
