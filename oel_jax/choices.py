@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from oel_jax.consolidation import placement
-from oel_jax.policy import transformer, unrolled
+from oel_jax.policy import transformer
+from oel_jax.policy.ops import common
 from oel_jax.policy.sampling import engine, kv_cache
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
@@ -37,8 +38,8 @@ def choose(
     knowledge += f" up to {gib:g} GiB, more on the host (and then layers scanned)"
   is_unrolled = placement.unroll(config.consolidation, policy, mesh)
   activation = jax.ShapeDtypeStruct((), dtype)
-  kernels = unrolled._kernels_fit(activation, a.head_size)
-  sampling_kernels = unrolled._kernels_fit(activation)
+  kernels = common.supported(activation, a.head_size)
+  sampling_kernels = common.supported(activation)
   prefill, step = engine.prefill_path(dtype), kv_cache.path(a, dtype)
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from oel_jax.consolidation import chunk_loss, losses
-from oel_jax.policy import unrolled
-from oel_jax.policy.ops import kernels, small_matmul
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import heads, norm, small_matmul, swiglu
 from oel_jax.policy.sampling import kv_cache
 
 HEADS = {
@@ -77,23 +77,23 @@ def as_right(kernel, plain, *given):
 @cases("tokens, width", [(1, 1536), (5, 896), (300, 576), (2, 2560)], [(1, 1536), (2, 576)])
 def test_add_norm(tokens, width, interpret):
   def plain(x, y, scale):
-    return x + y, unrolled._norm(x + y, scale, EPS)
+    return x + y, norm.rms(x + y, scale, EPS)
 
   given = real(0, tokens, width), real(1, tokens, width), normal(2, width)
-  as_right(functools.partial(kernels.add_norm, eps=EPS, interpret=interpret), plain, *given)
+  as_right(functools.partial(norm.add_norm_kernel, eps=EPS, interpret=interpret), plain, *given)
 
 
 @cases("tokens, width", [(1, 1536), (5, 896), (530, 576)], [(1, 896), (3, 576)])
 def test_norm_backward(tokens, width, interpret):
   def plain(x, scale, gradient, passed):
-    y, back = jax.vjp(functools.partial(unrolled._norm, eps=EPS), x, scale)
+    y, back = jax.vjp(functools.partial(norm.rms, eps=EPS), x, scale)
     d_x, d_scale = back(gradient)
     return d_x + passed, y, d_scale
 
   # A padding token is all zeros, or what a bias makes of it: nothing may be divided by its size.
   x = real(0, tokens, width).at[-1].set(0)
   given = x, normal(2, width, dtype=jnp.float32), normal(3, tokens, width), normal(4, tokens, width)
-  as_right(functools.partial(kernels.norm_backward, eps=EPS, interpret=interpret), plain, *given)
+  as_right(functools.partial(norm.backward_kernel, eps=EPS, interpret=interpret), plain, *given)
 
 
 @cases(
@@ -111,9 +111,9 @@ def test_heads_and_their_gradient(name, tokens, interpret):
   angles = np.random.default_rng(2).uniform(0, 6, (tokens, H // 2))
   cos_sin = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
   gradients = tuple(normal(3 + i, tokens, count, H) for i, count in enumerate((N, K, K)))
-  plain = functools.partial(unrolled._plain_heads, K, EPS)
+  plain = functools.partial(heads.plain, Architecture(2, 2, 1, N, K, H, 2, norm_eps=EPS))
   as_right(
-    functools.partial(kernels.heads, kv_heads=K, eps=EPS, interpret=interpret),
+    functools.partial(heads.kernel, kv_heads=K, eps=EPS, interpret=interpret),
     plain,
     qkv,
     bias,
@@ -125,7 +125,7 @@ def test_heads_and_their_gradient(name, tokens, interpret):
     return jax.vjp(lambda qkv, scale: plain(qkv, bias, scale, cos_sin), qkv, scale)[1](gradients)
 
   as_right(
-    functools.partial(kernels.heads_backward, eps=EPS, interpret=interpret),
+    functools.partial(heads.backward_kernel, eps=EPS, interpret=interpret),
     backward,
     qkv,
     bias,
@@ -138,13 +138,13 @@ def test_heads_and_their_gradient(name, tokens, interpret):
 @cases("tokens, size", [(1, 8960), (300, 4864), (2, 1000)], [(1, 4864), (2, 1000)])
 def test_swiglu_backward(tokens, size, interpret):
   def plain(gate_up, gradient):
-    y, back = jax.vjp(unrolled._swiglu, gate_up)
+    y, back = jax.vjp(swiglu.plain, gate_up)
     return *back(gradient), y
 
   # Gates far below and above 0, where the sigmoid is 0 or 1.
   gate_up = real(0, tokens, 2 * size, columns=(3, 17, 40, size + 3, size + 17), large=(50, 1e4))
   as_right(
-    functools.partial(kernels.swiglu_backward, interpret=interpret),
+    functools.partial(swiglu.backward_kernel, interpret=interpret),
     plain,
     gate_up,
     normal(1, tokens, size),
@@ -156,15 +156,17 @@ def test_small_products(count, interpret):
   x, matrix = real(0, count, 1536), normal(1, 256, 1536)
   product = lambda x, matrix: (x.astype(jnp.float32) @ matrix.astype(jnp.float32).T).astype(x.dtype)
 
-  def swiglu(x, matrix):
+  def gated(x, matrix):
     gate, up = jnp.split(product(x, matrix), 2, axis=1)
     return jax.nn.silu(gate) * up
 
   with jax.default_matmul_precision("highest"):
-    as_right(functools.partial(small_matmul.product, interpret=interpret), product, x, matrix)
-    as_right(functools.partial(small_matmul.swiglu, interpret=interpret), swiglu, x, matrix)
+    as_right(
+      functools.partial(small_matmul.product_kernel, interpret=interpret), product, x, matrix
+    )
+    as_right(functools.partial(small_matmul.swiglu_kernel, interpret=interpret), gated, x, matrix)
     parts = lambda x, matrix: (
-      small_matmul.parts(x, matrix, interpret=interpret).sum(0).astype(x.dtype)
+      small_matmul.parts_kernel(x, matrix, interpret=interpret).sum(0).astype(x.dtype)
     )
     as_right(parts, product, x, matrix)
 

@@ -101,7 +101,7 @@ def test_every_mesh_gives_the_dense_loss_and_its_gradients(shape, vocabulary, lo
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
 
 
-V, ROWS, RESPONSE = 8192, 16, 12  # of a vocabulary above `transformer.SMALL_VOCABULARY`
+V, ROWS, RESPONSE = 8192, 16, 12  # of a vocabulary above `ops.embedding.SMALL_VOCABULARY`
 
 
 @functools.cache

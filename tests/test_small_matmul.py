@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from test_sampler import naive_sampled, random_prompts, sample
 
-from oel_jax.policy import unrolled
-from oel_jax.policy.ops import kernels, small_matmul
+from oel_jax.policy.ops import common, norm, small_matmul
 from oel_jax.policy.sampling import engine
 
 INTERPRET = jax.default_backend() != "gpu"
@@ -25,30 +24,34 @@ def test_products(rows):
   same = lambda found, wanted, close: np.testing.assert_allclose(
     np.float64(found), wanted, rtol=close, atol=close
   )
-  parts = small_matmul.parts(x, matrix, interpret=INTERPRET)
+  parts = small_matmul.parts_kernel(x, matrix, interpret=INTERPRET)
   assert parts.shape == (4, rows, 256) and parts.dtype == jnp.float32
   same(parts.sum(0), wanted, 1e-3)
   same(parts[1], np.float64(x)[:, 256:512] @ np.float64(matrix)[:, 256:512].T, 1e-3)
-  found = small_matmul.product(x, matrix, interpret=INTERPRET)
+  found = small_matmul.product_kernel(x, matrix, interpret=INTERPRET)
   assert found.dtype == jnp.bfloat16
   same(found, wanted, 2**-8)
   gate, up = np.split(wanted, 2, axis=1)
-  same(small_matmul.swiglu(x, matrix, interpret=INTERPRET), gate / (1 + np.exp(-gate)) * up, 2**-6)
+  same(
+    small_matmul.swiglu_kernel(x, matrix, interpret=INTERPRET),
+    gate / (1 + np.exp(-gate)) * up,
+    2**-6,
+  )
 
 
 def test_which_products_fit(monkeypatch):
   zeros = lambda *shape, dtype=jnp.bfloat16: jnp.zeros(shape, dtype)
   monkeypatch.setattr(small_matmul, "_large_gpu", lambda: True)
-  assert small_matmul.fits(zeros(64, 2048), zeros(4096, 2048)) and small_matmul.fits(
+  assert small_matmul.supported(zeros(64, 2048), zeros(4096, 2048)) and small_matmul.supported(
     zeros(16, 9728), zeros(2560, 9728)
   )
-  assert not small_matmul.fits(zeros(64, 576), zeros(1536, 576)) and not small_matmul.fits(
-    zeros(64, 2048), zeros(1000, 2048)
-  )
-  assert not small_matmul.fits(zeros(8, 2048), zeros(4096, 2048)) and not small_matmul.fits(
-    zeros(256, 2048), zeros(4096, 2048)
-  )
-  assert not small_matmul.fits(
+  assert not small_matmul.supported(
+    zeros(64, 576), zeros(1536, 576)
+  ) and not small_matmul.supported(zeros(64, 2048), zeros(1000, 2048))
+  assert not small_matmul.supported(
+    zeros(8, 2048), zeros(4096, 2048)
+  ) and not small_matmul.supported(zeros(256, 2048), zeros(4096, 2048))
+  assert not small_matmul.supported(
     zeros(64, 2048, dtype=jnp.float32), zeros(4096, 2048, dtype=jnp.float32)
   )
   monkeypatch.undo()
@@ -66,9 +69,9 @@ def test_which_products_fit(monkeypatch):
       "devices",
       lambda capability=capability: [types.SimpleNamespace(compute_capability=capability)],
     )
-    assert small_matmul.fits(zeros(64, 2048), zeros(4096, 2048)) == large
+    assert small_matmul.supported(zeros(64, 2048), zeros(4096, 2048)) == large
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-  assert not small_matmul.fits(zeros(64, 2048), zeros(4096, 2048))
+  assert not small_matmul.supported(zeros(64, 2048), zeros(4096, 2048))
 
 
 @pytest.fixture(name="fresh")
@@ -87,7 +90,7 @@ def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch)
   """As on a GPU, in float32: matrices with one row an output, a single row's product as a sum, or
   all products by the kernels.
   """
-  used, product, add_norm = set(), small_matmul._product, kernels.add_norm
+  used, product, add_norm = set(), small_matmul._product, norm.add_norm_kernel
 
   def counted(x, matrix, cut, sides, dtype, interpret):
     used.add((cut.parts, sides))
@@ -97,11 +100,11 @@ def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch)
   monkeypatch.setattr(small_matmul, "PRODUCT", small_matmul.Cut(1, 16, 16, 4, 1))
   monkeypatch.setattr(small_matmul, "PARTS", small_matmul.Cut(2, 16, 8, 4, 1))
   monkeypatch.setattr(small_matmul, "SWIGLU", small_matmul.Cut(1, 16, 16, 4, 1))
-  monkeypatch.setattr(small_matmul, "fits", lambda x, matrix: fewest <= len(x) <= 4)
-  monkeypatch.setattr(engine, "_on_gpu", lambda: True)
-  monkeypatch.setattr(unrolled, "_kernels_fit", lambda x: True)
+  monkeypatch.setattr(small_matmul, "supported", lambda x, matrix: fewest <= len(x) <= 4)
+  monkeypatch.setattr(small_matmul, "on_gpu", lambda: True)
+  monkeypatch.setattr(common, "supported", lambda x: True)
   monkeypatch.setattr(
-    kernels, "add_norm", lambda *args, **how: add_norm(*args, **how, interpret=True)
+    norm, "add_norm_kernel", lambda *args, **how: add_norm(*args, **how, interpret=True)
   )
   lengths = (3,) if fewest == 2 else (3, 9, 17)
   prompts = random_prompts(*lengths, seed=20)

@@ -13,6 +13,7 @@ import pytest
 
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import ARCHITECTURES, Architecture, Llama3Scaling, named
+from oel_jax.policy.ops import embedding
 from oel_jax.runtime.mesh import TABLE
 
 TINY = named("pocket-tiny")
@@ -246,14 +247,14 @@ def _paths(a):
 
 
 @pytest.mark.parametrize(
-  "vocabulary", [7, transformer.SMALL_VOCABULARY + 1]
+  "vocabulary", [7, embedding.SMALL_VOCABULARY + 1]
 )  # by a matrix product, and by adding row to row
 def test_the_gradient_of_an_embedding_is_the_sum_over_each_tokens_places(vocabulary):
   rng = np.random.default_rng(0)
   tokens, weight = rng.integers(0, 7, (3, 50)), rng.normal(size=(3, 50, 4))
   table = rng.normal(size=(vocabulary, 4)).astype(np.float32)
   value, gradient = jax.value_and_grad(
-    lambda t: jnp.sum(transformer.embed(t, jnp.asarray(tokens)) * weight.astype(np.float32))
+    lambda t: jnp.sum(embedding.embed(t, jnp.asarray(tokens)) * weight.astype(np.float32))
   )(table)
   expected = np.zeros((vocabulary, 4))
   for at in np.ndindex(tokens.shape):

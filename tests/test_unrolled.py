@@ -12,7 +12,7 @@ import pytest
 
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer, unrolled
-from oel_jax.policy.ops import kernels
+from oel_jax.policy.ops import common, heads, norm, swiglu
 
 # Head counts that are no powers of two.
 SMALL = architecture_lib.Architecture(32, 16, 3, 6, 3, 8, 24, rope_theta=1e4)
@@ -24,6 +24,13 @@ SHAPES = {
   ),
 }
 INTERPRET = jax.default_backend() != "gpu"
+KERNELS = (
+  (norm, "add_norm_kernel"),
+  (norm, "backward_kernel"),
+  (heads, "kernel"),
+  (heads, "backward_kernel"),
+  (swiglu, "backward_kernel"),
+)
 
 
 @functools.cache
@@ -128,26 +135,27 @@ def test_forward_and_its_gradient_are_those_of_the_loop(name, remat, with_prefix
 @pytest.fixture(name="few_programs")
 def fixture_few_programs(monkeypatch):
   """So few that each goes over several tokens."""
-  monkeypatch.setattr(kernels, "PROGRAMS", 4)
+  monkeypatch.setattr(common, "PROGRAMS", 4)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kernels_do_the_same_where_they_stand(name, few_programs, monkeypatch):
   used = []
 
-  def wired(function):
+  def wired(operation, name):
+    function = getattr(operation, name)
+
     def run(*args, **how):
-      used.append(function.__name__)
+      used.append((operation, name))
       return function(*args, **how, interpret=INTERPRET)
 
     return run
 
-  names = ("add_norm", "norm_backward", "heads", "heads_backward", "swiglu_backward")
-  for kernel in names:
-    monkeypatch.setattr(kernels, kernel, wired(getattr(kernels, kernel)))
-  monkeypatch.setattr(unrolled, "_kernels_fit", lambda x, head_size=2: True)
+  for operation, kernel in KERNELS:
+    monkeypatch.setattr(operation, kernel, wired(operation, kernel))
+  monkeypatch.setattr(common, "supported", lambda x, head_size=2: True)
   _compare_with_the_loop(name, "dots", True)
-  assert set(used) == set(names)
+  assert set(used) == set(KERNELS)
 
 
 def test_no_product_of_a_layer_is_made_twice():
@@ -200,13 +208,13 @@ def test_gradient_of_a_sink_is_not_rounded_to_the_type_of_the_products():
 def test_kernels_are_for_gpus_in_bfloat16_and_heads_that_they_can_halve(monkeypatch):
   x = jnp.zeros((2, 8), jnp.bfloat16)
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-  assert not unrolled._kernels_fit(x)
+  assert not common.supported(x)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert (
-    unrolled._kernels_fit(x)
-    and unrolled._kernels_fit(x, 64)
-    and not unrolled._kernels_fit(x, 80)
-    and not unrolled._kernels_fit(x.astype(jnp.float32))
+    common.supported(x)
+    and common.supported(x, 64)
+    and not common.supported(x, 80)
+    and not common.supported(x.astype(jnp.float32))
   )
 
 
@@ -215,19 +223,19 @@ def test_add_norm(width):
   x, y, scale = _normal(3, (5, width), (5, width), (width,))
   added = np.float64(x) + y
   wanted = added, added / np.sqrt((added**2).mean(-1, keepdims=True) + 1e-6) * scale
-  _same(tuple(kernels.add_norm(x, y, scale, eps=1e-6, interpret=INTERPRET)), wanted)
+  _same(tuple(norm.add_norm_kernel(x, y, scale, eps=1e-6, interpret=INTERPRET)), wanted)
   _same(
     tuple(
-      kernels.add_norm(x, jnp.stack([y / 2, -y, y * 1.5]), scale, eps=1e-6, interpret=INTERPRET)
+      norm.add_norm_kernel(x, jnp.stack([y / 2, -y, y * 1.5]), scale, eps=1e-6, interpret=INTERPRET)
     ),
     wanted,
   )
-  rounded = kernels.add_norm(
+  rounded = norm.add_norm_kernel(
     x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), scale, eps=1e-6, interpret=INTERPRET
   )
   x = x.astype(jnp.bfloat16) + y.astype(jnp.bfloat16)
   np.testing.assert_array_equal(rounded[0], x)
-  np.testing.assert_array_equal(rounded[1], unrolled._norm(x, scale, 1e-6))
+  np.testing.assert_array_equal(rounded[1], norm.rms(x, scale, 1e-6))
 
 
 @pytest.mark.parametrize("tokens, width", [(3, 48), (23, 64)])
@@ -235,16 +243,16 @@ def test_norm_backward(tokens, width, few_programs):
   x, scale, gradient, passed = _normal(
     4, (tokens, width), (width,), (tokens, width), (tokens, width)
   )
-  y, back = jax.vjp(functools.partial(unrolled._norm, eps=1e-6), x, scale)
+  y, back = jax.vjp(functools.partial(norm.rms, eps=1e-6), x, scale)
   d_x, d_scale = back(gradient)
   _same(
-    kernels.norm_backward(x, scale, gradient, passed, eps=1e-6, interpret=INTERPRET),
+    norm.backward_kernel(x, scale, gradient, passed, eps=1e-6, interpret=INTERPRET),
     (d_x + passed, y, d_scale),
   )
 
 
 @pytest.mark.parametrize(
-  "heads, kv_heads, size, normed, biased",
+  "count, kv_heads, size, normed, biased",
   [
     (6, 3, 8, True, False),
     (4, 2, 16, False, False),
@@ -252,29 +260,30 @@ def test_norm_backward(tokens, width, few_programs):
     (6, 3, 8, False, True),
   ],
 )
-def test_heads_and_their_gradient(heads, kv_heads, size, normed, biased, few_programs):
+def test_heads_and_their_gradient(count, kv_heads, size, normed, biased, few_programs):
   tokens = 9
   qkv, bias, scale = _normal(
-    5, (tokens, heads + 2 * kv_heads, size), (heads + 2 * kv_heads, size), (2, size)
+    5, (tokens, count + 2 * kv_heads, size), (count + 2 * kv_heads, size), (2, size)
   )
   bias, scale, cos_sin = bias if biased else None, scale if normed else None, _cos_sin(tokens, size)
-  plain = lambda qkv, scale: unrolled._plain_heads(kv_heads, 1e-6, qkv, bias, scale, cos_sin)
+  a = architecture_lib.Architecture(2, 2, 1, count, kv_heads, size, 2, norm_eps=1e-6)
+  plain = lambda qkv, scale: heads.plain(a, qkv, bias, scale, cos_sin)
   wanted, back = jax.vjp(plain, qkv, scale)
   _same(
     tuple(
-      kernels.heads(qkv, bias, scale, cos_sin, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)
+      heads.kernel(qkv, bias, scale, cos_sin, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)
     ),
     wanted,
   )
   gradients = tuple(_normal(6, *(y.shape for y in wanted)))
   _same(
-    kernels.heads_backward(qkv, bias, scale, cos_sin, gradients, eps=1e-6, interpret=INTERPRET),
+    heads.backward_kernel(qkv, bias, scale, cos_sin, gradients, eps=1e-6, interpret=INTERPRET),
     back(gradients),
   )
 
 
-@pytest.mark.parametrize("size", [24, kernels.COLUMNS + 100])
+@pytest.mark.parametrize("size", [24, swiglu.COLUMNS + 100])
 def test_swiglu_backward(size):
   gate_up, gradient = _normal(7, (3, 2 * size), (3, size))
-  y, back = jax.vjp(unrolled._swiglu, gate_up)
-  _same(kernels.swiglu_backward(gate_up, gradient, interpret=INTERPRET), (*back(gradient), y))
+  y, back = jax.vjp(swiglu.plain, gate_up)
+  _same(swiglu.backward_kernel(gate_up, gradient, interpret=INTERPRET), (*back(gradient), y))

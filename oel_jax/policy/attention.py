@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from oel_jax.policy.architecture import Llama3Scaling
+from oel_jax.policy.architecture import Architecture, Llama3Scaling
 
 PATHS = ("xla", "cudnn", "flash")
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
@@ -177,24 +177,14 @@ def frequencies(
   return plain * (fast + (1 - fast) / scaling.factor)
 
 
-def angles(
-  positions: Int[Array, "*shape"], size: int, theta: float, scaling: Llama3Scaling | None = None
-) -> Float[Array, "*shape half"]:
-  """Radians that each pair of a head's `size` numbers is turned by, float32."""
-  return positions[..., None].astype(jnp.float32) * frequencies(size, theta, scaling)
-
-
-def rotate(
-  x_BxTxNxH: Float[Array, "B T N H"],
-  positions_BxT: Int[Array, "B T"],
-  theta: float,
-  scaling: Llama3Scaling | None = None,
-) -> Float[Array, "B T N H"]:
-  """Rotary position embedding, the two halves of a head rotated against each other; angles in
-  float32.
-  """
-  radians = angles(positions_BxT, x_BxTxNxH.shape[-1], theta, scaling)[:, :, None]
-  return rotate_by(x_BxTxNxH, jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1))
+def cos_sin(
+  positions: Int[Array, "*shape"], architecture: Architecture
+) -> Float[Array, "*shape H"]:
+  """Cosines, then sines of the angles that each pair of a head's numbers turns by, float32."""
+  a = architecture
+  turn = frequencies(a.head_size, a.rope_theta, a.rope_scaling)
+  radians = positions[..., None].astype(jnp.float32) * turn
+  return jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1)
 
 
 def rotate_by(x: Float[Array, "... H"], cos_sin: Float[Array, "... H"]) -> Float[Array, "... H"]:

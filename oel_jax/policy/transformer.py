@@ -1,17 +1,20 @@
-"""The decoder as pure functions of its parameters (Flax Linen; modules hold no arrays).
+"""The decoder as pure functions of its parameters.
 
 Shape letters, here and everywhere: B batch, T tokens, S cached time, D width, N query heads, K
 key-value heads, H head size, F feed-forward, L layers, V vocabulary, P knowledge-prefix length.
 
-Parameters are one nested dict, each layer's leaves stacked on a leading L, so that training scans
-over layers. Decoding takes them apart once, outside its loop (`unstack`): slicing stacked weights
-at every token is several times slower.
+Parameters are one nested dict (`policy.parameters`), each layer's leaves stacked on a leading L, so
+that training scans over layers. Decoding takes them apart once, outside its loop (`unstack`):
+slicing stacked weights at every token is several times slower.
+
+The block is written once (`block`). The scanned run here (meshes, CPU), the unrolled one (one GPU,
+`policy.unrolled`) and cached decoding (`policy.sampling.engine`) call it, each with its own layout
+of a layer's weights and its own operations on them, which come from `policy.ops`.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -19,13 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import heads, norm
+from oel_jax.policy.ops.common import REMAT_SAVED
+from oel_jax.policy.ops.embedding import embed
 from oel_jax.policy.parameters import abstract, init  # noqa: F401  (named from here, too)
 
 Params = Any
-
-SMALL_VOCABULARY = 4096  # up to it, an embedding's gradient is a matrix product (`embed`)
-
-REMAT_SAVED = "kept"  # the name of what is kept for the backward pass though it is no product
 
 
 def _costly(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -44,6 +46,61 @@ REMAT = {
   "dots": _costly,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Operations(NamedTuple):
+  """What a run of the block does in its own way. `matrix` stands for whatever the run's layers hold
+  under the name of a matrix: queries', keys' and values' fused or apart, with a sink or without.
+
+  Attributes:
+    norm_product: (x, y or None, scale, matrix) → x + y, and its RMSNorm times the matrix.
+    heads: (layer, those heads) → queries, keys and values: `ops.heads`; or the heads as they are,
+      if `attend` does that, too.
+    attend: (layer, what `heads` gives) → attention's output, all heads of a token side by side or
+      not, as `product` takes them.
+    product: (x, matrix) → x times the matrix; or parts of it, if `norm_product` takes parts.
+    norm_swiglu: (x, y, scale, matrix) → x + y, and what `down` reads: SwiGLU of the norm's product
+      with gate and up, or that product itself.
+    down: (what `norm_swiglu` gives, matrix) → the feed-forward's output, as `product`.
+
+  SwiGLU stands in one of the last two: the product of a few tokens has it in its kernel; in
+  training it is made again for the backward pass of the product behind it, not kept.
+  """
+
+  norm_product: Callable[..., tuple[Any, Any]]
+  heads: Callable[..., Any]
+  attend: Callable[..., Any]
+  product: Callable[..., Any]
+  norm_swiglu: Callable[..., tuple[Any, Any]]
+  down: Callable[..., Any]
+
+
+def block(
+  run: Operations,
+  layer: Any,
+  x: Float[Array, "*M D"],
+  y: Float[Array, "..."] | None,
+  pick: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "*M D"], Float[Array, "..."]]:
+  """One pre-norm layer, from x and y, whose sum it reads, to the two that the next one reads: they
+  are added where the norm is made.
+
+  Args:
+    run: the operations.
+    layer: its weights, by the names "attention_norm", "qkv", "o", "feedforward_norm", "gate_up" and
+      "down"; and what `run.heads` reads.
+    x, y: hidden states; y is None for 0.
+    pick: takes the tokens that go on behind the attention; None: all do.
+  """
+  with jax.named_scope("attention"):
+    x, qkv = run.norm_product(x, y, layer["attention_norm"], layer["qkv"])
+    y = run.attend(layer, run.heads(layer, qkv))
+    x, y = (x, y) if pick is None else (pick(x), pick(y))
+    y = run.product(y, layer["o"])
+  with jax.named_scope("feedforward"):
+    x, inner = run.norm_swiglu(x, y, layer["feedforward_norm"], layer["gate_up"])
+    y = run.down(inner, layer["down"])
+  return x, y
 
 
 class Prefix(NamedTuple):
@@ -68,106 +125,6 @@ class Prefix(NamedTuple):
     chosen_BxTxM = self.slots[..., None] == jnp.arange(M)
     filled_BxMxP = jnp.arange(P) < self.length[self.texts][..., None]
     return (chosen_BxTxM[..., None] & filled_BxMxP[:, None]).reshape(*self.slots.shape, M * P)
-
-
-@jax.custom_vjp
-def embed(
-  table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"]
-) -> Float[Array, "*tokens D"]:
-  """The tokens' rows of the table. The gradient of a small table is a matrix product.
-
-  Adding each token's gradient to its row makes a GPU's threads wait for one another where many
-  tokens share few rows: with 52,000 tokens on 576 rows that was 69 of a pre-training step's 89 ms
-  on an H100; with the product the whole step takes 19.
-  """
-  return table_VxD[tokens]
-
-
-def _embed_forward(table_VxD, tokens):
-  return table_VxD[tokens], (tokens, jnp.zeros((table_VxD.shape[0], 0), table_VxD.dtype))
-
-
-def _embed_backward(saved, gradient):
-  tokens, like = saved
-  return add_rows(
-    jnp.zeros((like.shape[0], gradient.shape[-1]), like.dtype), tokens, gradient
-  ), None
-
-
-def add_rows(
-  table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"], rows: Float[Array, "*tokens D"]
-) -> Float[Array, "V D"]:
-  """Adds a row for each token to the token's row of the table, in the table's type; to a small
-  table by a matrix product (`embed`).
-  """
-  V, D = table_VxD.shape
-  if V > SMALL_VOCABULARY:
-    return table_VxD.at[tokens].add(rows.astype(table_VxD.dtype))
-  ids, rows = tokens.reshape(-1), rows.reshape(-1, D)
-  product = jnp.einsum(
-    "nv,nd->vd", jax.nn.one_hot(ids, V, dtype=rows.dtype), rows, preferred_element_type=jnp.float32
-  )
-  return table_VxD + product.astype(table_VxD.dtype)
-
-
-embed.defvjp(_embed_forward, _embed_backward)
-
-
-class Projection(nn.Module):
-  """Heads [..., heads, size] of a token, in `dtype`; with a bias in float32.
-
-  The bias is added in float32 and the sum not rounded here but behind the rotation: in bfloat16, a
-  key with a bias of 350, as Qwen2.5 has them, would be rounded to a multiple of 2 once more.
-  """
-
-  heads: int
-  size: int
-  bias: bool
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x_BxTxD):
-    D = x_BxTxD.shape[-1]
-    draw = lambda key: nn.initializers.lecun_normal()(key, (D, self.heads * self.size)).reshape(
-      D, self.heads, self.size
-    )
-    kernel = self.param("kernel", draw)
-    y = jnp.einsum("btd,dnh->btnh", x_BxTxD.astype(self.dtype), kernel.astype(self.dtype))
-    if not self.bias:
-      return y
-    return y + self.param("bias", nn.initializers.zeros_init(), (self.heads, self.size))
-
-
-class Attention(nn.Module):
-  """Grouped-query self-attention. Returns its output and the keys and values attended to."""
-
-  architecture: Architecture
-  dtype: Any
-  path: str = "xla"
-
-  @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, prefix=None):
-    a = self.architecture
-    counts = {"q": a.heads, "k": a.kv_heads, "v": a.kv_heads}
-    q, k, v = (
-      Projection(n, a.head_size, a.qkv_bias, self.dtype, name=name)(x_BxTxD)
-      for name, n in counts.items()
-    )
-    if a.qk_norm:
-      q = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="q_norm")(q)
-      k = nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="k_norm")(k)
-    q, k = (attention.rotate(x, positions_BxT, a.rope_theta, a.rope_scaling) for x in (q, k))
-    q, k, v = (x.astype(self.dtype) for x in (q, k, v))
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
-    if prefix is None:
-      y = attention.attend(q, k, v, mask_BxTxS, self.path)
-    else:
-      known, length_B = of_rows(*prefix, self.path)
-      y = attention.attend_with_prefix(q, (k, v), known, mask_BxTxS, length_B, self.path)
-    return nn.DenseGeneral(a.width, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="o")(y), (
-      k,
-      v,
-    )
 
 
 def of_rows(
@@ -199,84 +156,37 @@ def of_rows(
   return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), length_G[texts_BxM[:, 0]]
 
 
-class Feedforward(nn.Module):
-  """SwiGLU."""
+def attend_rows(
+  own: tuple[Array, Array, Array],
+  known: tuple[Array, Array] | None,
+  prefix: Prefix | None,
+  mask_BxTxS: Bool[Array, "B T S"],
+  path: str,
+) -> tuple[Float[Array, "B T N H"], tuple[Array, Array]]:
+  """One layer's attention of whole rows: to their own tokens and, if there is one, to the prefix.
 
-  architecture: Architecture
-  dtype: Any
+  Args:
+    own: queries [B, T, N, H], keys and values [B, T, K, H].
+    known: this layer's keys and values of the prefix, [G, K, P, H].
+    prefix: says which of them a row attends to.
+    mask_BxTxS: for both, the prefix first.
+    path: of the attention.
 
-  @nn.compact
-  def __call__(self, x_BxTxD):
-    dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-    gate = dense(self.architecture.feedforward, name="gate")(x_BxTxD)
-    up = dense(self.architecture.feedforward, name="up")(x_BxTxD)
-    return dense(self.architecture.width, name="down")(nn.silu(gate) * up)
-
-
-class Block(nn.Module):
-  """One pre-norm layer, in the (carry, output) form that `nn.scan` wants."""
-
-  architecture: Architecture
-  dtype: Any
-  path: str = "xla"
-
-  @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, prefix=None):
-    a = self.architecture
-    norm = functools.partial(nn.RMSNorm, a.norm_eps, dtype=self.dtype)
-    with jax.named_scope("attention"):
-      x = norm(name="attention_norm")(x_BxTxD)
-      y, kv = Attention(a, self.dtype, self.path, name="attention")(
-        x, positions_BxT, mask_BxTxS, prefix
-      )
-    x_BxTxD = checkpoint_name(x_BxTxD + y, REMAT_SAVED)
-    with jax.named_scope("feedforward"):
-      y = Feedforward(a, self.dtype, name="feedforward")(norm(name="feedforward_norm")(x_BxTxD))
-    return x_BxTxD + y, kv
-
-
-class Decoder(nn.Module):
-  """Embedding, scanned blocks, last norm. The head stays apart (`head`): most rows never need
-  logits.
+  Returns:
+    The output, and the rows' own keys and values, [B, K, T, H].
   """
+  q, k, v = own
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  if prefix is None:
+    return attention.attend(q, k, v, mask_BxTxS, path), (k, v)
+  texts, length_B = of_rows(*known, prefix.length, prefix.texts, path)
+  return attention.attend_with_prefix(q, (k, v), texts, mask_BxTxS, length_B, path), (k, v)
 
-  architecture: Architecture
-  dtype: Any = jnp.float32
-  remat: str = "none"
-  path: str = "xla"
 
-  @nn.compact
-  def __call__(self, tokens_BxT, positions_BxT, segments_BxT, keep_cache=False, prefix=None):
-    a = self.architecture
-    # Cast after the rows are taken: the table's gradient is then summed in float32, and most of the
-    # table never cast.
-    x = embed(nn.Embed(a.vocabulary, a.width, name="embed").embedding, tokens_BxT).astype(
-      self.dtype
-    )
-    # A masked NaN is still a NaN: 0 x NaN
-    x = jnp.where(segments_BxT[..., None] > 0, x, 0)
-    if not a.tied_head:
-      self.param(
-        "head", lambda key: {"kernel": nn.initializers.normal(0.02)(key, (a.vocabulary, a.width))}
-      )
-    block = (
-      Block
-      if self.remat == "none"
-      else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-    )
-    mask, read, once = attention.segment_mask(segments_BxT), None, nn.broadcast
-    if prefix is not None:
-      mask = jnp.concatenate([prefix.mask(), mask], axis=-1)
-      read = prefix.keys, prefix.values, prefix.length, prefix.texts
-    layers = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=a.layers,
-      in_axes=(once, once, once if prefix is None else (0, 0, once, once)),
-    )(a, self.dtype, self.path, name="layers")
-    x, kv = layers(x, positions_BxT, mask, read)
-    return nn.RMSNorm(a.norm_eps, dtype=self.dtype, name="norm")(x), (kv if keep_cache else None)
+def mask_of(segments_BxT: Int[Array, "B T"], prefix: Prefix | None) -> Bool[Array, "B T S"]:
+  """Which tokens of its row each token sees, behind those of the prefix."""
+  own = attention.segment_mask(segments_BxT)
+  return own if prefix is None else jnp.concatenate([prefix.mask(), own], axis=-1)
 
 
 def head(params: Params) -> Float[Array, "V D"]:
@@ -314,8 +224,71 @@ def apply(
   Returns:
     Hidden states [B, T, D] in `dtype`, and keys and values (or None).
   """
-  return Decoder(architecture, dtype, remat, path).apply(
-    {"params": params}, tokens_BxT, positions_BxT, segments_BxT, keep_cache, prefix
+  a, dtype = architecture, jnp.dtype(dtype)
+  # Cast after the rows are taken: the table's gradient is then summed in float32, and most of the
+  # table never cast.
+  x = embed(params["embed"]["embedding"], tokens_BxT).astype(dtype)
+  # A masked NaN is still a NaN: 0 x NaN
+  x = jnp.where(segments_BxT[..., None] > 0, x, 0)
+  mask = mask_of(segments_BxT, prefix)
+  cos_sin = attention.cos_sin(positions_BxT, a)
+
+  def layer(x, given):
+    params, known = given
+    kept = []
+
+    def attend(layer, own):
+      y, kv = attend_rows(own, known, prefix, mask, path)
+      kept.append(kv)
+      return y
+
+    x, y = block(_scanned(a, dtype, cos_sin, attend), _apart(params), x, None)
+    return x + y, kept[0] if keep_cache else None
+
+  if remat != "none":
+    layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+  known = None if prefix is None else (prefix.keys, prefix.values)
+  x, kv = jax.lax.scan(layer, x, (params["layers"], known), length=a.layers)
+  return norm.rms(x, params["norm"]["scale"], a.norm_eps), kv
+
+
+def _apart(layer: Params) -> dict[str, Any]:
+  """A layer of the tree, by the names that `block` reads. What reads the same input stays apart: on
+  a mesh, joining queries and keys along their split axis would move them.
+  """
+  attend, feed = layer["attention"], layer["feedforward"]
+  projections = [attend[name] for name in "qkv"]
+  return {
+    "attention_norm": layer["attention_norm"]["scale"],
+    "qkv": tuple(one["kernel"] for one in projections),
+    "qkv_bias": tuple(one["bias"] for one in projections) if "bias" in attend["q"] else None,
+    "qk_norm": tuple(attend[f"{x}_norm"]["scale"] for x in "qk") if "q_norm" in attend else None,
+    "o": attend["o"]["kernel"],
+    "feedforward_norm": layer["feedforward_norm"]["scale"],
+    "gate_up": (feed["gate"]["kernel"], feed["up"]["kernel"]),
+    "down": feed["down"]["kernel"],
+  }
+
+
+def _scanned(a: Architecture, dtype: Any, cos_sin: Array, attend: Callable) -> Operations:
+  """The plain operations, which leave gradients to JAX and the cutting over a mesh to XLA."""
+
+  def norm_product(x, y, scale, kernels):
+    x, normed = norm.add_norm_plain(x, y, scale, a.norm_eps)
+    x = x if y is None else checkpoint_name(x, REMAT_SAVED)
+    return x, tuple(jnp.einsum("btd,d...->bt...", normed, one.astype(dtype)) for one in kernels)
+
+  def norm_swiglu(x, y, scale, kernels):
+    x, (gate, up) = norm_product(x, y, scale, kernels)
+    return x, jax.nn.silu(gate) * up
+
+  return Operations(
+    norm_product=norm_product,
+    heads=lambda layer, qkv: heads.plain(a, qkv, layer["qkv_bias"], layer["qk_norm"], cos_sin),
+    attend=attend,
+    product=lambda y, kernel: jnp.einsum("btnh,nhd->btd", y, kernel.astype(dtype)),
+    norm_swiglu=norm_swiglu,
+    down=lambda inner, kernel: inner @ kernel.astype(dtype),
   )
 
 

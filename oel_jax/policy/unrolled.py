@@ -6,7 +6,7 @@ weights out of them; apart, all of that stays where it was made. It compiles lon
 `transformer.apply` is the reference, and what runs on a mesh.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from oel_jax.policy import attention, transformer
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.ops import kernels
+from oel_jax.policy.ops import common, embedding, heads, norm, products
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 TABLES = ("embed", "head")
@@ -132,7 +132,7 @@ def add_rows(
   return {
     **gradient,
     "embed": {
-      "embedding": transformer.add_rows(gradient["embed"]["embedding"], tokens_BxT, rows_BxTxD)
+      "embedding": embedding.add_rows(gradient["embed"]["embedding"], tokens_BxT, rows_BxTxD)
     },
   }
 
@@ -168,45 +168,24 @@ def forward(
     ValueError: another path, or several texts a row on the path "flash".
   """
   a, (B, T) = architecture, tokens_BxT.shape
-  x = transformer.embed(weights["embed"]["embedding"], tokens_BxT)
+  x = embedding.embed(weights["embed"]["embedding"], tokens_BxT)
   x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
-  radians = attention.angles(positions_BxT.reshape(-1), a.head_size, a.rope_theta, a.rope_scaling)
-  cos_sin = jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1)
-  mask = attention.segment_mask(segments_BxT)
-  mask = mask if prefix is None else jnp.concatenate([prefix.mask(), mask], axis=-1)
-  rows = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
+  cos_sin = attention.cos_sin(positions_BxT.reshape(-1), a)
+  mask = transformer.mask_of(segments_BxT, prefix)
+  pick = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
     -1, x.shape[-1]
   )
 
   def block(layer, x, y, known, last):
-    """From x and y, whose sum the layer reads, to the two that the next one reads: they are added
-    where the norm is made.
-    """
-    matrix = lambda name: (layer[name], layer.get(f"{name}_sink"))
-    with jax.named_scope("attention"):
-      x, qkv = _norm_product(a.norm_eps, x, y, layer["attention_norm"], *matrix("qkv"))
-      qkv = qkv.reshape(B * T, -1, a.head_size)
-      made = _heads(
-        a.kv_heads, a.norm_eps, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin
-      )
-      q, k, v = (
-        checkpoint_name(z.reshape(B, T, -1, a.head_size), transformer.REMAT_SAVED) for z in made
-      )
-      own = k.swapaxes(1, 2), v.swapaxes(1, 2)
-      if known is None:
-        y = attention.attend(q, *own, mask, path)
-      else:
-        texts, length = transformer.of_rows(*known, prefix.length, prefix.texts, path)
-        y = attention.attend_with_prefix(q, own, texts, mask, length, path)
-      y = y.reshape(B * T, -1)
-      x, y = (rows(x), rows(y)) if last else (x, y)
-      y = _product(y, *matrix("o"))
-    with jax.named_scope("feedforward"):
-      x, gate_up = _norm_product(a.norm_eps, x, y, layer["feedforward_norm"], *matrix("gate_up"))
-      y = _swiglu_product(gate_up, *matrix("down"))
-      # Then a layer's inputs are kept: one is enough.
-      return (x + y, None) if remat == "full" else (x, y)
+    def attend(layer, own):
+      own = (checkpoint_name(z.reshape(B, T, -1, a.head_size), common.REMAT_SAVED) for z in own)
+      return transformer.attend_rows(tuple(own), known, prefix, mask, path)[0].reshape(B * T, -1)
+
+    run = _operations(a, cos_sin, attend)
+    x, y = transformer.block(run, _with_sinks(layer), x, y, pick if last else None)
+    # Then a layer's inputs are kept: one is enough.
+    return (x + y, None) if remat == "full" else (x, y)
 
   if remat != "none":
     block = jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
@@ -215,150 +194,32 @@ def forward(
     x, y = block(
       layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1
     )
-  return _norm(x if y is None else x + y, weights["norm"]["scale"], a.norm_eps).reshape(
-    *at_BxR.shape, -1
+  _, normed = norm.add_norm_plain(x, y, weights["norm"]["scale"], a.norm_eps)
+  return normed.reshape(*at_BxR.shape, -1)
+
+
+def _with_sinks(layer: dict[str, Array]) -> dict[str, Any]:
+  """The layer with (matrix, its sink or None) under a matrix's name."""
+  return {**layer, **{name: (layer[name], layer.get(f"{name}_sink")) for name in MATRICES}}
+
+
+def _operations(a: Architecture, cos_sin: Array, attend: Callable) -> transformer.Operations:
+  """The block's operations with kernels and gradient rules of their own; a matrix is (matrix, its
+  sink or None).
+  """
+
+  def norm_product(x, y, scale, matrix):
+    return products.norm_product(a.norm_eps, x, y, scale, *matrix)
+
+  def split_heads(layer, qkv):
+    qkv = qkv.reshape(qkv.shape[0], -1, a.head_size)
+    return heads.heads(a, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin)
+
+  return transformer.Operations(
+    norm_product=norm_product,
+    heads=split_heads,
+    attend=attend,
+    product=lambda y, matrix: products.product(y, *matrix),
+    norm_swiglu=norm_product,
+    down=lambda gate_up, matrix: products.swiglu_product(gate_up, *matrix),
   )
-
-
-def add_norm(
-  x_MxD: Float[Array, "M D"],
-  y: Float[Array, "*P M D"] | None,
-  scale_D: Float[Array, "D"],
-  eps: float,
-) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
-  """x + y (None is 0) and its RMSNorm, as `kernels.add_norm` makes them; y may be in parts where
-  kernels run.
-  """
-  if y is not None and _kernels_fit(x_MxD):
-    return tuple(kernels.add_norm(x_MxD, y, scale_D, eps=eps))
-  x = x_MxD if y is None else x_MxD + y
-  return x, _norm(x, scale_D, eps)
-
-
-def _norm(x_MxD, scale_D, eps):
-  x = x_MxD.astype(jnp.float32)
-  return (x * (jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D)).astype(
-    x_MxD.dtype
-  )
-
-
-def _matrix_gradients(x_MxD, gradient_MxF, matrix, sink) -> tuple:
-  """xᵀ gradient: in the matrix's type where it belongs to the matrix itself, in float32 where to
-  its sink.
-  """
-  if sink is None:
-    return jnp.einsum("md,mf->df", x_MxD, gradient_MxF).astype(matrix.dtype), None
-  return None, jnp.einsum("md,mf->df", x_MxD, gradient_MxF, preferred_element_type=jnp.float32)
-
-
-def _kernels_fit(x, head_size: int = 2) -> bool:
-  """Whether kernels run: they are for NVIDIA GPUs, bfloat16, and heads whose halves are powers of
-  two.
-  """
-  return (
-    jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
-  )
-
-
-# A rule's forward pass may not call the function that the rule is for: `jax.checkpoint` would see
-# that as one opaque operation, and make the products in it again instead of keeping them.
-
-
-def _product_forward(x_MxD, matrix_DxF, sink):
-  return x_MxD @ matrix_DxF, (x_MxD, matrix_DxF, sink)
-
-
-def _product_backward(saved, gradient):
-  x, matrix, sink = saved
-  return gradient @ matrix.T, *_matrix_gradients(x, gradient, matrix, sink)
-
-
-def _norm_product_forward(eps, x_MxD, y_MxD, scale_D, matrix_DxF, sink):
-  """x + y, and its norm times the matrix: so the gradient that comes past the norm is added where
-  the norm's own is made.
-  """
-  x, normed = add_norm(x_MxD, y_MxD, scale_D, eps)
-  x = checkpoint_name(x, transformer.REMAT_SAVED)
-  added = None if y_MxD is None else ()
-  return (x, normed @ matrix_DxF), (x, added, scale_D, matrix_DxF, sink)
-
-
-def _norm_product_backward(eps, saved, gradients):
-  x, added, scale, matrix, sink = saved
-  passed, gradient = gradients
-  inner = gradient @ matrix.T
-  if _kernels_fit(x):
-    d_x, y, d_scale = kernels.norm_backward(x, scale.astype(jnp.float32), inner, passed, eps=eps)
-  else:
-    y, back = jax.vjp(functools.partial(_norm, eps=eps), x, scale)
-    d_x, d_scale = back(inner)
-    d_x += passed
-  return (
-    d_x,
-    None if added is None else d_x,
-    d_scale.astype(scale.dtype),
-    *_matrix_gradients(y, gradient, matrix, sink),
-  )
-
-
-def _heads_forward(kv_heads, eps, qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH):
-  """`kernels.heads`."""
-  given = qkv_MxAxH, bias_AxH, scale_2xH, turns_MxH
-  if _kernels_fit(qkv_MxAxH, qkv_MxAxH.shape[2]):
-    return tuple(kernels.heads(*given, kv_heads=kv_heads, eps=eps)), given
-  return _plain_heads(kv_heads, eps, *given), given
-
-
-def _plain_heads(kv_heads, eps, qkv, bias, scale, cos_sin):
-  N, dtype = qkv.shape[1] - 2 * kv_heads, qkv.dtype
-  q, k, v = jnp.split(qkv if bias is None else qkv + bias, [N, N + kv_heads], axis=1)
-  if scale is not None:
-    q, k = (_norm(x, by, eps).astype(dtype) for x, by in zip((q, k), scale, strict=True))
-  q, k = (attention.rotate_by(x, cos_sin[:, None]) for x in (q, k))
-  return tuple(x.astype(dtype) for x in (q, k, v))
-
-
-def _heads_backward(kv_heads, eps, saved, gradients):
-  qkv, bias, scale, cos_sin = saved
-  if _kernels_fit(qkv, qkv.shape[2]):
-    d_qkv, d_scale = kernels.heads_backward(*saved, gradients, eps=eps)
-    d_bias = None if bias is None else d_qkv.astype(jnp.float32).sum(0).astype(bias.dtype)
-    return d_qkv, d_bias, d_scale, None
-  plain = lambda qkv, bias, scale: _plain_heads(kv_heads, eps, qkv, bias, scale, cos_sin)
-  return *jax.vjp(plain, qkv, bias, scale)[1](gradients), None
-
-
-def _swiglu_product_forward(gate_up_MxF2, matrix_FxD, sink):
-  """silu(gate) up, times the matrix."""
-  return _swiglu(gate_up_MxF2) @ matrix_FxD, (gate_up_MxF2, matrix_FxD, sink)
-
-
-def _swiglu(gate_up_MxF2):
-  gate, up = jnp.split(gate_up_MxF2, 2, axis=-1)
-  return jax.nn.silu(gate) * up
-
-
-def _swiglu_product_backward(saved, gradient):
-  gate_up, matrix, sink = saved
-  inner = gradient @ matrix.T
-  if _kernels_fit(gate_up):
-    d_gate_up, y = kernels.swiglu_backward(gate_up, inner)
-  else:
-    y, back = jax.vjp(_swiglu, gate_up)
-    (d_gate_up,) = back(inner)
-  return d_gate_up, *_matrix_gradients(y, gradient, matrix, sink)
-
-
-def _with_rule(forward, backward, static=()):
-  """What `forward` returns first, differentiated by `backward`, which gets what it returns
-  besides.
-  """
-  function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=static)
-  function.defvjp(forward, backward)
-  return function
-
-
-_product = _with_rule(_product_forward, _product_backward)
-_norm_product = _with_rule(_norm_product_forward, _norm_product_backward, (0,))
-_heads = _with_rule(_heads_forward, _heads_backward, (0, 1))
-_swiglu_product = _with_rule(_swiglu_product_forward, _swiglu_product_backward)

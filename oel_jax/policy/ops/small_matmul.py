@@ -1,9 +1,9 @@
-"""Products of a few rows with a matrix, which a decoder makes at every token, as fast as the matrix
-can be read.
+"""Products with matrices as sampling holds them, and kernels for those of a few rows, which a
+decoder makes at every token, as fast as the matrix can be read.
 
-XLA follows such a product with kernels of their own for what is done to it, and, where it adds up
-in parts, for their sum. Here SwiGLU is part of the product, and `kernels.add_norm` takes the parts
-as they are. Pallas kernels for one NVIDIA GPU; the matrices have one row an output.
+On a GPU the matrices have one row an output. XLA follows such a product with kernels of their own
+for what is done to it, and, where it adds up in parts, for their sum. In the kernels SwiGLU is part
+of the product, and `norm.add_norm` takes the parts as they are. Pallas kernels for one NVIDIA GPU.
 """
 
 import functools
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
+
+from oel_jax.policy.ops import swiglu as swiglu_lib
 
 # Rows; for fewer XLA's are as fast, with more it is no longer the memory that limits.
 FEWEST, MOST = (
@@ -37,7 +39,44 @@ class Cut(NamedTuple):
 PRODUCT, PARTS, SWIGLU = Cut(1, 32, 128, 4, 4), Cut(4, 64, 128, 8, 4), Cut(1, 64, 64, 4, 5)
 
 
-def fits(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bool:
+def on_gpu() -> bool:
+  """Whether matrices have one row an output."""
+  return jax.default_backend() == "gpu"
+
+
+def lay_out(matrix_DxF: Float[Array, "D F"]) -> Float[Array, "..."]:
+  """The matrix as the products below read it: [F, D] on a GPU."""
+  return matrix_DxF.T if on_gpu() else matrix_DxF
+
+
+def product(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:
+  """x times a matrix as `lay_out` lays it out. On a GPU a single token's product is a sum over
+  rows, which reads the matrix faster than any matrix product: 2.0 for 2.6 ms a step of Qwen3-1.7B
+  on an H100.
+  """
+  if not on_gpu():
+    return x_MxD @ matrix
+  if len(x_MxD) == 1:
+    products = x_MxD.astype(jnp.float32) * matrix.astype(jnp.float32)
+    return jnp.sum(products, axis=-1).astype(x_MxD.dtype)[None]
+  if supported(x_MxD, matrix):
+    return product_kernel(x_MxD, matrix)
+  return jnp.einsum("md,fd->mf", x_MxD, matrix)
+
+
+def addend(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "*P M F"]:
+  """`product` for `norm.add_norm`: whole, or in parts that it adds up."""
+  return parts_kernel(x_MxD, matrix) if supported(x_MxD, matrix) else product(x_MxD, matrix)
+
+
+def swiglu(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:
+  """silu(gate) up, where gate and up are the halves of `product`."""
+  if supported(x_MxD, matrix):
+    return swiglu_kernel(x_MxD, matrix)
+  return swiglu_lib.plain(product(x_MxD, matrix))
+
+
+def supported(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bool:
   """Whether the numbers and their type are what the kernels are for, and the GPU has the shared
   memory that they take: up to 192 KiB.
   """
@@ -55,30 +94,30 @@ def _large_gpu() -> bool:
   )
 
 
-def product(
+def product_kernel(
   x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False
 ) -> Float[Array, "M F"]:
   """Sums over D, in float32, rounded to bfloat16, the type of both arguments. `interpret` runs it
   without a GPU.
 
-  Here and below shapes and types are those that `fits` allows: others are not refused, and may give
-  anything.
+  Here and below shapes and types are those that `supported` allows: others are not refused, and
+  may give anything.
   """
   return _product(x_MxD, matrix_FxD, PRODUCT, 1, x_MxD.dtype, interpret)[0]
 
 
-def parts(
+def parts_kernel(
   x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False
 ) -> Float[Array, "P M F"]:
-  """`product` as float32 parts, which are to be added up."""
+  """`product_kernel` as float32 parts, which are to be added up."""
   return _product(x_MxD, matrix_FxD, PARTS, 1, jnp.float32, interpret)
 
 
-def swiglu(
+def swiglu_kernel(
   x_MxD: Float[Array, "M D"], matrix_F2xD: Float[Array, "F2 D"], *, interpret: bool = False
 ) -> Float[Array, "M F"]:
-  """silu(gate) up (Shazeer 2020, eq. 6), where gate and up are the halves of `product`; rounded as
-  it, silu(gate) and the result would be.
+  """silu(gate) up (Shazeer 2020, eq. 6), where gate and up are the halves of `product_kernel`;
+  rounded as it, silu(gate) and the result would be.
   """
   return _product(x_MxD, matrix_F2xD, SWIGLU, 2, x_MxD.dtype, interpret)[0]
 

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -23,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from oel_jax.policy import attention, transformer, unrolled
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.ops import small_matmul
+from oel_jax.policy.ops import heads, norm, small_matmul
 from oel_jax.policy.sampling import kv_cache
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
 
@@ -69,21 +68,13 @@ def prepare(
   On a mesh each device gets them whole, however training has placed them.
   """
   params = unrolled.join(params, dtype)
-  heads = jnp.array([architecture.heads, architecture.kv_heads])
 
   def turn(layer: Any) -> Any:
-    made = {name: layer[name].T if _on_gpu() else layer[name] for name in unrolled.MATRICES}
+    made = {name: small_matmul.lay_out(layer[name]) for name in unrolled.MATRICES}
     made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
     made |= {"qkv_bias": layer["qkv_bias"]} if architecture.qkv_bias else {}
     if architecture.qk_norm:
-      made["qk_norm"] = {
-        "scale": jnp.repeat(
-          layer["qk_norm"],
-          heads,
-          axis=0,
-          total_repeat_length=architecture.heads + architecture.kv_heads,
-        )
-      }
+      made["qk_norm"] = heads.by_head(architecture, layer["qk_norm"])
     return made
 
   params = {**params, "layers": tuple(map(turn, params["layers"]))}
@@ -271,8 +262,8 @@ def _enter(
     ring = getattr(slots, name)[layer][shared.source]
     return ring if axes[name] == 2 else ring.swapaxes(2, 3)
 
-  def attend(layer, qkv):
-    q, *new = _heads(layer, architecture, qkv, positions)
+  def attend(layer, own):
+    q, *new = own
     for name, kept, ours in zip(axes, (keys, values), new, strict=True):
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
@@ -287,7 +278,7 @@ def _enter(
     return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
 
   with jax.named_scope("prefill"):
-    hidden = _forward(weights, architecture, tokens_RxT, attend)
+    hidden = _forward(weights, architecture, tokens_RxT, _heads(architecture, positions), attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, ends = requests
   token, scores = _draw(
@@ -393,19 +384,19 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
   def step(state):
     i, _, slots, out = state
     keys, values = [], []
-    radians = attention.angles(slots.filled, a.head_size, a.rope_theta, a.rope_scaling)
-    cos_sin = jnp.concatenate([jnp.cos(radians), jnp.sin(radians)], axis=-1)
+    cos_sin = attention.cos_sin(slots.filled, a)
+    # The kernel makes queries, keys and values of the projection itself.
+    split = (lambda layer, qkv: qkv) if path == "triton" else _heads(a, slots.filled[:, None])
 
-    def attend(layer, qkv):
+    def attend(layer, own):
       rings = slots.keys[len(keys)], slots.values[len(keys)]
       if path == "triton":
-        scale = layer["qk_norm"]["scale"] if a.qk_norm else None
-        bias = layer.get("qkv_bias")
+        scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
         y, *rings = kv_cache.step(
-          qkv[:, 0], bias, scale, cos_sin, *rings, slots.column, slots.filled + 1, eps=a.norm_eps
+          own[:, 0], bias, scale, cos_sin, *rings, slots.column, slots.filled + 1, eps=a.norm_eps
         )
       else:
-        q, k, v = _heads(layer, a, qkv, slots.filled[:, None])
+        q, k, v = own
         y = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], *rings, slots.column, slots.filled)
         # The column waits for y (which is never above infinity): unless it is sure that the ring
         # has been read, XLA writes to a copy.
@@ -418,7 +409,7 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
       values.append(rings[1])
       return y
 
-    hidden = _forward(weights, a, slots.token[:, None], attend)[:, 0]
+    hidden = _forward(weights, a, slots.token[:, None], split, attend)[:, 0]
     token, scores = _draw(
       weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs
     )
@@ -449,84 +440,57 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
   return slots, drawn
 
 
-def _on_gpu() -> bool:
-  return jax.default_backend() == "gpu"
-
-
 def prefill_path(dtype: Any) -> str:
   """The attention that reads prompts: "cudnn" on a GPU in bfloat16, or "xla"."""
-  return "cudnn" if _on_gpu() and dtype == jnp.bfloat16 else "xla"
+  return "cudnn" if small_matmul.on_gpu() and dtype == jnp.bfloat16 else "xla"
 
 
-def _forward(weights, a: Architecture, tokens_BxT, attend: Callable) -> Float[Array, "B T D"]:
-  """`transformer.apply` on prepared weights; `attend(layer, heads)` gets the heads [B, T, N + 2 K,
-  H] as projected, and keeps what it must.
+def _forward(
+  weights: Any, a: Architecture, tokens_BxT: Int[Array, "B T"], split: Callable, attend: Callable
+) -> Float[Array, "B T D"]:
+  """`transformer.apply` on prepared weights.
+
+  `split(layer, qkv)` gets the heads [B, T, N + 2 K, H] as projected; `attend(layer, …)` what that
+  gives, and keeps what it must.
   """
   B, T = tokens_BxT.shape
+  run = _operations(a, (B, T), split, attend)
   x, y = weights["embed"]["embedding"][tokens_BxT].reshape(B * T, -1), None
   for layer in weights["layers"]:
-    with jax.named_scope("attention"):
-      x, normed = unrolled.add_norm(x, y, layer["attention_norm"], a.norm_eps)
-      qkv = _product(normed, layer["qkv"])
-      y = attend(layer, qkv.reshape(B, T, a.heads + 2 * a.kv_heads, a.head_size))
-      y = _addend(y.reshape(B * T, a.heads * a.head_size), layer["o"])
-    with jax.named_scope("feedforward"):
-      x, normed = unrolled.add_norm(x, y, layer["feedforward_norm"], a.norm_eps)
-      y = _addend(_swiglu(normed, layer["gate_up"]), layer["down"])
-  return unrolled.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
+    x, y = transformer.block(run, layer, x, y)
+  return norm.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
 
 
-def _heads(layer, a: Architecture, qkv_BxTxAxH, positions_BxT) -> tuple[Array, Array, Array]:
-  """Queries [B, T, N, H] and keys [B, T, K, H], normed and rotated, and values [B, T, K, H], in the
-  type of the projection.
-  """
-  dtype = qkv_BxTxAxH.dtype
-  # float32 (`transformer.Projection`)
-  qkv_BxTxAxH = qkv_BxTxAxH + layer["qkv_bias"] if a.qkv_bias else qkv_BxTxAxH
-  qk, v = jnp.split(qkv_BxTxAxH, [a.heads + a.kv_heads], axis=2)
-  if a.qk_norm:
-    qk = nn.RMSNorm(a.norm_eps, dtype=dtype, feature_axes=(-2, -1)).apply(
-      {"params": layer["qk_norm"]}, qk
-    )
-  q, k = jnp.split(
-    attention.rotate(qk, positions_BxT, a.rope_theta, a.rope_scaling), [a.heads], axis=2
-  )
-  return tuple(x.astype(dtype) for x in (q, k, v))
+def _operations(
+  a: Architecture, shape: tuple[int, int], split: Callable, attend: Callable
+) -> transformer.Operations:
+  """The block's operations on prepared weights and the tokens of B rows of T."""
 
+  def norm_product(x, y, scale, matrix):
+    x, normed = norm.add_norm(x, y, scale, a.norm_eps)
+    return x, small_matmul.product(normed, matrix)
 
-def _product(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:
-  """Times a matrix as `prepare` lays it out. On a GPU a single token's product is a sum over rows,
-  which reads the matrix faster than any matrix product: 2.0 for 2.6 ms a step of Qwen3-1.7B on an
-  H100.
-  """
-  if not _on_gpu():
-    return x_MxD @ matrix
-  if len(x_MxD) == 1:
-    return jnp.sum(x_MxD.astype(jnp.float32) * matrix.astype(jnp.float32), axis=-1).astype(
-      x_MxD.dtype
-    )[None]
-  return (
-    small_matmul.product(x_MxD, matrix)
-    if small_matmul.fits(x_MxD, matrix)
-    else jnp.einsum("md,fd->mf", x_MxD, matrix)
+  def norm_swiglu(x, y, scale, matrix):
+    x, normed = norm.add_norm(x, y, scale, a.norm_eps)
+    return x, small_matmul.swiglu(normed, matrix)
+
+  side_by_side = lambda qkv: qkv.reshape(*shape, a.heads + 2 * a.kv_heads, a.head_size)
+  return transformer.Operations(
+    norm_product=norm_product,
+    heads=lambda layer, qkv: split(layer, side_by_side(qkv)),
+    attend=lambda layer, own: attend(layer, own).reshape(-1, a.heads * a.head_size),
+    product=small_matmul.addend,
+    norm_swiglu=norm_swiglu,
+    down=small_matmul.addend,
   )
 
 
-def _addend(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "*P M F"]:
-  """`_product` for `unrolled.add_norm`."""
-  return (
-    small_matmul.parts(x_MxD, matrix)
-    if small_matmul.fits(x_MxD, matrix)
-    else _product(x_MxD, matrix)
+def _heads(a: Architecture, positions: Int[Array, "B T"]) -> Callable:
+  """`ops.heads` for `_forward`, for tokens at these positions."""
+  cos_sin = attention.cos_sin(positions, a)
+  return lambda layer, qkv: heads.plain(
+    a, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin
   )
-
-
-def _swiglu(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:
-  """`_product` with gate and up, and what becomes of the two."""
-  if small_matmul.fits(x_MxD, matrix):
-    return small_matmul.swiglu(x_MxD, matrix)
-  gate, up = jnp.split(_product(x_MxD, matrix), 2, axis=-1)
-  return nn.silu(gate) * up
 
 
 def _draw(

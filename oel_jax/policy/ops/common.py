@@ -1,0 +1,47 @@
+"""What the operations share: when their kernels run, and how a rule for a gradient is given.
+
+The kernels are Pallas kernels for one NVIDIA GPU, each one pass over memory: XLA makes two to five
+kernels of each operation, and every one reads its input anew. The plain form does the same
+elsewhere; it is the reference. Kernels take flat arrays of M tokens. Where there are gradients of
+scales, sums over all tokens, a program goes over every `PROGRAMS`-th token, and they stay in
+registers until its end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
+REMAT_SAVED = "kept"  # the name of what is kept for the backward pass though it is no product
+
+
+def supported(x: Any, head_size: int = 2) -> bool:
+  """Whether kernels run on x, an array or its shape and type: they are for NVIDIA GPUs, bfloat16,
+  and heads whose halves are powers of two.
+  """
+  return (
+    jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
+  )
+
+
+def padded(first: int, count: int) -> tuple[Any, Any]:
+  """`count` places from `first` on, as a slice of a power of two, which may reach beyond the array,
+  and which of the slice count.
+  """
+  size = pl.next_power_of_2(count)
+  return pl.ds(jnp.int32(first), size), jnp.arange(size) < count
+
+
+def with_rule(forward: Callable, backward: Callable, static: tuple[int, ...] = ()) -> Callable:
+  """What `forward` returns first, differentiated by `backward`, which gets what it returns besides;
+  the arguments `static` come before the others, and are no arrays.
+
+  `forward` may not call the function that the rule is for: `jax.checkpoint` would see that as one
+  opaque operation, and make the products in it again instead of keeping them.
+  """
+  function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=static)
+  function.defvjp(forward, backward)
+  return function
