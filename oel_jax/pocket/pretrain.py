@@ -169,6 +169,49 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   return result
 
 
+def _optimizer(config: Any) -> optax.GradientTransformation:
+  """AdamW after clipping, its rate warmed up and then taken down to a fiftieth along a cosine."""
+  rate = optax.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02
+  )
+  adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
+  return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def _make_step(config: Any, shape: Any, optimizer: optax.GradientTransformation) -> Any:
+  """The jitted step: ((params, moments), batch) -> (the same after it, metrics)."""
+  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  objective = functools.partial(loss, shape=shape, dtype=dtype, path=config.attention)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, batch):
+    params, moments = state
+    value, gradient = jax.value_and_grad(objective)(params, batch)
+    updates, moments = optimizer.update(gradient, moments, params)
+    params = optax.apply_updates(params, updates)
+    sizes = {"gradient_norm": gradient, "parameter_norm": params}
+    norms = {name: optax.global_norm(tree) for name, tree in sizes.items()}
+    return (params, moments), {"loss": value} | norms
+
+  return step
+
+
+def _not_finite(
+  config: Any, step: int, broken: str, checkpoints: Checkpoints
+) -> finite.NotFiniteError:
+  """The error of a step whose numbers are not finite, `broken` in words; every checkpoint is
+  whole.
+  """
+  checkpoints.wait()
+  saved = [f"step {number} in {checkpoints.directory}, kept" for number in checkpoints.steps()]
+  return finite.NotFiniteError(
+    f"step {step} of pre-training: {broken}. Last good checkpoint: "
+    f"{saved[-1] if saved else 'none yet'}. The same command goes on from there, and comes "
+    "to the same end: change what led here, such as config.learning_rate "
+    f"({config.learning_rate}), and give --resume_anyway"
+  )
+
+
 def train(
   config: Any, shape: Any, model_file: bytes, metrics: Metrics, checkpoints: Checkpoints
 ) -> tuple[Any, int]:
@@ -178,26 +221,8 @@ def train(
     NotFiniteError: a loss, a gradient or a parameter is not finite; the last checkpoint stays.
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
-  dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  rate = optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * 0.02
-  )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
-  )
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, batch):
-    params, moments = state
-    value, gradient = jax.value_and_grad(
-      functools.partial(loss, shape=shape, dtype=dtype, path=config.attention)
-    )(params, batch)
-    updates, moments = optimizer.update(gradient, moments, params)
-    params = optax.apply_updates(params, updates)
-    sizes = {"gradient_norm": gradient, "parameter_norm": params}
-    norms = {name: optax.global_norm(tree) for name, tree in sizes.items()}
-    return (params, moments), {"loss": value} | norms
-
+  optimizer = _optimizer(config)
+  step = _make_step(config, shape, optimizer)
   devices = mesh.make_mesh(
     ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
   )
@@ -230,14 +255,7 @@ def train(
         spent = {"tokens": tokens, "seconds": time.time() - started}
         metrics.write("pretrain", i, round=0, **measured, **spent)
       if broken:
-        checkpoints.wait()
-        saved = [f"step {step} in {checkpoints.directory}, kept" for step in checkpoints.steps()]
-        raise finite.NotFiniteError(
-          f"step {i} of pre-training: {broken}. Last good checkpoint: "
-          f"{saved[-1] if saved else 'none yet'}. The same command goes on from there, and comes "
-          "to the same end: change what led here, such as config.learning_rate "
-          f"({config.learning_rate}), and give --resume_anyway"
-        )
+        raise _not_finite(config, i, broken, checkpoints)
       if i % config.gates_every == 0 and i < config.steps:
         counts = probes.measure_gates(
           Policy(shape, state[0], SentencePieceTokenizer(model_file)),
