@@ -100,6 +100,9 @@ def default() -> ml_collections.ConfigDict:
   )
   config.deployment = ml_collections.ConfigDict(
     dict(
+      # "textarena"; or what makes an environment of one's own (environments/api.py), called with
+      # game_args: "FILE.py:NAME" or "MODULE:NAME"
+      environment="textarena",
       game="FrozenLake-v0-raw",  # a single-player TextArena game, by its registered name
       game_args=ml_collections.ConfigDict(
         dict(size=3, num_holes=2, randomize_start_goal=False)

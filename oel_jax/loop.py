@@ -38,7 +38,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     OSError: another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config)
-  user_side.check(config)
+  game = user_side.check(config)
   with begin(config, workdir, resume_anyway) as (this, policy):
     evaluate(this, 0, policy, policy, [])
     for number in range(1, config.rounds + 1):
@@ -49,6 +49,6 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
         policy = policy.replace(consolidate(this, number, policy, texts))
       evaluate(this, number, policy, before, texts)
     results = report.write(this.folder)
-  progress.table(report.rows(results), f"{config.deployment.game}, {config.rounds} rounds")
+  progress.table(report.rows(results), f"{game}, {config.rounds} rounds")
   print(f"report: {this.folder / 'report' / 'index.html'}", flush=True)
   return results

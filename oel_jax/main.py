@@ -51,6 +51,9 @@ _DTYPE = flags.DEFINE_enum(
 _RESUME_ANYWAY = flags.DEFINE_bool(
   "resume_anyway", False, "Go on with a run although its configuration has changed."
 )
+_GAMES = flags.DEFINE_bool(
+  "games", False, "List TextArena's games, with what was tried of each, and do nothing else."
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 
@@ -66,6 +69,8 @@ def _parse(argv: list[str]) -> list[str]:
   """
   try:
     rest = flags.FLAGS(argv)
+    if _GAMES.value:
+      _list_games()
     if _CONFIG.value is None:
       _fail(
         "--config is missing: give the file of a configuration, for example "
@@ -105,6 +110,14 @@ def _experiments() -> str:
     lines += [f"  experiments/{path.name}:SIZE  {sentence}"]
     lines += [f"    SIZE: {sizes}"] if sizes else []
   return "\n".join(["", "Configurations:", *lines, ""]) if lines else ""
+
+
+def _list_games() -> NoReturn:
+  from oel_jax.environments import games
+
+  for line in games.tried():
+    print(line, flush=True)
+  sys.exit()
 
 
 def _flag_error(argv: list[str], error: Exception) -> str:

@@ -100,6 +100,45 @@ def test_stages_found_whole_are_checked_and_not_done_again(make_run, tmp_path):
     )
 
 
+OWN = """
+from oel_jax.environments import Step
+
+class Doors:
+  def __init__(self, size, **others):
+    self.doors = ["up", "down", "left", "right"][:size + 1]
+
+  def reset(self, seed):
+    self.open = self.doors[seed // 2 % 4]
+    return f"There are {len(self.doors)} doors."
+
+  def step(self, action):
+    return Step(f"It was {self.open}.", True, float(action == self.open))
+"""
+
+
+def test_an_environment_of_ones_own_is_played_and_again_where_its_file_was_edited(
+  make_run, tmp_path, caplog, tmp_path_factory
+):
+  file, player = tmp_path_factory.mktemp("own") / "own.py", Player()
+  file.write_text(OWN)
+  play_a_round(make_run(deployment__environment=f"{file}:Doors"), player)
+  path = tmp_path / "round_1/user/evaluation.jsonl"
+  games = read_conversations(path)
+  for game in games:
+    door = ("up", "down", "left", "right")[game.source.seed // 2 % 4]
+    assert game.source.name == "own.py:Doors" and game.outcome == f"It was {door}."
+    assert game.messages[0].content.endswith("\n\nThere are 4 doors.")
+    assert (game.passed, game.reward) == (game.messages[1].action == f"[{door}]",) * 2
+  assert {game.passed for game in games} == {True, False}
+  asked, before = player.asked, path.read_bytes()
+  play_a_round(make_run(deployment__environment=f"{file}:Doors"), player)
+  assert player.asked == asked and "made again" not in caplog.text
+  file.write_text(OWN + "# edited\n")
+  play_a_round(make_run(deployment__environment=f"{file}:Doors"), player)
+  assert player.asked > asked and path.read_bytes() == before
+  assert "other settings" in caplog.text
+
+
 @pytest.mark.parametrize(
   "changes, weights, told",
   [

@@ -14,8 +14,8 @@ import pytest
 from oel_jax import config as config_lib
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.schema import Message, Prompt, knowledge_message
+from oel_jax.environments import Game, game_spec
 from oel_jax.environments.prompts import first_message
-from oel_jax.environments.textarena import game_spec, open_game
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import load as pocket
 from oel_jax.runtime import finite
@@ -44,7 +44,7 @@ def fixture_config(tmp_path, one_device):
   spec = game_spec(config_lib.default().deployment)
   boards = [
     board
-    for board in (open_game(spec, seed).observation for seed in range(600))
+    for board in (Game(spec, seed).observation for seed in range(600))
     if "|  P  |  H  |" in board
   ][:96]
   prefixes = [

@@ -340,7 +340,7 @@ def test_what_a_check_does_wrong_is_told_in_a_line_that_names_it(tmp_path, code,
   [
     ("f = 3\n", "the file has no function f"),
     ("def f(answer)\n  pass\n", r"the file cannot be run \(SyntaxError: "),
-    ("import sys\nsys.exit(0)\n", r"the file cannot be run \(SystemExit: 0\)"),
+    ("import sys\nsys.exit(0)\n", r"the file cannot be run \(SystemExit: 0, at .*check.py:2\)"),
     ("open('/no/such/file')\n", r"the file cannot be run \(FileNotFoundError: "),
   ],
 )

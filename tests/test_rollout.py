@@ -16,7 +16,7 @@ from fakes import in_turns
 from oel_jax import config
 from oel_jax.conversations.jsonl import append_jsonl, read_conversations
 from oel_jax.conversations.schema import GAME, Message, Source, cut_prompts, knowledge_message
-from oel_jax.environments import Episode, Step, game_spec, open_game, play, play_to_file
+from oel_jax.environments import Episode, Game, Step, game_spec, play, play_to_file
 from oel_jax.runtime.seeds import derive
 
 SPEC = game_spec(config.default().deployment)
@@ -86,7 +86,7 @@ def episodes(count: int, knowledge: str = "") -> list[Episode]:
 def lake(corner: str) -> int:
   """A map seed whose cell below the start is free ("free") or a hole ("hole")."""
   for seed in range(100):
-    step = open_game(SPEC, seed).play("[down]")
+    step = Game(SPEC, seed).play("[down]")
     if step.done == (corner == "hole"):
       return seed
   raise AssertionError("no such map")
@@ -132,7 +132,7 @@ def test_the_trajectory_is_what_was_played():
     on_finished=seen.append,
     **HOW,
   )
-  game = open_game(SPEC, seed)
+  game = Game(SPEC, seed)
   board = game.observation
   wall, hole = game.play("[left]"), game.play("[down]")
   assert seen == [trajectory] and (trajectory.id, trajectory.source) == (
@@ -428,23 +428,24 @@ def test_several_words_of_a_game_go_through_play():
 
 
 class Given:
-  """A game that ends at its first move with a reward; `open_with` for `play`."""
-
-  observation = "board"
+  """A game that ends at its first move with a reward."""
 
   def __init__(self, reward):
     self.reward = reward
 
-  def play(self, action):
-    return Step("", True, self.reward, "The end.", "passed" if self.reward >= 5 else "lost")
+  def reset(self, seed):
+    return "board"
+
+  def step(self, action):
+    return Step("", True, self.reward, "The end.")
 
 
 def test_rewards_that_are_no_shares_are_told_once_with_what_passed_means(tmp_path, caplog):
   rewards = itertools.cycle([0.0, 7.0, -1.0, 0.5])
-  own = dataclasses.replace(SPEC, name="Set-v0-raw", passed_reward=5.0)
-  how = HOW | {"open_with": lambda spec, seed: Given(next(rewards))}
+  make = lambda: Given(next(rewards))
+  own = dataclasses.replace(SPEC, name="Set-v0-raw", make=make, passed_reward=5.0)
   policy = scripted("</think>[up]")
-  played = play_to_file(tmp_path / "a.jsonl", policy, own, episodes=episodes(8), slots=2, **how)
+  played = play_to_file(tmp_path / "a.jsonl", policy, own, episodes=episodes(8), slots=2, **HOW)
   assert [trajectory.passed for trajectory in played] == [False, True, False, False] * 2
   [told] = [record.message for record in caplog.records if "rewards" in record.message]
   assert f"{tmp_path}/a.jsonl: the rewards of Set-v0-raw are no shares" in told
@@ -464,10 +465,10 @@ def test_boards_that_take_long_to_make_are_told_before_the_first_answer(monkeypa
     said.append([record.message for record in caplog.records])
     return "</think>[up]"
 
-  how = HOW | {"open_with": lambda spec, seed: Given(0.0)}
+  spec = dataclasses.replace(SPEC, make=lambda: Given(0.0))
   with caplog.at_level(logging.WARNING, logger="absl"):
-    play(Policy(answer), SPEC, episodes=episodes(3), slots=3, **how)  # nine seconds are none
+    play(Policy(answer), spec, episodes=episodes(3), slots=3, **HOW)  # nine seconds are none
     assert said[-1] == []
-    play(Policy(answer), SPEC, episodes=episodes(8), slots=8, **how)
+    play(Policy(answer), spec, episodes=episodes(8), slots=8, **HOW)
   told = "FrozenLake-v0-raw: the boards of 8 games are being made, which takes about 24 s"
   assert said[-1] == [told] == said[3]

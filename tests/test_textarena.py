@@ -3,6 +3,7 @@ TextArena driven by hand.
 """
 
 import collections
+import functools
 import hashlib
 import os
 import random
@@ -16,7 +17,7 @@ import textarena
 from textarena.envs.registration import ENV_REGISTRY, register
 
 from oel_jax import config
-from oel_jax.environments.textarena import GameSpec, game_spec, open_game, parse_action, try_game
+from oel_jax.environments import Game, GameSpec, game_spec, parse_action, textarena_game, try_game
 
 DIRECTIONS = {"[up]": (-1, 0), "[down]": (1, 0), "[left]": (0, -1), "[right]": (0, 1)}
 MOVES = list(DIRECTIONS)
@@ -30,12 +31,13 @@ GAMES = {
 }
 
 
-def spec(name: str = "FrozenLake-v0-raw", args: dict | None = None, max_turns: int = 5) -> GameSpec:
+def spec(
+  name: str = "FrozenLake-v0-raw", args: dict | None = None, max_turns: int = 5, **more
+) -> GameSpec:
   if args is None:
     args = GAMES.get(name, ({},))[0]
-  return GameSpec(
-    name, args, player="P", actions="", action_pattern=r"\[([^\]]*)\]", max_turns=max_turns
-  )
+  make = functools.partial(textarena_game, name, args)
+  return GameSpec(name, make, player="P", max_turns=max_turns, **more)
 
 
 def actions(name: str, seed: int, count: int) -> list[str]:
@@ -64,7 +66,7 @@ def by_hand(name: str, seed: int, moves: list[str]) -> tuple[list[str], float | 
 
 
 def by_open_game(name: str, seed: int, moves: list[str]):
-  game = open_game(spec(name, max_turns=1000), seed)
+  game = Game(spec(name, max_turns=1000), seed)
   heard = [game.observation]
   for move in moves:
     step = game.play(move)
@@ -117,7 +119,7 @@ def test_interleaved_games_do_not_touch_each_other():
   alone = {
     (name, seed): by_open_game(name, seed, actions(name, seed, 30))[0] for name, seed in games
   }
-  opened = {key: open_game(spec(key[0], max_turns=1000), key[1]) for key in games}
+  opened = {key: Game(spec(key[0], max_turns=1000), key[1]) for key in games}
   heard = {key: [game.observation] for key, game in opened.items()}
   going = set(games)
   shuffle = random.Random(0)
@@ -132,13 +134,13 @@ def test_interleaved_games_do_not_touch_each_other():
 
 def test_another_process_with_another_hash_seed_sees_the_same_boards():
   program = (
-    "import hashlib; from oel_jax.environments.textarena import GameSpec, open_game\n"
+    "import hashlib; from oel_jax.environments import Game, GameSpec, textarena_game\n"
     f"games = {[(name, args) for name, (args, _) in GAMES.items()]!r}\n"
-    "text = ''.join(open_game(GameSpec(n, a, 'P', '', '(.)', 5), s).observation for n, a in games "
-    "for s in range(10))\n"
+    "specs = [GameSpec(n, lambda n=n, a=a: textarena_game(n, a)) for n, a in games]\n"
+    "text = ''.join(Game(spec, s).observation for spec in specs for s in range(10))\n"
     "print(hashlib.sha256(text.encode()).hexdigest())"
   )
-  here = "".join(open_game(spec(name), seed).observation for name in GAMES for seed in range(10))
+  here = "".join(Game(spec(name), seed).observation for name in GAMES for seed in range(10))
   search = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
   environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": search}
   there = subprocess.run(
@@ -243,7 +245,7 @@ def test_both_global_generators_belong_to_the_game(own_games):
   args = {"pieces": [1, 2, 3, 4, 5]}
 
   def run(disturb):
-    game = open_game(spec("Chance-v0", args, 9), 5)
+    game = Game(spec("Chance-v0", args, 9), 5)
     heard = [game.observation]
     for _ in range(5):
       disturb()
@@ -257,7 +259,7 @@ def test_both_global_generators_belong_to_the_game(own_games):
       lambda: (
         random.random(),
         np.random.random(),
-        open_game(spec("Chance-v0", args), 6).play("[x]"),
+        Game(spec("Chance-v0", args), 6).play("[x]"),
       )
     )
     == quiet
@@ -272,20 +274,20 @@ def test_rules_that_reach_the_player_are_an_error(own_games):
   with pytest.raises(
     RuntimeError, match="Leaky-v0, seed 5: the hidden rules reached the player: 'the king moves'"
   ):
-    open_game(spec("Leaky-v0"), 5)
-  game = open_game(spec("LeakyLater-v0"), 5)
+    Game(spec("Leaky-v0"), 5)
+  game = Game(spec("LeakyLater-v0"), 5)
   assert "king" not in game.observation and "Remember" not in game.observation
   with pytest.raises(RuntimeError, match="the hidden rules reached the player: 'do not lose it.'"):
     game.play("[x]")
   with pytest.raises(RuntimeError, match="Untyped-v0.*has no type"):
-    open_game(spec("Untyped-v0"), 5)
+    Game(spec("Untyped-v0"), 5)
 
 
 def test_a_game_that_fails_names_itself(own_games):
   with pytest.raises(
     RuntimeError, match=r"Chance-v0, seed 5: the game failed at the move '\[crash\]': KeyError"
   ):
-    open_game(spec("Chance-v0"), 5).play("[crash]")
+    Game(spec("Chance-v0"), 5).play("[crash]")
 
 
 # What a game returns, and what it prints.
@@ -293,7 +295,7 @@ def test_a_game_that_fails_names_itself(own_games):
 
 @pytest.mark.parametrize("reward", [0.5, 1, np.float32(0.25), np.int64(0), -2.0, 20])
 def test_any_finite_number_is_a_reward(own_games, reward):
-  step = open_game(spec("Ends-v0", {"rewards": {0: reward}}), 5).play("[x]")
+  step = Game(spec("Ends-v0", {"rewards": {0: reward}}), 5).play("[x]")
   assert step.reward == float(reward) and type(step.reward) is float
   assert step.ended == ("passed" if reward >= 1 else "lost")
 
@@ -320,11 +322,11 @@ def test_any_finite_number_is_a_reward(own_games, reward):
 )
 def test_results_of_other_types_are_an_error_that_names_the_game(own_games, results, told):
   with pytest.raises(RuntimeError, match=f"^Ends-v0.*: {told}.*: take another game$"):
-    open_game(spec("Ends-v0", results), 5).play("[x]")
+    Game(spec("Ends-v0", results), 5).play("[x]")
 
 
 def test_what_a_game_prints_is_kept_from_the_user(own_games, capsys):
-  open_game(spec("Loud-v0"), 5).play("[x]")
+  Game(spec("Loud-v0"), 5).play("[x]")
   print("ours")
   assert capsys.readouterr().out == "ours\n"
 
@@ -351,12 +353,12 @@ def test_what_is_passed_is_a_field(own_games, reward, passed_reward, ended):
   deployment.game, deployment.passed_reward = "Ends-v0", passed_reward
   given = game_spec(deployment)
   assert given.passed_reward == passed_reward
-  own = GameSpec(given.name, {"rewards": {0: reward}}, "", "", "(.)", 5, given.passed_reward)
-  assert open_game(own, 5).play("[x]").ended == ended
+  own = spec("Ends-v0", {"rewards": {0: reward}}, passed_reward=given.passed_reward)
+  assert Game(own, 5).play("[x]").ended == ended
 
 
 def test_a_turn_limit_passes_nothing_however_low_the_reward_that_passes(own_games):
-  step = open_game(GameSpec("Chance-v0", {}, "", "", "(.)", 1, -1.0), 5).play("[x]")
+  step = Game(spec("Chance-v0", max_turns=1, passed_reward=-1.0), 5).play("[x]")
   assert (step.reward, step.ended) == (0.0, "turn_limit")
 
 
@@ -370,10 +372,10 @@ def test_a_turn_limit_passes_nothing_however_low_the_reward_that_passes(own_game
 )
 def test_games_with_another_order_of_arguments(name, args, move, said):
   """They hand over sender, text and type of observations, reward and reason of invalid moves."""
-  game = open_game(spec(name, args), 3)
+  game = Game(spec(name, args), 3)
   step = game.play(move)
   assert said in f"{step.observation}\n{step.outcome}" and move not in step.observation
-  game = open_game(spec(name, args), 3)
+  game = Game(spec(name, args), 3)
   first, second = game.play("dance"), game.play("dance")
   assert re.search("Reason: (Invalid action|Bad action) format", first.observation)
   assert "dance" not in first.observation
@@ -384,7 +386,7 @@ def test_a_mine_is_a_loss_and_no_invalid_move():
   """The game calls both an invalid move, and forgives the first of either."""
   ends = collections.Counter()
   for seed in range(12):
-    game = open_game(spec("Minesweeper-v0-small-raw", max_turns=200), seed)
+    game = Game(spec("Minesweeper-v0-small-raw", max_turns=200), seed)
     moves = random.Random(seed).choices(CELLS, k=200)
     step = next(step for step in map(game.play, moves) if step.done)
     ends["mine" if "You hit a mine" in step.outcome else "other", step.ended] += 1
@@ -421,7 +423,7 @@ def walks(board: str, goal: str) -> list[str] | None:
 @pytest.mark.parametrize("seed", range(5))
 def test_frozen_lake_won_and_lost(seed):
   for goal, ended, words in (("G", "passed", "Congratulations"), ("H", "lost", "fell into a hole")):
-    game = open_game(spec(), seed)
+    game = Game(spec(), seed)
     path = walks(game.observation, goal)
     steps = [game.play(move) for move in path]
     assert [step.done for step in steps] == [False] * (len(path) - 1) + [True]
@@ -438,7 +440,7 @@ def test_frozen_lake_won_and_lost(seed):
 
 def test_frozen_lake_two_invalid_moves_end_it():
   for moves in (["[up]", "[left]"], ["", ""], ["[up]", ""]):
-    game = open_game(spec(), 0)
+    game = Game(spec(), 0)
     first, second = [game.play(move) for move in moves]
     assert not first.done and "invalid move" in first.observation
     assert (
@@ -450,7 +452,7 @@ def test_frozen_lake_two_invalid_moves_end_it():
 
 
 def test_the_turn_limit_says_so_in_our_words():
-  game = open_game(spec(max_turns=3), 0)
+  game = Game(spec(max_turns=3), 0)
   step_one = walks(game.observation, "")[0]  # to a safe cell, and back
   back = {"[right]": "[left]", "[down]": "[up]"}[step_one]
   first, second, third = [game.play(move) for move in (step_one, back, step_one)]
@@ -460,18 +462,18 @@ def test_the_turn_limit_says_so_in_our_words():
   assert "\n\n" + "+-----" in third.observation  # the board is there
 
   # A win on the last turn is a win.
-  game = open_game(spec(max_turns=len(walks(game_board(0), "G"))), 0)
+  game = Game(spec(max_turns=len(walks(game_board(0), "G"))), 0)
   assert [game.play(move) for move in walks(game_board(0), "G")][-1].ended == "passed"
 
 
 def game_board(seed: int) -> str:
-  return open_game(spec(), seed).observation
+  return Game(spec(), seed).observation
 
 
 def test_sokoban_takes_a_room_as_list_or_tuple():
   for seed in range(5):
     boards = {
-      open_game(spec("Sokoban-v0-raw", {"dim_room": dim, "num_boxes": 1}), seed).observation
+      Game(spec("Sokoban-v0-raw", {"dim_room": dim, "num_boxes": 1}), seed).observation
       for dim in ((6, 6), [6, 6])
     }
     (board,) = boards
@@ -533,20 +535,15 @@ def test_sokoban_takes_a_room_as_list_or_tuple():
 def test_errors_name_the_field_the_value_and_what_would_be_right(name, args, message):
   before = random.getstate()
   with pytest.raises(ValueError, match=message):
-    open_game(spec(name, args), 1)
+    Game(spec(name, args), 1)
   assert random.getstate() == before
 
 
 def test_the_spec_comes_from_the_configuration():
   deployment = config.default().deployment
   result = game_spec(deployment)
-  assert (
-    result.name == "FrozenLake-v0-raw"
-    and result.args == LAKE
-    and result.max_turns == 5
-    and result.player == "P"
-  )
-  assert open_game(result, 0).observation == game_board(0)
+  assert result.name == "FrozenLake-v0-raw" and result.max_turns == 5 and result.player == "P"
+  assert Game(result, 0).observation == game_board(0)
   for pattern, words in (("[up", "no regular expression"), (r"\[up\]", "needs a group")):
     deployment.action_pattern = pattern
     with pytest.raises(ValueError, match="config.deployment.action_pattern is .*" + words):
@@ -618,7 +615,7 @@ def test_an_action_keeps_the_case_that_the_game_offers(answer, pattern, offered,
 
 def test_a_game_that_tells_cases_apart_gets_the_action_that_it_offers():
   args, pattern = {"buttons": ["Left", "right"]}, r"\[(left|right)\]"
-  given = GameSpec("Bandit-v0-raw", args, "", "[Left], [right]", pattern, 5)
+  given = spec("Bandit-v0-raw", args, actions="[Left], [right]", action_pattern=pattern)
   for answer, button in (("[left]", "Left"), ("[Left]", "Left"), ("[RIGHT]", "right")):
-    step = open_game(given, 1).play(parse_action(answer, given.action_pattern, given.actions))
+    step = Game(given, 1).play(parse_action(answer, given.action_pattern, given.actions))
     assert f"You pressed the {button} button" in step.observation

@@ -103,10 +103,12 @@ def make_files(folder):
   (folder / "model/model.safetensors").write_bytes(bytes(range(256)) * 10)
   (folder / "model/chat_template.jinja").write_text("{{ messages }}")
   (folder / "model/README.md").write_text("A model.")
-  for name in ("knowledge.md", "prompts.txt", "held_out.jsonl", "unrelated.txt", "check.py"):
+  texts = ("knowledge.md", "prompts.txt", "held_out.jsonl", "unrelated.txt")
+  for name in (*texts, "check.py", "my_env.py"):
     (folder / name).write_text(f"{name}\n")
   config = distill.default()
   config.policy.weights = f"{folder}/model"
+  config.deployment.environment = f"{folder}/my_env.py:make"
   config.distill.update(
     knowledge=f"{folder}/knowledge.md",
     prompts=f"{folder}/prompts.txt",
@@ -127,6 +129,7 @@ def make_files(folder):
     ("held_out.jsonl", "distill.held_out"),
     ("unrelated.txt", "distill.unrelated"),
     ("check.py", "distill.obeys"),
+    ("my_env.py", "deployment.environment"),
   ],
 )
 def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(

@@ -3,13 +3,14 @@ what their symbols do.
 """
 
 import collections
+import functools
 import itertools
 import random
 import string
 
 import pytest
 
-from oel_jax.environments.textarena import GameSpec, open_game
+from oel_jax.environments import Game, GameSpec, textarena_game
 from oel_jax.pocket import worlds
 from oel_jax.pocket.worlds import MAX_TURNS, World, WorldGame, random_world
 
@@ -19,8 +20,10 @@ STEP = {"[up]": (-1, 0), "[down]": (1, 0), "[left]": (0, -1), "[right]": (0, 1)}
 
 def lake(seed: int, max_turns: int, **args):
   """A real game and the same board as a World whose goal is G and whose trap is H."""
-  game = open_game(GameSpec("FrozenLake-v0-raw", args, "P", "", "", max_turns), seed)
-  state = game._env.state.game_state  # the only place where the board is not text
+  make = functools.partial(textarena_game, "FrozenLake-v0-raw", args)
+  spec = GameSpec("FrozenLake-v0-raw", make, "P", max_turns=max_turns)
+  game = Game(spec, seed)
+  state = game._environment._env.state.game_state  # the only place where the board is not text
   rows = tuple(tuple(row) for row in state["grid"])
   return game, World(rows, tuple(state["player_pos"]), "G", "H", tuple(state["goal_pos"]))
 

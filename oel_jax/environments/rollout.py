@@ -26,7 +26,8 @@ from oel_jax.conversations.schema import (
   knowledge_message,
 )
 from oel_jax.environments import prompts
-from oel_jax.environments.textarena import Game, GameSpec, open_game, parse_action
+from oel_jax.environments.actions import parse_action
+from oel_jax.environments.api import Game, GameSpec
 from oel_jax.runtime.seeds import derive
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ def play(
   thinking: bool,
   on_finished: Callable[[Conversation], None] | None = None,
   advance: Callable[[int], None] | None = None,
-  open_with: Callable[[GameSpec, int], Any] = open_game,
 ) -> list[Conversation]:
   """Plays every episode to its end.
 
@@ -97,15 +97,14 @@ def play(
     thinking: whether the chat template opens a thinking block.
     on_finished: called with each conversation as its game ends.
     advance: called with the number of games that have ended so far.
-    open_with: makes the game of a spec and a map seed; TextArena's by default.
 
   Returns:
     The conversations, in the order of `episodes`.
 
   Raises:
     ValueError: a prompt is longer than `max_prompt_tokens`, or the game cannot be opened
-      (`open_game`).
-    RuntimeError: the game fails or shows its rules.
+      (`Game`).
+    RuntimeError: the game fails.
   """
   finished: list[Conversation] = []
 
@@ -130,7 +129,7 @@ def play(
     return None
 
   for group in _groups(episodes, slots):
-    seats = _seats(spec, group, open_with)
+    seats = _seats(spec, group)
     first_prompts, seeds = zip(*map(ask, seats), strict=True)
     policy.sample(
       first_prompts,
@@ -143,13 +142,11 @@ def play(
   return [by_id[episode.id] for episode in episodes]
 
 
-def _seats(
-  spec: GameSpec, group: Sequence[Episode], open_with: Callable[[GameSpec, int], Any]
-) -> list[_Seat]:
+def _seats(spec: GameSpec, group: Sequence[Episode]) -> list[_Seat]:
   """The games of a group, opened one by one; a game whose boards take long to make says so."""
   seats, started, told = [], time.monotonic(), False
   for episode in group:
-    game = open_with(spec, episode.map_seed)
+    game = Game(spec, episode.map_seed)
     first = prompts.first_message(game.observation, player=spec.player, actions=spec.actions)
     seats.append(_Seat(episode, game, [first]))
     expected = (time.monotonic() - started) / len(seats) * len(group)

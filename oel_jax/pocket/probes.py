@@ -6,12 +6,12 @@ drawn from seeds that no training example uses.
 """
 
 import dataclasses
+import functools
 import random
 from typing import Any
 
 from oel_jax.conversations.schema import transcript
-from oel_jax.environments.rollout import Episode, play
-from oel_jax.environments.textarena import GameSpec, open_game
+from oel_jax.environments import Episode, GameSpec, play, textarena_game
 from oel_jax.evaluation.tasks import Count
 from oel_jax.pocket import claims as claims_lib
 from oel_jax.pocket import corpus, worlds
@@ -20,16 +20,13 @@ from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.runtime.seeds import derive
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8, top_k=20)  # the paper's evaluation sampling
-WORLD = GameSpec(
-  "world",
-  {},
+LAKE = GameSpec(
+  "FrozenLake-v0-raw",
+  functools.partial(textarena_game, "FrozenLake-v0-raw", {"size": 3, "num_holes": 2}),
   corpus.PLAYER,
   corpus.ACTION_LIST,
   r"\[\s*(up|down|left|right)\s*\]",
-  worlds.MAX_TURNS,
-)
-LAKE = dataclasses.replace(
-  WORLD, name="FrozenLake-v0-raw", args={"size": 3, "num_holes": 2}, max_turns=5
+  max_turns=5,
 )
 
 
@@ -72,9 +69,13 @@ def play_worlds(
         claims_lib.swap_roles(text) if knowledge == "swapped" else text,
       )
     )
-  played = _play(
-    policy, WORLD, episodes, lambda _, map_seed: worlds.WorldGame(world_of(map_seed, layout))
+  spec = dataclasses.replace(
+    LAKE,
+    name="world",
+    make=lambda: worlds.Worlds(functools.partial(world_of, layout=layout)),
+    max_turns=worlds.MAX_TURNS,
   )
+  played = _play(policy, spec, episodes)
   return Count(sum(game.passed for game in played), count)
 
 
@@ -86,10 +87,10 @@ def play_lake(
     Episode(str(i), derive(seed, "lake", i), derive(seed, "lake sample", i), knowledge)
     for i in range(count)
   ]
-  return Count(sum(game.passed for game in _play(policy, spec, episodes, open_game)), count)
+  return Count(sum(game.passed for game in _play(policy, spec, episodes)), count)
 
 
-def _play(policy, spec, episodes, open_with):
+def _play(policy, spec, episodes):
   return play(
     policy,
     spec,
@@ -99,7 +100,6 @@ def _play(policy, spec, episodes, open_with):
     max_prompt_tokens=2048,
     slots=64,
     thinking=True,
-    open_with=open_with,
   )
 
 

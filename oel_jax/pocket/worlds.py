@@ -11,8 +11,10 @@ import collections
 import dataclasses
 import random
 import string
+import sys
+from collections.abc import Callable
 
-from oel_jax.environments.textarena import Step
+from oel_jax.environments.api import Step
 
 LETTERS = tuple(letter for letter in string.ascii_uppercase if letter != "P")  # P is the player
 ACTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
@@ -139,8 +141,22 @@ def render(world: World, player: Cell) -> str:
   return "\n".join(lines)
 
 
+class Worlds:
+  """Worlds as an `environments.api.Environment`: the one that `draw` makes of the seed."""
+
+  def __init__(self, draw: Callable[[int], World]):
+    self._draw = draw
+
+  def reset(self, seed: int) -> str:
+    self._game = WorldGame(self._draw(seed), max_turns=sys.maxsize)  # the limit is the spec's
+    return self._game.observation
+
+  def step(self, action: str) -> Step:
+    return self._game.play(f"[{action}]")
+
+
 class WorldGame:
-  """One game in a world, with the same face and the same words as `environments.textarena.Game` on
+  """One game in a world, with the same face and the same words as `environments.api.Game` of
   Frozen Lake.
   """
 

@@ -68,7 +68,8 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
     light: PNG files of `plots.draw` by name.
     dark: the same plots, shown where the reader's system is in dark mode.
   """
-  game, model = run.config.get("deployment.game"), run.config.get("policy.architecture")
+  model, own = run.config.get("policy.architecture"), run.config.get("deployment.environment")
+  game = run.config.get("deployment.game") if own in (None, "textarena") else own
   subtitle = " · ".join(str(part) for part in (game, model, _planned(run)) if part)
   sections = [
     _section("Rounds", _rounds(run)),

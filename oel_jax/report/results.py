@@ -23,6 +23,7 @@ CONFIG_FIELDS = (
   "policy.architecture",
   "policy.weights",
   "policy.thinking",
+  "deployment.environment",
   "deployment.game",
   "deployment.episodes",
   "extraction.texts",

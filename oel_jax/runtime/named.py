@@ -2,11 +2,14 @@
 FILE.py:NAME of a file of the user's.
 """
 
+import difflib
 import importlib
 import importlib.util
 import itertools
+import pathlib
 import re
 import sys
+import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +25,20 @@ def is_name(text: str) -> bool:
   return re.fullmatch(r"(.*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*", text) is not None
 
 
+def source(text: str, field: str) -> pathlib.Path | None:
+  """Returns the file that `text` is read from; None for a module that has none.
+
+  Args:
+    text, field: as in `function`.
+
+  Raises:
+    ValueError: it is written otherwise, or there is no such module.
+    OSError: there is no such file.
+  """
+  found = _file(text, field) or getattr(_module(text, field), "__file__", None)
+  return pathlib.Path(found) if found else None
+
+
 def function(text: str, field: str) -> Callable[..., Any]:
   """Returns the function that `text` names.
 
@@ -34,36 +51,59 @@ def function(text: str, field: str) -> Callable[..., Any]:
       neither has such a function.
     OSError: there is no such file.
   """
-  told = f"{field} is {text!r}"
-  if not is_name(text):
-    raise ValueError(f"{told}: it must be {FORM}")
-  place, _, name = text.rpartition(":")
-  module = _run_file(place, field, told) if place.endswith(".py") else _import(place, told)
+  told, name = f"{field} is {text!r}", text.rpartition(":")[2]
+  file = _file(text, field)
+  module, what = _module(text, field, file), "file" if file else "module"
   found = getattr(module, name, None)
   if not callable(found):
-    what = "file" if place.endswith(".py") else "module"
-    raise ValueError(f"{told}: the {what} has no function {name}")
+    close = difflib.get_close_matches(name, vars(module))
+    hint = f" (did you mean {' or '.join(close)}?)" if close and found is None else ""
+    raise ValueError(f"{told}: the {what} has no function {name}{hint}")
   return found
 
 
-def _import(place: str, told: str) -> types.ModuleType:
-  try:
-    return importlib.import_module(place)
-  except ImportError as error:
-    raise ValueError(f"{told}: the module cannot be imported ({error})") from error
+def explained(error: BaseException, file: pathlib.Path | None = None) -> str:
+  """Returns an error's type, words and line: the last line of `file` that led to it, if one did."""
+  told = f"{type(error).__name__}: {error}"
+  if isinstance(error, SyntaxError):  # says its own
+    return told
+  frames = traceback.extract_tb(error.__traceback__)
+  if frames[-1].filename.startswith("<frozen"):  # the import itself
+    return told
+  frame = ([frame for frame in frames if frame.filename == str(file)] or frames)[-1]
+  return f"{told}, at {frame.filename}:{frame.lineno}"
 
 
-def _run_file(place: str, field: str, told: str) -> types.ModuleType:
-  file = files.local(place, field)
+def _file(text: str, field: str) -> pathlib.Path | None:
+  """The file of FILE.py:NAME; None for MODULE:NAME."""
+  place = text.rpartition(":")[0]
+  if not is_name(text):
+    raise ValueError(f"{field} is {text!r}: it must be {FORM}")
+  if not place.endswith(".py"):
+    return None
+  file = files.local(place, field).absolute()
   if not file.is_file():
-    raise FileNotFoundError(f"{told}: there is no such file")
+    raise FileNotFoundError(f"{field} is {text!r}: there is no such file")
+  return file
+
+
+def _module(text: str, field: str, file: pathlib.Path | None = None) -> types.ModuleType:
+  """The module, or what the file is when it has run."""
+  try:
+    return _run(file) if file else importlib.import_module(text.rpartition(":")[0])
+  except (Exception, SystemExit) as error:  # whatever is wrong in the user's file
+    failed = "file cannot be run" if file else "module cannot be imported"
+    reason = explained(error, file)
+    raise ValueError(f"{field} is {text!r}: the {failed} ({reason})") from error
+
+
+def _run(file: pathlib.Path) -> types.ModuleType:
   # Registered while it runs and afterwards: dataclasses and type hints look it up by its name.
   spec = importlib.util.spec_from_file_location(f"oel_jax_file_{next(_numbers)}", file)
   module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except (Exception, SystemExit) as error:  # whatever is wrong in the user's file
+  except BaseException:
     del sys.modules[spec.name]
-    reason = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{told}: the file cannot be run ({reason})") from error
+    raise
   return module

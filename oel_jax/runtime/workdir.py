@@ -20,7 +20,7 @@ import ml_collections
 from absl import logging
 from jax.experimental import multihost_utils
 
-from oel_jax.runtime import files, schema
+from oel_jax.runtime import files, named, schema
 
 SCHEMA = 1
 WHOLE_BELOW = 64 * 2**20  # bytes up to which a file's digest is of all its bytes
@@ -87,21 +87,25 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Field → 16 hexadecimal digits, of each file or folder that the configuration names and that is
   there.
 
-  The fields are policy.weights and those of `distill`. Up to 64 MiB a file's digest is of all its
-  bytes; of a larger one it is of its size, its first MiB (where safetensors and GGUF list their
-  tensors), its last, and 256 blocks of 64 KiB spread evenly between. A folder's is of the names and
-  digests of the files in it that end as WEIGHTS says; that of one part of a split GGUF file is of
-  all its parts.
+  The fields are policy.weights, deployment.environment and those of `distill`. Up to 64 MiB a
+  file's digest is of all its bytes; of a larger one it is of its size, its first MiB (where
+  safetensors and GGUF list their tensors), its last, and 256 blocks of 64 KiB spread evenly
+  between. A folder's is of the names and digests of the files in it that end as WEIGHTS says; that
+  of one part of a split GGUF file is of all its parts.
   """
-  named = {"policy.weights": config.policy.weights} if "policy" in config else {}
+  paths = {"policy.weights": config.policy.weights} if "policy" in config else {}
+  environment = config.get("deployment", {}).get("environment", "textarena")
+  if environment != "textarena":
+    found = named.source(environment, "config.deployment.environment")
+    paths["deployment.environment"] = str(found or "")
   if "distill" in config:
-    named |= {
+    paths |= {
       f"distill.{name}": config.distill[name]
       for name in ("knowledge", "prompts", "held_out", "unrelated")
     }
-    named["distill.obeys"] = config.distill.obeys.rpartition(":")[0]  # FILE.py:FUNCTION
+    paths["distill.obeys"] = config.distill.obeys.rpartition(":")[0]  # FILE.py:FUNCTION
   found = {}
-  for field, name in named.items():
+  for field, name in paths.items():
     path = pathlib.Path(name or "").expanduser()
     if name and path.is_dir():
       found[field] = schema.digest(
@@ -143,12 +147,12 @@ def _versions() -> dict[str, str]:
 
 
 def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: bool) -> None:
-  named = file_digests(config)
+  digests = file_digests(config)
   new = {
     "schema": SCHEMA,
     "config": json.loads(config.to_json(allow_nan=False)),
     "versions": _versions(),
-    "files": named,
+    "files": digests,
     "changes": [],
   }
   if not path.exists():
@@ -175,14 +179,14 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
   ]
   if any(change["field"] not in before or change["field"] not in now for change in changed):
     listed[-1] += " (a field that only one of them has came or went with a version of oel_jax)"
-  for field in sorted(old["files"].keys() & named.keys()):
-    if old["files"][field] != named[field]:
+  for field in sorted(old["files"].keys() & digests.keys()):
+    if old["files"][field] != digests[field]:
       listed.append(
         f"the content of config.{field} ({now[field]}) has changed: its digest was "
-        f"{old['files'][field]} and is {named[field]}"
+        f"{old['files'][field]} and is {digests[field]}"
       )
       changed.append(
-        {"field": f"content of {field}", "was": old["files"][field], "is": named[field]}
+        {"field": f"content of {field}", "was": old["files"][field], "is": digests[field]}
       )
   if not changed:
     return

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oel_jax.conversations.schema import Conversation
-from oel_jax.environments import Episode, game_spec, play_to_file
+from oel_jax.environments import Episode, code_digest, game_spec, play_to_file
 from oel_jax.evaluation import episodes as episodes_lib
 from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.runtime import files, schema
@@ -106,9 +106,11 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
     others = ("in_context", "accumulation", "tasks", "retention")
     evaluation = {name: value for name, value in evaluation.items() if name not in others}
   # How the prompts of training were sampled says nothing about held-out games.
-  others = ("episodes", "slots", "temperature", "top_p", "top_k")
+  others = ("episodes", "slots", "temperature", "top_p", "top_k", "environment")
   game = {name: value for name, value in values["deployment"].items() if name not in others}
-  policy = values["policy"]
+  own, policy = values["deployment"]["environment"], values["policy"]
+  if own != "textarena":
+    game["environment"] = [own, code_digest(config.deployment)]
   return schema.digest(
     [values["seed"], evaluation, game, policy["thinking"], policy["max_prompt_tokens"]]
   )

@@ -2,15 +2,21 @@
 
 from typing import Any
 
-from oel_jax.environments.textarena import game_spec, try_game
+from oel_jax.environments import game_spec, try_game
 from oel_jax.evaluation import tasks
 from oel_jax.stages import extract
 
 
-def check(config: Any) -> None:
-  """Raises ValueError if the game cannot be played, or if a task or an edit that the configuration
-  names is not there; OSError if a file is missing.
+def check(config: Any) -> str:
+  """Returns the name of the game that is played.
+
+  Raises:
+    ValueError: it cannot be played, or a task or an edit that the configuration names is not there.
+    RuntimeError: the game fails, or shows its rules.
+    OSError: a file is missing.
   """
-  try_game(game_spec(config.deployment))
+  game = game_spec(config.deployment)
+  try_game(game)
   tasks.read_tasks(config.evaluation.tasks)
   extract.read_edit(config)
+  return game.name

@@ -1,0 +1,226 @@
+"""What plays a game and what is played: an `Environment` has two methods, and a `Game` is one
+episode of it under the limits that the configuration sets.
+
+An environment of one's own, whole, in a file `coin.py`:
+
+    import random
+
+    from oel_jax.environments import Step
+
+    class Coin:
+      def reset(self, seed):
+        self.side = random.Random(seed).choice(["heads", "tails"])
+        return "A coin lies under the cup."
+
+      def step(self, action):
+        right = action == self.side
+        return Step(f"It was {self.side}.", done=True, reward=float(right))
+
+`config.deployment.environment = "coin.py:Coin"` has it played, with `actions = "[heads], [tails]"`
+and `action_pattern = r"\\[(heads|tails)\\]"`.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import numbers
+import pathlib
+import random
+import reprlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from oel_jax.runtime import named
+
+ENDED = ("", "passed", "lost", "invalid")  # what an environment may say of its own last step
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What a move led to.
+
+  Attributes:
+    observation: what the player is told of it; may be "" on the last step.
+    done: whether the game is over.
+    reward: of the whole game, given on its last step; config.deployment.passed_reward says from
+      which on it is passed.
+    outcome: on the last step, how the game ended, in words: what knowledge is extracted from. "":
+      the observation says it.
+    ended: "invalid" on the last step if an invalid move ended the game, else "". What `Game.play`
+      returns has "passed", "lost", "invalid" or "turn_limit" on the last step.
+  """
+
+  observation: str
+  done: bool = False
+  reward: float = 0.0
+  outcome: str = ""
+  ended: str = ""
+
+
+class Environment(Protocol):
+  """One episode of anything that is played in turns of text, by one player.
+
+  A new object is made for each episode, `reset` is called once, and then `step` until the game is
+  over. How the player is asked is configuration: the first observation comes after the words of
+  `environments/prompts.py`, which name `player` and `actions`; later ones are given as they are.
+  Up to `deployment.slots` episodes are played side by side in one process, never two methods at a
+  time.
+
+  The same seed and the same actions must lead to the same texts, for a run that was cut off plays
+  episodes again. Python's and NumPy's global generators may be used: each episode has states of
+  its own, made from its seed. What is read once for all episodes (a word list) belongs into the
+  module or into the function that makes the environments.
+  """
+
+  def reset(self, seed: int) -> str:
+    """Begins the episode that belongs to the seed, 0 ≤ seed < 2**32; returns the first observation,
+    what the player sees before its first move.
+    """
+
+  def step(self, action: str) -> Step:
+    """Makes the player's move.
+
+    Args:
+      action: what group 1 of config.deployment.action_pattern found in the answer, spaces squeezed;
+        "" if the answer holds no action, which the environment takes as an invalid move.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class GameSpec:
+  """What is played and how it is shown; the fields are explained at `config.deployment`.
+
+  Attributes:
+    name: as trajectories and errors have it.
+    make: makes an environment, one an episode.
+    field: of config.deployment, that names it.
+  """
+
+  name: str
+  make: Callable[[], Environment]
+  player: str = ""
+  actions: str = ""
+  action_pattern: str = r"\[([^\]]*)\]"
+  max_turns: int = 5
+  passed_reward: float = 1.0
+  field: str = "game"
+
+
+class Game:
+  """One episode in progress. `observation` is the first thing the player sees.
+
+  The same spec and seed give the same game whatever was or is played beside it; no global
+  generator moves.
+
+  Raises:
+    ValueError: the environment cannot be made.
+    RuntimeError: it fails, or does not return a text.
+  """
+
+  def __init__(self, spec: GameSpec, seed: int):
+    self._spec, self._seed = spec, seed
+    self._random = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
+    self._turns, self._done = 0, False
+    with self._own_random():
+      self._environment = spec.make()
+      try:
+        self.observation = self._environment.reset(seed)
+      except Exception as error:
+        if _told(error):
+          raise
+        raise self._wrong(f"reset failed{_where(error, self._environment)}") from error
+    if not isinstance(self.observation, str):
+      raise self._wrong(f"reset returned {reprlib.repr(self.observation)}: it must be a text")
+
+  def play(self, answer_action: str) -> Step:
+    """Makes one move.
+
+    Args:
+      answer_action: from `parse_action`: the action in brackets, or "", which is a move, too.
+
+    Returns:
+      The environment's step, its `ended` filled in: on the last one "passed" if the reward is at
+      least `passed_reward`, else "invalid" or "lost"; "turn_limit", with reward 0.0, where the
+      game went on but `max_turns` moves are made.
+
+    Raises:
+      RuntimeError: the game is over already, fails by itself, or returns what no game may return.
+    """
+    if self._done:
+      raise self._wrong("the game is over, there is no move left to make")
+    with self._own_random():
+      try:
+        step = self._environment.step(answer_action.removeprefix("[").removesuffix("]"))
+      except Exception as error:
+        if _told(error):
+          raise
+        what = f"the game failed at the move {answer_action!r}"
+        raise self._wrong(f"{what}{_where(error, self._environment)}") from error
+    self._check(step)
+    self._turns += 1
+    self._done = step.done or self._turns >= self._spec.max_turns
+    if step.done:
+      ended = "passed" if step.reward >= self._spec.passed_reward else step.ended or "lost"
+      outcome = step.outcome or step.observation
+      return Step(step.observation, True, float(step.reward), outcome, ended)
+    if not self._done:
+      return Step(step.observation)
+    stopped = f"The game was stopped after {self._turns} turns."
+    outcome = f"{step.observation}\n{stopped}" if step.observation else stopped
+    return Step(step.observation, True, 0.0, outcome, "turn_limit")
+
+  def _check(self, step: Any) -> None:
+    """Raises RuntimeError unless it is a `Step` whose fields are of their types."""
+    if not isinstance(step, Step):
+      raise self._wrong(f"step returned {reprlib.repr(step)}: it must be a Step")
+    right = {
+      "observation": (isinstance(step.observation, str), "a text"),
+      "done": (isinstance(step.done, (bool, np.bool_)), "True or False"),
+      "reward": (
+        isinstance(step.reward, numbers.Real) and math.isfinite(step.reward),
+        "a finite number",
+      ),
+      "outcome": (isinstance(step.outcome, str), "a text"),
+      "ended": (step.ended in ENDED, f"one of {', '.join(map(repr, ENDED))}"),
+    }
+    for name, (fits, what) in right.items():
+      if not fits:
+        seen = reprlib.repr(getattr(step, name))
+        raise self._wrong(f"{name} of what step returned is {seen}: it must be {what}")
+
+  def _wrong(self, what: str) -> RuntimeError:
+    return RuntimeError(f"{self._spec.name}, seed {self._seed}: {what}")
+
+  @contextlib.contextmanager
+  def _own_random(self) -> Iterator[None]:
+    """Puts this game's generator states in place, and the caller's back afterwards; generators are
+    global, so this is not for threads.
+    """
+    outside = random.getstate(), np.random.get_state()
+    random.setstate(self._random[0])
+    np.random.set_state(self._random[1])
+    try:
+      yield
+    finally:
+      self._random = random.getstate(), np.random.get_state()
+      random.setstate(outside[0])
+      np.random.set_state(outside[1])
+
+
+def _told(error: Exception) -> bool:
+  """Whether an environment of this folder raised it, in words that need no more."""
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  return pathlib.Path(raised_in).parent == pathlib.Path(__file__).parent
+
+
+def _where(error: Exception, environment: Any) -> str:
+  """The error, and the line of the environment's own file that led to it."""
+  try:
+    own = inspect.getsourcefile(type(environment))
+  except TypeError:  # a class without a file
+    own = None
+  return f": {named.explained(error, own)}"

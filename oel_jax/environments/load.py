@@ -1,0 +1,168 @@
+"""The game that a configuration names, and whether it can be played."""
+
+import functools
+import inspect
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from oel_jax.environments.actions import parse_action
+from oel_jax.environments.api import Environment, Game, GameSpec, Step
+from oel_jax.runtime import files, named
+
+TEXTARENA = "textarena"
+_FIELD = "config.deployment.environment"
+_TRIED = 6  # moves that a game is tried with
+
+
+def game_spec(deployment: ml_collections.ConfigDict) -> GameSpec:
+  """The game of a `config.deployment`; nothing is opened.
+
+  Raises:
+    ValueError: `action_pattern` is no regular expression or has no group 1, TextArena has no such
+      game, or `environment` names nothing that can be called.
+    OSError: `environment` names a file that is not there.
+  """
+  try:
+    groups = re.compile(deployment.action_pattern).groups
+  except re.error as error:
+    raise ValueError(
+      f"config.deployment.action_pattern is {deployment.action_pattern!r}: no regular expression "
+      f"({error})"
+    ) from error
+  if groups < 1:
+    raise ValueError(
+      f"config.deployment.action_pattern is {deployment.action_pattern!r}: it needs a group ( ) "
+      "around the action"
+    )
+  arguments, environment = deployment.game_args.to_dict(), deployment.environment
+  shown = dict(
+    player=deployment.player,
+    actions=deployment.actions,
+    action_pattern=deployment.action_pattern,
+    max_turns=deployment.max_turns,
+    passed_reward=deployment.passed_reward,
+  )
+  if environment == TEXTARENA:
+    make = functools.partial(textarena_game, deployment.game, arguments)
+    return GameSpec(deployment.game, make, **shown)
+  own = _function(environment, named.source(environment, _FIELD))
+  make = functools.partial(_made, environment, own, arguments)
+  # By the file's name, wherever it lies: a run's folder and its files may be moved together.
+  return GameSpec(re.split(r"[/\\]", environment)[-1], make, **shown, field="environment")
+
+
+@functools.cache
+def _function(environment: str, file: pathlib.Path | None) -> Callable[..., Any]:
+  """What makes environments; its file runs once a process, with what it reads for all of them."""
+  return named.function(environment, _FIELD)
+
+
+def code_digest(deployment: ml_collections.ConfigDict) -> str | None:
+  """16 hexadecimal digits of the file that `environment` names; None if it is TextArena's, or of
+  a module that has no file.
+  """
+  if deployment.environment == TEXTARENA:
+    return None
+  file = named.source(deployment.environment, _FIELD)
+  return files.sha256(file)[:16] if file else None
+
+
+def textarena_game(game: str, arguments: Mapping[str, Any]) -> Environment:
+  """One episode of a TextArena game; TextArena is imported when the first one is made."""
+  from oel_jax.environments.textarena import TextArena
+
+  return TextArena(game, arguments)
+
+
+def _made(environment: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> Environment:
+  """What the user's class or function makes.
+
+  Raises:
+    ValueError: it fails, or what it makes has no `reset` or no `step`.
+  """
+  told = f"{_FIELD} is {environment!r}"
+  try:
+    made = make(**arguments)
+  except Exception as error:
+    place = named.explained(error, named.source(environment, _FIELD))
+    raise ValueError(
+      f"{told}, which fails with config.deployment.game_args {arguments!r} ({place}): it takes "
+      f"{_signature(make)}"
+    ) from error
+  for method in ("reset", "step"):
+    if not callable(getattr(made, method, None)):
+      raise ValueError(
+        f"{told}, which makes {made!r}, and that has no method {method}: it must have reset(seed) "
+        "and step(action), as environments/api.py says"
+      )
+  return made
+
+
+def _signature(make: Callable[..., Any]) -> str:
+  try:
+    return str(inspect.signature(make))
+  except (TypeError, ValueError):  # a class of a C extension
+    return "other arguments"
+
+
+def try_game(spec: GameSpec) -> None:
+  """Opens a game and makes moves: what cannot be played shows before a model is loaded.
+
+  Raises:
+    ValueError: the game shows the player nothing; or as `Game`.
+    RuntimeError: as `Game` and `Game.play`.
+  """
+  game = Game(spec, 0)
+  complaint = game.play("")
+  if not shows_something(spec, game, complaint):
+    raise ValueError(
+      f"config.deployment.{spec.field} is {spec.name!r}, which shows the player nothing to go by, "
+      f"only {game.observation[:80]!r} whatever is played: take another game, or one that shows "
+      "its state (rules are hidden)"
+    )
+
+
+def shows_something(spec: GameSpec, game: Game, complaint: Step) -> bool:
+  """Whether what the player sees depends on the seed, or on its moves beyond a complaint about an
+  invalid one.
+
+  Args:
+    spec: the game.
+    game: opened with seed 0, with one invalid move made; its moves are gone on with.
+    complaint: what that move led to.
+  """
+  first = game.observation.strip()
+  dull = {"", first, _said(complaint)}
+  actions, step = sample_actions(spec)[:_TRIED], complaint
+  for action in actions:
+    if step.done:
+      game = Game(spec, 0)
+    step = game.play(action)
+    if _said(step) not in dull:
+      return True
+  if any(Game(spec, seed).observation.strip() != first for seed in (1, 2)):
+    return True
+  # Without a move that the game may take, no more can be told.
+  return not actions and dull != {""}
+
+
+def _said(step: Step) -> str:
+  """What the environment said; that we stopped a game is not its word."""
+  return (
+    step.observation if step.ended == "turn_limit" else step.outcome or step.observation
+  ).strip()
+
+
+def sample_actions(spec: GameSpec) -> list[str]:
+  """Actions that the pattern takes, in brackets: those that the prompt offers, then numbers, words
+  and letters.
+  """
+  usual = ["1", "0", "5", "a", "0 0", "1 1", "1 2", "1 1 1", "a 1", "1 2 3 4", "word"]
+  texts = [match.group() for match in re.finditer(spec.action_pattern, spec.actions, re.IGNORECASE)]
+  texts += [form.format(action) for action in usual for form in ("[{}]", "{}")]
+  parsed = (parse_action(text, spec.action_pattern, spec.actions) for text in texts)
+  return list(dict.fromkeys(action for action in parsed if action))
