@@ -1,5 +1,5 @@
-"""Play: what each prompt holds, which action is taken, limits, fixed groups, and files that survive
-any interruption.
+"""Play: what each prompt holds, which action is taken, limits, places that are refilled, and files
+that survive any interruption.
 """
 
 import dataclasses
@@ -8,7 +8,9 @@ import itertools
 import json
 import logging
 import random
+import threading
 import time
+from concurrent import futures
 
 import pytest
 from fakes import in_turns
@@ -16,7 +18,7 @@ from fakes import in_turns
 from oel_jax import config
 from oel_jax.conversations.jsonl import append_jsonl, read_conversations
 from oel_jax.conversations.schema import GAME, Message, Source, cut_prompts, knowledge_message
-from oel_jax.environments import Episode, Game, Step, game_spec, play, play_to_file
+from oel_jax.environments import Episode, Game, Step, game_spec, play, play_to_file, rollout
 from oel_jax.runtime.seeds import derive
 
 SPEC = game_spec(config.default().deployment)
@@ -209,23 +211,114 @@ def test_the_template_is_asked_for_thinking_or_not():
     assert policy.calls[0][0][0][-1] is thinking
 
 
-def test_groups_are_fixed_and_games_run_side_by_side():
-  policy, counts = Policy(careful), []
-  result = play(policy, SPEC, episodes=episodes(7), slots=3, advance=counts.append, **HOW)
-  assert [trajectory.id for trajectory in result] == [
-    f"e{number}" for number in range(7)
-  ] and counts == [1, 2, 3, 4, 5, 6, 7]
-  expected = []
-  for group in ([0, 1, 2], [3, 4, 5], [6]):
-    for turn in range(5):
-      seeds = [
-        derive(derive("sample", number), turn)
-        for number in group
-        if len(result[number].answers) > turn
-      ]
-      expected += [seeds] if seeds else []
+class Lasts:
+  """A game that ends after as many moves as its seed says."""
+
+  open = 0
+  most_open = 0
+
+  def reset(self, seed):
+    self.left = seed
+    Lasts.open += 1
+    Lasts.most_open = max(Lasts.open, Lasts.most_open)
+    return "begun"
+
+  def step(self, action):
+    self.left -= 1
+    Lasts.open -= not self.left
+    return Step(f"{self.left} left", self.left == 0, 1.0)
+
+
+LASTS = dataclasses.replace(SPEC, make=Lasts, max_turns=1000)
+
+
+def of_lengths(lengths) -> list[Episode]:
+  return [Episode(f"e{i}", length, derive("sample", i)) for i, length in enumerate(lengths)]
+
+
+def scheduled(lengths, slots: int) -> list[list[tuple[int, int]]]:
+  """The (episode, turn) of each step, by hand: whoever is free takes the next episode in order."""
+  waiting, places, steps = list(enumerate(lengths)), [None] * slots, []
+  while waiting or any(places):
+    places = [place or (waiting and (*waiting.pop(0), 0)) or None for place in places]
+    steps.append([(place[0], place[2]) for place in places if place])
+    places = [
+      place and ((place[0], place[1], place[2] + 1) if place[2] + 1 < place[1] else None)
+      for place in places
+    ]
+  return steps
+
+
+@pytest.mark.parametrize("slots, lengths", [(3, (6, 2, 3, 4, 5, 1, 1)), (1, (2, 1)), (5, (1, 2))])
+def test_the_game_that_ends_makes_room_for_the_next_one(slots, lengths):
+  policy, counts = scripted(*["</think>[up]"] * 9), []
+  Lasts.open = Lasts.most_open = 0
+  result = play(
+    policy, LASTS, episodes=of_lengths(lengths), slots=slots, advance=counts.append, **HOW
+  )
+  assert [played.id for played in result] == [f"e{number}" for number in range(len(lengths))]
+  assert [len(played.messages) // 2 for played in result] == list(lengths)
+  assert counts == list(range(1, len(lengths) + 1))
+  expected = [
+    [derive(derive("sample", number), turn) for number, turn in step]
+    for step in scheduled(lengths, slots)
+  ]
   assert [seeds for _, seeds in policy.calls] == expected
-  assert len({trajectory.messages for trajectory in result}) == 7
+  assert (Lasts.open, Lasts.most_open) == (0, min(slots, len(lengths)))
+
+
+def test_no_place_waits_while_there_are_games():
+  rng = random.Random(0)
+  lengths = [min(20, int(rng.expovariate(0.25)) + 1) for _ in range(64)]
+  policy = Policy(lambda chat, seed, batch: "</think>[up]")
+  play(policy, LASTS, episodes=of_lengths(lengths), slots=8, **HOW)
+  busy = [len(seeds) for _, seeds in policy.calls]
+  assert len(busy) == len(scheduled(lengths, 8)) < sum(lengths) / 8 + max(lengths)
+  full = busy.index(next(count for count in busy if count < 8))
+  assert full >= len(busy) - max(lengths) and busy[:full] == [8] * full
+  in_groups = sum(max(lengths[start : start + 8]) for start in range(0, 64, 8))
+  assert len(busy) < 0.7 * in_groups
+
+
+class Threads(Policy):
+  """Shares the prompts out among three threads, as a CPU's sampler does, at the clock's mercy."""
+
+  def __init__(self, clock):
+    super().__init__(careful)
+    self.clock, self.lock = clock, threading.Lock()
+
+  def sample(self, prompts, seeds, *, reply, **how):
+    def work(own):
+      def answer(k, ids):
+        self.clock()
+        with self.lock:
+          return reply(own[k], ids)
+
+      part = Policy(careful)
+      part.sample([prompts[i] for i in own], [seeds[i] for i in own], reply=answer, **how)
+      return [seeds for _, seeds in part.calls]
+
+    parts = [range(part, len(prompts), 3) for part in range(3)]
+    with futures.ThreadPoolExecutor(3) as pool:
+      self.calls += pool.map(work, parts)
+
+
+def test_where_an_episode_is_played_does_not_depend_on_the_clock():
+  """Each answer depends on the whole batch, so one episode in another place changes the games."""
+
+  def run(seed):
+    rng = random.Random(seed)
+    policy = Threads(lambda: time.sleep(rng.choice((0, 0, 0.001, 0.004))))
+    return play(policy, SPEC, episodes=episodes(40), slots=7, **HOW), policy.calls
+
+  games, batches = run(0)
+  assert len({played.messages for played in games}) == 40
+  for seed in (1, 2):
+    assert run(seed) == (games, batches)
+  # The places of a thread share its games: all are busy until its last ones.
+  for part, places in zip(batches, (3, 2, 2), strict=True):
+    busy = [len(seeds) for seeds in part]
+    assert busy[:-5] == [places] * (len(busy) - 5)
 
 
 def test_a_prompt_over_the_limit_names_field_limit_length_and_episode():
@@ -328,7 +421,11 @@ def test_lines_that_are_moved_lost_or_doubled_are_put_right(tmp_path, order, pla
 
 @pytest.mark.parametrize("half_a_line", [False, True])
 @pytest.mark.parametrize("cut_at", range(1, 9))
-def test_cut_off_at_any_episode_the_file_is_the_same(tmp_path, cut_at, half_a_line):
+@pytest.mark.parametrize("per_place", [1, 2, rollout.PER_PLACE])
+def test_cut_off_at_any_episode_the_file_is_the_same(
+  tmp_path, monkeypatch, cut_at, half_a_line, per_place
+):
+  monkeypatch.setattr(rollout, "PER_PLACE", per_place)
   whole, result, reference = uninterrupted(tmp_path)
   path, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
 
@@ -357,22 +454,19 @@ def test_cut_off_at_any_episode_the_file_is_the_same(tmp_path, cut_at, half_a_li
   )
   assert path.read_bytes() == whole and not partial.exists()
   assert counts[-1] == 8 and counts == sorted(counts) and counts[0] in (kept, 1)
-  # Whole groups were not played again, the others were, in the very same batches.
+  # Whole calls were not made again, the others were, in the very same batches.
   ids = {json.loads(line)["id"] for line in written.splitlines()[:kept]}
-  again = [
-    group
-    for group in ([0, 1, 2], [3, 4, 5], [6, 7])
-    if not {f"e{number}" for number in group} <= ids
-  ]
+  size = 3 * per_place
+  calls = [range(start, min(start + size, 8)) for start in range(0, 8, size)]
+  again = [i for call in calls if not {f"e{i}" for i in call} <= ids for i in call]
   first_turns = {derive(derive("sample", number), 0): number for number in range(8)}
-  assert [
-    [first_turns[seed] for seed in seeds] for _, seeds in policy.calls if seeds[0] in first_turns
-  ] == again
+  begun = [first_turns[seed] for _, seeds in policy.calls for seed in seeds if seed in first_turns]
+  assert sorted(begun) == again
   assert all(call in reference.calls for call in policy.calls)
 
 
-def test_cut_off_inside_a_group_again_and_again_no_line_is_written_twice(tmp_path):
-  whole, _, reference = uninterrupted(tmp_path, count=4, slots=4)
+def test_cut_off_inside_a_call_again_and_again_no_line_is_written_twice(tmp_path):
+  whole, _, reference = uninterrupted(tmp_path, count=4, slots=2)
   path, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
   for last in range(len(reference.calls)):
     policy = Policy(careful)
@@ -384,15 +478,15 @@ def test_cut_off_inside_a_group_again_and_again_no_line_is_written_twice(tmp_pat
 
     policy.answers = dies
     with pytest.raises(Cut):
-      play_to_file(path, policy, SPEC, episodes=episodes(4), slots=4, **HOW)
+      play_to_file(path, policy, SPEC, episodes=episodes(4), slots=2, **HOW)
     ids = (
       [json.loads(line)["id"] for line in partial.read_text().splitlines()]
       if partial.exists()
       else []
     )
     assert len(ids) == len(set(ids))
-  assert 0 < len(ids) < 4  # some were kept from games that ended earlier than their group
-  play_to_file(path, Policy(careful), SPEC, episodes=episodes(4), slots=4, **HOW)
+  assert 0 < len(ids) < 4  # some were kept from games that ended earlier than others
+  play_to_file(path, Policy(careful), SPEC, episodes=episodes(4), slots=2, **HOW)
   assert path.read_bytes() == whole
 
 

@@ -1,15 +1,26 @@
-"""The user side's loop: many games side by side, each at its own pace, resumable episode by episode
-(OEL section 3, deployment).
+"""The user side's loop: many games side by side, each at its own pace, resumable (OEL section 3,
+deployment).
 
-Episodes are played in fixed groups: which prompts share a batch depends on the list of episodes
-alone, never on what was done before, so a run that was cut off and goes on samples the same
-batches, and with them the same bits.
+A place is a conversation of `Policy.sample`; `slots` of them are played at a time. The game that
+ends in a place makes room for the next one there: `reply` answers with that game's first prompt, so
+no game waits for a slower one.
+
+    place 0   e0 e0 e0 e0 e0 e0 | e5 e5 …
+    place 1   e1 e1 | e3 e3 e3 e3 | e6 …      each column a turn
+    place 2   e2 e2 e2 | e4 e4 e4 e4 e4 …
+
+Which prompts share a batch depends on the list of episodes alone, never on a clock or on what was
+done before. Therefore a run that was cut off plays the episodes of the call that it was in again
+and samples the same batches, and with them the same bits (rounding depends on a batch's shape, and
+on the place of keys and values in the cache, so the missing games alone would not do).
 """
 
+import collections
 import dataclasses
 import functools
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,7 +44,8 @@ from oel_jax.runtime.seeds import derive
 if TYPE_CHECKING:
   from oel_jax.policy.sampling.sampler import Sampling
 
-SLOW = 10.0  # seconds before a group's first answer; more are told
+PER_PLACE = 8  # episodes of a place in one call of `Policy.sample`; after a kill it is made again
+SLOW = 10.0  # seconds before a call's first answer; more are told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +73,6 @@ class _Seat:
   episode: Episode
   game: Game
   messages: list[Message]
-  finished: Conversation | None = None
 
   @property
   def turns(self) -> int:
@@ -88,12 +99,12 @@ def play(
     policy: has `tokenizer.chat`, `tokenizer.split_response` and `sample` with its `reply`
       (oel_jax/policy).
     spec: the game.
-    episodes: cut into groups of `slots`, in order; one call samples for a group, and a game moves
-      while the policy answers to others.
+    episodes: the game that ends makes room for the next one, and a game moves while the policy
+      answers to others. Beyond PER_PLACE × `slots` they are played in several calls, in order.
     sampling: temperature, top_p, top_k.
     max_response_tokens: a turn, thinking included.
     max_prompt_tokens: limit of a prompt, in tokens.
-    slots: games side by side.
+    slots: games that are open, and played side by side.
     thinking: whether the chat template opens a thinking block.
     on_finished: called with each conversation as its game ends.
     advance: called with the number of games that have ended so far.
@@ -120,41 +131,80 @@ def play(
     prompt = _prompt(policy, seat, thinking, max_prompt_tokens)
     return prompt, derive(seat.episode.sample_seed, seat.turns)
 
-  def reply(seats: list[_Seat], number: int, response: list[int]) -> tuple[list[int], int] | None:
-    seat = seats[number]
-    _move(policy, spec, seat, response, thinking)
-    if seat.finished is None:
-      return ask(seat)
-    finish(seat.finished)
-    return None
+  def reply(
+    queue: _Queue, seats: list[_Seat], place: int, response: list[int]
+  ) -> tuple[list[int], int] | None:
+    queue.met(place)
+    played = _move(policy, spec, seats[place], response, thinking)
+    if played is None:
+      return ask(seats[place])
+    finish(played)
+    following = queue.take()
+    if following is None:
+      return None
+    seats[place] = _seat(spec, following)
+    return ask(seats[place])
 
-  for group in _groups(episodes, slots):
-    seats = _seats(spec, group)
+  for call in _calls(episodes, slots):
+    queue = _Queue(call[slots:], min(slots, len(call)))
+    seats = _first_seats(spec, call[:slots])
     first_prompts, seeds = zip(*map(ask, seats), strict=True)
     policy.sample(
       first_prompts,
       seeds,
       sampling=sampling,
       max_new_tokens=max_response_tokens,
-      reply=functools.partial(reply, seats),
+      reply=functools.partial(reply, queue, seats),
     )
   by_id = {played.id: played for played in finished}
   return [by_id[episode.id] for episode in episodes]
 
 
-def _seats(spec: GameSpec, group: Sequence[Episode]) -> list[_Seat]:
-  """The games of a group, opened one by one; a game whose boards take long to make says so."""
-  seats, started, told = [], time.monotonic(), False
-  for episode in group:
-    game = Game(spec, episode.map_seed)
-    first = prompts.first_message(game.observation, player=spec.player, actions=spec.actions)
-    seats.append(_Seat(episode, game, [first]))
-    expected = (time.monotonic() - started) / len(seats) * len(group)
+class _Queue:
+  """The episodes that wait for a place.
+
+  On a CPU `Policy.sample` shares the places out among threads. Within one, the order of replies
+  follows from the prompts; between two, the clock decides. So the episodes are dealt to the places
+  beforehand, and a place takes the first of those that lie before the places that its own thread is
+  known to have: whatever the clock does, the same place gets the same episode.
+  """
+
+  def __init__(self, episodes: Sequence[Episode], places: int):
+    numbered = list(enumerate(episodes))
+    self._dealt = [collections.deque(numbered[place::places]) for place in range(places)]
+    self._beside: dict[int, set[int]] = collections.defaultdict(set)  # by thread
+
+  def met(self, place: int) -> None:
+    """Notes that the place belongs to this thread."""
+    self._beside[threading.get_ident()].add(place)
+
+  def take(self) -> Episode | None:
+    """The episode that follows where this thread's game has ended; None if it has none left."""
+    hands = [self._dealt[place] for place in self._beside[threading.get_ident()]]
+    hands = [hand for hand in hands if hand]
+    return min(hands, key=lambda hand: hand[0][0]).popleft()[1] if hands else None
+
+
+def _first_seats(spec: GameSpec, episodes: Sequence[Episode]) -> list[_Seat]:
+  """The games that begin, opened one by one; where boards take long to make, this is told."""
+  seats, told = [], False
+  for episode in episodes:
+    seats.append(_seat(spec, episode))
+    if len(seats) == 1:  # which may import its game first
+      started = time.monotonic()
+      continue
+    expected = (time.monotonic() - started) / (len(seats) - 1) * len(episodes)
     if expected > SLOW and not told:
       line = "%s: the boards of %d games are being made, which takes about %.0f s"
-      logging.warning(line, spec.name, len(group), expected)
+      logging.warning(line, spec.name, len(episodes), expected)
       told = True
   return seats
+
+
+def _seat(spec: GameSpec, episode: Episode) -> _Seat:
+  game = Game(spec, episode.map_seed)
+  first = prompts.first_message(game.observation, player=spec.player, actions=spec.actions)
+  return _Seat(episode, game, [first])
 
 
 def play_to_file(
@@ -170,10 +220,11 @@ def play_to_file(
   """Plays every episode and leaves them all in `path`, in the order of `episodes`; cut off at any
   moment, it goes on when called again.
 
-  Each episode is added to `path`.partial as it ends. A later call keeps what is there: whole groups
-  are not played again; a group that lacks an episode is played again whole, since its batches
-  decide its bits, but only the missing lines are added. A `path` that exists is only read, unless
-  lines of it are damaged: then their episodes are played again.
+  Each episode is added to `path`.partial as it ends. A later call keeps what is there. The
+  PER_PLACE × `slots` episodes that share a call of `Policy.sample` are not played again if all are
+  there; if one is missing all are, since the batches decide its bits, but only missing lines are
+  added. A `path` that exists is only read, unless lines of it are damaged: then their episodes are
+  played again.
 
   Args:
     path: JSON Lines file of `oel_jax.conversations.jsonl`.
@@ -211,9 +262,9 @@ def play_to_file(
 
   if done and advance:
     advance(len(done))
-  for group in _groups(episodes, slots):
-    if any(episode.id not in done for episode in group):
-      play(policy, spec, episodes=group, slots=slots, on_finished=keep, **how)
+  for call in _calls(episodes, slots):
+    if any(episode.id not in done for episode in call):
+      play(policy, spec, episodes=call, slots=slots, on_finished=keep, **how)
   result = [done[episode.id] for episode in episodes]
   rewards = [played.reward for played in result]
   if rewards and not 0 <= min(rewards) <= max(rewards) <= 1:
@@ -231,13 +282,15 @@ def play_to_file(
   return result
 
 
-def _groups(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
+def _calls(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
+  """The episodes of each call of `Policy.sample`."""
   ids = [episode.id for episode in episodes]
   if len(set(ids)) < len(ids):
     raise ValueError(
       f"episodes: the id {max(ids, key=ids.count)!r} occurs more than once: ids must differ"
     )
-  return [episodes[start : start + slots] for start in range(0, len(episodes), slots)]
+  size = PER_PLACE * slots
+  return [episodes[start : start + size] for start in range(0, len(episodes), size)]
 
 
 def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
@@ -256,8 +309,8 @@ def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
 
 def _move(
   policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool
-) -> None:
-  """Puts one sampled response to the game; fills `seat.finished` when that ends it."""
+) -> Conversation | None:
+  """Puts one sampled response to the game; returns the whole conversation when that ends it."""
   thinking, answer = policy.tokenizer.split_response(response, thinking=thinking_on)
   action = parse_action(answer, spec.action_pattern, spec.actions)
   step = seat.game.play(action)
@@ -265,16 +318,16 @@ def _move(
   seat.messages.append(Message("assistant", answer, **sampled))
   if not step.done:
     seat.messages.append(prompts.next_message(step.observation))
-  else:
-    seat.finished = Conversation(
-      id=seat.episode.id,
-      messages=tuple(seat.messages),
-      source=Source(GAME, spec.name, seed=seat.episode.map_seed),
-      outcome=step.outcome,
-      reward=step.reward,
-      passed=step.ended == "passed",
-      ended=step.ended,
-    )
+    return None
+  return Conversation(
+    id=seat.episode.id,
+    messages=tuple(seat.messages),
+    source=Source(GAME, spec.name, seed=seat.episode.map_seed),
+    outcome=step.outcome,
+    reward=step.reward,
+    passed=step.ended == "passed",
+    ended=step.ended,
+  )
 
 
 def _read_own(

@@ -127,8 +127,8 @@ def generate(
       without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to
       go on with and its seed, which takes that index's place. It runs while the device draws for
-      others, on a CPU in one of several threads, never in two at a time. A prompt that repeats the
-      one before and goes on is cheap.
+      others, on a CPU in one of several threads, an index always in the same, never in two at a
+      time. A prompt that repeats the one before and goes on is cheap.
 
   Returns:
     The ids sampled (last), in the order of the prompts; with `logprobs` a pair, the second one
