@@ -16,7 +16,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 def fixture_script(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
   yield importlib.import_module
-  for name in ("loading", "loss", "step", "measure"):
+  for name in ("conversations", "loading", "loss", "step", "measure"):
     sys.modules.pop(name, None)
 
 
@@ -41,6 +41,15 @@ def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path):
   assert (
     row["s"] > 0 and row["host GiB"] > 0 and row["model GiB"] > 2 * row["largest tensor GiB"] > 0
   )
+
+
+def test_conversations_are_read_and_extracted_from_at_any_number(script, tmp_path):
+  arguments = ["--lines=3000", "--trajectories", "5", "9", f"--json={tmp_path / 'found.json'}"]
+  script("conversations").main(arguments)
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert (found["reading"]["lines"], found["reading"]["damaged"]) == (3000, 3)
+  assert 0 < found["reading"]["first s"] < found["reading"]["all s"]
+  assert [row["trajectories"] for row in found["extraction"]] == [5, 9]
 
 
 def test_flops_of_a_step_are_the_published_ones(script):

@@ -1,258 +1,152 @@
-"""JSONL files of conversations and prompts: round trips, damage, crashes while appending, a full
-disk.
+"""The schema: what a line holds, lines of earlier versions, prompts and transcripts cut from games
+and logs.
 """
 
-import errno
-import hashlib
 import json
-import logging
-import os
 
 import pytest
 from fakes import game_of, turn_of
 
-from oel_jax.conversations import jsonl as t
-from oel_jax.conversations.schema import Conversation, Message, Prompt, cut_prompts
-
-
-def episode(number: int, observation: str = "| P | H |") -> Conversation:
-  turns = (
-    turn_of(observation, 'Try </think> √\u2028 "left"?', "I go [left]\nnow", "[left]", 12),
-    turn_of("You hit a wall!", "", "", "", 1024),
-  )
-  return game_of(
-    f"r1-deploy-{number:05d}",
-    "FrozenLake-v0-raw",
-    2**32 - 1,
-    turns,
-    "The end.",
-    0.1,
-    False,
-    "invalid",
-  )
-
-
-def test_a_game_is_one_json_line_of_chat_messages(tmp_path):
-  t.write_jsonl(tmp_path / "new folder" / "a.jsonl", [episode(7)])
-  (line,) = (tmp_path / "new folder" / "a.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-  written = json.loads(line)
-  # By hand, from the description: SHA-256 of the rest with sorted keys and no spaces.
-  rest = json.dumps(
-    {name: value for name, value in written.items() if name != "digest"},
-    sort_keys=True,
-    separators=(",", ":"),
-    ensure_ascii=False,
-  )
-  assert (
-    list(written)[-1] == "digest"
-    and written.pop("digest") == hashlib.sha256(rest.encode()).hexdigest()[:16]
-  )
-  assert written == {
-    "schema": 2,
-    "id": "r1-deploy-00007",
-    "source": {"kind": "game", "name": "FrozenLake-v0-raw", "seed": 4294967295},
-    "messages": [
-      {"role": "user", "content": "| P | H |"},
-      {
-        "role": "assistant",
-        "content": "I go [left]\nnow",
-        "thinking": 'Try </think> √\u2028 "left"?',
-        "action": "[left]",
-        "response_tokens": 12,
-      },
-      {"role": "user", "content": "You hit a wall!"},
-      {"role": "assistant", "content": "", "thinking": "", "action": "", "response_tokens": 1024},
-    ],
-    "outcome": "The end.",
-    "reward": 0.1,
-    "passed": False,
-    "ended": "invalid",
-  }
-
-
-def test_what_is_written_is_read_back_equal(tmp_path):
-  episodes = [
-    episode(number, observation)
-    for number, observation in enumerate(["a", "", "<|im_start|>user", "\r\n\t\x00 漢字"])
-  ]
-  t.write_jsonl(tmp_path / "whole.jsonl", episodes)
-  for one in episodes:
-    t.append_jsonl(tmp_path / "appended.jsonl", one)
-  assert t.read_conversations(tmp_path / "whole.jsonl") == episodes
-  assert (tmp_path / "appended.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-  assert sorted(os.listdir(tmp_path)) == ["appended.jsonl", "whole.jsonl"]
-
-  prefixes = [prefix for one in episodes for prefix in cut_prompts(one)]
-  t.write_jsonl(tmp_path / "prefixes.jsonl", prefixes)
-  assert t.read_prompts(tmp_path / "prefixes.jsonl") == prefixes
-  assert prefixes[1].messages == (
-    Message("user", "a"),
-    Message("assistant", "I go [left]\nnow"),
-    Message("user", "You hit a wall!"),
-  )
-
-
-def test_half_a_surrogate_pair_loses_one_character_not_the_episode(tmp_path):
-  t.append_jsonl(tmp_path / "a.jsonl", episode(0, "a\ud83d b"))
-  assert t.read_conversations(tmp_path / "a.jsonl") == [episode(0, "a? b")]
-
-
-def test_plain_dictionaries_get_the_schema(tmp_path):
-  t.append_jsonl(tmp_path / "a.jsonl", {"text": "x"})
-  assert (tmp_path / "a.jsonl").read_text().startswith('{"schema": 2, "text": "x", "digest": "')
-
-
-def changed(**fields) -> bytes:
-  data = json.loads(t.to_line(episode(99)))
-  del data["digest"]  # as a line that was written by hand
-  for name, value in fields.items():
-    if value is None:
-      del data[name]
-    else:
-      data[name] = value
-  return json.dumps(data).encode()
-
-
-user, assistant = json.loads(t.to_line(episode(99)))["messages"][:2]
-
-DAMAGED = {
-  "not JSON": (b"{nonsense", "Expecting property name"),
-  "cut off": (changed()[:-30], "line 1 column"),
-  "not UTF-8": (b'{"schema": 1, "id": "\xff"}', "not UTF-8 at byte 21"),
-  "no object": (b"[1, 2]", "a JSON object is needed"),
-  "nested too deeply": (b"[" * 100_000, "recursion"),
-  "missing field": (changed(outcome=None), "field 'outcome' is missing"),
-  "no schema": (changed(schema=None), "field 'schema' is missing"),
-  "schema of the future": (
-    changed(schema=3),
-    "schema version 3, this version of oel_jax reads 1 and 2",
-  ),
-  "true is no version": (changed(schema=True), "field 'schema' is True"),
-  "text for a number": (
-    changed(reward="1.0"),
-    "field 'reward' is '1.0': it must be of type float or int",
-  ),
-  "number for true": (changed(passed=1), "field 'passed' is 1: it must be of type bool"),
-  "edited under its digest": (
-    t.to_line(episode(98)).replace(b"[left]", b"[lift]"),
-    'what its field "digest" was made of',
-  ),
-  "one letter": (
-    t.to_line(episode(98)).replace(b"hit", b"hat"),
-    'what its field "digest" was made of',
-  ),
-  "more than a float": (changed().replace(b"0.1", b"1e999"), "the number 1e999 is beyond a float"),
-  "more than 64 bits": (
-    changed(source={"kind": "game", "name": "g", "seed": 2**63}),
-    "the number 9223372036854775808 is beyond 64 bits",
-  ),
-  "more digits than Python reads": (changed().replace(b"0.1", b"1" * 5000), "is beyond 64 bits"),
-  "a name twice": (
-    changed().replace(b'"reward"', b'"id"'),
-    "the name 'id' occurs twice in one object",
-  ),
-  "fewer than no tokens": (
-    changed(messages=[user, {**assistant, "response_tokens": -1}]),
-    "'response_tokens' of message 2 is -1",
-  ),
-  "no number": (changed().replace(b"0.1", b"NaN"), "NaN is not JSON"),
-  "unknown end": (changed(ended="won"), "field 'ended' is 'won'"),
-  "no turns": (changed(messages=[]), "field 'messages' is []"),
-  "an answer is missing": (
-    changed(messages=[user, assistant, user]),
-    "must be user and assistant in turn",
-  ),
-  "wrong order": (changed(messages=[assistant, user]), "must be user and assistant in turn"),
-  "no tokens": (
-    changed(messages=[user, {**assistant, "response_tokens": 1.5}]),
-    "field 'response_tokens' is 1.5",
-  ),
-  "no thinking": (
-    changed(messages=[user, user | {"role": "assistant"}]),
-    "field 'thinking' is missing",
-  ),
-  "message no object": (changed(messages=["hello", assistant]), "field 'role' is missing"),
-}
-
-
-@pytest.mark.parametrize("line, reason", DAMAGED.values(), ids=DAMAGED.keys())
-def test_a_damaged_line_is_skipped_and_reported(tmp_path, caplog, line, reason):
-  path = tmp_path / "a.jsonl"
-  good = [t.to_line(episode(number)) for number in range(19)]
-  path.write_bytes(b"".join(good[:4]) + line + b"\n\n" + b"".join(good[4:]))
-  with caplog.at_level(logging.WARNING, logger="absl"):
-    assert t.read_conversations(path) == [episode(number) for number in range(19)]
-  assert f"{path}:5: skipped a damaged line: " in caplog.text and reason in caplog.text
-  assert "skipped 1 damaged lines of 20" in caplog.text
-
-  path.write_bytes(b"".join(good[:18]) + line)  # 1 of 19 is more than 5%
-  with pytest.raises(
-    ValueError, match="1 of 19 lines are damaged, more than 5%.* the first is line 19"
-  ) as raised:
-    t.read_conversations(path)
-  assert str(path) in str(raised.value) and reason in str(raised.value)
-
-
-def test_damaged_prefixes(tmp_path):
-  lines = ['{"schema": 1, "id": "a", "messages": [{"role": "user", "content": "x"}]}'] * 60
-  for line in (
-    '{"schema": 1, "id": "a", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
-    '"content": "y"}]}',
-    '{"schema": 1, "id": "a", "messages": []}',
-    '{"schema": 1, "id": "a", "messages": [{"role": "narrator", "content": "x"}, {"role": "user", '
-    '"content": "x"}]}',
-  ):
-    lines.append(line)
-  (tmp_path / "a.jsonl").write_text("\n".join(lines))
-  assert t.read_prompts(tmp_path / "a.jsonl") == [Prompt("a", (Message("user", "x"),))] * 60
-  (tmp_path / "a.jsonl").write_text("\n".join(lines[4:]))  # 3 of 59
-  with pytest.raises(ValueError, match="3 of 59 lines are damaged.* the first is line 57"):
-    t.read_prompts(tmp_path / "a.jsonl")
-
-
-def test_appending_after_a_crash_starts_a_fresh_line_wherever_the_crash_cut(tmp_path):
-  line = t.to_line(episode(1))
-  for cut in range(len(line) + 1):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(t.to_line(episode(0)) + line[:cut])
-    t.append_jsonl(path, episode(2))
-    expected = [episode(0)] + ([episode(1)] if cut >= len(line) - 1 else []) + [episode(2)]
-    assert t.read_conversations(path, max_damaged=1.0) == expected
-
-
-def test_a_full_disk_while_appending_keeps_the_lines_before(tmp_path, monkeypatch):
-  path = tmp_path / "a.jsonl"
-  t.append_jsonl(path, episode(0))
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError) as raised:
-      t.append_jsonl(path, episode(1))
-  assert raised.value.errno == errno.ENOSPC
-  assert str(path) in str(raised.value) and "free some space" in str(raised.value)
-  path.write_bytes(path.read_bytes()[:-40])  # the line that did not fit
-  t.append_jsonl(path, episode(2))
-  assert t.read_conversations(path, max_damaged=1.0) == [episode(0), episode(2)]
-
-
-@pytest.mark.skipif(
-  not os.path.exists("/dev/full"), reason="a device that is always full, Linux only"
+from oel_jax.conversations import jsonl
+from oel_jax.conversations.schema import (
+  Conversation,
+  Message,
+  Prompt,
+  Source,
+  ToolCall,
+  conversation_from_json,
+  cut_prompts,
+  prompt_from_json,
+  shown,
+  to_json,
+  transcript,
 )
-def test_a_disk_that_is_really_full(tmp_path):
-  (tmp_path / "a.jsonl").symlink_to("/dev/full")
-  with pytest.raises(OSError, match="free some space.*a.jsonl"):
-    t.append_jsonl(tmp_path / "a.jsonl", episode(0))
+
+# As commit 9d56582 wrote them, digests and all.
+OLD_GAME = (
+  '{"schema": 1, "id": "r1-deploy-00007", "game": "FrozenLake-v0-raw", "seed": 4294967295, '
+  '"outcome": "The end.", "reward": 0.1, "passed": false, "ended": "invalid", "messages": [{"role":'
+  ' "user", "content": "| P | H |"}, {"role": "assistant", "content": "I go [left]\\nnow", '
+  '"thinking": "Left?", "action": "[left]", "response_tokens": 12}, {"role": "user", "content": '
+  '"You hit a wall!"}, {"role": "assistant", "content": "", "thinking": "", "action": "", '
+  '"response_tokens": 1024}], "digest": "0cd4216dd203eaea"}\n'
+)
+OLD_PROMPTS = (
+  '{"schema": 1, "id": "r1-deploy-00007-0", "messages": [{"role": "user", "content": "| P | H |"}],'
+  ' "digest": "1801dbe9c9d4ea9d"}\n'
+  '{"schema": 1, "id": "r1-deploy-00007-1", "messages": [{"role": "user", "content": "| P | H |"}, '
+  '{"role": "assistant", "content": "I go [left]\\nnow"}, {"role": "user", "content": "You hit a '
+  'wall!"}], "digest": "83e93d156f0c7346"}\n'
+)
+OLD_TRANSCRIPT = (
+  "| P | H |\nAnswer: I go [left]\nnow\nYou hit a wall!\nAnswer: \nEnd of game:\nThe end."
+)
+GAME = game_of(
+  "r1-deploy-00007",
+  "FrozenLake-v0-raw",
+  2**32 - 1,
+  (
+    turn_of("| P | H |", "Left?", "I go [left]\nnow", "[left]", 12),
+    turn_of("You hit a wall!", "", "", "", 1024),
+  ),
+  "The end.",
+  0.1,
+  False,
+  "invalid",
+)
+CALL = ToolCall("c1", "clock", '{"zone": "UTC"}')
+CHAT = Conversation(
+  "chat-1",
+  (
+    Message("system", "Be brief."),
+    Message("assistant", "Hello!"),
+    Message("user", "What time is it?", name="ann"),
+    Message("assistant", "", (CALL,), thinking="Look."),
+    Message("tool", "12:00", tool_call_id="c1", name="clock"),
+    Message("assistant", "Noon."),
+    Message("user", "Thanks."),
+  ),
+  Source("log", "shop.jsonl", line=3),
+  reward=1.0,
+  feedback="helpful",
+)
 
 
-def test_a_full_disk_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "a.jsonl"
-  t.write_jsonl(path, [episode(0)])
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="free some space.*a.jsonl"):
-      t.write_jsonl(path, [episode(1)])
-  assert t.read_conversations(path) == [episode(0)]
-  assert os.listdir(tmp_path) == ["a.jsonl"]  # the half-written file gave its space back
+def test_lines_of_the_version_before_are_read(tmp_path):
+  (tmp_path / "games.jsonl").write_text(OLD_GAME)
+  (tmp_path / "prompts.jsonl").write_text(OLD_PROMPTS)
+  assert jsonl.read_conversations(tmp_path / "games.jsonl", max_damaged=0.0) == [GAME]
+  assert jsonl.read_prompts(tmp_path / "prompts.jsonl", max_damaged=0.0) == cut_prompts(GAME)
+  assert transcript(GAME) == OLD_TRANSCRIPT
+  # Old and new lines may stand in one file: a run that was begun before goes on with it.
+  jsonl.append_jsonl(tmp_path / "games.jsonl", GAME)
+  assert jsonl.read_conversations(tmp_path / "games.jsonl", max_damaged=0.0) == [GAME, GAME]
 
 
-def full_disk(_):
-  raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("conversation", [GAME, CHAT], ids=["game", "chat"])
+def test_a_conversation_is_read_back_equal(conversation):
+  data = json.loads(json.dumps(to_json(conversation)))
+  assert conversation_from_json(data) == conversation
+  for prompt in cut_prompts(conversation):
+    assert prompt_from_json(json.loads(json.dumps(to_json(prompt)))) == prompt
+
+
+def test_what_is_not_known_stands_in_no_line():
+  data = to_json(CHAT)
+  assert list(data) == ["schema", "id", "source", "messages", "reward", "feedback"]
+  assert data["source"] == {"kind": "log", "name": "shop.jsonl", "line": 3}
+  assert data["messages"][2:5] == [
+    {"role": "user", "content": "What time is it?", "name": "ann"},
+    {
+      "role": "assistant",
+      "content": "",
+      "tool_calls": [
+        {
+          "id": "c1",
+          "type": "function",
+          "function": {"name": "clock", "arguments": '{"zone": "UTC"}'},
+        }
+      ],
+      "thinking": "Look.",
+    },
+    {"role": "tool", "content": "12:00", "tool_call_id": "c1", "name": "clock"},
+  ]
+
+
+def test_prompts_are_what_stood_before_each_answer_without_thinking():
+  first, second = cut_prompts(CHAT)  # nothing was asked before the greeting
+  said = list(CHAT.messages)
+  said[3] = Message("assistant", "", (CALL,))
+  assert first == Prompt("chat-1-1", tuple(said[:3]))
+  assert second == Prompt("chat-1-2", tuple(said[:5]))
+  assert shown(CHAT.messages) == tuple(said)
+  assert CHAT.answers == (CHAT.messages[1], CHAT.messages[3], CHAT.messages[5])
+
+
+def test_the_transcript_of_a_chat_says_who_said_what():
+  assert transcript(CHAT) == (
+    "System: Be brief.\nAssistant: Hello!\nUser ann: What time is it?\n"
+    'Call of clock: {"zone": "UTC"}\nTool clock: 12:00\nAssistant: Noon.\nUser: Thanks.\n'
+    "Feedback:\nhelpful"
+  )
+
+
+@pytest.mark.parametrize(
+  "change, told",
+  [
+    (lambda data: data.pop("source"), "field 'source' is missing"),
+    (lambda data: data["source"].update(kind="dream"), "field 'kind' is 'dream'"),
+    (lambda data: data["source"].update(line="3"), "field 'line' is '3'"),
+    (lambda data: data["messages"][0].update(role="narrator"), "role of message 1 is 'narrator'"),
+    (lambda data: data["messages"][0].update(content=None), "field 'content' is None"),
+    (lambda data: data["messages"][3].update(tool_calls=[3]), "field 'function' is missing"),
+    (lambda data: data["messages"][3]["tool_calls"][0]["function"].pop("name"), "field 'name' is"),
+    (lambda data: data.update(feedback=3), "field 'feedback' is 3"),
+    (lambda data: data["source"].update(kind="game"), "the roles of a game's messages are"),
+  ],
+)
+def test_what_is_no_conversation_is_refused_by_field(change, told):
+  data = to_json(CHAT)
+  change(data)
+  with pytest.raises(ValueError, match=told):
+    conversation_from_json(data)

@@ -146,12 +146,13 @@ def read_conversations(
   path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED
 ) -> list[Conversation]:
   """All conversations of a file at once, in file order; arguments and errors as in `JsonLines`."""
-  return list(conversations(path, max_damaged=max_damaged))
+  # list() of the file itself would ask for its length first, and so read it twice.
+  return list(iter(conversations(path, max_damaged=max_damaged)))
 
 
 def read_prompts(path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED) -> list[Prompt]:
   """All prompts of a file at once, in file order; arguments and errors as in `JsonLines`."""
-  return list(prompts(path, max_damaged=max_damaged))
+  return list(iter(prompts(path, max_damaged=max_damaged)))
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> None:
