@@ -170,6 +170,24 @@ def _unraisable(found: Any) -> None:
     sys.__unraisablehook__(found)
 
 
+def _resolve_paths(config: config_dict.ConfigDict) -> None:
+  """Makes the configuration's paths absolute: what its file sets is relative to the file's folder,
+  what the command line sets to the working directory.
+  """
+  from oel_jax import config as config_lib
+  from oel_jax.runtime import paths
+
+  flag = flags.FLAGS["config"]
+  paths.resolve(
+    config,
+    config_flags.get_config_filename(flag),
+    config_flags.get_override_values(flag),
+    names=config_lib.POLICIES,
+    # One stage, or one side, needs but some of the files.
+    needed=_STAGE.value == "run",
+  )
+
+
 def _run(config: config_dict.ConfigDict) -> None:
   """Does what --stage and config.task ask for; what that needs is imported here alone."""
   workdir, how = _WORKDIR.value, {"resume_anyway": _RESUME_ANYWAY.value}
@@ -207,6 +225,7 @@ def main(argv: list[str]) -> None:
   )
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   try:
+    _resolve_paths(config)
     _run(config)
   except Terminated as stopped:
     advice = "give the same command again to go on from there"

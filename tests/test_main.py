@@ -20,7 +20,8 @@ def get_config(size="small"):
   if size not in ("small", "pretrain"):
     raise ValueError(f"size {size!r}: it must be small or pretrain")
   group = dict(steps=3, weights=config_dict.placeholder(str))
-  config = ml_collections.ConfigDict(dict(seed=0, rate=0.5, group=group))
+  policy = dict(weights="models/mine")
+  config = ml_collections.ConfigDict(dict(seed=0, rate=0.5, group=group, policy=policy))
   if size == "pretrain":
     config.task = "pretrain"
   return config
@@ -36,6 +37,8 @@ def run(config, workdir, resume_anyway=None):
   print("loop", config.seed, group.steps, group.weights, workdir, resume_anyway, config.is_locked)
   seconds = jax.config.jax_persistent_cache_min_compile_time_secs
   print("cache", jax.config.jax_compilation_cache_dir, seconds)
+  if config.rate == 6.0:
+    print("weights", config.policy.weights)
   if config.rate == 1.0:
     open("/nowhere/at/all")
   if config.rate == 3.0:
@@ -77,6 +80,7 @@ runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
 def fixture_start(tmp_path):
   (tmp_path / "config.py").write_text(CONFIG)
   (tmp_path / "driver.py").write_text(DRIVER)
+  (tmp_path / "models/mine").mkdir(parents=True)
 
   def start(*flags: str, size: str = "") -> subprocess.CompletedProcess:
     env = dict(
@@ -136,6 +140,25 @@ def test_help_lists_the_others_beside_a_file_that_is_broken(source, told, tmp_pa
 
 def test_starts_the_pre_training(start, tmp_path):
   assert start(size=":pretrain").stdout == f"pretrain 0 {tmp_path}/run\n"
+
+
+def test_paths_of_the_configuration_are_relative_to_it_and_those_given_to_where_one_is(
+  start, tmp_path
+):
+  here = pathlib.Path.cwd()
+  for flags, found in (
+    ((), tmp_path / "models/mine"),
+    (("--config.policy.weights=models/mine",), here / "models/mine"),
+    (("--config.policy.weights=pocket",), "pocket"),
+    (("--config.policy.weights", "../x"), here.parent / "x"),
+  ):
+    assert start("--config.rate=6.0", *flags).stdout.splitlines()[-1] == f"weights {found}"
+  (tmp_path / "models/mine").rmdir()
+  done = start()
+  assert done.returncode == 2 and done.stderr == (
+    "error: config.policy.weights is 'models/mine': there is no such file or folder, neither in "
+    f"{tmp_path}, where the configuration's file lies, nor in {here}, the working directory\n"
+  )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import ml_collections
 from absl import logging
 from jax.experimental import multihost_utils
 
-from oel_jax.runtime import files, named, schema
+from oel_jax.runtime import files, named, paths, schema
 
 SCHEMA = 1
 WHOLE_BELOW = 64 * 2**20  # bytes up to which a file's digest is of all its bytes
@@ -93,19 +93,19 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   between. A folder's is of the names and digests of the files in it that end as WEIGHTS says; that
   of one part of a split GGUF file is of all its parts.
   """
-  paths = {"policy.weights": config.policy.weights} if "policy" in config else {}
+  found_at = {"policy.weights": config.policy.weights} if "policy" in config else {}
   environment = config.get("deployment", {}).get("environment", "textarena")
   if environment != "textarena":
     found = named.source(environment, "config.deployment.environment")
-    paths["deployment.environment"] = str(found or "")
+    found_at["deployment.environment"] = str(found or "")
   if "distill" in config:
-    paths |= {
+    found_at |= {
       f"distill.{name}": config.distill[name]
       for name in ("knowledge", "prompts", "held_out", "unrelated")
     }
-    paths["distill.obeys"] = config.distill.obeys.rpartition(":")[0]  # FILE.py:FUNCTION
+    found_at["distill.obeys"] = config.distill.obeys.rpartition(":")[0]  # FILE.py:FUNCTION
   found = {}
-  for field, name in paths.items():
+  for field, name in found_at.items():
     path = pathlib.Path(name or "").expanduser()
     if name and path.is_dir():
       found[field] = schema.digest(
@@ -208,11 +208,15 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
 
 
 def _is_harmless(change: dict[str, Any]) -> bool:
-  """Whether a change leaves what is there as it is: more rounds; another place for the metrics."""
-  was, now = change["was"], change["is"]
-  if change["field"] == "wandb_project":
+  """Whether a change leaves what is there as it is: more rounds; another place for the metrics; the
+  same path, relative to the working directory before.
+  """
+  field, was, now = change["field"], change["was"], change["is"]
+  if field in paths.FIELDS:
+    return paths.absolute(field, was) == now
+  if field == "wandb_project":
     return True
-  return change["field"] == "rounds" and type(was) is type(now) is int and now > was
+  return field == "rounds" and type(was) is type(now) is int and now > was
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
