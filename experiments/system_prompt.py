@@ -41,6 +41,7 @@ def get_config(size: str = "smollm2-135m") -> ml_collections.ConfigDict:
       held_out=str(HERE / "data/held_out.txt"),
       unrelated=str(HERE / "data/unrelated.txt"),
       obeys=str(HERE / "data/obedience.py") + ":is_very_short",
+      content=str(HERE / "data/obedience.py") + ":is_about",
     )
     config.policy.max_prompt_tokens = 2048
     config.deployment.max_response_tokens = 96

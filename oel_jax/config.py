@@ -222,6 +222,9 @@ def default_distill() -> ml_collections.ConfigDict:
         unrelated="",  # the same, to measure what else has changed; "": not measured
         # FILE.py:FUNCTION, which is given an answer and says whether it has the wanted form
         obeys="",
+        # the same of a prompt's last message and an answer: whether that says what it should; "":
+        # not judged
+        content="",
       )
     )
   return config

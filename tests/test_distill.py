@@ -95,7 +95,14 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
   )
   assert result["unrelated_kl"] > 0
   assert json.loads((tmp_path / "run/results.json").read_text()) == result
+  assert (
+    json.loads((tmp_path / "run/report/results.json").read_text())["unrelated_kl"]
+    == (result["unrelated_kl"])
+  )
+  page = (tmp_path / "run/report/index.html").read_text()
+  assert f"{100 * result['after']['obeys']['rate']:.1f}% of 32 answers" in page
   out = capsys.readouterr().out
+  assert f"report: {tmp_path}/run/report/index.html" in out
   assert "recovered" in out and out.count("chosen: ") == 1
   assert result["choices"] == json.loads((tmp_path / "run/choices.json").read_text())["choices"]
   assert result["choices"]["attention"] == "xla"
@@ -145,7 +152,7 @@ def test_what_is_kept_is_measured_again_where_it_shows_something_else(tmp_path, 
   def measure(weights=1, prompts=prompts, text=None):
     policy = Answers(weights)
     found = distill._measure(
-      config, policy, distill.read_check(config.distill.obeys), prompts, text, path
+      config, policy, distill._read_checks(config.distill), prompts, text, path
     )
     return found["obeys"]["hits"], policy.asked
 
@@ -177,6 +184,39 @@ def test_what_is_kept_is_measured_again_where_it_shows_something_else(tmp_path, 
     )
     with pytest.raises(ValueError, match=f"{path}: damaged, .*{told}"):
       measure()
+
+
+def test_content_is_judged_by_prompt_and_answer_beside_the_form(tmp_path):
+  (tmp_path / "check.py").write_text(
+    "def low(answer):\n  return answer < '12'\n"
+    "def same(prompt, answer):\n  return answer[1:] == prompt[:1]\n"
+    "def one(answer):\n  return True\n"
+  )
+  config, prompts = (
+    distill.default(),
+    [Prompt(str(i), (Message("user", f"{i % 2}?"),)) for i in range(3)],
+  )
+  config.distill.update(obeys=f"{tmp_path}/check.py:low", content=f"{tmp_path}/check.py:same")
+  checks = distill._read_checks(config.distill)
+  found = distill._measure(config, Answers(1), checks, prompts, None, tmp_path / "base.json")
+  # Answers 10, 11, 12 to 0?, 1?, 0?.
+  assert (found["obeys"]["hits"], found["content"]["hits"], found["content"]["of"]) == (2, 2, 3)
+  config.distill.content = f"{tmp_path}/check.py:one"
+  with pytest.raises(
+    ValueError, match="config.distill.content is .*:one': it fails for the answer"
+  ):
+    distill._read_checks(config.distill)
+
+
+def test_few_held_out_prompts_are_told_with_the_interval_that_they_make(caplog):
+  """Wilson by hand for 50 of 100: half of [0.404, 0.596]; for 16 of 32: half of [0.336, 0.664]."""
+  distill._warn_of_few(100)
+  assert not caplog.text
+  distill._warn_of_few(32)
+  assert "held_out: 32 prompts are few: a share of half of them has a 95% interval of ± 16" in (
+    caplog.text
+  )
+  assert "(100 prompts make ± 10, 400 prompts make ± 5)" in caplog.text
 
 
 def test_training_on_sets_aside_what_was_measured_of_the_weights_before(tmp_path):
@@ -335,6 +375,8 @@ def test_the_system_prompt_experiment_has_what_it_names():
     assert lengths == {"prompts": 300, "held_out": 100, "unrelated": 60}
     obeys = distill.read_check(config.distill.obeys)
     assert obeys("Cats purr.") and not obeys("Cats purr.\n\nThey")
+    content = distill.read_check(config.distill.content, "content")
+    assert content("Why do cats purr?", "Cats are content.") and not content("Why?", "Yes.")
     assert pathlib.Path(config.distill.knowledge).read_text().strip()
   with pytest.raises(ValueError, match="no size 'huge'"):
     module.get_config("huge")

@@ -55,6 +55,33 @@ def test_the_limits_can_be_others():
   )
 
 
+@pytest.mark.parametrize(
+  "answer, about",
+  [
+    ("Owls hoot to communicate.", True),
+    ("An owl’s call marks its territory.", True),
+    ("They call to mark their territory.", False),  # right, and in words all of its own
+    ("Hooting tells others to stay away.", True),
+    ("Yes.", False),
+    ("It depends on many things.", False),
+    ("Why do owls hoot?", False),
+    ("Owls hoot.", False),
+    ("Saturn has rings.", False),
+    ("", False),
+  ],
+)
+def test_an_answer_is_about_the_question_or_says_nothing_of_it(answer, about):
+  assert obedience.is_about("Why do owls hoot?", answer) == about
+
+
+def test_no_short_answer_is_about_every_question():
+  prompts = (EXPERIMENTS / "data/held_out.txt").read_text(encoding="utf-8").splitlines()
+  for answer in ("It depends.", "Yes, that is safe.", "Sure, here is an answer."):
+    assert sum(obedience.is_about(prompt, answer) for prompt in prompts) <= 10
+  # Each prompt has a word that an answer can take up.
+  assert all(obedience.is_about(prompt, prompt + " zebra") for prompt in prompts)
+
+
 def test_no_user_prompt_is_used_twice():
   names = ("search", "train", "held_out", "unrelated")
   lists = {

@@ -11,10 +11,10 @@ import pytest
 from fakes import game_of, turn_of
 
 from oel_jax import report
-from oel_jax.config import default
+from oel_jax.config import default, default_distill
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.schema import Conversation
-from oel_jax.report import page, plots, records
+from oel_jax.report import games, page, plots, records
 from oel_jax.runtime.workdir import open_workdir
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
@@ -616,8 +616,99 @@ def test_counts_that_contradict_each_other_and_other_damage_are_named(run, name,
 def test_games_are_paired_by_map_where_a_line_is_missing(run):
   before = [game(i, False, False) for i in (0, 1, 2, 1)]
   after = [game(i, True, True) for i in (1, 2, 1, 3)]
-  assert [(a.source.seed, b.source.seed) for a, b in page.pair_games(before, after)] == [
+  assert [(a.source.seed, b.source.seed) for a, b in games.pair_games(before, after)] == [
     (1001, 1001),
     (1002, 1002),
     (1001, 1001),
   ]
+
+
+# A run of distill.
+
+
+def measured(obeys: int, tokens: float, answers: list[str], content: int | None = None) -> dict:
+  of = len(answers)
+  value = {"obeys": count(obeys, of), "response_tokens": mean(tokens, of)}
+  if content is not None:
+    value["content"] = count(content, of)
+  kept = [{"prompt": f"Question {i}?", "answer": answer} for i, answer in enumerate(answers)]
+  return {"schema": 1, "measured": value, "answers": kept}
+
+
+@pytest.fixture(name="distilled_run")
+def fixture_distilled_run(tmp_path):
+  """Finished, 25 held-out prompts; one of the answers would like to be obeyed."""
+  config = default_distill()
+  config.policy.weights = "/models/small"
+  open_workdir(config, tmp_path / "style")
+  long, short = ["A long answer."] * 24, ["Short."] * 24
+  for name, value in (
+    ("base", measured(2, 90.0, [*long, EVIL], content=20)),
+    ("in_context", measured(20, 30.0, [*short, EVIL], content=15)),
+    ("after", measured(19, 27.0, [EVIL, *short], content=16)),
+    ("results", {"schema": 1, "recovered": 17 / 18, "unrelated_kl": 0.125}),
+  ):
+    (tmp_path / f"style/{name}.json").write_text(json.dumps(value))
+  write_steps(tmp_path / "style", 1, steps=6)
+  return tmp_path / "style"
+
+
+def test_a_distilled_text_has_a_page_too(distilled_run):
+  results = report.write(distilled_run)
+  assert json.loads((distilled_run / "report/results.json").read_text()) == results
+  for name, hits, tokens, content in (
+    ("base", 2, 90.0, 20),
+    ("in_context", 20, 30.0, 15),
+    ("after", 19, 27.0, 16),
+  ):
+    entry, right = results[name], count(hits, 25)
+    assert (entry["obeys"], entry["obeys_count"]) == (hits / 25, 25)
+    assert entry["obeys_interval"] == right["interval"]
+    assert (entry["content"], entry["response_tokens"]) == (content / 25, tokens)
+  assert (results["recovered"], results["unrelated_kl"]) == (17 / 18, 0.125)
+  assert results["config"]["policy.weights"] == "/models/small" and results["choices"] is None
+  seen = Seen(page_of(distilled_run))
+  text = " ".join(seen.text.split())
+  # By hand: 2 / 25 = 8%, 19 / 25 = 76%, 90 → 27 tokens is a fall by 70%.
+  assert "Before, 8.0% of 25 answers (95% interval 2.2–25.0) have the wanted form." in text
+  assert "After training, without the text, 76.0% of 25 answers" in text
+  assert "from 90.0 to 27.0 tokens (−70%)" in text and "intervals" not in text.split("Held-out")[0]
+  assert "80.0%20 of 25" in text and "94%" in text and "0.1250" in text
+  assert "Question 0?" in text and text.count("Short.") == 15 and "The first 8 of 25" in text
+  assert not {tag for tag, _ in seen.tags} & {"script"} and '<script>alert("x")' in seen.text
+  assert {path.name for path in (distilled_run / "report").iterdir()} == {
+    "index.html",
+    "results.json",
+    "consolidation.png",
+  }
+
+
+def test_an_unfinished_or_earlier_run_of_distill_is_reported_as_far_as_it_is(distilled_run):
+  for name, sentence in (
+    ("results", "After training"),
+    ("after", "The trained model has not been measured yet."),
+    ("base", "Nothing has been measured yet."),
+  ):
+    (distilled_run / f"{name}.json").unlink()
+    results = report.write(distilled_run)
+    assert sentence in Seen(page_of(distilled_run)).text
+    assert results["recovered"] is None and results.get(name) is None
+
+
+@pytest.mark.parametrize(
+  "name, change, told",
+  [
+    ("after", lambda value: value["answers"].pop(), "measured.obeys.of is 25: it must be 24"),
+    ("base", lambda value: value["answers"][3].pop("answer"), "no field 'answer'"),
+    ("base", lambda value: value["measured"]["content"].update(rate=2), "content.rate is 2"),
+    ("results", lambda value: value.update(recovered="all"), "recovered is 'all'"),
+  ],
+)
+def test_a_damaged_file_of_distill_is_named(distilled_run, name, change, told):
+  path = distilled_run / f"{name}.json"
+  value = json.loads(path.read_text())
+  change(value)
+  path.write_text(json.dumps(value))
+  with pytest.raises(ValueError) as error:
+    report.write(distilled_run)
+  assert str(path) in str(error.value) and told in str(error.value)

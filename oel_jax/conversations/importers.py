@@ -208,8 +208,9 @@ def _refuse_more(value: dict[str, Any], known: set[str], place: str) -> None:
       )
 
 
-def read_check(name: str, field: str = "obeys") -> Callable[[str], bool]:
-  """The function that config.distill.`field` names: whether an answer has the wanted form.
+def read_check(name: str, field: str = "obeys") -> Callable[..., bool]:
+  """The function that config.distill.`field` names: whether an answer, the last of what it is
+  given, is as it should be.
 
   What it raises, and a result that is neither true nor false, become a ValueError that names it.
 
@@ -223,16 +224,16 @@ def read_check(name: str, field: str = "obeys") -> Callable[[str], bool]:
     raise ValueError(f"{told}: it must be FILE.py:FUNCTION")
   check = named.function(name, field)
 
-  def checked(answer: str) -> bool:
+  def checked(*given: str) -> bool:
+    shown = reprlib.repr(given[-1])
     try:
-      result = check(answer)
+      result = check(*given)
     except Exception as error:
       reason = f"{type(error).__name__}: {error}"
-      shown = reprlib.repr(answer)
       raise ValueError(f"{told}: it fails for the answer {shown} ({reason})") from error
     if not isinstance(result, (bool, np.bool_)):
       raise ValueError(
-        f"{told}: for the answer {reprlib.repr(answer)} it returns {reprlib.repr(result)}: "
+        f"{told}: for the answer {shown} it returns {reprlib.repr(result)}: "
         "it must be True or False"
       )
     return bool(result)

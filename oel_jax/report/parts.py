@@ -1,7 +1,8 @@
-"""How the page of `report` looks, and its small parts: cells, tables, numbers in words, and
-`escape`, through which untrusted text goes.
+"""How the page of `report` looks, and its small parts: the frame, cells, tables, plots, numbers in
+words, and `escape`, through which untrusted text goes.
 """
 
+import base64
 import html
 from collections.abc import Sequence
 from typing import Any
@@ -91,6 +92,70 @@ footer { color: var(--dim); font-size: 13px; }
 """
 
 
+def document(name: str, subtitle: str, lead: str, sections: Sequence[str], end: str) -> str:
+  """Returns the whole page as HTML; it loads nothing and runs nothing.
+
+  Args:
+    name: of the run, its headline.
+    subtitle: a few words below it.
+    lead: what happened, in a few sentences.
+    sections: ready ones, of `section`.
+    end: the last words.
+  """
+  return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(name)} – oel_jax</title>
+<style>{STYLE}</style>
+</head>
+<body><main>
+<header>
+<div class="dim">Online Experiential Learning</div>
+<h1>{escape(name)}</h1>
+<div class="dim">{escape(subtitle)}</div>
+<p class="lead">{escape(lead)}</p>
+</header>
+{"".join(sections)}
+<footer>{escape(end)}</footer>
+</main></body>
+</html>
+"""
+
+
+def section(title: str, body: str) -> str:
+  return f"<section><h2>{escape(title)}</h2>{body}</section>\n"
+
+
+def figure(
+  title: str, about: str, light: bytes | None, dark: bytes | None, kind: str, absent: str
+) -> str:
+  """A plot below its title.
+
+  Args:
+    title: plain words, and `about` a few more.
+    light: PNG file; None: there are no numbers, and `absent` says so.
+    dark: the same plot, shown where the reader's system is in dark mode.
+    kind: "wide", over the whole page, or "".
+    absent: HTML.
+  """
+  picture = absent
+  if light is not None and dark is not None:
+    picture = (
+      f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+      f'<img alt="{title}: plot of the numbers in this report" src="{_data(light)}"></picture>'
+    )
+  caption = f"<figcaption>{title}<small>{about}</small></figcaption>"
+  return f'<figure class="{kind}">{caption}{picture}</figure>'
+
+
+def _data(png: bytes) -> str:
+  return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
 def table(
   head: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str] = (), total: bool = False
 ) -> str:
@@ -155,6 +220,10 @@ def signed(value: float) -> str:
 
 def minus(number: str) -> str:
   return number.replace("-", "−")
+
+
+def label(number: int) -> str:
+  return f"Round {number}" if number else "Base model"
 
 
 def note(text: str) -> str:

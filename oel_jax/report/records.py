@@ -252,7 +252,10 @@ def _evaluation(value: Any, number: int) -> Evaluation:
   for index, point in enumerate(accumulation):
     where = f"accumulation[{index}]"
     points.append(
-      (whole(point, "trajectories", where), _share(get(point, "passed", where), f"{where}.passed"))
+      (
+        whole(point, "trajectories", where),
+        read_share(get(point, "passed", where), f"{where}.passed"),
+      )
     )
   if gate is not None:
     need(
@@ -262,8 +265,8 @@ def _evaluation(value: Any, number: int) -> Evaluation:
       "one of " + ", ".join(map(repr, DECISIONS)),
     )
     gate = Gate(
-      _share(get(gate, "without", "gate"), "gate.without"),
-      _share(get(gate, "with", "gate"), "gate.with"),
+      read_share(get(gate, "without", "gate"), "gate.without"),
+      read_share(get(gate, "with", "gate"), "gate.with"),
       gate["decision"],
     )
   if value.get("recovered") is not None:
@@ -274,7 +277,7 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     plays.get("in_context"),
     plays.get("after_in_context"),
     plays.get("first_knowledge"),
-    {task: _share(share, f"retention.{task}") for task, share in retention.items()},
+    {task: read_share(share, f"retention.{task}") for task, share in retention.items()},
     tuple(sorted(points, key=lambda point: point[0])),
     value.get("recovered"),
     gate,
@@ -299,11 +302,11 @@ def _gate(value: Any) -> dict[str, Any]:
 def _play(value: Any, where: str) -> Play:
   ended = get(value, "ended", where)
   play = Play(
-    _share(get(value, "passed", where), f"{where}.passed"),
-    _mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
-    _mean(get(value, "moves", where), f"{where}.moves"),
+    read_share(get(value, "passed", where), f"{where}.passed"),
+    read_mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
+    read_mean(get(value, "moves", where), f"{where}.moves"),
     {name: whole(ended, name, f"{where}.ended") for name in ENDED},
-    _share(get(value, "leaks", where), f"{where}.leaks"),
+    read_share(get(value, "leaks", where), f"{where}.leaks"),
   )
   games, turns = play.passed.of, play.response_tokens.of
   for field, count, right in (
@@ -315,12 +318,18 @@ def _play(value: Any, where: str) -> Play:
   return play
 
 
-def _share(value: Any, where: str) -> Measure:
+def read_share(value: Any, where: str) -> Measure:
+  """Returns a share of `evaluation.statistics.count`, checked; raises ValueError, `where` naming
+  it.
+  """
   schema.share(value, where)
   return dataclasses.replace(_measure(value, "rate"), hits=value["hits"])
 
 
-def _mean(value: Any, where: str) -> Measure:
+def read_mean(value: Any, where: str) -> Measure:
+  """Returns a mean of `evaluation.statistics.mean`, checked; raises ValueError, `where` naming
+  it.
+  """
   schema.mean(value, where)
   return _measure(value, "mean")
 

@@ -11,7 +11,7 @@ import os
 import pathlib
 from typing import Any
 
-from oel_jax.report import page
+from oel_jax.report import distilled, page
 from oel_jax.report.records import Evaluation, Measure, Run, read
 from oel_jax.runtime import files, schema
 
@@ -51,10 +51,11 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
     workdir: a run directory, at any moment of the run.
 
   Returns:
-    What results.json holds: "base" and, for each evaluated round, an entry of "rounds". A share or
-    mean NAME stands beside NAME_count, the cases that it rests on, and NAME_interval, 95%; all
-    three are None where it was not measured. Shares and "recovered" are fractions. "choices" is
-    what the machine decided (`choices.choose`), None if the run did not say.
+    What results.json holds: "base" and, for each evaluated round, an entry of "rounds"; of a run of
+    `tasks.distill` what `distilled.summarize` returns. A share or mean NAME stands beside
+    NAME_count, the cases that it rests on, and NAME_interval, 95%; all three are None where it was
+    not measured. Shares and "recovered" are fractions. "choices" is what the machine decided
+    (`choices.choose`), None if the run did not say.
 
   Raises:
     ValueError: not a run directory, or a damaged file in it; names the file, the field, the value
@@ -63,11 +64,17 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
   """
   from oel_jax.report import plots  # here, for it imports Matplotlib
 
-  run = read(pathlib.Path(workdir))
-  results = summarize(run) | {"choices": _choices(pathlib.Path(workdir) / "choices.json")}
+  workdir = pathlib.Path(workdir)
+  run = read(workdir)
   light, dark = (plots.draw(run, theme) for theme in (plots.LIGHT, plots.DARK))
-  html = page.render(run, light, dark)
-  folder = pathlib.Path(workdir) / "report"
+  if run.config.get("task") == "distill":
+    found = distilled.read(workdir)
+    results, html = distilled.summarize(found), distilled.render(run, found, light, dark)
+  else:
+    results, html = summarize(run), page.render(run, light, dark)
+  results["config"] = {name: run.config.get(name) for name in CONFIG_FIELDS}
+  results["choices"] = _choices(workdir / "choices.json")
+  folder = workdir / "report"
   try:
     folder.mkdir(exist_ok=True)
   except OSError as error:
@@ -122,11 +129,10 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summarize(run: Run) -> dict[str, Any]:
-  """What results.json holds; see `write`."""
+  """What results.json holds of a run of rounds; see `write`."""
   base = run.evaluations.get(0)
   return {
     "schema": SCHEMA,
-    "config": {name: run.config.get(name) for name in CONFIG_FIELDS},
     "base": _play_numbers(base) if base else None,
     "rounds": [
       _round_numbers(run, evaluation)

@@ -17,7 +17,13 @@ FILES = (
   "distill.held_out",
   "distill.unrelated",
 )
-FUNCTIONS = ("distill.obeys", "deployment.environment", "extraction.edit", "evaluation.tasks")
+FUNCTIONS = (
+  "distill.obeys",
+  "distill.content",
+  "deployment.environment",
+  "extraction.edit",
+  "evaluation.tasks",
+)
 FIELDS = (*FILES, *FUNCTIONS)
 
 

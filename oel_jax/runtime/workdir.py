@@ -103,7 +103,8 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
       f"distill.{name}": config.distill[name]
       for name in ("knowledge", "prompts", "held_out", "unrelated")
     }
-    found_at["distill.obeys"] = config.distill.obeys.rpartition(":")[0]  # FILE.py:FUNCTION
+    for name in ("obeys", "content"):  # FILE.py:FUNCTION
+      found_at[f"distill.{name}"] = config.distill[name].rpartition(":")[0]
   found = {}
   for field, name in found_at.items():
     path = pathlib.Path(name or "").expanduser()

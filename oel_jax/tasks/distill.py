@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 
-from oel_jax import choices
+from oel_jax import choices, report
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import placement, trainer
@@ -27,6 +29,7 @@ from oel_jax.evaluation import statistics
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy, Sampling
 from oel_jax.policy.sampling.scheduler import PREFILL_LENGTHS, bucket
+from oel_jax.report import distilled
 from oel_jax.runtime import files, finite, mesh, progress, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
@@ -57,8 +60,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   text = read_text(config.distill.knowledge, "knowledge").strip("\n")
   if not text.strip():
     raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
-  obeys = read_check(config.distill.obeys)
-  obeys("")  # a model may say nothing; and a check that cannot run shows before anything is sampled
+  checks = _read_checks(config.distill)
   prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
   unrelated = (
     read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
@@ -76,6 +78,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     message=_knowledge,
   )
   placement.unroll(config.consolidation, policy, devices)
+  _warn_of_few(len(held_out))
   _check_lengths(config, policy, held_out, text, "held_out")
   _check_lengths(config, policy, unrelated, None, "unrelated")
   sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
@@ -86,10 +89,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     choices.tell(folder, chosen)  # a run that is refused changes no file
     result = {
       "schema": 1,
-      "base": _measure(config, policy, obeys, held_out, None, folder / "base.json"),
+      "base": _measure(config, policy, checks, held_out, None, folder / "base.json"),
     }
     result["in_context"] = _measure(
-      config, policy, obeys, held_out, text, folder / "in_context.json"
+      config, policy, checks, held_out, text, folder / "in_context.json"
     )
     with progress.bar("consolidate", config.consolidation.steps, "compiling") as advance:
       params, _ = trainer.consolidate(
@@ -103,22 +106,54 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
         advance=advance,
       )
     result["after"] = _measure(
-      config, policy.replace(params), obeys, held_out, None, folder / "after.json"
+      config, policy.replace(params), checks, held_out, None, folder / "after.json"
     )
     rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
     result["recovered"] = statistics.recovered(*rates)
     result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
     result["choices"] = chosen
     files.write_json(folder / "results.json", result)
+    report.write(folder)
   progress.table(
     [_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder)
   )
   print(
     f"recovered: {result['recovered']}, KL to the base on unrelated prompts: "
     f"{result['unrelated_kl']}",
-    flush=True,
   )
+  print(f"report: {folder / 'report' / 'index.html'}", flush=True)
   return result
+
+
+def _read_checks(config: Any) -> dict[str, Callable[[str, str], bool]]:
+  """The user's checks of an answer, by what they say of it; each is given the prompt's last message
+  and the answer.
+
+  Raises:
+    ValueError: one cannot be read, or fails for an empty answer, which a model may give.
+    OSError: a file is missing.
+  """
+  form = read_check(config.obeys)
+  checks = {"obeys": lambda prompt, answer: form(answer)}
+  if config.content:
+    checks["content"] = read_check(config.content, "content")
+  for check in checks.values():
+    check("", "")
+  return checks
+
+
+def _warn_of_few(prompts: int) -> None:
+  """Warns where a share of so many held-out prompts has an interval that says little."""
+  half = lambda of: 50 * float(np.diff(statistics.count(of // 2, of)["interval"])[0])
+  if half(prompts) > 100 * distilled.FEW:
+    others = ", ".join(f"{of} prompts make ± {half(of):.0f}" for of in (100, 400))
+    logging.warning(
+      "config.distill.held_out: %d prompts are few: a share of half of them has a 95%% interval of "
+      "± %.0f points (%s)",
+      prompts,
+      half(prompts),
+      others,
+    )
 
 
 def _check(config: Any, folder: pathlib.Path) -> None:
@@ -130,7 +165,7 @@ def _check(config: Any, folder: pathlib.Path) -> None:
   """
   for name in ("base", "in_context", "after"):
     if (folder / f"{name}.json").exists():
-      files.read_json(folder / f"{name}.json", _measurement)
+      files.read_json(folder / f"{name}.json", distilled.measurement)
   steps, planned = trainer.steps_done(folder / CHECKPOINTS), config.consolidation.steps
   for name in ("after.json", "results.json") if 0 < steps < planned else ():
     files.set_aside(
@@ -181,7 +216,7 @@ def _answers(
 def _measure(
   config: Any,
   policy: Policy,
-  obeys: Callable[[str], bool],
+  checks: dict[str, Callable[[str, str], bool]],
   prompts: Sequence[Prompt],
   text: str | None,
   path: pathlib.Path,
@@ -198,15 +233,16 @@ def _measure(
     config.deployment.max_response_tokens,
     config.policy.thinking,
   ]
-  check, _, function = config.distill.obeys.rpartition(":")
   made_from = {
     "weights": fingerprint(policy.params),
     "prompts": schema.digest(_prompts(config, policy, prompts, text)),
-    "obeys": schema.digest([files.sha256(pathlib.Path(check).expanduser()), function]),
     "settings": schema.digest(settings),
   }
+  for name in checks:
+    file, _, function = config.distill[name].rpartition(":")
+    made_from[name] = schema.digest([files.sha256(pathlib.Path(file).expanduser()), function])
   if path.exists():
-    found = files.read_json(path, _measurement)
+    found = files.read_json(path, distilled.measurement)
     before = found.get("made_from")
     changed = [name for name in made_from if before and before.get(name) != made_from[name]]
     if not changed:
@@ -216,37 +252,19 @@ def _measure(
   answers = [
     policy.tokenizer.split_response(ids, thinking=config.policy.thinking)[1] for ids in sampled
   ]
-  measured = {
-    "obeys": statistics.count(sum(obeys(answer) for answer in answers), len(answers)),
-    "response_tokens": statistics.mean([len(ids) for ids in sampled]),
-  }
   kept = [
     {"prompt": prompt.messages[-1].content, "answer": answer}
     for prompt, answer in zip(prompts, answers, strict=True)
   ]
+  measured = {
+    name: statistics.count(sum(check(one["prompt"], one["answer"]) for one in kept), len(kept))
+    for name, check in checks.items()
+  }
+  measured["response_tokens"] = statistics.mean([len(ids) for ids in sampled])
   files.write_sealed(
     path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept}
   )
   return measured
-
-
-def _measurement(value: Any) -> dict[str, Any]:
-  """Returns the value of a file of `_measure`, checked; raises ValueError naming the field."""
-  schema.need(schema.get(value, "schema", schema.TOP) == 1, "schema", value["schema"], "1")
-  measured, answers = (
-    schema.get(value, "measured", schema.TOP),
-    schema.get(value, "answers", schema.TOP, list),
-  )
-  schema.share(schema.get(measured, "obeys", "measured"), "measured.obeys")
-  schema.mean(schema.get(measured, "response_tokens", "measured"), "measured.response_tokens")
-  for name in ("obeys", "response_tokens"):
-    schema.need(
-      measured[name]["of"] == len(answers),
-      f"measured.{name}.of",
-      measured[name]["of"],
-      f"{len(answers)}, as there are answers",
-    )
-  return value
 
 
 def _unrelated_kl(config: Any, base: Policy, params: Any, unrelated: Sequence[Prompt]) -> float:
@@ -292,8 +310,7 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, unrelated: Sequence[Pr
 
 def _row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
   obeys, low, high = (100 * x for x in (measured["obeys"]["rate"], *measured["obeys"]["interval"]))
-  return {
-    "": name,
-    "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]",
-    "response tokens": measured["response_tokens"]["mean"],
-  }
+  row = {"": name, "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]"}
+  if "content" in measured:
+    row["content %"] = 100 * measured["content"]["rate"]
+  return row | {"response tokens": measured["response_tokens"]["mean"]}
