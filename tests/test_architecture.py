@@ -71,7 +71,7 @@ OBEYS = """
     return transformer.apply(params, a, tokens, places, ones)[0]
 
   def without_loop(params, a):
-    weights = unrolled.join(params, jnp.float32)
+    weights = unrolled.fuse(params, jnp.float32)
     return unrolled.forward(
       weights, a, tokens, places, ones, places, dtype=jnp.float32, remat="none", path="xla"
     )

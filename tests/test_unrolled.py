@@ -59,8 +59,8 @@ def _same(found, wanted, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_split_undoes_join(name):
-  back = jax.jit(lambda params: unrolled.split(unrolled.join(params, jnp.float32), SHAPES[name]))
+def test_unfuse_undoes_fuse(name):
+  back = jax.jit(lambda params: unrolled.unfuse(unrolled.fuse(params, jnp.float32), SHAPES[name]))
   jax.tree.map(np.testing.assert_array_equal, back(_params(name)), _params(name))
 
 
@@ -91,7 +91,7 @@ def _compare_with_the_loop(name, remat, with_prefix):
     hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
     return jnp.sum(hidden * weight * counted), hidden
 
-  weights = unrolled.join(_params(name), jnp.float32)
+  weights = unrolled.fuse(_params(name), jnp.float32)
 
   def apart(learned):
     hidden = unrolled.forward(
@@ -113,7 +113,7 @@ def _compare_with_the_loop(name, remat, with_prefix):
     unrolled.sinks(weights, tokens)
   )
   _same(found, wanted)
-  _same(unrolled.split(unrolled.add_rows(pieces, tokens, pieces.pop("rows")), a), gradient, 5e-5)
+  _same(unrolled.unfuse(unrolled.add_rows(pieces, tokens, pieces.pop("rows")), a), gradient, 5e-5)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_no_product_of_a_layer_is_made_twice():
     ).sum()
     return (
       jax.jit(jax.grad(loss))
-      .lower(unrolled.join(_params("qwen3"), jnp.float32))
+      .lower(unrolled.fuse(_params("qwen3"), jnp.float32))
       .compile()
       .as_text()
       .count(" dot(")
@@ -180,7 +180,7 @@ def test_no_product_of_a_layer_is_made_twice():
 
 def test_gradient_of_a_sink_is_not_rounded_to_the_type_of_the_products():
   a, tokens = SMALL, jnp.arange(12, dtype=jnp.int32)[None]
-  weights = unrolled.join(_params("qwen3"), jnp.bfloat16)
+  weights = unrolled.fuse(_params("qwen3"), jnp.bfloat16)
 
   def loss(weights):
     return (

@@ -50,7 +50,7 @@ def loss_sum(
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another
   divergence; their count and `metrics`.
 
-  OEL section 3. Arguments are those of `make_step`; `params` are stacked or joined, as the
+  OEL section 3. Arguments are those of `make_step`; `params` are stacked or fused, as the
   teacher's are; `mesh` is None on one device. Sums, not means: a mean is taken once, over the whole
   batch, so that how the batch is cut changes nothing. All are float32. `kind`
   "imitation" is the negative log-likelihood of the response under the student, and needs no
@@ -64,7 +64,7 @@ def loss_sum(
     hidden = teacher_lib.student_hidden(
       params, architecture, batch, dtype=dtype, remat=remat, path=path
     )
-  sink = params.get("head_sink")  # of joined parameters in training
+  sink = params.get("head_sink")  # of fused parameters in training
   if kind == "imitation":
     total, count, found = sharded.linear_imitation(
       mesh,
@@ -173,7 +173,7 @@ def make_step(
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
     params = (
-      unrolled.join(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
+      unrolled.fuse(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
     )
     if micro_batches == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
@@ -188,7 +188,7 @@ def make_step(
       )
       (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
     count = jnp.maximum(count, 1)
-    gradient = unrolled.split(gradient, architecture) if is_unrolled else gradient
+    gradient = unrolled.unfuse(gradient, architecture) if is_unrolled else gradient
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
@@ -238,7 +238,7 @@ def make_probe(
 
   @jax.jit
   def probe(params, teacher, batch):
-    params = unrolled.join(params, dtype) if teacher_lib.is_unrolled(teacher) else params
+    params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
     hidden = teacher_lib.student_hidden(
       params, architecture, batch, dtype=dtype, remat="none", path=path
     )

@@ -29,7 +29,7 @@ class Teacher(NamedTuple):
   by their rounding.
 
   Attributes:
-    params: in the type of the computation, stacked or joined (`unrolled.join`).
+    params: in the type of the computation, stacked or fused (`unrolled.fuse`).
     keys, values: [L, G, K, P, H], of each text.
     length: [G] int32, tokens of each.
     skip: [G] int32, or one for all: how many tokens at the beginning of a sample stand at the
@@ -114,7 +114,7 @@ def prepare(
   else:
     keys, values = read(tokens, length)
   params = (
-    jax.jit(unrolled.join, static_argnums=1)(params, dtype) if unroll and not on_host else params
+    jax.jit(unrolled.fuse, static_argnums=1)(params, dtype) if unroll and not on_host else params
   )
   skip_G = jnp.broadcast_to(jnp.int32(skip), length.shape)
   return Teacher(params, keys, values, jnp.asarray(length), skip_G)

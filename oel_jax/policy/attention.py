@@ -169,10 +169,12 @@ def frequencies(
   plain = theta ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
   if scaling is None:
     return plain
-  # within the original context
-  turns = scaling.original_max_position_embeddings * plain / (2 * jnp.pi)
+  # Full turns within the original context.
+  rotations = scaling.original_max_position_embeddings * plain / (2 * jnp.pi)
   fast = jnp.clip(
-    (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1
+    (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor),
+    0,
+    1,
   )
   return plain * (fast + (1 - fast) / scaling.factor)
 

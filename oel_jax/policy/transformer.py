@@ -271,7 +271,9 @@ def _apart(layer: Params) -> dict[str, Any]:
 
 
 def _scanned(a: Architecture, dtype: Any, cos_sin: Array, attend: Callable) -> Operations:
-  """The plain operations, which leave gradients to JAX and the cutting over a mesh to XLA."""
+  """The plain operations: gradients are left to JAX, and cutting over a mesh to XLA, which cannot
+  cut a kernel.
+  """
 
   def norm_product(x, y, scale, kernels):
     x, normed = norm.add_norm_plain(x, y, scale, a.norm_eps)

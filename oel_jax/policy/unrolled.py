@@ -1,5 +1,5 @@
 """The decoder as one GPU runs it fastest in training: no loop over the layers, and the matrices
-that read the same input joined.
+that read the same input fused.
 
 A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the
 weights out of them; apart, all of that stays where it was made. It compiles longer.
@@ -22,7 +22,7 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 TABLES = ("embed", "head")
 
 
-def join(params: transformer.Params, dtype: Any) -> Any:
+def fuse(params: transformer.Params, dtype: Any) -> Any:
   """Parameters as `forward` takes them.
 
   Args:
@@ -61,8 +61,8 @@ def join(params: transformer.Params, dtype: Any) -> Any:
   return {**params, **tables, "layers": tuple(map(one, transformer.unstack(params)["layers"]))}
 
 
-def split(weights: Any, architecture: Architecture) -> transformer.Params:
-  """Undoes `join`, but for the type: the tree that `transformer.init` makes, each leaf in the type
+def unfuse(weights: Any, architecture: Architecture) -> transformer.Params:
+  """Undoes `fuse`, but for the type: the tree that `transformer.init` makes, each leaf in the type
   that it has in `weights`.
   """
   a = architecture
@@ -150,11 +150,11 @@ def forward(
   path: str,
   prefix: transformer.Prefix | None = None,
 ) -> Float[Array, "B R D"]:
-  """`transformer.apply` on joined weights, at the positions `at_BxR` of each row: behind the last
+  """`transformer.apply` on fused weights, at the positions `at_BxR` of each row: behind the last
   layer's attention, no others are computed.
 
   Args:
-    weights: from `join`, or from `attach` where gradients are wanted in float32.
+    weights: from `fuse`, or from `attach` where gradients are wanted in float32.
     architecture: their shapes.
     tokens_BxT, positions_BxT, segments_BxT: int32, as in `transformer.apply`.
     at_BxR: int32, positions in the row.

@@ -68,7 +68,7 @@ def make_mesh(
       f"{written} = {fixed}, but there are {len(devices)} devices: the product must equal it; "
       "-1 for config.mesh.data takes all that are left"
     )
-  # jax.make_mesh's default is Explicit since 0.9, under which Linen modules fail.
+  # jax.make_mesh's default is Explicit since 0.9; here XLA finds the shardings within a program.
   return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

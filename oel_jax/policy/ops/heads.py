@@ -53,8 +53,8 @@ def by_head(a: Architecture, scale: Float[Array, "heads H"] | None) -> Float[Arr
   """The scale of the norm with a row for each of N + K heads."""
   if scale is None or scale.shape[0] == a.heads + a.kv_heads:
     return scale
-  counts = jnp.array([a.heads, a.kv_heads])
-  return jnp.repeat(scale, counts, axis=0, total_repeat_length=a.heads + a.kv_heads)
+  rows = zip(scale, (a.heads, a.kv_heads), strict=True)
+  return jnp.concatenate([jnp.broadcast_to(row, (count, a.head_size)) for row, count in rows])
 
 
 def _forward(a, qkv_MxAxH, bias_AxH, scale_2xH, cos_sin_MxH):

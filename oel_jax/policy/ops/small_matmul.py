@@ -134,7 +134,7 @@ def _product(
     out_shape=jax.ShapeDtypeStruct((cut.parts, M, F), dtype),
     compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
     interpret=interpret,
-    name="thin_product",
+    name="small_matmul",
   )(x, matrix)
 
 

@@ -67,7 +67,7 @@ def prepare(
   Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
   On a mesh each device gets them whole, however training has placed them.
   """
-  params = unrolled.join(params, dtype)
+  params = unrolled.fuse(params, dtype)
 
   def turn(layer: Any) -> Any:
     made = {name: small_matmul.lay_out(layer[name]) for name in unrolled.MATRICES}
