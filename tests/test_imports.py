@@ -62,6 +62,11 @@ def test_slow_packages_are_not_loaded_by_importing(code):
   assert not loaded(code) & SLOW
 
 
+def test_a_run_loads_games_plots_and_boards_where_it_uses_them():
+  code = "import oel_jax.loop, oel_jax.environments, oel_jax.tasks.stage, oel_jax.tasks.distill"
+  assert loaded(code) & SLOW == {"grain", "optax", "orbax"}
+
+
 @pytest.mark.parametrize(
   "flag",
   [
