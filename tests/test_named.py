@@ -46,6 +46,15 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
     named.function(f"{tmp_path}/none.py:f", "config.x")
 
 
+def test_a_file_is_found_without_being_run(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "never_run.py").write_text("1 / 0\n")
+  here = tmp_path / "never_run.py"
+  assert named.found(f"{here}:f") == named.found("never_run:f") == here
+  for text in (f"{tmp_path}/none.py:f", "no_such_module:f", "no_such.module:f"):
+    assert named.found(text) is None
+
+
 @pytest.mark.parametrize(
   "text, is_one",
   [

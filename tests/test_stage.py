@@ -122,6 +122,14 @@ def test_a_round_that_its_gate_skips_is_not_consolidated_and_the_next_goes_on(
   assert (tmp_path / "run/round_2/prompts.jsonl").exists()
 
 
+def test_the_server_side_needs_no_file_of_the_environment(run_stage, config):
+  config.deployment.environment = "/on/the/user/side.py:make"
+  with pytest.raises(ValueError, match="round_1/knowledge/whole: is not there"):
+    run_stage("consolidate")
+  with pytest.raises(OSError, match="/on/the/user/side.py"):
+    run_stage("deploy")
+
+
 def test_other_tasks_have_no_stages(run_stage, config):
   with config.unlocked():
     config.task = "distill"

@@ -39,6 +39,21 @@ def source(text: str, field: str) -> pathlib.Path | None:
   return pathlib.Path(found) if found else None
 
 
+def found(text: str) -> pathlib.Path | None:
+  """Returns the file that `text` is read from, where it is on this machine, without running it; for
+  whoever names a function that another machine calls.
+  """
+  place = text.rpartition(":")[0]
+  if place.endswith(".py"):
+    file = pathlib.Path(place).expanduser()
+    return file if file.is_file() else None
+  try:
+    spec = importlib.util.find_spec(place)  # runs the packages above it alone
+  except (ImportError, ValueError):
+    return None
+  return pathlib.Path(spec.origin) if spec and spec.has_location else None
+
+
 def function(text: str, field: str) -> Callable[..., Any]:
   """Returns the function that `text` names.
 

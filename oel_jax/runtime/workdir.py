@@ -96,8 +96,8 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   found_at = {"policy.weights": config.policy.weights} if "policy" in config else {}
   environment = config.get("deployment", {}).get("environment", "textarena")
   if environment != "textarena":
-    found = named.source(environment, "config.deployment.environment")
-    found_at["deployment.environment"] = str(found or "")
+    # The server side has none, and runs none.
+    found_at["deployment.environment"] = str(named.found(environment) or "")
   if "distill" in config:
     found_at |= {
       f"distill.{name}": config.distill[name]
