@@ -26,14 +26,13 @@ CHANGES = {
       "  return tuple(x.astype(dtype) for x in (q * a.score_scale, k, v))\n",
     ),
     (
-      "    return tuple(kernel(*given, kv_heads=a.kv_heads, eps=a.norm_eps)), given\n",
-      "    q, k, v = kernel(*given, kv_heads=a.kv_heads, eps=a.norm_eps)\n"
-      "    return (q * a.score_scale, k, v), given\n",
+      "    return tuple(kernel(a, *given)), given\n",
+      "    q, k, v = kernel(a, *given)\n    return (q * a.score_scale, k, v), given\n",
     ),
     (
-      "    d_qkv, d_scale = backward_kernel(*saved, gradients, eps=a.norm_eps)\n",
+      "    d_qkv, d_scale = backward_kernel(a, *saved, gradients)\n",
       "    gradients = (gradients[0] * a.score_scale, *gradients[1:])\n"
-      "    d_qkv, d_scale = backward_kernel(*saved, gradients, eps=a.norm_eps)\n",
+      "    d_qkv, d_scale = backward_kernel(a, *saved, gradients)\n",
     ),
   ],
   # The kernel that makes queries itself does not know the field: it is not for such architectures.

@@ -111,9 +111,10 @@ def test_heads_and_their_gradient(name, tokens, interpret):
   angles = np.random.default_rng(2).uniform(0, 6, (tokens, H // 2))
   cos_sin = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
   gradients = tuple(normal(3 + i, tokens, count, H) for i, count in enumerate((N, K, K)))
-  plain = functools.partial(heads.plain, Architecture(2, 2, 1, N, K, H, 2, norm_eps=EPS))
+  a = Architecture(2, 2, 1, N, K, H, 2, norm_eps=EPS)
+  plain = functools.partial(heads.plain, a)
   as_right(
-    functools.partial(heads.kernel, kv_heads=K, eps=EPS, interpret=interpret),
+    functools.partial(heads.kernel, a, interpret=interpret),
     plain,
     qkv,
     bias,
@@ -125,7 +126,7 @@ def test_heads_and_their_gradient(name, tokens, interpret):
     return jax.vjp(lambda qkv, scale: plain(qkv, bias, scale, cos_sin), qkv, scale)[1](gradients)
 
   as_right(
-    functools.partial(heads.backward_kernel, eps=EPS, interpret=interpret),
+    functools.partial(heads.backward_kernel, a, interpret=interpret),
     backward,
     qkv,
     bias,

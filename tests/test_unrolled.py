@@ -270,14 +270,12 @@ def test_heads_and_their_gradient(count, kv_heads, size, normed, biased, few_pro
   plain = lambda qkv, scale: heads.plain(a, qkv, bias, scale, cos_sin)
   wanted, back = jax.vjp(plain, qkv, scale)
   _same(
-    tuple(
-      heads.kernel(qkv, bias, scale, cos_sin, kv_heads=kv_heads, eps=1e-6, interpret=INTERPRET)
-    ),
+    tuple(heads.kernel(a, qkv, bias, scale, cos_sin, interpret=INTERPRET)),
     wanted,
   )
   gradients = tuple(_normal(6, *(y.shape for y in wanted)))
   _same(
-    heads.backward_kernel(qkv, bias, scale, cos_sin, gradients, eps=1e-6, interpret=INTERPRET),
+    heads.backward_kernel(a, qkv, bias, scale, cos_sin, gradients, interpret=INTERPRET),
     back(gradients),
   )
 

@@ -60,14 +60,14 @@ def by_head(a: Architecture, scale: Float[Array, "heads H"] | None) -> Float[Arr
 def _forward(a, qkv_MxAxH, bias_AxH, scale_2xH, cos_sin_MxH):
   given = qkv_MxAxH, bias_AxH, scale_2xH, cos_sin_MxH
   if common.supported(qkv_MxAxH, a.head_size):
-    return tuple(kernel(*given, kv_heads=a.kv_heads, eps=a.norm_eps)), given
+    return tuple(kernel(a, *given)), given
   return plain(a, *given), given
 
 
 def _backward(a, saved, gradients):
   qkv, bias, scale, cos_sin = saved
   if common.supported(qkv, a.head_size):
-    d_qkv, d_scale = backward_kernel(*saved, gradients, eps=a.norm_eps)
+    d_qkv, d_scale = backward_kernel(a, *saved, gradients)
     d_bias = None if bias is None else d_qkv.astype(jnp.float32).sum(0).astype(bias.dtype)
     return d_qkv, d_bias, d_scale, None
   of_numbers = lambda qkv, bias, scale: plain(a, qkv, bias, scale, cos_sin)
@@ -80,34 +80,23 @@ heads = common.with_rule(_forward, _backward, (0,))
 
 
 def kernel(
+  a: Architecture,
   qkv_MxAxH: Float[Array, "M A H"],
   bias_AxH: Float[Array, "A H"] | None,
   scale_2xH: Float[Array, "2 H"] | None,
   cos_sin_MxH: Float[Array, "M H"],
   *,
-  kv_heads: int,
-  eps: float,
   interpret: bool = False,
-) -> tuple[Array, Array, Array]:
-  """Queries [M, N, H] and keys [M, K, H], normed and rotated (Su et al. 2021, eq. 34), and values
-  [M, K, H], all in the type of qkv.
-
-  Args:
-    qkv_MxAxH: the heads as the projection leaves them: N of queries, K of keys, K of values; H is a
-      power of two.
-    bias_AxH: float32, added to them, and not rounded before the rotation; None for no bias.
-    scale_2xH: of the queries' and of the keys' norm, float32; None for no norm.
-    cos_sin_MxH: cosines, then sines of the rotary angles, float32.
-    kv_heads: K.
-    eps: of the norm.
-    interpret: run it without a GPU.
+) -> tuple[Float[Array, "M N H"], Float[Array, "M K H"], Float[Array, "M K H"]]:
+  """`plain` as one kernel, for fused heads, A = N + 2 K of them, and one scale for all queries and
+  one for all keys; H is a power of two. `interpret` runs it without a GPU.
   """
   M, A, H = qkv_MxAxH.shape
-  counts = A - 2 * kv_heads, kv_heads, kv_heads
+  counts = a.heads, a.kv_heads, a.kv_heads
   token = lambda *shape: pl.BlockSpec((None, *shape), lambda i: (i, *(0 for _ in shape)))
   whole = [x for x in (bias_AxH, scale_2xH) if x is not None]
   return pl.pallas_call(
-    functools.partial(_kernel_body, counts=counts, eps=eps, biased=bias_AxH is not None),
+    functools.partial(_kernel_body, counts=counts, eps=a.norm_eps, biased=bias_AxH is not None),
     grid=(M,),
     in_specs=[token(A, H), token(H), *(pl.no_block_spec for _ in whole)],
     out_specs=[token(count, H) for count in counts],
@@ -146,19 +135,19 @@ def _kernel_body(qkv_ref, cos_sin_ref, *refs, counts, eps, biased):
 
 
 def backward_kernel(
+  a: Architecture,
   qkv_MxAxH: Float[Array, "M A H"],
   bias_AxH: Float[Array, "A H"] | None,
   scale_2xH: Float[Array, "2 H"] | None,
   cos_sin_MxH: Float[Array, "M H"],
   gradients: tuple[Array, Array, Array],
   *,
-  eps: float,
   interpret: bool = False,
 ) -> tuple[Float[Array, "M A H"], Float[Array, "2 H"] | None]:
   """The gradients of `kernel` in qkv and scale, given those in its three outputs.
 
   Args:
-    qkv_MxAxH, bias_AxH, scale_2xH, cos_sin_MxH, eps, interpret: as in `kernel`.
+    a, qkv_MxAxH, bias_AxH, scale_2xH, cos_sin_MxH, interpret: as in `kernel`.
     gradients: in queries [M, N, H], keys and values [M, K, H].
 
   Returns:
@@ -166,11 +155,11 @@ def backward_kernel(
     scale, float32; None where there is none.
   """
   M, A, H = qkv_MxAxH.shape
-  programs, counts = min(common.PROGRAMS, M), tuple(gradient.shape[1] for gradient in gradients)
+  programs, counts = min(common.PROGRAMS, M), (a.heads, a.kv_heads, a.kv_heads)
   scale = () if scale_2xH is None else (scale_2xH,)
   bias = () if bias_AxH is None else (bias_AxH,)
   out = pl.pallas_call(
-    functools.partial(_backward_body, counts=counts, eps=eps, biased=len(bias)),
+    functools.partial(_backward_body, counts=counts, eps=a.norm_eps, biased=len(bias)),
     grid=(programs,),
     out_specs=[pl.no_block_spec] + [pl.BlockSpec((None, 2, H), lambda i: (i, 0, 0)) for _ in scale],
     out_shape=[jax.ShapeDtypeStruct(qkv_MxAxH.shape, qkv_MxAxH.dtype)]
