@@ -2,6 +2,7 @@
 before any work is done.
 """
 
+import dataclasses
 import json
 import logging
 import random
@@ -14,6 +15,8 @@ from test_loop import short_config
 
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import Message, Prompt
+from oel_jax.extraction import knowledge as knowledge_lib
+from oel_jax.runtime import files, schema
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import play as play_lib
 from oel_jax.stages import resume
@@ -363,3 +366,63 @@ def test_a_run_of_a_version_without_digests_is_read(make_run, tmp_path, caplog):
     f"{tmp_path / 'round_1'}: carried here without its manifest.json, or made before runs had one: "
     "its files are taken as they stand" in caplog.text
   )
+
+
+def sealed_line(value):
+  return json.dumps(schema.sealed(value), ensure_ascii=False) + "\n"
+
+
+def as_before(folder):
+  """Makes a round's folder what schema version 1 left: games that name game and seed,
+  prefixes.jsonl, and extraction.json.
+  """
+  for path in (folder / "user").glob("*.jsonl"):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+      line.pop("digest")
+    if path.name == "extraction.jsonl":
+      header, *steps = lines
+      texts = [knowledge_lib.read(folder / "knowledge", i).items for i in range(header["texts"])]
+      header |= {"schema": 1, "done": len(steps)}
+      header["items"] = [[dataclasses.asdict(item) for item in items] for items in texts]
+      header.pop("start")
+      path.with_suffix(".json").write_text(sealed_line(header))
+      path.unlink()
+      continue
+    for line in lines:
+      source = line.pop("source")
+      line |= {"schema": 1, "game": source["name"], "seed": source["seed"]}
+    path.write_text("".join(map(sealed_line, lines)))
+  (folder / "prompts.jsonl").rename(folder / "prefixes.jsonl")
+  lines = (folder / "prefixes.jsonl").read_text().splitlines()
+  old = [{**json.loads(line), "schema": 1} for line in lines]
+  (folder / "prefixes.jsonl").write_text("".join(map(sealed_line, old)))
+  manifest = json.loads((folder / "manifest.json").read_text())
+  entries = manifest["files"]
+  entries["prefixes.jsonl"] = entries.pop("prompts.jsonl")
+  for name, entry in entries.items():
+    if (folder / name).is_file():
+      entry["sha256"] = files.sha256(folder / name)
+    for other in entry["made_from"].keys() & entries.keys():
+      entry["made_from"][other] = files.sha256(folder / other)[:16]
+  (folder / "manifest.json").write_text(sealed_line(manifest))
+
+
+def test_a_run_of_the_version_before_conversations_goes_on(make_run, tmp_path):
+  texts = play_a_round(make_run(), Player())
+  prompts, folder = read_prompts(tmp_path / "round_1/prompts.jsonl"), tmp_path / "round_1"
+  as_before(folder)
+  before, player, this = bits(folder), Player(), make_run()
+  resume.check(this, player)
+  assert play_a_round(this, player) == texts and not player.asked and bits(folder) == before
+  assert this.prompts(1) == folder / "prefixes.jsonl" and not (folder / "prompts.jsonl").exists()
+  assert read_prompts(this.prompts(1), max_damaged=0.0) == prompts
+  # What the extractor wrote is read back for a point of the curve, and not sampled anew.
+  longer = make_run(evaluation__accumulation=(2,))
+  evaluate(longer, 1, player, player, texts)
+  games = read_conversations(folder / "user/evaluation_after_002_trajectories.jsonl")
+  assert player.asked == sum(len(game.answers) for game in games)
+  path = folder / "user/prefix_trajectories.jsonl"
+  path.write_text(path.read_text().replace("board", "broad", 1))
+  with pytest.raises(ValueError, match=f"{path}: not as this run wrote it"):
+    resume.check(this, player)

@@ -11,7 +11,7 @@ import textarena
 from fakes import game_of, turn_of
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from oel_jax.conversations.schema import Message, knowledge_message, transcript
+from oel_jax.conversations.schema import Message, ToolCall, knowledge_message, transcript
 from oel_jax.pocket import claims, corpus, vocabulary, worlds
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.policy.tokenizers import CONTROLS, SentencePieceTokenizer
@@ -174,6 +174,19 @@ def test_typed_control_tokens_stay_text():
 def controls_in(ids) -> list[str]:
   names = {i: name for name, i in control().items()}
   return [names[i] for i in ids if i in names]
+
+
+@pytest.mark.parametrize(
+  "message",
+  [
+    Message("tool", "12:00", tool_call_id="c"),
+    Message("assistant", "", (ToolCall("c", "clock", "{}"),)),
+  ],
+)
+def test_tools_are_refused_and_not_left_out(message):
+  told = f"message 2, the {message.role}'s, is of a tool or calls one: prompts cannot show tools"
+  with pytest.raises(ValueError, match=told):
+    tokenizer().chat([Message("user", "What time is it?"), message, Message("user", "Well?")])
 
 
 def test_a_transcript_full_of_them_adds_no_turn():
