@@ -319,17 +319,13 @@ def _play(value: Any, where: str) -> Play:
 
 
 def read_share(value: Any, where: str) -> Measure:
-  """Returns a share of `evaluation.statistics.count`, checked; raises ValueError, `where` naming
-  it.
-  """
+  """Returns a share of `evaluation.statistics.count`, checked; errors name it `where`."""
   schema.share(value, where)
   return dataclasses.replace(_measure(value, "rate"), hits=value["hits"])
 
 
 def read_mean(value: Any, where: str) -> Measure:
-  """Returns a mean of `evaluation.statistics.mean`, checked; raises ValueError, `where` naming
-  it.
-  """
+  """Returns a mean of `evaluation.statistics.mean`, checked; errors name it `where`."""
   schema.mean(value, where)
   return _measure(value, "mean")
 

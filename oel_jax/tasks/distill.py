@@ -45,9 +45,10 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   results.json holds.
 
   Returns:
-    "base", "in_context" and "after", each with "obeys" and "response_tokens"; "recovered", the
-    share of the gain in context that the weights now hold; "unrelated_kl", KL(after ‖ base) in nats
-    a token on the base's answers to the unrelated prompts; "choices", of `choices.choose`.
+    "base", "in_context" and "after", each with "obeys", "content" if it is judged, and
+    "response_tokens"; "recovered", the share of the gain in context that the weights now hold;
+    "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to the unrelated prompts;
+    "choices", of `choices.choose`.
 
   Raises:
     ValueError: the configuration is wrong or differs from the run's, a file holds no prompts, or a
@@ -87,42 +88,48 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     _check(config, folder)
     trainer.check_inputs(folder / CHECKPOINTS, task, policy)
     choices.tell(folder, chosen)  # a run that is refused changes no file
-    result = {
-      "schema": 1,
-      "base": _measure(config, policy, checks, held_out, None, folder / "base.json"),
-    }
-    result["in_context"] = _measure(
-      config, policy, checks, held_out, text, folder / "in_context.json"
-    )
-    with progress.bar("consolidate", config.consolidation.steps, "compiling") as advance:
-      params, _ = trainer.consolidate(
-        config.consolidation,
-        task,
-        policy,
-        limit=config.deployment.max_response_tokens,
-        directory=folder / CHECKPOINTS,
-        mesh=devices,
-        metrics=metrics,
-        advance=advance,
-      )
-    result["after"] = _measure(
-      config, policy.replace(params), checks, held_out, None, folder / "after.json"
-    )
+
+    def measure(name: str, player: Policy, given: str | None) -> dict[str, Any]:
+      return _measure(config, player, checks, held_out, given, folder / f"{name}.json")
+
+    result = {"schema": 1, "base": measure("base", policy, None)}
+    result["in_context"] = measure("in_context", policy, text)
+    params = _train(config, task, policy, folder, devices, metrics)
+    result["after"] = measure("after", policy.replace(params), None)
     rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
     result["recovered"] = statistics.recovered(*rates)
     result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
     result["choices"] = chosen
     files.write_json(folder / "results.json", result)
     report.write(folder)
-  progress.table(
-    [_row(name, result[name]) for name in ("base", "in_context", "after")], str(folder)
-  )
-  print(
-    f"recovered: {result['recovered']}, KL to the base on unrelated prompts: "
-    f"{result['unrelated_kl']}",
-  )
-  print(f"report: {folder / 'report' / 'index.html'}", flush=True)
+  _tell(result, folder)
   return result
+
+
+def _train(
+  config: Any, task: Any, policy: Policy, folder: pathlib.Path, devices: Any, metrics: Metrics
+) -> Any:
+  """The parameters after config.consolidation.steps, going on from the newest checkpoint."""
+  with progress.bar("consolidate", config.consolidation.steps, "compiling") as advance:
+    params, _ = trainer.consolidate(
+      config.consolidation,
+      task,
+      policy,
+      limit=config.deployment.max_response_tokens,
+      directory=folder / CHECKPOINTS,
+      mesh=devices,
+      metrics=metrics,
+      advance=advance,
+    )
+  return params
+
+
+def _tell(result: dict[str, Any], folder: pathlib.Path) -> None:
+  rows = [_row(name, result[name]) for name in ("base", "in_context", "after")]
+  progress.table(rows, str(folder))
+  recovered, kl = result["recovered"], result["unrelated_kl"]
+  print(f"recovered: {recovered}, KL to the base on unrelated prompts: {kl}")
+  print(f"report: {folder / 'report' / 'index.html'}", flush=True)
 
 
 def _read_checks(config: Any) -> dict[str, Callable[[str, str], bool]]:
