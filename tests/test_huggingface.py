@@ -143,7 +143,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
   monkeypatch.setattr(engine, "_draw", watched)
   # Functions of their own: programs that another test compiled keep nothing.
   for name in (
-    "enter",
+    "prefill_insert",
     "decode",
   ):
     own = lambda *args, made=getattr(engine, name).__wrapped__, **how: made(*args, **how)

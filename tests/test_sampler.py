@@ -173,10 +173,10 @@ def four_prompts():
 
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
-  whole, run = sample(prompts), engine.enter
+  whole, run = sample(prompts), engine.prefill_insert
   monkeypatch.setattr(scheduler, "MAX_BATCH_TOKENS", 4 * (256 + 96))
   monkeypatch.setattr(
-    engine, "enter", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how)
+    engine, "prefill_insert", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how)
   )
   assert sample(prompts) == whole and shapes == [(4, 96), (4, 96)]
 
@@ -359,7 +359,9 @@ def loop_operands(jaxpr) -> set[tuple[int, ...]]:
 def test_the_loop_takes_no_stacked_weights_apart():
   """No layer is sliced out of a stack; of the cache, one column is written."""
   weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
-  slots = engine.empty(architecture=TINY, rows=4, size=64, ends=2, dtype=jnp.float32, path="xla")
+  slots = engine.empty(
+    architecture=TINY, rows=4, columns=64, eos_ids=2, dtype=jnp.float32, path="xla"
+  )
   run = functools.partial(
     engine.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla"
   )
@@ -380,7 +382,9 @@ def test_the_loop_takes_no_stacked_weights_apart():
 
 def test_the_ring_is_written_in_place():
   weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
-  slots = engine.empty(architecture=TINY, rows=32, size=1024, ends=1, dtype=jnp.float32, path="xla")
+  slots = engine.empty(
+    architecture=TINY, rows=32, columns=1024, eos_ids=1, dtype=jnp.float32, path="xla"
+  )
   how = dict(architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
   used = (
     engine.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), **how)
@@ -394,13 +398,13 @@ def test_the_ring_is_written_in_place():
 
 def test_few_programs_are_compiled():
   """24 batches of other sizes and lengths share a handful of compiled shapes."""
-  engine.enter.clear_cache()
+  engine.prefill_insert.clear_cache()
   engine.decode.clear_cache()
   for i in range(24):
     rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
     sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
   # Two sizes and two lengths; two sizes, and a ring that grows.
-  assert engine.enter._cache_size() == 3 and engine.decode._cache_size() == 3
+  assert engine.prefill_insert._cache_size() == 3 and engine.decode._cache_size() == 3
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,13 @@ def fixture_entered(monkeypatch):
   """What each batch that enters looks like: its shape, and how much of each prompt in it is taken
   from a slot.
   """
-  batches, enter = [], engine.enter
+  batches, enter = [], engine.prefill_insert
 
   def spy(weights, slots, tokens, lengths, rows, requests, shared, **how):
     batches.append((tokens.shape, shared and shared.count[rows < len(slots.filled)].tolist()))
     return enter(weights, slots, tokens, lengths, rows, requests, shared, **how)
 
-  monkeypatch.setattr(engine, "enter", spy)
+  monkeypatch.setattr(engine, "prefill_insert", spy)
   return batches
 
 
@@ -223,7 +223,7 @@ def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
   found = []
   for shared in (None, engine.Shared(zero, zero, zero)):
     slots = engine.empty(
-      architecture=TINY, rows=4, size=64, ends=1, dtype=jnp.float32, path="xla"
+      architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, path="xla"
     )._replace(column=jnp.int32(50))
     requests = (
       np.arange(4, dtype=np.uint32),
@@ -231,7 +231,9 @@ def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
       np.full((4, 1), -1, np.int32),
     )
     found.append(
-      engine.enter(weights, slots, tokens, lengths, np.int32([2, 0, 1, 4]), requests, shared, **how)
+      engine.prefill_insert(
+        weights, slots, tokens, lengths, np.int32([2, 0, 1, 4]), requests, shared, **how
+      )
     )
   (slots, first), (same, again) = found
   np.testing.assert_array_equal(first[0], again[0])

@@ -115,10 +115,10 @@ def test_all_read_the_same_weights(monkeypatch):
   monkeypatch.setattr(
     engine, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
   )
-  seen, enter = [], engine.enter
+  seen, enter = [], engine.prefill_insert
   monkeypatch.setattr(
     engine,
-    "enter",
+    "prefill_insert",
     lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how),
   )
   sample([[1]] * 12)

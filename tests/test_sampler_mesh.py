@@ -51,7 +51,7 @@ def test_a_mesh_samples_the_same_ids_whatever_the_placement_and_spreads_the_rows
 
 @pytest.mark.parametrize("slots,own", [(None, 4), (12, 1), (3, 1)])
 def test_prompts_are_read_on_the_device_of_their_slot(monkeypatch, slots, own):
-  prompts, entries, enter = random_prompts(*range(3, 23), seed=10), [], engine.enter
+  prompts, entries, enter = random_prompts(*range(3, 23), seed=10), [], engine.prefill_insert
   right, expected = sample(prompts, logprobs=True)
 
   def spy(*args, **how):
@@ -59,7 +59,7 @@ def test_prompts_are_read_on_the_device_of_their_slot(monkeypatch, slots, own):
     entries.append((args[2].shape, {shard.data.shape for shard in first[0].addressable_shards}))
     return slots, first
 
-  monkeypatch.setattr(engine, "enter", spy)
+  monkeypatch.setattr(engine, "prefill_insert", spy)
   ids, scores = on_mesh(prompts, range(20), max_new_tokens=LIMIT, slots=slots, logprobs=True)
   assert ids == right and all(entry == ((8 * own, 96), {(own,)}) for entry in entries)
   for found, score in zip(scores, expected, strict=True):
@@ -111,7 +111,7 @@ def test_on_a_mesh_nothing_is_exchanged_but_how_many_rows_are_left():
   mesh = jax.tree.leaves(placed())[0].sharding.mesh
   weights = engine.prepare(placed(), architecture=TINY, dtype=jnp.float32, mesh=mesh)
   slots = engine.empty(
-    architecture=TINY, rows=16, size=64, ends=2, dtype=jnp.float32, path="xla", mesh=mesh
+    architecture=TINY, rows=16, columns=64, eos_ids=2, dtype=jnp.float32, path="xla", mesh=mesh
   )
   how = dict(
     architecture=TINY, sampling=Sampling(0.7, 0.8, 20, 0.01), logprobs=True, path="xla", mesh=mesh
@@ -124,7 +124,7 @@ def test_on_a_mesh_nothing_is_exchanged_but_how_many_rows_are_left():
     .compile()
     .as_text()
   )
-  entering = engine.enter.lower(weights, slots, *given, **how).compile().as_text()
+  entering = engine.prefill_insert.lower(weights, slots, *given, **how).compile().as_text()
   collective = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
     r"|collective-broadcast)(-start)?\("

@@ -78,7 +78,7 @@ def test_which_products_fit(monkeypatch):
 def fixture_fresh():
   """What is traced here is for this test alone."""
   clear = lambda: [
-    function.clear_cache() for function in (engine.prepare, engine.enter, engine.decode)
+    function.clear_cache() for function in (engine.prepare, engine.prefill_insert, engine.decode)
   ]
   clear()
   yield

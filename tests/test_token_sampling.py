@@ -180,7 +180,9 @@ def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
   }
   weights["embed"]["embedding"][0] = 0
   weights = engine.prepare(weights, architecture=TINY, dtype=jnp.float32)
-  slots = engine.empty(architecture=TINY, rows=4, size=64, ends=1, dtype=jnp.float32, path="xla")
+  slots = engine.empty(
+    architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, path="xla"
+  )
   how = dict(architecture=TINY, sampling=Sampling(0.2, 0.9), logprobs=False, path="xla")
   requests = (
     np.arange(2, dtype=np.uint32),
@@ -188,7 +190,7 @@ def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
     np.full((2, 1), -1, np.int32),
   )
   for rows in ([1, 4], [1, 2]):  # what fills the batch; then the same as a prompt
-    slots, first = engine.enter(
+    slots, first = engine.prefill_insert(
       weights,
       slots,
       np.int32([[7, 8, 9], [0, 0, 0]]),

@@ -19,12 +19,12 @@ class Requests(NamedTuple):
   Attributes:
     seeds: [n] uint32.
     limits: [n] int32, most ids of the response.
-    ends: [n, E] int32, ids that end the response; -1 fills.
+    eos_ids: [n, E] int32, ids any of which ends the response; -1 fills.
   """
 
   seeds: np.ndarray
   limits: np.ndarray
-  ends: np.ndarray
+  eos_ids: np.ndarray
 
 
 class Driver:
@@ -63,7 +63,7 @@ class Driver:
     entries = [(entry, self._insert(entry)) for entry in self.scheduler.next_entries()]
     rows = self.scheduler.shrink()
     if rows is not None:
-      self._slots = engine.pick(self._slots, rows)
+      self._slots = engine.resize(self._slots, rows, path=self._how["path"])
     draw = self.scheduler.next_draw()
     drawn = self._decode(draw) if draw else None
     # Nothing has been waited for so far: the device draws while replies are made up.
@@ -81,7 +81,7 @@ class Driver:
     self.scheduler.drawn(drawn[0], active)
 
   def _insert(self, entry: Entry) -> tuple[jax.Array, ...]:
-    """Starts the prefill of a batch. Returns what is drawn for it, as `engine.enter` does."""
+    """Starts the prefill of a batch. Returns its first ids, as `engine.prefill_insert` does."""
     self._grow(entry.columns)
     scheduler = self.scheduler
     slots = scheduler.table.rows // scheduler.devices  # of a device, which counts its own
@@ -103,7 +103,7 @@ class Driver:
       shared = engine.Shared(
         *(array[order] for array in (entry.sources % slots, entry.back, entry.shared))
       )
-    self._slots, first = engine.enter(
+    self._slots, first = engine.prefill_insert(
       self._weights,
       self._slots,
       tokens[order],
@@ -125,7 +125,7 @@ class Driver:
 
   def _grow(self, columns: int) -> None:
     if columns > self._columns:
-      self._slots = engine.grow(self._slots, size=columns, path=self._how["path"])
+      self._slots = engine.resize(self._slots, columns=columns, path=self._how["path"])
       self._columns = columns
 
   def _follow(self, i: int) -> None:

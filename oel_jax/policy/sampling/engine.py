@@ -1,11 +1,21 @@
-"""The sampler's programs: prefill into slots, and a loop that decodes a token in every slot.
+"""The sampler's three programs: `prefill_insert` reads prompts and puts them into slots, `decode`
+draws ids in all slots at once, `resize` gives them a larger cache or lets some of them go.
 
-A slot is a row of the key-value cache with what is needed to go on drawing. The cache is a ring:
-each step writes one column, the same for all rows, and a row's tokens are the columns last written,
-so that sequences come and go while the others stay where they are, and the write is one slice
-instead of a scatter. Weights are cast, unstacked and joined once, outside of every loop: slicing
-stacked weights at every token is several times slower, and so are three small matrix products
-instead of a large one.
+A slot is a row of the key-value cache with what is needed to go on drawing. The cache is circular:
+each step writes one column, the same for all rows, and a row's tokens are the columns last written.
+So sequences come and go while the others stay where they are, and the write is one slice instead of
+a scatter. A prompt is inserted so that its last token stands in the column written last:
+
+                                          written last   next step writes here
+                                                     |   |
+    slot 0, has drawn for long    .  a  a  a  a  a  a   [ ]  .
+    slot 1, just inserted         .  .  .  .  b  b  b   [ ]  .
+    slot 2, has ended             c  c  c  .  .  .  .   [ ]  c     behind: can be taken over from
+
+Who sits where, and what is taken over from whom, is the scheduler's business.
+
+Weights are cast, unstacked and joined once, outside of every loop: slicing stacked weights at every
+token is several times slower, and so are three small matrix products instead of a large one.
 
 On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
 rows have not ended.
@@ -28,21 +38,21 @@ from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_
 
 
 class Slots(NamedTuple):
-  """The state of B rows that decode side by side over a ring of S columns.
+  """The state of B rows that decode side by side over a circular cache of S columns.
 
   Attributes:
     keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies
       these faster with a query.
     values: L arrays [B, K, S, H].
     column: [] int32, the one that the next step writes.
-    filled: [B] int32, tokens of the row in the ring: the columns last written. 0 for a row that is
-      not active.
-    token: [B] int32, the last id drawn, not in the ring yet.
+    filled: [B] int32, tokens of the row in the cache: the columns last written. 0 for a row that
+      is not active.
+    token: [B] int32, the last id drawn, not in the cache yet.
     drawn: [B] int32, ids drawn for the response so far.
     active: [B] bool, whether the row has not ended.
     seeds: [B] uint32, of the rows' random streams.
     limits: [B] int32, most ids of the response.
-    ends: [B, E] int32, ids that end the response; -1 fills.
+    eos_ids: [B, E] int32, ids any of which ends the response; -1 fills.
   """
 
   keys: tuple[Array, ...]
@@ -54,7 +64,7 @@ class Slots(NamedTuple):
   active: Bool[Array, "B"]
   seeds: UInt[Array, "B"]
   limits: Int[Array, "B"]
-  ends: Int[Array, "B E"]
+  eos_ids: Int[Array, "B E"]
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
@@ -85,44 +95,45 @@ def prepare(
   )
 
 
-def columns(path: str) -> int:
+def column_axis(path: str) -> int:
   """The axis of `Slots.keys` along which the columns lie."""
   return 3 if path == "xla" else 2
 
 
 @functools.partial(
-  jax.jit, static_argnames=("architecture", "rows", "size", "ends", "dtype", "path", "mesh")
+  jax.jit, static_argnames=("architecture", "rows", "columns", "eos_ids", "dtype", "path", "mesh")
 )
 def empty(
   *,
   architecture: Architecture,
   rows: int,
-  size: int,
-  ends: int,
+  columns: int,
+  eos_ids: int,
   dtype: Any,
   path: str,
   mesh: Mesh | None = None,
 ) -> Slots:
-  """`rows` slots that wait for a prompt, over `size` columns, with room for `ends` end ids each; on
-  a mesh the rows are spread over it.
+  """`rows` slots that wait for a prompt, over so many columns, with room for so many end ids each;
+  on a mesh the rows are spread over it.
   """
   H = architecture.head_size
-  ring = lambda *shape: tuple(
-    jnp.zeros((rows, architecture.kv_heads, *shape), dtype) for _ in range(architecture.layers)
-  )
-  zero, none = jnp.zeros((rows,), jnp.int32), jnp.full((rows, ends), -1, jnp.int32)
-  keys = ring(H, size) if columns(path) == 3 else ring(size, H)
+
+  def cache(*shape: int) -> tuple[Array, ...]:
+    shape = (rows, architecture.kv_heads, *shape)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(architecture.layers))
+
+  zero = jnp.zeros((rows,), jnp.int32)
   slots = Slots(
-    keys,
-    ring(size, H),
-    jnp.int32(0),
-    zero,
-    zero,
-    zero,
-    zero > 0,
-    zero.astype(jnp.uint32),
-    zero,
-    none,
+    keys=cache(H, columns) if column_axis(path) == 3 else cache(columns, H),
+    values=cache(columns, H),
+    column=jnp.int32(0),
+    filled=zero,
+    token=zero,
+    drawn=zero,
+    active=zero > 0,
+    seeds=zero.astype(jnp.uint32),
+    limits=zero,
+    eos_ids=jnp.full((rows, eos_ids), -1, jnp.int32),
   )
   if mesh is None:
     return slots
@@ -158,31 +169,34 @@ def _by_rows(
   )(weights, slots, *given)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "path"))
-def grow(slots: Slots, *, size: int, path: str) -> Slots:
-  """The same slots over a larger ring of `size` columns; the column written last becomes the last
-  of the old ones. Both rings are alive.
+@functools.partial(jax.jit, static_argnames=("columns", "path"))
+def resize(
+  slots: Slots, rows_R: Int[Array, "R"] | None = None, *, columns: int | None = None, path: str
+) -> Slots:
+  """The same slots over more columns, or these rows of them alone; None: as many as there are.
+
+  A larger cache begins with the old one, turned so that the column written last is the last of the
+  old ones. Both caches are alive meanwhile.
   """
+  if rows_R is not None:
+    slots = jax.tree.map(lambda leaf: leaf[rows_R] if leaf.ndim else leaf, slots)
+  if columns is None:
+    return slots
   S = slots.values[0].shape[2]
 
-  def widen(ring, axis):
-    room = [(0, size - S if a == axis else 0) for a in range(ring.ndim)]
-    return jnp.pad(jnp.roll(ring, -slots.column, axis=axis), room)
+  def widen(cache: Array, axis: int) -> Array:
+    room = [(0, columns - S if a == axis else 0) for a in range(cache.ndim)]
+    return jnp.pad(jnp.roll(cache, -slots.column, axis=axis), room)
 
-  keys = tuple(widen(ring, columns(path)) for ring in slots.keys)
   return slots._replace(
-    keys=keys, values=tuple(widen(ring, 2) for ring in slots.values), column=jnp.int32(S)
+    keys=tuple(widen(cache, column_axis(path)) for cache in slots.keys),
+    values=tuple(widen(cache, 2) for cache in slots.values),
+    column=jnp.int32(S),
   )
 
 
-@jax.jit
-def pick(slots: Slots, rows_R: Int[Array, "R"]) -> Slots:
-  """These rows alone."""
-  return jax.tree.map(lambda leaf: leaf[rows_R] if leaf.ndim else leaf, slots)
-
-
 class Shared(NamedTuple):
-  """What prompts begin with and the ring holds: of prompt r the first count[r] tokens are those of
+  """What prompts begin with and the cache holds: of prompt r the first count[r] tokens are those of
   row source[r], which begins back[r] columns before the one to be written next. All [R] int32.
   """
 
@@ -196,7 +210,7 @@ class Shared(NamedTuple):
   static_argnames=("architecture", "sampling", "logprobs", "path", "mesh"),
   donate_argnames="slots",
 )
-def enter(
+def prefill_insert(
   weights: Any,
   slots: Slots,
   tokens_RxT: Int[Array, "R T"],
@@ -215,10 +229,10 @@ def enter(
 
   Args:
     weights: from `prepare`.
-    slots: their ring has room for the longest prompt.
+    slots: their cache has room for the longest prompt.
     tokens_RxT, lengths_R: what of the prompts is to be read, padded on the right.
     rows_R: the slot of each; B for those that fill the batch.
-    requests: seeds, limits and ends of each, as in `Slots`.
+    requests: seeds, limits and eos_ids of each, as in `Slots`.
     shared: what stands before tokens_RxT; None: nothing.
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
@@ -230,12 +244,12 @@ def enter(
     The slots, and the ids drawn [R], or NOT_FINITE (with their log-probabilities [R]).
   """
   run = functools.partial(
-    _enter, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path
+    _prefill_insert, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path
   )
   return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
 
 
-def _enter(
+def _prefill_insert(
   weights,
   slots,
   tokens_RxT,
@@ -253,14 +267,15 @@ def _enter(
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  axes, dtype = {"keys": columns(path), "values": 2}, weights["embed"]["embedding"].dtype
-  if shared:  # the columns of each prompt's beginning in its source, the first of them at 0
+  axes, dtype = {"keys": column_axis(path), "values": 2}, weights["embed"]["embedding"].dtype
+  # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
+  if shared:
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
 
   def before(name: str, layer: int) -> Array:
-    """What the ring holds of each prompt, in the ring's order, [R, K, S, H]."""
-    ring = getattr(slots, name)[layer][shared.source]
-    return ring if axes[name] == 2 else ring.swapaxes(2, 3)
+    """The whole cache of each prompt's source, in the cache's order, [R, K, S, H]."""
+    cache = getattr(slots, name)[layer][shared.source]
+    return cache if axes[name] == 2 else cache.swapaxes(2, 3)
 
   def attend(layer, own):
     q, *new = own
@@ -280,46 +295,53 @@ def _enter(
   with jax.named_scope("prefill"):
     hidden = _forward(weights, architecture, tokens_RxT, _heads(architecture, positions), attend)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
-  seeds, limits, ends = requests
+  seeds, limits, eos_ids = requests
   token, scores = _draw(
     weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs
   )
-  lengths_R = lengths_R + count
-  # The prompt's last token stands in the column written last. Columns that get no token of it are
-  # not filled: there, any will do.
-  index, P = jnp.mod(jnp.arange(S) - slots.column + lengths_R[:, None], S), 0
-  if shared:
-    held, own = (
-      jnp.mod(jnp.arange(S) + (lengths_R - shared.back)[:, None], S),
-      index - count[:, None],
-    )
-    index, P = jnp.where(own < 0, held, own + S), S
-  index = jnp.minimum(index, P + T - 1)[:, None, :, None]
+  index = _insert_index(lengths_R, shared, slots.column, S, T)[:, None, :, None]
 
-  def put(ring, new, axis):
+  def put(cache: Array, new: Array, axis: int) -> Array:
     new = jnp.take_along_axis(new, index, axis=2)
-    return ring.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
+    return cache.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
 
-  active = ~_ended(token, 1, limits, ends)
+  active = ~_ended(token, 1, limits, eos_ids)
   entered = {
-    "filled": jnp.where(active, lengths_R, 0),
+    "filled": jnp.where(active, lengths_R + count, 0),
     "token": token,
     "drawn": jnp.ones_like(limits),
     "active": active,
     "seeds": seeds,
     "limits": limits,
-    "ends": ends,
+    "eos_ids": eos_ids,
   }
-  entered = {
+  inserted = {
     name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
   }
-  entered |= {
-    name: tuple(
-      put(ring, ours, axes[name]) for ring, ours in zip(getattr(slots, name), new, strict=True)
-    )
-    for name, new in (("keys", keys), ("values", values))
-  }
-  return slots._replace(**entered), (token, *scores)
+  for name, new in (("keys", keys), ("values", values)):
+    caches = zip(getattr(slots, name), new, strict=True)
+    inserted[name] = tuple(put(cache, own, axes[name]) for cache, own in caches)
+  return slots._replace(**inserted), (token, *scores)
+
+
+def _insert_index(
+  lengths_R: Int[Array, "R"], shared: Shared | None, column: Int[Array, ""], S: int, T: int
+) -> Int[Array, "R S"]:
+  """What each of a slot's S columns gets of a prompt: a place in what was read of it, `lengths_R`
+  of T tokens, or with `shared` in its source's S columns with those T behind them.
+
+  The prompt's last token goes to the column written last, `column - 1`, so token t of n to column
+  column - n + t, round the end. Columns that get no token are not filled: there, any will do.
+  """
+  columns = jnp.arange(S)
+  if shared is None:
+    return jnp.minimum(jnp.mod(columns - column + lengths_R[:, None], S), T - 1)
+  whole = lengths_R + shared.count
+  token = jnp.mod(columns - column + whole[:, None], S)
+  # In its source, token t stands in column - back + t.
+  taken = jnp.mod(columns + (whole - shared.back)[:, None], S)
+  own = token - shared.count[:, None]
+  return jnp.minimum(jnp.where(own < 0, taken, own + S), S + T - 1)
 
 
 @functools.partial(
@@ -331,7 +353,7 @@ def decode(
   weights: Any,
   slots: Slots,
   steps: Int[Array, ""],
-  least: Int[Array, ""],
+  min_active: Int[Array, ""],
   *,
   architecture: Architecture,
   sampling: Sampling,
@@ -344,10 +366,10 @@ def decode(
 
   Args:
     weights: from `prepare`.
-    slots: no row has more tokens than the ring has columns, less `steps`.
+    slots: no row has more tokens than the cache has columns, less `steps`.
     steps: most ids a row, at most `chunk`.
-    least: it stops when fewer rows than this are active; at least 1.
-    architecture, sampling, logprobs: as in `enter`.
+    min_active: it stops when fewer rows than this are active; at least 1.
+    architecture, sampling, logprobs: as in `prefill_insert`.
     chunk: room for the ids.
     path: of the attention: "xla", or "triton" on NVIDIA GPUs.
     mesh: where the slots lie.
@@ -365,10 +387,12 @@ def decode(
     path=path,
     axes=row_axes(mesh),
   )
-  return _by_rows(run, mesh, weights, slots, steps, least)
+  return _by_rows(run, mesh, weights, slots, steps, min_active)
 
 
-def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logprobs, path, axes):
+def _decode(
+  weights, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, path, axes
+):
   a, (B, _, S, _) = architecture, slots.values[0].shape
   drawn = (
     jnp.full((B, chunk), -1, jnp.int32),
@@ -379,7 +403,7 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
 
   def going_on(state):
     i, count, _, _ = state
-    return (i < steps) & (count >= least)
+    return (i < steps) & (count >= min_active)
 
   def step(state):
     i, _, slots, out = state
@@ -417,7 +441,7 @@ def _decode(weights, slots, steps, least, *, architecture, sampling, chunk, logp
       ids.at[:, i].set(jnp.where(slots.active, new, -1))
       for ids, new in zip(out, (token, *scores), strict=True)
     )
-    active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.ends)
+    active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.eos_ids)
     return (
       i + 1,
       left(active),
@@ -511,5 +535,6 @@ def _draw(
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)
 
 
-def _ended(token_B, drawn_B, limits_B, ends_BxE) -> Bool[Array, "B"]:
-  return (token_B[:, None] == ends_BxE).any(-1) | (drawn_B >= limits_B) | (token_B == NOT_FINITE)
+def _ended(token_B, drawn_B, limits_B, eos_ids_BxE) -> Bool[Array, "B"]:
+  at_end = (token_B[:, None] == eos_ids_BxE).any(-1)
+  return at_end | (drawn_B >= limits_B) | (token_B == NOT_FINITE)

@@ -227,8 +227,8 @@ def _slots(
   empty = engine.empty(
     architecture=a,
     rows=devices * own,
-    size=columns,
-    ends=requests.ends.shape[1],
+    columns=columns,
+    eos_ids=requests.eos_ids.shape[1],
     dtype=dtype,
     path=path,
     mesh=mesh,
