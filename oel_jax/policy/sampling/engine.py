@@ -299,29 +299,53 @@ def _prefill_insert(
   token, scores = _draw(
     weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs
   )
-  index = _insert_index(lengths_R, shared, slots.column, S, T)[:, None, :, None]
+  active = ~_ended(token, 1, limits, eos_ids)
+  index = _insert_index(lengths_R, shared, slots.column, S, T)
+  slots = _insert(
+    slots,
+    rows_R,
+    index,
+    keys,
+    values,
+    path,
+    filled=jnp.where(active, lengths_R + count, 0),
+    token=token,
+    drawn=jnp.ones_like(limits),
+    active=active,
+    seeds=seeds,
+    limits=limits,
+    eos_ids=eos_ids,
+  )
+  return slots, (token, *scores)
+
+
+def _insert(
+  slots: Slots,
+  rows_R: Int[Array, "R"],
+  index_RxS: Int[Array, "R S"],
+  keys: list[Array],
+  values: list[Array],
+  path: str,
+  **entered: Array,
+) -> Slots:
+  """The slots with prompts in these rows; rows beyond the last are dropped. Keys and values
+  [R, K, …, H] of each layer are put where `index_RxS` says, `entered` are other fields' [R, …].
+  """
 
   def put(cache: Array, new: Array, axis: int) -> Array:
-    new = jnp.take_along_axis(new, index, axis=2)
+    new = jnp.take_along_axis(new, index_RxS[:, None, :, None], axis=2)
     return cache.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
 
-  active = ~_ended(token, 1, limits, eos_ids)
-  entered = {
-    "filled": jnp.where(active, lengths_R + count, 0),
-    "token": token,
-    "drawn": jnp.ones_like(limits),
-    "active": active,
-    "seeds": seeds,
-    "limits": limits,
-    "eos_ids": eos_ids,
-  }
-  inserted = {
+  keys = zip(slots.keys, keys, strict=True)
+  values = zip(slots.values, values, strict=True)
+  fields = {
     name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
   }
-  for name, new in (("keys", keys), ("values", values)):
-    caches = zip(getattr(slots, name), new, strict=True)
-    inserted[name] = tuple(put(cache, own, axes[name]) for cache, own in caches)
-  return slots._replace(**inserted), (token, *scores)
+  return slots._replace(
+    keys=tuple(put(cache, new, column_axis(path)) for cache, new in keys),
+    values=tuple(put(cache, new, 2) for cache, new in values),
+    **fields,
+  )
 
 
 def _insert_index(
