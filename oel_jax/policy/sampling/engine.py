@@ -417,13 +417,13 @@ def decode(
 def _decode(
   weights, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, path, axes
 ):
-  a, (B, _, S, _) = architecture, slots.values[0].shape
-  drawn = (
-    jnp.full((B, chunk), -1, jnp.int32),
-    *((jnp.zeros((B, chunk), jnp.float32),) if logprobs else ()),
-  )
+  B = len(slots.active)
+  drawn = (jnp.full((B, chunk), -1, jnp.int32),)
+  if logprobs:
+    drawn += (jnp.zeros((B, chunk), jnp.float32),)
 
-  left = lambda active: jax.lax.psum(active.sum(), axes)  # on all devices, which so stop together
+  # Counted on all devices, which so stop together.
+  left = lambda active: jax.lax.psum(active.sum(), axes)
 
   def going_on(state):
     i, count, _, _ = state
@@ -431,33 +431,7 @@ def _decode(
 
   def step(state):
     i, _, slots, out = state
-    keys, values = [], []
-    cos_sin = attention.cos_sin(slots.filled, a)
-    # The kernel makes queries, keys and values of the projection itself.
-    split = (lambda layer, qkv: qkv) if path == "triton" else _heads(a, slots.filled[:, None])
-
-    def attend(layer, own):
-      rings = slots.keys[len(keys)], slots.values[len(keys)]
-      if path == "triton":
-        scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
-        y, *rings = kv_cache.step(
-          own[:, 0], bias, scale, cos_sin, *rings, slots.column, slots.filled + 1, eps=a.norm_eps
-        )
-      else:
-        q, k, v = own
-        y = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], *rings, slots.column, slots.filled)
-        # The column waits for y (which is never above infinity): unless it is sure that the ring
-        # has been read, XLA writes to a copy.
-        column = slots.column + (y[0, 0, 0] > jnp.inf)
-        write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
-          old, jnp.moveaxis(new, 1, axis), column, axis=axis
-        )
-        rings = write(rings[0], k, 3), write(rings[1], v, 2)
-      keys.append(rings[0])
-      values.append(rings[1])
-      return y
-
-    hidden = _forward(weights, a, slots.token[:, None], split, attend)[:, 0]
+    hidden, keys, values = _read_last(weights, slots, architecture, path)
     token, scores = _draw(
       weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs
     )
@@ -466,26 +440,57 @@ def _decode(
       for ids, new in zip(out, (token, *scores), strict=True)
     )
     active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.eos_ids)
-    return (
-      i + 1,
-      left(active),
-      slots._replace(
-        keys=tuple(keys),
-        values=tuple(values),
-        column=jnp.mod(slots.column + 1, S),
-        filled=jnp.where(active, slots.filled + 1, 0),
-        token=token,
-        drawn=slots.drawn + 1,
-        active=active,
-      ),
-      out,
+    slots = slots._replace(
+      keys=keys,
+      values=values,
+      column=jnp.mod(slots.column + 1, slots.values[0].shape[2]),
+      filled=jnp.where(active, slots.filled + 1, 0),
+      token=token,
+      drawn=slots.drawn + 1,
+      active=active,
     )
+    return i + 1, left(active), slots, out
 
   with jax.named_scope("decode"):
-    _, _, slots, drawn = jax.lax.while_loop(
-      going_on, step, (jnp.int32(0), left(slots.active), slots, drawn)
-    )
+    state = jnp.int32(0), left(slots.active), slots, drawn
+    _, _, slots, drawn = jax.lax.while_loop(going_on, step, state)
   return slots, drawn
+
+
+def _read_last(
+  weights: Any, slots: Slots, a: Architecture, path: str
+) -> tuple[Float[Array, "B D"], tuple[Array, ...], tuple[Array, ...]]:
+  """Each row's hidden state behind the id drawn last, and the keys and values with its column
+  written.
+  """
+  keys, values = [], []
+  cos_sin = attention.cos_sin(slots.filled, a)
+  # The kernel makes queries, keys and values of the projection itself.
+  split = (lambda layer, qkv: qkv) if path == "triton" else _heads(a, slots.filled[:, None])
+
+  def attend(layer, own):
+    cache = slots.keys[len(keys)], slots.values[len(keys)]
+    if path == "triton":
+      scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
+      y, *cache = kv_cache.step(
+        own[:, 0], bias, scale, cos_sin, *cache, slots.column, slots.filled + 1, eps=a.norm_eps
+      )
+    else:
+      q, k, v = own
+      y = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], *cache, slots.column, slots.filled)
+      # The column waits for y (which is never above infinity): unless it is sure that the cache
+      # has been read, XLA writes to a copy.
+      column = slots.column + (y[0, 0, 0] > jnp.inf)
+      write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+        old, jnp.moveaxis(new, 1, axis), column, axis=axis
+      )
+      cache = write(cache[0], k, 3), write(cache[1], v, 2)
+    keys.append(cache[0])
+    values.append(cache[1])
+    return y
+
+  hidden = _forward(weights, a, slots.token[:, None], split, attend)[:, 0]
+  return hidden, tuple(keys), tuple(values)
 
 
 def prefill_path(dtype: Any) -> str:
