@@ -158,15 +158,15 @@ def same_policy(*files: pathlib.Path) -> None:
   import jax
 
   from oel_jax import config as config_lib
-  from oel_jax import loop
   from oel_jax.conversations.schema import Message
+  from oel_jax.policy import load
   from oel_jax.runtime import mesh
 
   config = config_lib.default()
   found = []
   for file in files:
     config.policy.weights = str(file)
-    policy = loop.load_policy(config.policy, mesh.make_mesh(config.mesh))
+    policy = load.load_policy(config.policy, mesh.make_mesh(config.mesh))
     chat = policy.tokenizer.chat([Message("user", "How are you?")])
     found.append((policy.architecture, policy.params, chat))
   assert found[0][0] == found[1][0] and found[0][2] == found[1][2]
