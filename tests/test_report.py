@@ -673,7 +673,7 @@ def test_a_distilled_text_has_a_page_too(distilled_run):
   assert "Before, 8.0% of 25 answers (95% interval 2.2–25.0) have the wanted form." in text
   assert "After training, without the text, 76.0% of 25 answers" in text
   assert "from 90.0 to 27.0 tokens (−70%)" in text and "intervals" not in text.split("Held-out")[0]
-  assert "80.0%20 of 25" in text and "94%" in text and "0.1250" in text
+  assert "80.0%20 of 25" in text and "94%" in text and "0.125" in text
   assert "Question 0?" in text and text.count("Short.") == 15 and "The first 8 of 25" in text
   assert not {tag for tag, _ in seen.tags} & {"script"} and '<script>alert("x")' in seen.text
   assert {path.name for path in (distilled_run / "report").iterdir()} == {

@@ -214,7 +214,7 @@ def _table(found: Distilled) -> str:
     ("Recovered", NONE if recovered is None else f"<td>{100 * recovered:.0f}%</td>"),
     (
       "KL to the base on unrelated prompts, nats a token",
-      NONE if kl is None else f"<td>{kl:.4f}</td>",
+      NONE if kl is None else f"<td>{kl:.3g}</td>",
     ),
   ]
   below = table(("", ""), [[f"<td>{name}</td>", cell] for name, cell in facts])
@@ -237,5 +237,5 @@ def _side_by_side(found: dict[str, Answers]) -> str:
       f"{escape(answers.texts[place][1]) or note('no answer')}</div></div>"
       for name, answers in found.items()
     )
-    blocks.append(f'<h3>{escape(prompt)}</h3><div class="pair">{said}</div>')
+    blocks.append(f'<h3>{escape(prompt)}</h3><div class="pair three">{said}</div>')
   return note(f"The first {len(blocks)} of {shown}, in their order.") + "".join(blocks)

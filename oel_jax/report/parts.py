@@ -67,7 +67,8 @@ figcaption small { display: block; font-weight: 400; font-size: 13px; }
 .pill.good { color: var(--good); } .pill.warn { color: var(--orange); }
 .pill.off { color: var(--dim); }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; }
-@media (max-width: 760px) { .pair { grid-template-columns: 1fr; } }
+.pair.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+@media (max-width: 760px) { .pair, .pair.three { grid-template-columns: 1fr; } }
 .game { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .game h4 { margin: 0; font-size: 14px; display: flex; justify-content: space-between; gap: 10px; }
 .turn { border-top: 1px solid var(--line); margin-top: 12px; padding-top: 8px; }
