@@ -150,7 +150,7 @@ def episodes(count: int, repeats: int) -> dict[str, float]:
   return {
     "episodes": count,
     "seconds": seconds(run, repeats=repeats),
-    "tokens": sum(turn.response_tokens for game in run() for turn in game.turns),
+    "tokens": sum(answer.response_tokens for game in run() for answer in game.answers),
   }
 
 
