@@ -205,7 +205,7 @@ def test_content_is_judged_by_prompt_and_answer_beside_the_form(tmp_path):
   with pytest.raises(
     ValueError, match="config.distill.content is .*:one': it fails for the answer"
   ):
-    distill._read_checks(config.distill)
+    distill._read_checks(config.distill)["content"]("0?", "10")
 
 
 def test_few_held_out_prompts_are_told_with_the_interval_that_they_make(caplog):

@@ -63,6 +63,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
   checks = _read_checks(config.distill)
   prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
+  for check in checks.values():
+    # A model may say nothing; and a check that cannot run shows before anything is sampled.
+    check(held_out[0].messages[-1].content, "")
   unrelated = (
     read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
   )
@@ -137,15 +140,13 @@ def _read_checks(config: Any) -> dict[str, Callable[[str, str], bool]]:
   and the answer.
 
   Raises:
-    ValueError: one cannot be read, or fails for an empty answer, which a model may give.
+    ValueError: one cannot be read.
     OSError: a file is missing.
   """
   form = read_check(config.obeys)
   checks = {"obeys": lambda prompt, answer: form(answer)}
   if config.content:
     checks["content"] = read_check(config.content, "content")
-  for check in checks.values():
-    check("", "")
   return checks
 
 
