@@ -40,14 +40,14 @@ def choose(
   activation = jax.ShapeDtypeStruct((), dtype)
   kernels = common.supported(activation, a.head_size)
   sampling_kernels = common.supported(activation)
-  prefill, step = engine.prefill_path(dtype), kv_cache.path(a, dtype)
+  prefill, step = engine.prefill_attn_impl(dtype), kv_cache.attn_impl(a, dtype)
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     "mesh": ", ".join(f"{axis} {mesh.shape[axis]}" for axis in mesh_lib.AXES),
     "replicated": "; ".join(replicated) or "nothing that its axis should split",
     "compute_dtype": str(dtype),
-    "attention": placement.attention_path(config.consolidation, policy),
+    "attention": placement.attn_impl(config.consolidation, policy),
     "sampling_attention": f"{prefill} (prompts), {step} (tokens)",
     "layers": "unrolled" if is_unrolled and not on_host else "scanned",
     "kernels": "Pallas" if is_unrolled and not on_host and kernels else "plain",

@@ -72,7 +72,7 @@ OBEYS = """
   def without_loop(params, a):
     weights = unrolled.fuse(params, jnp.float32)
     return unrolled.forward(
-      weights, a, tokens, places, ones, places, dtype=jnp.float32, remat="none", path="xla"
+      weights, a, tokens, places, ones, places, dtype=jnp.float32, remat="none", attn_impl="xla"
     )
 
   def cached(params, a):  # the first log-probability is prefill's, the others are decoding's
@@ -103,8 +103,8 @@ OBEYS = """
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), both(SCALED), plain)
   jax.default_backend = lambda: "gpu"
   real = dataclasses.replace(PLAIN, head_size=64)
-  assert kv_cache.path(real, jnp.bfloat16) == "triton"
-  assert kv_cache.path(dataclasses.replace(real, score_scale=1.7), jnp.bfloat16) == "xla"
+  assert kv_cache.attn_impl(real, jnp.bfloat16) == "triton"
+  assert kv_cache.attn_impl(dataclasses.replace(real, score_scale=1.7), jnp.bfloat16) == "xla"
 """
 
 

@@ -37,7 +37,8 @@ def test_joined_attention_is_attention_over_all(scale):
 def test_an_unknown_path_is_refused():
   zeros = jnp.zeros((1, 1, 1, 2))
   with pytest.raises(
-    ValueError, match="attention path is 'splash': it must be one of 'xla', 'cudnn', 'flash'"
+    ValueError,
+    match="attention implementation is 'splash': it must be one of 'xla', 'cudnn', 'flash'",
   ):
     attention.attend(zeros, zeros, zeros, jnp.ones((1, 1, 1), bool), "splash")
 
@@ -58,9 +59,9 @@ def test_what_is_done_to_keys_for_cudnn_changes_no_softmax():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
+@pytest.mark.parametrize("attn_impl, segments", [("cudnn", 1), ("cudnn", 3), ("flash", 1)])
 @pytest.mark.parametrize("peak", [1.0, 4.0])
-def test_cudnn_is_the_plain_path(path, segments, peak):
+def test_cudnn_is_the_plain_path(attn_impl, segments, peak):
   B, T, P, N, K, H = 4, 384, 256, 8, 4, 128
   rng = np.random.default_rng(1)
   q, *rest = (
@@ -73,14 +74,16 @@ def test_cudnn_is_the_plain_path(path, segments, peak):
   )
 
   @jax.default_matmul_precision("highest")
-  def both(path, dtype):
+  def both(attn_impl, dtype):
     q_, k, v, prefix_k, prefix_v = (
       jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (q * peak, *rest)
     )
-    alone = attention.attend(q_, k, v, own, path)
-    return alone, attention.attend_with_prefix(q_, (k, v), (prefix_k, prefix_v), mask, length, path)
+    alone = attention.attend(q_, k, v, own, attn_impl)
+    return alone, attention.attend_with_prefix(
+      q_, (k, v), (prefix_k, prefix_v), mask, length, attn_impl
+    )
 
-  for found, expected in zip(both(path, jnp.bfloat16), both("xla", jnp.float32), strict=True):
+  for found, expected in zip(both(attn_impl, jnp.bfloat16), both("xla", jnp.float32), strict=True):
     # cudnn's keys are centred, so rounded once more: the largest of 1.6 million errors was 0.031 on
     # an H200
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.04)

@@ -53,12 +53,14 @@ def segments(T, packed):
   return np.broadcast_to(row, (len(SCORES), T)).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("path", "dtype"))
-def value_and_gradients(q, k, v, g, segments_BxT, path, dtype):
+@functools.partial(jax.jit, static_argnames=("attn_impl", "dtype"))
+def value_and_gradients(q, k, v, g, segments_BxT, attn_impl, dtype):
   counts = (segments_BxT > 0)[..., None, None]
   mask = attention.segment_mask(segments_BxT)
   q, k, v, g = (x.astype(dtype) for x in (q, k, v, g))
-  y, back = jax.vjp(lambda *qkv: jnp.where(counts, attention.attend(*qkv, mask, path), 0), q, k, v)
+  y, back = jax.vjp(
+    lambda *qkv: jnp.where(counts, attention.attend(*qkv, mask, attn_impl), 0), q, k, v
+  )
   return [x.astype(jnp.float32) for x in (y, *back(g))]
 
 
@@ -72,9 +74,9 @@ def errors(found, wanted):
   )
 
 
-def compare(T, heads, path):
-  given = *arrays(T, heads), segments(T, path == "cudnn")
-  found = jax.device_get(value_and_gradients(*given, path, jnp.bfloat16))
+def compare(T, heads, attn_impl):
+  given = *arrays(T, heads), segments(T, attn_impl == "cudnn")
+  found = jax.device_get(value_and_gradients(*given, attn_impl, jnp.bfloat16))
   with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
     given = jax.device_put(given, jax.devices("cpu")[0])
     plain, wanted = (
@@ -90,29 +92,29 @@ def compare(T, heads, path):
     print(
       T,
       heads,
-      path,
+      attn_impl,
       name,
       *(f"{row}: {a:.1e} / {b:.1e}" for row, a, b in zip(SCORES, ours[i], plain[i])),
       sep=" | ",
     )
-  assert ratios.max() <= 1.5, (T, heads, path, ratios.round(2).tolist())
+  assert ratios.max() <= 1.5, (T, heads, attn_impl, ratios.round(2).tolist())
 
 
-@pytest.mark.parametrize("path", ["cudnn", "flash"])
+@pytest.mark.parametrize("attn_impl", ["cudnn", "flash"])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_every_length_is_as_right_as_the_plain_form(T, path):
-  compare(T, HEADS["qwen2.5-1.5b"], path)
+def test_every_length_is_as_right_as_the_plain_form(T, attn_impl):
+  compare(T, HEADS["qwen2.5-1.5b"], attn_impl)
 
 
-@pytest.mark.parametrize("path", ["cudnn", "flash"])
+@pytest.mark.parametrize("attn_impl", ["cudnn", "flash"])
 @pytest.mark.parametrize("heads", [name for name in HEADS if name != "qwen2.5-1.5b"])
-def test_every_grouping_of_heads_is_as_right_as_the_plain_form(heads, path):
-  compare(192, HEADS[heads], path)
+def test_every_grouping_of_heads_is_as_right_as_the_plain_form(heads, attn_impl):
+  compare(192, HEADS[heads], attn_impl)
 
 
 @pytest.mark.parametrize("P", [32, 64, 192, 320])
-@pytest.mark.parametrize("path", ["cudnn", "flash"])
-def test_a_prefix_is_joined_as_right_as_in_the_plain_form(path, P):
+@pytest.mark.parametrize("attn_impl", ["cudnn", "flash"])
+def test_a_prefix_is_joined_as_right_as_in_the_plain_form(attn_impl, P):
   """The teacher's attention: a prefix of which each row fills another part, and none."""
   T, (N, K, H) = 192, HEADS["qwen2.5-1.5b"]
   q, k, v, _ = arrays(T, (N, K, H))
@@ -122,17 +124,17 @@ def test_a_prefix_is_joined_as_right_as_in_the_plain_form(path, P):
   filled = (jnp.arange(P) < length[:, None])[:, None]
   mask = jnp.concatenate([jnp.broadcast_to(filled, (len(SCORES), T, P)), own], axis=-1)
 
-  @functools.partial(jax.jit, static_argnames=("path", "dtype"))
-  def run(q, k, v, prefix_k, prefix_v, mask, length, path, dtype):
+  @functools.partial(jax.jit, static_argnames=("attn_impl", "dtype"))
+  def run(q, k, v, prefix_k, prefix_v, mask, length, attn_impl, dtype):
     q, k, v, prefix_k, prefix_v = (x.astype(dtype) for x in (q, k, v, prefix_k, prefix_v))
     return [
-      attention.attend_with_prefix(q, (k, v), (prefix_k, prefix_v), mask, length, path).astype(
+      attention.attend_with_prefix(q, (k, v), (prefix_k, prefix_v), mask, length, attn_impl).astype(
         jnp.float32
       )
     ]
 
   given = q, k, v, prefix_k, prefix_v, mask, length
-  found = jax.device_get(run(*given, path, jnp.bfloat16))
+  found = jax.device_get(run(*given, attn_impl, jnp.bfloat16))
   with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
     given = jax.device_put(given, jax.devices("cpu")[0])
     plain, wanted = (jax.device_get(run(*given, "xla", x)) for x in (jnp.bfloat16, jnp.float32))
@@ -140,7 +142,7 @@ def test_a_prefix_is_joined_as_right_as_in_the_plain_form(path, P):
   ours, plain = errors(found, wanted), errors(plain, wanted)
   print(
     P,
-    path,
+    attn_impl,
     *(f"{row}: {a:.1e} / {b:.1e}" for row, a, b in zip(SCORES, ours[0], plain[0])),
     sep=" | ",
   )

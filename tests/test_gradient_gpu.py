@@ -84,19 +84,21 @@ def made_up_samples(seed, vocabulary, count=40):
 def gradients(params, shape, knowledge, batch, skip=0):
   """{way: (loss, the gradient that the optimizer sees)}, by the step itself."""
   found = {}
-  for way, (unroll, path, dtype) in WAYS.items():
+  for way, (unroll, attn_impl, dtype) in WAYS.items():
     teacher = teacher_lib.prepare(
       params,
       shape,
       knowledge,
       skip=skip,
       dtype=dtype,
-      path="flash" if path == "cudnn" else path,
+      attn_impl="flash" if attn_impl == "cudnn" else attn_impl,
       unroll=unroll,
     )
     kept = optax.trace(decay=0.0)  # its state is the gradient
     remat = "full" if dtype == jnp.float32 else "dots"
-    step = step_lib.make_step(shape, kept, dtype=dtype, remat=remat, path=path, micro_tokens=4096)
+    step = step_lib.make_step(
+      shape, kept, dtype=dtype, remat=remat, attn_impl=attn_impl, micro_tokens=4096
+    )
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
       state, metrics = step(
         step_lib.init_state(jax.tree.map(jnp.copy, params), kept), teacher, batch

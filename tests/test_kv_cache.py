@@ -106,8 +106,8 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
 
 def test_the_kernel_is_for_gpus_in_bfloat16_and_heads_that_it_can_halve(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-  assert {kv_cache.path(shape, jnp.bfloat16) for shape in ARCHITECTURES.values()} == {"xla"}
+  assert {kv_cache.attn_impl(shape, jnp.bfloat16) for shape in ARCHITECTURES.values()} == {"xla"}
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  paths = {name: kv_cache.path(shape, jnp.bfloat16) for name, shape in ARCHITECTURES.items()}
-  assert {name for name, path in paths.items() if path == "xla"} == {"pocket-tiny"}
-  assert {kv_cache.path(shape, jnp.float32) for shape in ARCHITECTURES.values()} == {"xla"}
+  found = {name: kv_cache.attn_impl(shape, jnp.bfloat16) for name, shape in ARCHITECTURES.items()}
+  assert {name for name, attn_impl in found.items() if attn_impl == "xla"} == {"pocket-tiny"}
+  assert {kv_cache.attn_impl(shape, jnp.float32) for shape in ARCHITECTURES.values()} == {"xla"}

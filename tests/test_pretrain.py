@@ -143,7 +143,7 @@ def test_no_prompt_is_longer_than_what_was_taught():
 TINY = architecture.named("pocket-tiny")
 INIT = jax.jit(lambda seed: transformer.init(TINY, jax.random.key(seed)))
 LOSS = jax.jit(
-  lambda params, batch: pretrain.loss(params, batch, shape=TINY, dtype="float32", path="xla")
+  lambda params, batch: pretrain.loss(params, batch, shape=TINY, dtype="float32", attn_impl="xla")
 )
 SHORT = dict(
   steps=8,

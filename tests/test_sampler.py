@@ -360,10 +360,10 @@ def test_the_loop_takes_no_stacked_weights_apart():
   """No layer is sliced out of a stack; of the cache, one column is written."""
   weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = engine.empty(
-    architecture=TINY, rows=4, columns=64, eos_ids=2, dtype=jnp.float32, path="xla"
+    architecture=TINY, rows=4, columns=64, eos_ids=2, dtype=jnp.float32, attn_impl="xla"
   )
   run = functools.partial(
-    engine.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla"
+    engine.decode, architecture=TINY, sampling=FREE, chunk=8, logprobs=False, attn_impl="xla"
   )
   program = jax.make_jaxpr(run)(weights, slots, 3, 1).jaxpr
   stacks = {leaf.shape for leaf in jax.tree.leaves(params()["layers"])}
@@ -383,9 +383,9 @@ def test_the_loop_takes_no_stacked_weights_apart():
 def test_the_ring_is_written_in_place():
   weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = engine.empty(
-    architecture=TINY, rows=32, columns=1024, eos_ids=1, dtype=jnp.float32, path="xla"
+    architecture=TINY, rows=32, columns=1024, eos_ids=1, dtype=jnp.float32, attn_impl="xla"
   )
-  how = dict(architecture=TINY, sampling=FREE, chunk=8, logprobs=False, path="xla")
+  how = dict(architecture=TINY, sampling=FREE, chunk=8, logprobs=False, attn_impl="xla")
   used = (
     engine.decode.lower(weights, slots, jnp.int32(3), jnp.int32(1), **how)
     .compile()

@@ -218,12 +218,12 @@ def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
   tokens, lengths = driver.pad_right(random_prompts(5, 20, 32, seed=15), 4, 32, 1)
   zero, how = (
     np.zeros((4,), np.int32),
-    dict(architecture=TINY, sampling=FREE, logprobs=True, path="xla"),
+    dict(architecture=TINY, sampling=FREE, logprobs=True, attn_impl="xla"),
   )
   found = []
   for shared in (None, engine.Shared(zero, zero, zero)):
     slots = engine.empty(
-      architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, path="xla"
+      architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, attn_impl="xla"
     )._replace(column=jnp.int32(50))
     requests = (
       np.arange(4, dtype=np.uint32),

@@ -93,7 +93,7 @@ def test_several_processes_keep_all_rows_everywhere(monkeypatch):
 
 
 def test_the_kernel_runs_on_a_mesh(monkeypatch):
-  monkeypatch.setattr(kv_cache, "path", lambda *_: "triton")
+  monkeypatch.setattr(kv_cache, "attn_impl", lambda *_: "triton")
   traced, step = [], kv_cache.step
   monkeypatch.setattr(
     kv_cache,
@@ -111,10 +111,14 @@ def test_on_a_mesh_nothing_is_exchanged_but_how_many_rows_are_left():
   mesh = jax.tree.leaves(placed())[0].sharding.mesh
   weights = engine.prepare(placed(), architecture=TINY, dtype=jnp.float32, mesh=mesh)
   slots = engine.empty(
-    architecture=TINY, rows=16, columns=64, eos_ids=2, dtype=jnp.float32, path="xla", mesh=mesh
+    architecture=TINY, rows=16, columns=64, eos_ids=2, dtype=jnp.float32, attn_impl="xla", mesh=mesh
   )
   how = dict(
-    architecture=TINY, sampling=Sampling(0.7, 0.8, 20, 0.01), logprobs=True, path="xla", mesh=mesh
+    architecture=TINY,
+    sampling=Sampling(0.7, 0.8, 20, 0.01),
+    logprobs=True,
+    attn_impl="xla",
+    mesh=mesh,
   )
   zero = np.zeros((8,), np.int32)
   requests = zero.astype(np.uint32), zero + 9, np.zeros((8, 2), np.int32)

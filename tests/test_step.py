@@ -127,7 +127,7 @@ def _loss_sum(student, teacher, batch, kind="reverse_kl"):
     chunk=7,
     dtype=jnp.float32,
     remat="none",
-    path="xla",
+    attn_impl="xla",
   )
   return total, count
 
@@ -178,7 +178,7 @@ def test_a_prefix_read_once_equals_the_plain_forward():
     )
     found = jax.jit(
       lambda teacher: teacher_lib.teacher_hidden(
-        teacher, ARCHITECTURE, batch, dtype=dtype, path="xla"
+        teacher, ARCHITECTURE, batch, dtype=dtype, attn_impl="xla"
       )
     )(teacher)
     for s in range(len(batch.tokens)):
@@ -226,7 +226,7 @@ def test_prefix_and_suffix_joined_in_every_layer_equal_the_plain_forward(monkeyp
   teacher = teacher_lib.prepare(params, ARCHITECTURE, known, dtype=jnp.float32, skip=skip)
   found = jax.jit(
     lambda teacher: teacher_lib.teacher_hidden(
-      teacher, ARCHITECTURE, batch, dtype=jnp.float32, path="flash"
+      teacher, ARCHITECTURE, batch, dtype=jnp.float32, attn_impl="flash"
     )
   )(teacher)
   for s in range(len(samples)):
@@ -646,9 +646,15 @@ def test_a_sample_that_does_not_fit_is_an_error_not_cut():
 
 def test_flash_attention_refuses_rows_of_several_texts():  # it would see none of the mask
   samples = _samples()
-  with pytest.raises(ValueError, match='attention path "flash" got rows of 4 knowledge texts'):
+  with pytest.raises(
+    ValueError, match='attention implementation "flash" got rows of 4 knowledge texts'
+  ):
     teacher_lib.teacher_hidden(
-      _teacher(_params(1), samples), ARCHITECTURE, _batch(samples), dtype=jnp.float32, path="flash"
+      _teacher(_params(1), samples),
+      ARCHITECTURE,
+      _batch(samples),
+      dtype=jnp.float32,
+      attn_impl="flash",
     )
 
 
@@ -658,7 +664,7 @@ def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pa
   monkeypatch.setattr(
     attention,
     "attend",
-    lambda q, k, v, mask, path: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"),
+    lambda q, k, v, mask, attn_impl: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"),
   )
   samples, params, optimizer = (
     [[prompt, [], response] for prompt, _, response in _samples()],
@@ -668,7 +674,7 @@ def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pa
   state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)
   batch = _batch(samples, prompt=20, rows=20, pack=pack)
   assert (batch.segments.max() > 1) == pack
-  state, metrics = step_lib.make_step(ARCHITECTURE, optimizer, path="flash")(
+  state, metrics = step_lib.make_step(ARCHITECTURE, optimizer, attn_impl="flash")(
     state, _teacher(params, samples), batch
   )
   total, count = _reference(_params(0), params, samples)
@@ -717,12 +723,14 @@ def test_tokens_that_prompts_and_knowledge_begin_with_are_read_once():
     )
   # What the path without segments does: the skipped tokens stand behind the others.
   rows = _batch(begun, prompt=12, pack=False)
-  hidden = teacher_lib.teacher_hidden(teacher, ARCHITECTURE, rows, dtype=jnp.float32, path="xla")
+  hidden = teacher_lib.teacher_hidden(
+    teacher, ARCHITECTURE, rows, dtype=jnp.float32, attn_impl="xla"
+  )
   own = np.int32(skip)[rows.texts[:, 0]]
   skipped = rows._replace(segments=np.where(rows.positions < own[:, None], 0, rows.segments))
   moved = teacher_lib.to_the_end(skipped, own)
   shifted = moved._replace(positions=np.maximum(np.asarray(moved.positions) - own[:, None], 0))
   found = teacher_lib.teacher_hidden(
-    teacher._replace(skip=jnp.int32(0)), ARCHITECTURE, shifted, dtype=jnp.float32, path="xla"
+    teacher._replace(skip=jnp.int32(0)), ARCHITECTURE, shifted, dtype=jnp.float32, attn_impl="xla"
   )
   np.testing.assert_allclose(np.asarray(found)[rows.mask], np.asarray(hidden)[rows.mask], atol=1e-5)

@@ -281,8 +281,8 @@ def test_flash_attention_on_packed_rows_is_refused_before_anything_is_sampled(po
     "be False",
   ):
     _run(policy, tmp_path, _config(attention="flash", pack=True))
-  assert placement.attention_path(_config(attention="flash", pack=False), policy) == "flash"
-  assert placement.attention_path(_config(attention="cudnn", pack=True), policy) == "cudnn"
+  assert placement.attn_impl(_config(attention="flash", pack=False), policy) == "flash"
+  assert placement.attn_impl(_config(attention="cudnn", pack=True), policy) == "cudnn"
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _compare_with_the_loop(name, remat, with_prefix):
       at,
       dtype=jnp.float32,
       remat=remat,
-      path="xla",
+      attn_impl="xla",
       prefix=prefix,
     )
     return jnp.sum(hidden * weight * counted), hidden
@@ -164,7 +164,7 @@ def test_no_product_of_a_layer_is_made_twice():
 
   def products(remat):
     loss = lambda weights: unrolled.forward(
-      weights, a, tokens, tokens, tokens, tokens, dtype=jnp.float32, remat=remat, path="xla"
+      weights, a, tokens, tokens, tokens, tokens, dtype=jnp.float32, remat=remat, attn_impl="xla"
     ).sum()
     return (
       jax.jit(jax.grad(loss))
@@ -185,7 +185,15 @@ def test_gradient_of_a_sink_is_not_rounded_to_the_type_of_the_products():
   def loss(weights):
     return (
       unrolled.forward(
-        weights, a, tokens, tokens, tokens + 1, tokens, dtype=jnp.bfloat16, remat="dots", path="xla"
+        weights,
+        a,
+        tokens,
+        tokens,
+        tokens + 1,
+        tokens,
+        dtype=jnp.bfloat16,
+        remat="dots",
+        attn_impl="xla",
       )
       .astype(jnp.float32)
       .sum()

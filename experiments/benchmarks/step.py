@@ -92,16 +92,16 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   knowledge = (
     np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
   )
-  path = "xla" if options["path"] == "xla" else "flash"
+  attn_impl = "xla" if options["attn_impl"] == "xla" else "flash"
   read = lambda: teacher_lib.prepare(
-    params, a, knowledge, dtype=dtype, path=path, unroll=options["unroll"]
+    params, a, knowledge, dtype=dtype, attn_impl=attn_impl, unroll=options["unroll"]
   )
   reading = measure.seconds(lambda: read().keys, repeats=1)
   teacher = jax.block_until_ready(read())
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.01))
   state = jax.jit(lambda params: step_lib.init_state(params, optimizer))(params)
   del params, read  # of float32, one copy
-  batch = jax.device_put(random_batch(work, a.vocabulary, options["path"] != "flash"))
+  batch = jax.device_put(random_batch(work, a.vocabulary, options["attn_impl"] != "flash"))
   how = {name: value for name, value in options.items() if name != "unroll"}
   step = step_lib.make_step(a, optimizer, dtype=dtype, **how).lower(state, teacher, batch).compile()
   # of this program alone; the device's own peak is that of all rows so far
@@ -119,7 +119,7 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   score = jax.jit(
     lambda teacher, cut: jax.lax.map(
       lambda micro_batch: teacher_lib.teacher_hidden(
-        teacher, a, micro_batch, dtype=dtype, path=options["path"]
+        teacher, a, micro_batch, dtype=dtype, attn_impl=options["attn_impl"]
       ),
       cut,
     )
@@ -159,10 +159,10 @@ def options(how: str, work: Work) -> list[dict[str, Any]]:
   ).format(work.micro_tokens)
   made = []
   for one in (how or default).split(","):
-    path, remat, micro_tokens, chunk, loop = one.split(":")
+    attn_impl, remat, micro_tokens, chunk, loop = one.split(":")
     made.append(
       dict(
-        path=path,
+        attn_impl=attn_impl,
         remat=remat,
         micro_tokens=int(micro_tokens),
         chunk=int(chunk),

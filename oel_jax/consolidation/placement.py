@@ -14,7 +14,7 @@ from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import mesh as mesh_lib
 
 
-def attention_path(config: Any, policy: Policy) -> str:
+def attn_impl(config: Any, policy: Policy) -> str:
   """The attention that config.consolidation.attention asks for: "auto" is the fastest that is
   correct here (`attention.attend`).
 
@@ -55,7 +55,7 @@ def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
 
 
 def prepare_teacher(
-  config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, path: str
+  config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, attn_impl: str
 ) -> teacher_lib.Teacher:
   """The round's teacher, its texts read once; heads of keys and values are spread as those of the
   parameters are.
@@ -72,7 +72,7 @@ def prepare_teacher(
     task.knowledge,
     skip=task.skip,
     dtype=policy.dtype,
-    path="flash" if path == "cudnn" else path,
+    attn_impl="flash" if attn_impl == "cudnn" else attn_impl,
     unroll=unroll(config, policy, mesh),
     shardings=(shardings["keys"], shardings["values"]),
     on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,

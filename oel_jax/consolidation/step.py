@@ -44,7 +44,7 @@ def loss_sum(
   chunk: int,
   dtype: Any,
   remat: str,
-  path: str,
+  attn_impl: str,
   mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[Array, metrics_lib.Sums]]:
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another
@@ -59,10 +59,12 @@ def loss_sum(
   target = None
   if kind != "imitation":  # the teacher first: of its pass, only these rows stay
     with jax.named_scope("teacher"):
-      target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
+      target = teacher_lib.teacher_hidden(
+        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl
+      )
   with jax.named_scope("student"):
     hidden = teacher_lib.student_hidden(
-      params, architecture, batch, dtype=dtype, remat=remat, path=path
+      params, architecture, batch, dtype=dtype, remat=remat, attn_impl=attn_impl
     )
   sink = params.get("head_sink")  # of fused parameters in training
   if kind == "imitation":
@@ -90,7 +92,7 @@ def loss_sum(
       chunk=chunk,
       head_sink=sink,
     )
-  if path == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
+  if attn_impl == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
   return total, (count, metrics_lib.add_up(found, batch))
 
@@ -107,7 +109,7 @@ def make_step(
   micro_tokens: int | None = None,
   dtype: Any = jnp.float32,
   remat: str = "none",
-  path: str = "xla",
+  attn_impl: str = "xla",
   shardings: Any = None,
 ) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:
   """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the
@@ -122,8 +124,8 @@ def make_step(
       at least a row. None: all rows at once. Gradients are summed in float32.
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`transformer.REMAT`).
-    path: of the attention; "flash" is for batches of one sample a row (`attention.attend`), and
-      makes the loss of others NaN.
+    attn_impl: the attention implementation; "flash" is for batches of one sample a row
+      (`attention.attend`), and makes the loss of others NaN.
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's
       rows are a multiple of the mesh's data x fsdp (`mesh.pad_batch`).
 
@@ -156,7 +158,7 @@ def make_step(
         chunk=chunk,
         dtype=dtype,
         remat=remat,
-        path=path,
+        attn_impl=attn_impl,
         mesh=mesh,
       )
 
@@ -226,7 +228,7 @@ def make_probe(
   temperature: float,
   chunk: int,
   dtype: Any = jnp.float32,
-  path: str = "xla",
+  attn_impl: str = "xla",
   mesh: Mesh | None = None,
 ) -> Callable[[Any, teacher_lib.Teacher, batch_lib.Batch], dict[str, Array]]:
   """Makes the jitted probe(params, teacher, batch) -> means over the response tokens of the
@@ -240,9 +242,11 @@ def make_probe(
   def probe(params, teacher, batch):
     params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
     hidden = teacher_lib.student_hidden(
-      params, architecture, batch, dtype=dtype, remat="none", path=path
+      params, architecture, batch, dtype=dtype, remat="none", attn_impl=attn_impl
     )
-    target = teacher_lib.teacher_hidden(teacher, architecture, batch, dtype=dtype, path=path)
+    target = teacher_lib.teacher_hidden(
+      teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl
+    )
     _, count, found = sharded.linear_divergence(
       mesh,
       hidden,

@@ -57,7 +57,7 @@ def prepare(
   *,
   dtype: Any,
   skip: int | Sequence[int] = 0,
-  path: str = "xla",
+  attn_impl: str = "xla",
   shardings: Any = None,
   on_host: bool = False,
   unroll: bool = False,
@@ -71,7 +71,7 @@ def prepare(
     dtype: of the computation. The teacher's parameters are kept in it: in bfloat16, that is half of
       the memory.
     skip: see `Teacher`.
-    path: of the attention (`attention.attend`).
+    attn_impl: the attention implementation (`attention.attend`).
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …,
       "values": …}}; None on one device.
     unroll: run the layers without a loop (`policy.unrolled`): faster on a GPU, compiled longer. On
@@ -93,7 +93,7 @@ def prepare(
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
     row[: len(ids)] = ids
-  read = functools.partial(_read(architecture, dtype, path, shardings), params)
+  read = functools.partial(_read(architecture, dtype, attn_impl, shardings), params)
   if on_host:  # text by text, for the devices have no room for all
     shape = (
       architecture.layers,
@@ -126,7 +126,7 @@ def room(knowledge: Sequence[Sequence[int]]) -> int:
 
 
 @functools.cache
-def _read(architecture, dtype, path, shardings):
+def _read(architecture, dtype, attn_impl, shardings):
   """The jitted program that turns texts, [G, P], into keys and values, one text at a time."""
 
   def read(params, tokens_GxP, length_G):
@@ -149,7 +149,7 @@ def _read(architecture, dtype, path, shardings):
         positions,
         segments,
         dtype=dtype,
-        path=path,
+        attn_impl=attn_impl,
         keep_cache=True,
       )
       return jax.tree.map(lambda x: x[:, 0], kv)  # [L, K, P, H]
@@ -166,10 +166,10 @@ def student_hidden(
   *,
   dtype: Any,
   remat: str,
-  path: str,
+  attn_impl: str,
 ) -> Float[Array, "S R D"]:
   """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`."""
-  return _hidden(params, architecture, batch, dtype=dtype, remat=remat, path=path)
+  return _hidden(params, architecture, batch, dtype=dtype, remat=remat, attn_impl=attn_impl)
 
 
 def _hidden(params, architecture, batch, *, prefix=None, **how):
@@ -185,14 +185,21 @@ def _hidden(params, architecture, batch, *, prefix=None, **how):
 
 
 def teacher_hidden(
-  teacher: Teacher, architecture: Architecture, batch: batch_lib.Batch, *, dtype: Any, path: str
+  teacher: Teacher,
+  architecture: Architecture,
+  batch: batch_lib.Batch,
+  *,
+  dtype: Any,
+  attn_impl: str,
 ) -> Float[Array, "S R D"]:
   """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response);
   no gradient flows.
   """
   if not teacher.keys.shape[3]:
     return jax.lax.stop_gradient(
-      student_hidden(teacher.params, architecture, batch, dtype=dtype, remat="none", path=path)
+      student_hidden(
+        teacher.params, architecture, batch, dtype=dtype, remat="none", attn_impl=attn_impl
+      )
     )
   prefix = transformer.Prefix(
     teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots
@@ -201,14 +208,22 @@ def teacher_hidden(
   skip_SxT = jnp.take_along_axis(skip_SxM, batch.slots, axis=1)
   length_SxT = jnp.take_along_axis(teacher.length[batch.texts], batch.slots, axis=1)
   positions = batch.positions - skip_SxT + length_SxT
-  # What is skipped becomes padding; for the path that sees no segments, padding behind the row's
-  # one sample.
+  # What is skipped becomes padding; for the attention that sees no segments, padding behind the
+  # row's one sample.
   segments = jnp.where(batch.positions < skip_SxT, 0, batch.segments)
   rest = batch._replace(segments=segments, positions=jnp.maximum(positions, 0))
-  if path == "flash":
+  if attn_impl == "flash":
     rest = to_the_end(rest, skip_SxM[:, 0])
   return jax.lax.stop_gradient(
-    _hidden(teacher.params, architecture, rest, dtype=dtype, remat="none", path=path, prefix=prefix)
+    _hidden(
+      teacher.params,
+      architecture,
+      rest,
+      dtype=dtype,
+      remat="none",
+      attn_impl=attn_impl,
+      prefix=prefix,
+    )
   )
 
 

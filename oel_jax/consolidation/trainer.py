@@ -244,15 +244,15 @@ def _prepare(
   Raises:
     NotFiniteError: the probe's batch could not be sampled before step `first` + 1.
   """
-  path = placement.attention_path(config, policy)
-  teacher = placement.prepare_teacher(config, task, policy, mesh, path)
+  attn_impl = placement.attn_impl(config, policy)
+  teacher = placement.prepare_teacher(config, task, policy, mesh, attn_impl)
   _tell_if_on_host(config, task, teacher)
   training = _Training(
     config,
     task,
     policy,
     teacher,
-    _make_step(config, policy, optimizer, path, shardings),
+    _make_step(config, policy, optimizer, attn_impl, shardings),
     lambda params: {},
     limit,
     mesh,
@@ -260,7 +260,7 @@ def _prepare(
     checkpoints,
   )
   try:
-    probe = _make_probe(config, task, policy, teacher, limit, mesh, path)
+    probe = _make_probe(config, task, policy, teacher, limit, mesh, attn_impl)
   except finite.NotFiniteError as error:
     raise training.failed(first, str(error), error.prompts) from error
   return dataclasses.replace(training, probe=probe)
@@ -301,7 +301,7 @@ def _tell_if_on_host(config: Any, task: task_lib.Task, teacher: teacher_lib.Teac
     )
 
 
-def _make_step(config, policy, optimizer, path, shardings):
+def _make_step(config, policy, optimizer, attn_impl, shardings):
   return step_lib.make_step(
     policy.architecture,
     optimizer,
@@ -313,7 +313,7 @@ def _make_step(config, policy, optimizer, path, shardings):
     micro_tokens=config.micro_tokens,
     dtype=policy.dtype,
     remat=config.remat,
-    path=path,
+    attn_impl=attn_impl,
     shardings=shardings,
   )
 
@@ -404,7 +404,7 @@ def steps_done(directory: str | os.PathLike) -> int:
   return max((int(name) for name in os.listdir(directory) if name.isdigit()), default=0)
 
 
-def _make_probe(config, task, policy, teacher, limit, mesh, path):
+def _make_probe(config, task, policy, teacher, limit, mesh, attn_impl):
   """Statistics on one fixed batch, the same at every step of the round: exact KL, entropies, top-k
   mass, named probe_kl and so on.
   """
@@ -420,7 +420,7 @@ def _make_probe(config, task, policy, teacher, limit, mesh, path):
     temperature=config.temperature,
     chunk=config.chunk,
     dtype=policy.dtype,
-    path=path,
+    attn_impl=attn_impl,
     mesh=mesh,
   )
   return lambda params: {

@@ -94,7 +94,7 @@ def _fits(example: dict[str, np.ndarray], length: int) -> bool:
 
 
 def loss(
-  params: Any, batch: dict[str, jax.Array], *, shape: Any, dtype: Any, path: str
+  params: Any, batch: dict[str, jax.Array], *, shape: Any, dtype: Any, attn_impl: str
 ) -> jax.Array:
   """Weighted mean cross-entropy over the response tokens, float32, in nats; `batch` is one of
   `dataset`'s, `shape` the architecture.
@@ -106,7 +106,7 @@ def loss(
     batch["tokens_positions"],
     batch["tokens_segment_ids"],
     dtype=dtype,
-    path=path,
+    attn_impl=attn_impl,
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(
     transformer.logits(hidden, transformer.head(params)), batch["targets"]
@@ -181,7 +181,7 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 def _make_step(config: Any, shape: Any, optimizer: optax.GradientTransformation) -> Any:
   """The jitted step: ((params, moments), batch) -> (the same after it, metrics)."""
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  objective = functools.partial(loss, shape=shape, dtype=dtype, path=config.attention)
+  objective = functools.partial(loss, shape=shape, dtype=dtype, attn_impl=config.attention)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, batch):

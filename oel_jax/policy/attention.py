@@ -1,4 +1,4 @@
-"""Attention behind one signature. The XLA path is the reference and runs everywhere; cuDNN's runs
+"""Attention behind one signature. The XLA form is the reference and runs everywhere; cuDNN's runs
 on NVIDIA GPUs in bfloat16.
 """
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 
-PATHS = ("xla", "cudnn", "flash")
+IMPLEMENTATIONS = ("xla", "cudnn", "flash")
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
 TILE = 128  # keys that cuDNN's backward pass takes at a time
 
@@ -18,27 +18,30 @@ def attend(
   k_BxKxSxH: Float[Array, "B K S H"],
   v_BxKxSxH: Float[Array, "B K S H"],
   mask_BxTxS: Bool[Array, "B T S"],
-  path: str = "xla",
+  attn_impl: str = "xla",
 ) -> Float[Array, "B T N H"]:
   """Softmax attention of T queries over S keys, each key-value head serving N / K query heads;
   scores and softmax in float32.
 
   Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time,
-  heads, size]. `path` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and
+  heads, size]. `attn_impl` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and
   padding count there too; "flash" does not see it and is causal: right for rows that
   hold one sequence, padded on the right, and S = T.
 
   Raises:
-    ValueError: another path.
+    ValueError: another attention implementation.
   """
-  if path not in PATHS:
-    raise ValueError(f"attention path is {path!r}: it must be one of {', '.join(map(repr, PATHS))}")
-  if path != "xla":
+  if attn_impl not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"attention implementation is {attn_impl!r}: it must be one of "
+      f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+    )
+  if attn_impl != "xla":
     k_BxKxSxH = _centred(k_BxKxSxH)
-  if path == "cudnn":
+  if attn_impl == "cudnn":
     k_BxKxSxH, v_BxKxSxH, mask_BxTxS = _whole_tiles(k_BxKxSxH, v_BxKxSxH, mask_BxTxS)
-  if path != "xla":
-    how = dict(mask=mask_BxTxS[:, None]) if path == "cudnn" else dict(is_causal=True)
+  if attn_impl != "xla":
+    how = dict(mask=mask_BxTxS[:, None]) if attn_impl == "cudnn" else dict(is_causal=True)
     return jax.nn.dot_product_attention(
       q_BxTxNxH, k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2), implementation="cudnn", **how
     )
@@ -86,7 +89,7 @@ def causal(
   q_BxTxNxH: Float[Array, "B T N H"],
   k_BxKxTxH: Float[Array, "B K T H"],
   v_BxKxTxH: Float[Array, "B K T H"],
-  path: str = "xla",
+  attn_impl: str = "xla",
 ) -> Float[Array, "B T N H"]:
   """`attend` where every query sees the keys up to its own. Padding must stand on the right: cuDNN
   is given no mask.
@@ -97,7 +100,7 @@ def causal(
     k_BxKxTxH,
     v_BxKxTxH,
     jnp.tril(jnp.ones((1, T, T), bool)),
-    "flash" if path == "cudnn" else path,
+    "flash" if attn_impl == "cudnn" else attn_impl,
   )
 
 
@@ -107,7 +110,7 @@ def attend_with_prefix(
   prefix: tuple[Array, Array],
   mask_BxTxS: Bool[Array, "B T PT"],
   length_B: Int[Array, "B"],
-  path: str = "xla",
+  attn_impl: str = "xla",
 ) -> Float[Array, "B T N H"]:
   """`attend` over the keys and values of a prefix, [B, K, P, H], and those of the tokens
   themselves, [B, K, T, H].
@@ -116,9 +119,9 @@ def attend_with_prefix(
   there is: it attends to the two apart and joins them by their log-sum-exps. Not differentiable
   there.
   """
-  if path != "flash":
+  if attn_impl != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
-    return attend(q_BxTxNxH, k, v, mask_BxTxS, path)
+    return attend(q_BxTxNxH, k, v, mask_BxTxS, attn_impl)
   # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below.
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 

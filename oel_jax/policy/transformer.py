@@ -132,13 +132,13 @@ def of_rows(
   values_GxKxPxH: Float[Array, "G K P H"],
   length_G: Int[Array, "G"],
   texts_BxM: Int[Array, "B M"],
-  path: str,
+  attn_impl: str,
 ) -> tuple[tuple[Float[Array, "B K MP H"], Float[Array, "B K MP H"]], Int[Array, "B"]]:
   """One layer's keys and values of each row's M texts, one behind the other and in their own type,
   and the length of the first (int32).
 
   Raises:
-    ValueError: several texts a row on the path "flash".
+    ValueError: several texts a row with the attention "flash".
   """
   # This layer's alone is fetched.
   if jax.typeof(keys_GxKxPxH).memory_space == jax.memory.Space.Host:
@@ -147,10 +147,10 @@ def of_rows(
     )
   G, K, P, H = keys_GxKxPxH.shape
   B, M = texts_BxM.shape
-  if path == "flash" and M > 1:
+  if attn_impl == "flash" and M > 1:
     raise ValueError(
-      f'attention path "flash" got rows of {M} knowledge texts: it takes one a row; "cudnn" and '
-      '"xla" take several'
+      f'attention implementation "flash" got rows of {M} knowledge texts: it takes one a row; '
+      '"cudnn" and "xla" take several'
     )
   rows = lambda x: x[texts_BxM].swapaxes(1, 2).reshape(B, K, M * P, H)
   return (rows(keys_GxKxPxH), rows(values_GxKxPxH)), length_G[texts_BxM[:, 0]]
@@ -161,7 +161,7 @@ def attend_rows(
   known: tuple[Array, Array] | None,
   prefix: Prefix | None,
   mask_BxTxS: Bool[Array, "B T S"],
-  path: str,
+  attn_impl: str,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, Array]]:
   """One layer's attention of whole rows: to their own tokens and, if there is one, to the prefix.
 
@@ -170,7 +170,7 @@ def attend_rows(
     known: this layer's keys and values of the prefix, [G, K, P, H].
     prefix: says which of them a row attends to.
     mask_BxTxS: for both, the prefix first.
-    path: of the attention.
+    attn_impl: the attention implementation.
 
   Returns:
     The output, and the rows' own keys and values, [B, K, T, H].
@@ -178,9 +178,9 @@ def attend_rows(
   q, k, v = own
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   if prefix is None:
-    return attention.attend(q, k, v, mask_BxTxS, path), (k, v)
-  texts, length_B = of_rows(*known, prefix.length, prefix.texts, path)
-  return attention.attend_with_prefix(q, (k, v), texts, mask_BxTxS, length_B, path), (k, v)
+    return attention.attend(q, k, v, mask_BxTxS, attn_impl), (k, v)
+  texts, length_B = of_rows(*known, prefix.length, prefix.texts, attn_impl)
+  return attention.attend_with_prefix(q, (k, v), texts, mask_BxTxS, length_B, attn_impl), (k, v)
 
 
 def mask_of(segments_BxT: Int[Array, "B T"], prefix: Prefix | None) -> Bool[Array, "B T S"]:
@@ -204,7 +204,7 @@ def apply(
   dtype: Any = jnp.float32,
   remat: str = "none",
   keep_cache: bool = False,
-  path: str = "xla",
+  attn_impl: str = "xla",
   prefix: Prefix | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Runs the decoder up to its last norm.
@@ -217,7 +217,7 @@ def apply(
     dtype: of the activations; parameters are cast to it where they are used.
     remat: what the backward pass recomputes: "none" keeps all, "dots" keeps products and attention,
       "full" keeps layer inputs only.
-    path: of the attention, "xla", "cudnn" or "flash" (`attention.attend`).
+    attn_impl: the attention implementation, "xla", "cudnn" or "flash" (`attention.attend`).
     prefix: texts to attend to as well; positions then count from the text's beginning.
     keep_cache: also return the keys and values, each [L, B, K, T, H].
 
@@ -238,7 +238,7 @@ def apply(
     kept = []
 
     def attend(layer, own):
-      y, kv = attend_rows(own, known, prefix, mask, path)
+      y, kv = attend_rows(own, known, prefix, mask, attn_impl)
       kept.append(kv)
       return y
 

@@ -147,7 +147,7 @@ def forward(
   *,
   dtype: Any,
   remat: str,
-  path: str,
+  attn_impl: str,
   prefix: transformer.Prefix | None = None,
 ) -> Float[Array, "B R D"]:
   """`transformer.apply` on fused weights, at the positions `at_BxR` of each row: behind the last
@@ -159,13 +159,13 @@ def forward(
     tokens_BxT, positions_BxT, segments_BxT: int32, as in `transformer.apply`.
     at_BxR: int32, positions in the row.
     dtype: of the activations; that of the matrices.
-    remat, path, prefix: as in `transformer.apply`.
+    remat, attn_impl, prefix: as in `transformer.apply`.
 
   Returns:
     Hidden states behind the last norm, in `dtype`.
 
   Raises:
-    ValueError: another path, or several texts a row on the path "flash".
+    ValueError: another attention implementation, or several texts a row with the attention "flash".
   """
   a, (B, T) = architecture, tokens_BxT.shape
   x = embedding.embed(weights["embed"]["embedding"], tokens_BxT)
@@ -180,7 +180,9 @@ def forward(
   def block(layer, x, y, known, last):
     def attend(layer, own):
       own = (checkpoint_name(z.reshape(B, T, -1, a.head_size), common.REMAT_SAVED) for z in own)
-      return transformer.attend_rows(tuple(own), known, prefix, mask, path)[0].reshape(B * T, -1)
+      return transformer.attend_rows(tuple(own), known, prefix, mask, attn_impl)[0].reshape(
+        B * T, -1
+      )
 
     run = _operations(a, cos_sin, attend)
     x, y = transformer.block(run, _with_sinks(layer), x, y, pick if last else None)

@@ -63,7 +63,7 @@ class Driver:
     entries = [(entry, self._insert(entry)) for entry in self.scheduler.next_entries()]
     rows = self.scheduler.shrink()
     if rows is not None:
-      self._slots = engine.resize(self._slots, rows, path=self._how["path"])
+      self._slots = engine.resize(self._slots, rows, attn_impl=self._how["attn_impl"])
     draw = self.scheduler.next_draw()
     drawn = self._decode(draw) if draw else None
     # Nothing has been waited for so far: the device draws while replies are made up.
@@ -125,7 +125,7 @@ class Driver:
 
   def _grow(self, columns: int) -> None:
     if columns > self._columns:
-      self._slots = engine.resize(self._slots, columns=columns, path=self._how["path"])
+      self._slots = engine.resize(self._slots, columns=columns, attn_impl=self._how["attn_impl"])
       self._columns = columns
 
   def _follow(self, i: int) -> None:

@@ -41,7 +41,7 @@ class Slots(NamedTuple):
   """The state of B rows that decode side by side over a circular cache of S columns.
 
   Attributes:
-    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention path "xla": a CPU multiplies
+    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention "xla": a CPU multiplies
       these faster with a query.
     values: L arrays [B, K, S, H].
     column: [] int32, the one that the next step writes.
@@ -95,13 +95,14 @@ def prepare(
   )
 
 
-def column_axis(path: str) -> int:
+def column_axis(attn_impl: str) -> int:
   """The axis of `Slots.keys` along which the columns lie."""
-  return 3 if path == "xla" else 2
+  return 3 if attn_impl == "xla" else 2
 
 
 @functools.partial(
-  jax.jit, static_argnames=("architecture", "rows", "columns", "eos_ids", "dtype", "path", "mesh")
+  jax.jit,
+  static_argnames=("architecture", "rows", "columns", "eos_ids", "dtype", "attn_impl", "mesh"),
 )
 def empty(
   *,
@@ -110,7 +111,7 @@ def empty(
   columns: int,
   eos_ids: int,
   dtype: Any,
-  path: str,
+  attn_impl: str,
   mesh: Mesh | None = None,
 ) -> Slots:
   """`rows` slots that wait for a prompt, over so many columns, with room for so many end ids each;
@@ -124,7 +125,7 @@ def empty(
 
   zero = jnp.zeros((rows,), jnp.int32)
   slots = Slots(
-    keys=cache(H, columns) if column_axis(path) == 3 else cache(columns, H),
+    keys=cache(H, columns) if column_axis(attn_impl) == 3 else cache(columns, H),
     values=cache(columns, H),
     column=jnp.int32(0),
     filled=zero,
@@ -169,9 +170,9 @@ def _by_rows(
   )(weights, slots, *given)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "path"))
+@functools.partial(jax.jit, static_argnames=("columns", "attn_impl"))
 def resize(
-  slots: Slots, rows_R: Int[Array, "R"] | None = None, *, columns: int | None = None, path: str
+  slots: Slots, rows_R: Int[Array, "R"] | None = None, *, columns: int | None = None, attn_impl: str
 ) -> Slots:
   """The same slots over more columns, or these rows of them alone; None: as many as there are.
 
@@ -189,7 +190,7 @@ def resize(
     return jnp.pad(jnp.roll(cache, -slots.column, axis=axis), room)
 
   return slots._replace(
-    keys=tuple(widen(cache, column_axis(path)) for cache in slots.keys),
+    keys=tuple(widen(cache, column_axis(attn_impl)) for cache in slots.keys),
     values=tuple(widen(cache, 2) for cache in slots.values),
     column=jnp.int32(S),
   )
@@ -207,7 +208,7 @@ class Shared(NamedTuple):
 
 @functools.partial(
   jax.jit,
-  static_argnames=("architecture", "sampling", "logprobs", "path", "mesh"),
+  static_argnames=("architecture", "sampling", "logprobs", "attn_impl", "mesh"),
   donate_argnames="slots",
 )
 def prefill_insert(
@@ -222,7 +223,7 @@ def prefill_insert(
   architecture: Architecture,
   sampling: Sampling,
   logprobs: bool,
-  path: str,
+  attn_impl: str,
   mesh: Mesh | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:
   """Prefills prompts, puts them into slots and draws each one's first id.
@@ -236,7 +237,7 @@ def prefill_insert(
     shared: what stands before tokens_RxT; None: nothing.
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
-    path: of the attention of `decode`.
+    attn_impl: the attention implementation of `decode`.
     mesh: where the slots lie. Each device reads its own part of the prompts, for slots and from
       slots of its own, which are counted within its part of them.
 
@@ -244,7 +245,11 @@ def prefill_insert(
     The slots, and the ids drawn [R], or NOT_FINITE (with their log-probabilities [R]).
   """
   run = functools.partial(
-    _prefill_insert, architecture=architecture, sampling=sampling, logprobs=logprobs, path=path
+    _prefill_insert,
+    architecture=architecture,
+    sampling=sampling,
+    logprobs=logprobs,
+    attn_impl=attn_impl,
   )
   return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
 
@@ -261,13 +266,13 @@ def _prefill_insert(
   architecture,
   sampling,
   logprobs,
-  path,
+  attn_impl,
 ):
   (R, T), S = tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  axes, dtype = {"keys": column_axis(path), "values": 2}, weights["embed"]["embedding"].dtype
+  axes, dtype = {"keys": column_axis(attn_impl), "values": 2}, weights["embed"]["embedding"].dtype
   # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
   if shared:
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
@@ -283,12 +288,12 @@ def _prefill_insert(
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
     if shared is None:
-      return attention.causal(q, keys[-1], values[-1], prefill_path(dtype))
+      return attention.causal(q, keys[-1], values[-1], prefill_attn_impl(dtype))
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
     seen = jnp.concatenate(
       [jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1
     )
-    if prefill_path(dtype) == "xla":
+    if prefill_attn_impl(dtype) == "xla":
       return kv_cache.attend_many(q, keys[-1], values[-1], seen)
     return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
 
@@ -307,7 +312,7 @@ def _prefill_insert(
     index,
     keys,
     values,
-    path,
+    attn_impl,
     filled=jnp.where(active, lengths_R + count, 0),
     token=token,
     drawn=jnp.ones_like(limits),
@@ -325,7 +330,7 @@ def _insert(
   index_RxS: Int[Array, "R S"],
   keys: list[Array],
   values: list[Array],
-  path: str,
+  attn_impl: str,
   **entered: Array,
 ) -> Slots:
   """The slots with prompts in these rows; rows beyond the last are dropped. Keys and values
@@ -342,7 +347,7 @@ def _insert(
     name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
   }
   return slots._replace(
-    keys=tuple(put(cache, new, column_axis(path)) for cache, new in keys),
+    keys=tuple(put(cache, new, column_axis(attn_impl)) for cache, new in keys),
     values=tuple(put(cache, new, 2) for cache, new in values),
     **fields,
   )
@@ -370,7 +375,7 @@ def _insert_index(
 
 @functools.partial(
   jax.jit,
-  static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh"),
+  static_argnames=("architecture", "sampling", "chunk", "logprobs", "attn_impl", "mesh"),
   donate_argnames="slots",
 )
 def decode(
@@ -383,7 +388,7 @@ def decode(
   sampling: Sampling,
   chunk: int,
   logprobs: bool,
-  path: str,
+  attn_impl: str,
   mesh: Mesh | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:
   """Draws an id in every active row, over and over.
@@ -395,7 +400,7 @@ def decode(
     min_active: it stops when fewer rows than this are active; at least 1.
     architecture, sampling, logprobs: as in `prefill_insert`.
     chunk: room for the ids.
-    path: of the attention: "xla", or "triton" on NVIDIA GPUs.
+    attn_impl: the attention implementation: "xla", or "triton" on NVIDIA GPUs.
     mesh: where the slots lie.
 
   Returns:
@@ -408,14 +413,14 @@ def decode(
     sampling=sampling,
     chunk=chunk,
     logprobs=logprobs,
-    path=path,
+    attn_impl=attn_impl,
     axes=row_axes(mesh),
   )
   return _by_rows(run, mesh, weights, slots, steps, min_active)
 
 
 def _decode(
-  weights, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, path, axes
+  weights, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, attn_impl, axes
 ):
   B = len(slots.active)
   drawn = (jnp.full((B, chunk), -1, jnp.int32),)
@@ -431,7 +436,7 @@ def _decode(
 
   def step(state):
     i, _, slots, out = state
-    hidden, keys, values = _read_last(weights, slots, architecture, path)
+    hidden, keys, values = _read_last(weights, slots, architecture, attn_impl)
     token, scores = _draw(
       weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs
     )
@@ -458,7 +463,7 @@ def _decode(
 
 
 def _read_last(
-  weights: Any, slots: Slots, a: Architecture, path: str
+  weights: Any, slots: Slots, a: Architecture, attn_impl: str
 ) -> tuple[Float[Array, "B D"], tuple[Array, ...], tuple[Array, ...]]:
   """Each row's hidden state behind the id drawn last, and the keys and values with its column
   written.
@@ -466,11 +471,11 @@ def _read_last(
   keys, values = [], []
   cos_sin = attention.cos_sin(slots.filled, a)
   # The kernel makes queries, keys and values of the projection itself.
-  split = (lambda layer, qkv: qkv) if path == "triton" else _heads(a, slots.filled[:, None])
+  split = (lambda layer, qkv: qkv) if attn_impl == "triton" else _heads(a, slots.filled[:, None])
 
   def attend(layer, own):
     cache = slots.keys[len(keys)], slots.values[len(keys)]
-    if path == "triton":
+    if attn_impl == "triton":
       scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
       y, *cache = kv_cache.step(
         own[:, 0], bias, scale, cos_sin, *cache, slots.column, slots.filled + 1, eps=a.norm_eps
@@ -493,7 +498,7 @@ def _read_last(
   return hidden, tuple(keys), tuple(values)
 
 
-def prefill_path(dtype: Any) -> str:
+def prefill_attn_impl(dtype: Any) -> str:
   """The attention that reads prompts: "cudnn" on a GPU in bfloat16, or "xla"."""
   return "cudnn" if small_matmul.on_gpu() and dtype == jnp.bfloat16 else "xla"
 

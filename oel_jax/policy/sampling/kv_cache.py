@@ -30,7 +30,7 @@ PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where ther
 ROWS = 16  # of the smallest matrix product; the queries of one key-value head are fewer
 
 
-def path(architecture: Architecture, dtype: Any) -> str:
+def attn_impl(architecture: Architecture, dtype: Any) -> str:
   """Which of the two a device is given: "triton" is `step`, "xla" `attend`. In float32 the kernel's
   products would be rounded to TF32.
   """

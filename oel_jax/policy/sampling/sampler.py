@@ -154,7 +154,7 @@ def generate(
     architecture=architecture,
     sampling=sampling,
     logprobs=logprobs,
-    path=kv_cache.path(architecture, dtype),
+    attn_impl=kv_cache.attn_impl(architecture, dtype),
     mesh=mesh,
   )
   # Each part has slots, a share of the memory and on a CPU a thread of its own; long and short
@@ -207,7 +207,7 @@ def _slots(
   """The prompts in a scheduler of their own, and empty slots: as many as are asked for, or as the
   memory holds, but no more than the prompts need.
   """
-  a, mesh, path = how["architecture"], how["mesh"], how["path"]
+  a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
   devices = mesh.size if engine.row_axes(mesh) else 1
   cpu = jax.default_backend() == "cpu"
   longest = max(map(len, prompts))
@@ -220,7 +220,9 @@ def _slots(
     max(n for n in scheduling.SLOT_COUNTS if n <= max(1, limit)),
   )
   # In XLA the attention reads the whole cache: there it grows with what is filled.
-  columns = whole if path == "triton" else scheduling.bucket(longest + 1, scheduling.CACHE_LENGTHS)
+  columns = (
+    whole if attn_impl == "triton" else scheduling.bucket(longest + 1, scheduling.CACHE_LENGTHS)
+  )
   scheduler = scheduling.Scheduler(
     prompts, slots=own, columns=columns, devices=devices, cpu=cpu, replies=replies
   )
@@ -230,7 +232,7 @@ def _slots(
     columns=columns,
     eos_ids=requests.eos_ids.shape[1],
     dtype=dtype,
-    path=path,
+    attn_impl=attn_impl,
     mesh=mesh,
   )
   return scheduler, empty
