@@ -181,9 +181,9 @@ def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
   weights["embed"]["embedding"][0] = 0
   weights = engine.prepare(weights, architecture=TINY, dtype=jnp.float32)
   slots = engine.empty(
-    architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, path="xla"
+    architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, attn_impl="xla"
   )
-  how = dict(architecture=TINY, sampling=Sampling(0.2, 0.9), logprobs=False, path="xla")
+  how = dict(architecture=TINY, sampling=Sampling(0.2, 0.9), logprobs=False, attn_impl="xla")
   requests = (
     np.arange(2, dtype=np.uint32),
     np.full((2,), 9, np.int32),
