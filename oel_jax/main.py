@@ -15,6 +15,7 @@ if __name__ == "__main__":
   signals.install()
 
 import ast
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -170,6 +171,16 @@ def _unraisable(found: Any) -> None:
     sys.__unraisablehook__(found)
 
 
+def _is_not_about_a_write(record: Any) -> bool:
+  """False for what asyncio logs of a write that failed, for the same reason as in `_unraisable`:
+  which of the two it is depends on when the tasks are collected.
+  """
+  said = str(record.exc_info[1]) if record.exc_info else ""
+  return not (
+    record.getMessage().startswith("Task exception was never retrieved") and "Error writing" in said
+  )
+
+
 def _resolve_paths(config: config_dict.ConfigDict) -> None:
   """Makes the configuration's paths absolute: what its file sets is relative to the file's folder,
   what the command line sets to the working directory.
@@ -215,6 +226,7 @@ def _run(config: config_dict.ConfigDict) -> None:
 def main(argv: list[str]) -> None:
   del argv
   sys.unraisablehook = _unraisable
+  python_logging.getLogger("asyncio").addFilter(_is_not_about_a_write)
   config = _CONFIG.value
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes

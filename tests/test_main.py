@@ -1,5 +1,6 @@
 """The command line: what it starts, and one clear line for each mistake."""
 
+import logging
 import os
 import pathlib
 import signal
@@ -217,6 +218,15 @@ def test_what_else_nobody_can_catch_is_shown(monkeypatch):
   for text in ("Event loop is closed", "another"):
     main._unraisable(types.SimpleNamespace(exc_value=RuntimeError(text)))
   assert [str(found.exc_value) for found in shown] == ["another"]
+  never = "Task exception was never retrieved\nfuture: <Task>"
+  for said, error, passes in (
+    (never, ValueError('Error writing "0/0"'), False),
+    (never, ValueError("another"), True),
+    ("Executing took 1 s", None, True),
+  ):
+    info = error and (type(error), error, None)
+    record = logging.LogRecord("asyncio", logging.ERROR, "", 1, said, (), info)
+    assert main._is_not_about_a_write(record) == passes
 
 
 def test_an_unknown_size_is_one_line(start):
