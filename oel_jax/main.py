@@ -22,6 +22,7 @@ import re
 import runpy
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 import jax
@@ -173,12 +174,11 @@ def _unraisable(found: Any) -> None:
 
 def _is_not_about_a_write(record: Any) -> bool:
   """False for what asyncio logs of a write that failed, for the same reason as in `_unraisable`:
-  which of the two it is depends on when the tasks are collected.
+  which of them it is depends on when the tasks are collected.
   """
   said = str(record.exc_info[1]) if record.exc_info else ""
-  return not (
-    record.getMessage().startswith("Task exception was never retrieved") and "Error writing" in said
-  )
+  # "Task exception was never retrieved", and the like of futures that gather tasks.
+  return not ("exception was never retrieved" in record.getMessage() and "Error writing" in said)
 
 
 def _resolve_paths(config: config_dict.ConfigDict) -> None:
@@ -227,6 +227,8 @@ def main(argv: list[str]) -> None:
   del argv
   sys.unraisablehook = _unraisable
   python_logging.getLogger("asyncio").addFilter(_is_not_about_a_write)
+  # The third: the writes that a failed one left unbegun.
+  warnings.filterwarnings("ignore", r"coroutine '.*write_fragment' was never awaited")
   config = _CONFIG.value
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
