@@ -33,7 +33,7 @@ def fixture_make(tmp_path, monkeypatch):
     return path.parent.name if (path / str(config.steps)).exists() else None
 
   monkeypatch.setattr(export.load, "load_policy", load)
-  monkeypatch.setattr(export.trainer, "trained_params", trained)
+  monkeypatch.setattr(export.restore, "trained_params", trained)
   monkeypatch.setattr(
     export.huggingface, "save", lambda target, params, shape, **how: saved.append((params, shape))
   )

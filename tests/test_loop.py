@@ -26,7 +26,7 @@ from fakes import Tokenizer, game_of, in_turns
 
 from oel_jax import choices, main
 from oel_jax import loop as loop_lib
-from oel_jax.consolidation import samples, trainer
+from oel_jax.consolidation import restore, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import EMPTY
@@ -133,7 +133,7 @@ def fixture_copy(run, tmp_path):
 def final_params(folder: pathlib.Path, number: int):
   """The parameters of a round's last checkpoint, read without the loop."""
   config = short_config().consolidation
-  optimizer, params = trainer.make_optimizer(config), pocket.load().params
+  optimizer, params = restore.make_optimizer(config), pocket.load().params
   abstract = jax.eval_shape(lambda params: step_lib.init_state(params, optimizer), params)
   where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(

@@ -18,7 +18,7 @@ from test_sampler import (
 )  # noqa: F401
 from test_sampler_mesh import on_mesh, placed
 
-from oel_jax.policy.sampling import driver, engine, scheduler
+from oel_jax.policy.sampling import driver, engine, scheduler, slot_state
 
 
 def alike_prompts():
@@ -222,7 +222,7 @@ def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
   )
   found = []
   for shared in (None, engine.Shared(zero, zero, zero)):
-    slots = engine.empty(
+    slots = slot_state.empty(
       architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, attn_impl="xla"
     )._replace(column=jnp.int32(50))
     requests = (

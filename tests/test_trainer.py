@@ -18,7 +18,7 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import failure, placement, samples, trainer
+from oel_jax.consolidation import failure, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt, knowledge_message
@@ -324,8 +324,8 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
     (batch.mask.sum(), {}),
   )
   monkeypatch.setattr(step_lib, "loss_sum", loss)
-  params, optimizer = {"norm": {"scale": jnp.ones(4)}}, trainer.make_optimizer(config)
-  begin = functools.partial(trainer._begin, optimizer)
+  params, optimizer = {"norm": {"scale": jnp.ones(4)}}, restore.make_optimizer(config)
+  begin = functools.partial(restore.begin, optimizer)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, params))
   step = step_lib.make_step(policy.architecture, optimizer, kind="imitation", shardings=shardings)
   state, lengths, shapes = mesh_lib.sharded_init(begin, mesh, params), set(), set()
@@ -405,7 +405,7 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
       ValueError,
       match=f"checkpoints: its checkpoints were trained from other {name} than this run has now",
     ):
-      trainer.check_inputs(tmp_path / "checkpoints", changed, player)
+      restore.check_inputs(tmp_path / "checkpoints", changed, player)
     with (
       Metrics(tmp_path) as metrics,
       pytest.raises(ValueError, match=f"trained from other {name} than"),
@@ -419,9 +419,9 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
         mesh=_one_device(),
         metrics=metrics,
       )
-  trainer.check_inputs(tmp_path / "checkpoints", task, policy)
-  trainer.check_inputs(tmp_path / "nothing here", task, others)
-  assert trainer.steps_done(tmp_path / "checkpoints") == 6
+  restore.check_inputs(tmp_path / "checkpoints", task, policy)
+  restore.check_inputs(tmp_path / "nothing here", task, others)
+  assert restore.steps_done(tmp_path / "checkpoints") == 6
 
 
 @pytest.mark.slow  # test_step.py compares the gradients themselves
@@ -609,7 +609,7 @@ def test_a_checkpoint_of_numbers_that_are_none_is_not_gone_on_with(
     with pytest.raises(ValueError, match=told):
       _run(policy, tmp_path, _config(steps=steps, **BARE))
   with pytest.raises(ValueError, match=told):
-    trainer.trained_params(_config(steps=4), policy, tmp_path / "checkpoints", _one_device())
+    restore.trained_params(_config(steps=4), policy, tmp_path / "checkpoints", _one_device())
   shutil.rmtree(tmp_path / "checkpoints/4")
   at_step(4, {})
   _run(policy, tmp_path, _config(steps=4, **BARE))

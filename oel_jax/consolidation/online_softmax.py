@@ -78,9 +78,9 @@ def sums(
 
 def _join(top, parts, temperature):
   """Of a whole row, [C], what is known of its parts, [C, PARTS]."""
-  most = top.max(-1)
-  scale = jnp.exp((top - most[:, None]) / temperature)
-  return most, tuple((part * scale).sum(-1) for part in parts)
+  maximum = top.max(-1)
+  scale = jnp.exp((top - maximum[:, None]) / temperature)
+  return maximum, tuple((part * scale).sum(-1) for part in parts)
 
 
 def _kernel(s_ref, t_ref, *out_refs, moments, temperature, floor, share, counts, width):
@@ -104,14 +104,14 @@ def _kernel(s_ref, t_ref, *out_refs, moments, temperature, floor, share, counts,
       triton.store(maxima_ref.at[row, group], largest, mask=group < maxima_ref.shape[1])
     new = []
     for x, side, (top, *before) in zip((s, t), moments(s, t), sides, strict=True):
-      most = jnp.maximum(top, x.max(0))
+      maximum = jnp.maximum(top, x.max(0))
       scale, p = (
-        jnp.exp((top - most) / temperature),
-        jnp.where(there, jnp.exp((x - most[None]) / temperature), 0),
+        jnp.exp((top - maximum) / temperature),
+        jnp.where(there, jnp.exp((x - maximum[None]) / temperature), 0),
       )
       new.append(
         (
-          most,
+          maximum,
           *(
             old * scale + term.sum(0)
             for old, term in zip(before, (p, *(p * m for m in side)), strict=True)
@@ -127,7 +127,7 @@ def _kernel(s_ref, t_ref, *out_refs, moments, temperature, floor, share, counts,
   sides = jax.lax.fori_loop(0, pl.cdiv(jnp.minimum(share, V - first), ROWS * WIDE), step, start)
   refs = iter(out_refs)
   for top, *parts in sides:
-    most = top.max()
-    next(refs)[()], scale = most, jnp.exp((top - most) / temperature)
+    maximum = top.max()
+    next(refs)[()], scale = maximum, jnp.exp((top - maximum) / temperature)
     for part in parts:
       next(refs)[()] = (part * scale).sum()

@@ -14,35 +14,19 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import optax
 from absl import logging
 
-from oel_jax.consolidation import failure, placement, samples
+from oel_jax.consolidation import failure, placement, restore, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.metrics import BUCKETS
 from oel_jax.conversations import dataset
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import finite, schema, signals
+from oel_jax.runtime import finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
-from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.metrics import Metrics
-
-
-def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """AdamW at a constant rate after clipping by the global norm (OEL, training details)."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      config.learning_rate,
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-    ),
-  )
 
 
 def batches_of(task: task_lib.Task, batch_size: int) -> grain.IterDataset:
@@ -85,14 +69,14 @@ def consolidate(
       no checkpoint is written any more, and those before it are kept.
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
-  optimizer = make_optimizer(config)
-  begin = functools.partial(_begin, optimizer)
+  optimizer = restore.make_optimizer(config)
+  begin = functools.partial(restore.begin, optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
-  made_from = _inputs(task, policy)
+  made_from = restore.inputs(task, policy)
   cost = {"tokens": 0.0, "flops": 0.0}
   with Checkpoints(directory) as checkpoints:
     batches = iter(batches_of(task, config.batch_size))
-    restored = _restore(checkpoints, abstract)
+    restored = restore.newest(checkpoints, abstract)
     first = _go_on(restored, batches, config, task, made_from, directory) if restored else 0
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     if first:
@@ -279,7 +263,7 @@ def _go_on(
   Raises:
     ValueError: it was trained from something else, or for more steps than the configuration says.
   """
-  _compare_inputs(directory, restored.extra.get("made_from"), made_from)
+  restore.compare_inputs(directory, restored.extra.get("made_from"), made_from)
   batches.set_state(restored.extra["iterator"])
   if restored.step < config.steps:
     logging.warning("round %d: consolidation goes on after step %d", task.round, restored.step)
@@ -318,56 +302,6 @@ def _make_step(config, policy, optimizer, attn_impl, shardings):
   )
 
 
-def _inputs(task: task_lib.Task, policy: Policy) -> dict[str, str]:
-  """What a training is made from → a digest of it; kept in each checkpoint."""
-  return {
-    "weights": fingerprint(policy.params),
-    "prompts": schema.digest(task.prompts),
-    "knowledge": schema.digest(task.knowledge),
-  }
-
-
-def check_inputs(directory: str | os.PathLike, task: task_lib.Task, policy: Policy) -> None:
-  """Raises ValueError if the newest checkpoint in `directory` was trained from other weights,
-  prompts or knowledge than these.
-  """
-  if steps_done(directory):
-    with Checkpoints(directory) as checkpoints:
-      extra = checkpoints.extra()
-    _compare_inputs(directory, (extra or {}).get("made_from"), _inputs(task, policy))
-
-
-def _compare_inputs(
-  directory: str | os.PathLike, before: dict[str, str] | None, now: dict[str, str]
-) -> None:
-  """Raises ValueError if they differ; an earlier version's checkpoint (None) does not say what it
-  was trained from.
-  """
-  changed = [name for name in now if before and before.get(name) != now[name]]
-  if changed:
-    raise ValueError(
-      f"{directory}: its checkpoints were trained from other {', '.join(changed)} than this run "
-      "has now: restore them, choose "
-      "another --workdir, or remove the folder to train anew"
-    )
-
-
-def _restore(checkpoints: Checkpoints, abstract: Any) -> Restored | None:
-  """The newest whole checkpoint, or None.
-
-  Raises:
-    ValueError: its numbers are not finite: versions before this check went on with such ones.
-  """
-  restored = checkpoints.restore(abstract)
-  if restored and (broken := finite.not_finite(restored.state)):
-    raise ValueError(
-      f"{checkpoints.directory / str(restored.step)}: holds numbers that are not finite, in "
-      f"{finite.listed(broken)}: training had gone wrong before it was saved; remove that "
-      "folder, and the same command goes on from the one before it, or begins the round anew"
-    )
-  return restored
-
-
 def _logged(measured: dict[str, float], lengths: Sequence[int]) -> dict[str, float]:
   """A step's line of metrics, without single parameters and places that no response has."""
   without = {"not_finite"}
@@ -375,33 +309,6 @@ def _logged(measured: dict[str, float], lengths: Sequence[int]) -> dict[str, flo
   without |= {name for name in measured if name.startswith(step_lib.GRADIENT)}
   scalars = {name: value for name, value in measured.items() if name not in without}
   return scalars | {"response_tokens": float(np.mean(lengths))}
-
-
-def _begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
-  return step_lib.init_state(jax.tree.map(lambda p: p.astype("float32"), params), optimizer)
-
-
-def trained_params(
-  config: Any, policy: Policy, directory: str | os.PathLike, mesh: jax.sharding.Mesh
-) -> Any:
-  """The parameters that `consolidate` left in `directory` after config.steps steps; None if it has
-  not come so far.
-  """
-  if not os.path.isdir(directory):
-    return None
-  with Checkpoints(directory) as checkpoints:
-    begin = functools.partial(_begin, make_optimizer(config))
-    restored = _restore(checkpoints, mesh_lib.abstract_init(begin, mesh, policy.params))
-  return restored.state.params if restored and restored.step == config.steps else None
-
-
-def steps_done(directory: str | os.PathLike) -> int:
-  """The step of the newest checkpoint in `directory`, whole or not; 0 if there is none. Nothing is
-  opened or changed.
-  """
-  if not os.path.isdir(directory):
-    return 0
-  return max((int(name) for name in os.listdir(directory) if name.isdigit()), default=0)
 
 
 def _make_probe(config, task, policy, teacher, limit, mesh, attn_impl):

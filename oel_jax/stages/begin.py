@@ -35,8 +35,8 @@ def begin(
   longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
   policy = load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
   placement.unroll(config.consolidation, policy, devices)
-  most = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
-  chosen = choices.choose(config, policy, devices, **most, exact=False)
+  knowledge = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
+  chosen = choices.choose(config, policy, devices, **knowledge, exact=False)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
     run = Run(config, folder, metrics, devices)
     resume.check(run, policy)

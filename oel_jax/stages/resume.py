@@ -2,7 +2,7 @@
 it.
 """
 
-from oel_jax.consolidation import trainer
+from oel_jax.consolidation import restore
 from oel_jax.extraction import state as extraction_state
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.report import records
@@ -53,7 +53,7 @@ def weights_before(run: Run, number: int, policy: Policy) -> Policy:
     if gate and gate["decision"] == "skip":
       continue
     config, folder = run.config.consolidation, run.round(earlier) / CHECKPOINTS
-    params = trainer.trained_params(config, policy, folder, run.mesh)
+    params = restore.trained_params(config, policy, folder, run.mesh)
     if params is None:
       raise ValueError(
         f"{folder}: must hold step {config.steps}, for what is asked needs the weights of round "
@@ -68,7 +68,7 @@ def _check_steps(run: Run, number: int) -> None:
   """A round that would now be trained further has its evaluation set aside, and is refused if the
   next one was built on it.
   """
-  steps = trainer.steps_done(run.round(number) / CHECKPOINTS)
+  steps = restore.steps_done(run.round(number) / CHECKPOINTS)
   trained = run.manifest(number).made_from(CHECKPOINTS)  # by an earlier version, unknown
   steps, planned = int(trained["steps"]) if trained else steps, run.config.consolidation.steps
   if not 0 < steps < planned:

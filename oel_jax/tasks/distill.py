@@ -18,7 +18,7 @@ from absl import logging
 from oel_jax import choices, report
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import placement, trainer
+from oel_jax.consolidation import placement, restore, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
@@ -89,7 +89,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   chosen = choices.choose(config, policy, devices, **sizes, exact=True)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
     _check(config, folder)
-    trainer.check_inputs(folder / CHECKPOINTS, task, policy)
+    restore.check_inputs(folder / CHECKPOINTS, task, policy)
     choices.tell(folder, chosen)  # a run that is refused changes no file
 
     def measure(name: str, player: Policy, given: str | None) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _check(config: Any, folder: pathlib.Path) -> None:
   for name in ("base", "in_context", "after"):
     if (folder / f"{name}.json").exists():
       files.read_json(folder / f"{name}.json", distilled.measurement)
-  steps, planned = trainer.steps_done(folder / CHECKPOINTS), config.consolidation.steps
+  steps, planned = restore.steps_done(folder / CHECKPOINTS), config.consolidation.steps
   for name in ("after.json", "results.json") if 0 < steps < planned else ():
     files.set_aside(
       folder / name,

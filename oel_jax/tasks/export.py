@@ -12,7 +12,7 @@ import ml_collections
 from absl import logging
 
 from oel_jax import config as config_lib
-from oel_jax.consolidation import trainer
+from oel_jax.consolidation import restore
 from oel_jax.policy import load
 from oel_jax.policy.weights import huggingface
 from oel_jax.runtime import files, mesh, schema
@@ -130,10 +130,10 @@ def _newest(own: Any, policy: Any, folder: pathlib.Path, devices: Any) -> tuple[
   """
   for number in range(own.rounds, 0, -1):
     checkpoints = folder / f"round_{number}" / "checkpoints"
-    params = trainer.trained_params(own.consolidation, policy, checkpoints, devices)
+    params = restore.trained_params(own.consolidation, policy, checkpoints, devices)
     if params is not None:
       return number, params
-    if steps := trainer.steps_done(checkpoints):
+    if steps := restore.steps_done(checkpoints):
       logging.warning(
         "%s: round %d has been consolidated for %d of %d steps only: not exported",
         folder,

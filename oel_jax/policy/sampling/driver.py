@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from oel_jax.policy.sampling import engine
+from oel_jax.policy.sampling import engine, slot_state
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.scheduler import Draw, Entry, Scheduler
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE
@@ -38,7 +38,7 @@ class Driver:
   def __init__(
     self,
     weights: Any,
-    slots: engine.Slots,
+    slots: slot_state.Slots,
     scheduler: Scheduler,
     requests: Requests,
     how: dict[str, Any],
@@ -63,7 +63,7 @@ class Driver:
     entries = [(entry, self._insert(entry)) for entry in self.scheduler.next_entries()]
     rows = self.scheduler.shrink()
     if rows is not None:
-      self._slots = engine.resize(self._slots, rows, attn_impl=self._how["attn_impl"])
+      self._slots = slot_state.resize(self._slots, rows, attn_impl=self._how["attn_impl"])
     draw = self.scheduler.next_draw()
     drawn = self._decode(draw) if draw else None
     # Nothing has been waited for so far: the device draws while replies are made up.
@@ -125,7 +125,9 @@ class Driver:
 
   def _grow(self, columns: int) -> None:
     if columns > self._columns:
-      self._slots = engine.resize(self._slots, columns=columns, attn_impl=self._how["attn_impl"])
+      self._slots = slot_state.resize(
+        self._slots, columns=columns, attn_impl=self._how["attn_impl"]
+      )
       self._columns = columns
 
   def _follow(self, i: int) -> None:

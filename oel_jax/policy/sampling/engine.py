@@ -14,7 +14,7 @@ a scatter. A prompt is inserted so that its last token stands in the column writ
 
 Who sits where, and what is taken over from whom, is the scheduler's business.
 
-Weights are cast, unstacked and joined once, outside of every loop: slicing stacked weights at every
+Weights are cast, unstacked and fused once, outside of every loop: slicing stacked weights at every
 token is several times slower, and so are three small matrix products instead of a large one.
 
 On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
@@ -28,50 +28,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention, transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import heads, norm, small_matmul
-from oel_jax.policy.sampling import kv_cache
+from oel_jax.policy.sampling import kv_cache, slot_state
+from oel_jax.policy.sampling.slot_state import Slots
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
-
-
-class Slots(NamedTuple):
-  """The state of B rows that decode side by side over a circular cache of S columns.
-
-  Attributes:
-    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention "xla": a CPU multiplies
-      these faster with a query.
-    values: L arrays [B, K, S, H].
-    column: [] int32, the one that the next step writes.
-    filled: [B] int32, tokens of the row in the cache: the columns last written. 0 for a row that
-      is not active.
-    token: [B] int32, the last id drawn, not in the cache yet.
-    drawn: [B] int32, ids drawn for the response so far.
-    active: [B] bool, whether the row has not ended.
-    seeds: [B] uint32, of the rows' random streams.
-    limits: [B] int32, most ids of the response.
-    eos_ids: [B, E] int32, ids any of which ends the response; -1 fills.
-  """
-
-  keys: tuple[Array, ...]
-  values: tuple[Array, ...]
-  column: Int[Array, ""]
-  filled: Int[Array, "B"]
-  token: Int[Array, "B"]
-  drawn: Int[Array, "B"]
-  active: Bool[Array, "B"]
-  seeds: UInt[Array, "B"]
-  limits: Int[Array, "B"]
-  eos_ids: Int[Array, "B E"]
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
 def prepare(
   params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None
 ) -> Any:
-  """Parameters as sampling wants them: layers apart, the matrices that read the same input joined,
+  """Parameters as sampling wants them: layers apart, the matrices that read the same input fused,
   on a GPU one row an output.
 
   Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
@@ -92,107 +63,6 @@ def prepare(
     jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
     if mesh
     else params
-  )
-
-
-def column_axis(attn_impl: str) -> int:
-  """The axis of `Slots.keys` along which the columns lie."""
-  return 3 if attn_impl == "xla" else 2
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=("architecture", "rows", "columns", "eos_ids", "dtype", "attn_impl", "mesh"),
-)
-def empty(
-  *,
-  architecture: Architecture,
-  rows: int,
-  columns: int,
-  eos_ids: int,
-  dtype: Any,
-  attn_impl: str,
-  mesh: Mesh | None = None,
-) -> Slots:
-  """`rows` slots that wait for a prompt, over so many columns, with room for so many end ids each;
-  on a mesh the rows are spread over it.
-  """
-  H = architecture.head_size
-
-  def cache(*shape: int) -> tuple[Array, ...]:
-    shape = (rows, architecture.kv_heads, *shape)
-    return tuple(jnp.zeros(shape, dtype) for _ in range(architecture.layers))
-
-  zero = jnp.zeros((rows,), jnp.int32)
-  slots = Slots(
-    keys=cache(H, columns) if column_axis(attn_impl) == 3 else cache(columns, H),
-    values=cache(columns, H),
-    column=jnp.int32(0),
-    filled=zero,
-    token=zero,
-    drawn=zero,
-    active=zero > 0,
-    seeds=zero.astype(jnp.uint32),
-    limits=zero,
-    eos_ids=jnp.full((rows, eos_ids), -1, jnp.int32),
-  )
-  if mesh is None:
-    return slots
-  place = lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
-  return jax.tree.map(place, slots, _specs(mesh, slots))
-
-
-def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
-  """The axes over which rows are spread. None where there are several processes: the host reads
-  what was drawn, of others' rows it could not; there every device has all rows.
-  """
-  return mesh.axis_names if mesh and not mesh.is_multi_process else ()
-
-
-def _specs(mesh: Mesh, tree: Any) -> Any:
-  """How arrays of rows, and numbers, lie on the mesh."""
-  return jax.tree.map(
-    lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree
-  )
-
-
-def _by_rows(
-  run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any
-) -> tuple[Slots, tuple[Array, ...]]:
-  """`run` on the rows of each device, which returns the slots and arrays of rows."""
-  if mesh is None:
-    return run(weights, slots, *given)
-  specs = _specs(mesh, (slots, *given))
-  out = specs[0], PartitionSpec(row_axes(mesh) or None)
-  # A kernel does not say over which axes its results differ, which a check would want to know.
-  return jax.shard_map(
-    run, mesh=mesh, in_specs=(PartitionSpec(), *specs), out_specs=out, check_vma=False
-  )(weights, slots, *given)
-
-
-@functools.partial(jax.jit, static_argnames=("columns", "attn_impl"))
-def resize(
-  slots: Slots, rows_R: Int[Array, "R"] | None = None, *, columns: int | None = None, attn_impl: str
-) -> Slots:
-  """The same slots over more columns, or these rows of them alone; None: as many as there are.
-
-  A larger cache begins with the old one, turned so that the column written last is the last of the
-  old ones. Both caches are alive meanwhile.
-  """
-  if rows_R is not None:
-    slots = jax.tree.map(lambda leaf: leaf[rows_R] if leaf.ndim else leaf, slots)
-  if columns is None:
-    return slots
-  S = slots.values[0].shape[2]
-
-  def widen(cache: Array, axis: int) -> Array:
-    room = [(0, columns - S if a == axis else 0) for a in range(cache.ndim)]
-    return jnp.pad(jnp.roll(cache, -slots.column, axis=axis), room)
-
-  return slots._replace(
-    keys=tuple(widen(cache, column_axis(attn_impl)) for cache in slots.keys),
-    values=tuple(widen(cache, 2) for cache in slots.values),
-    column=jnp.int32(S),
   )
 
 
@@ -251,7 +121,9 @@ def prefill_insert(
     logprobs=logprobs,
     attn_impl=attn_impl,
   )
-  return _by_rows(run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared)
+  return slot_state.by_rows(
+    run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared
+  )
 
 
 def _prefill_insert(
@@ -272,7 +144,10 @@ def _prefill_insert(
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  axes, dtype = {"keys": column_axis(attn_impl), "values": 2}, weights["embed"]["embedding"].dtype
+  axes, dtype = (
+    {"keys": slot_state.column_axis(attn_impl), "values": 2},
+    weights["embed"]["embedding"].dtype,
+  )
   # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
   if shared:
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
@@ -347,7 +222,7 @@ def _insert(
     name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
   }
   return slots._replace(
-    keys=tuple(put(cache, new, column_axis(attn_impl)) for cache, new in keys),
+    keys=tuple(put(cache, new, slot_state.column_axis(attn_impl)) for cache, new in keys),
     values=tuple(put(cache, new, 2) for cache, new in values),
     **fields,
   )
@@ -414,9 +289,9 @@ def decode(
     chunk=chunk,
     logprobs=logprobs,
     attn_impl=attn_impl,
-    axes=row_axes(mesh),
+    axes=slot_state.row_axes(mesh),
   )
-  return _by_rows(run, mesh, weights, slots, steps, min_active)
+  return slot_state.by_rows(run, mesh, weights, slots, steps, min_active)
 
 
 def _decode(

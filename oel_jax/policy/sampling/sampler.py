@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import engine, kv_cache
+from oel_jax.policy.sampling import engine, kv_cache, slot_state
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -203,12 +203,12 @@ def _slots(
   slots: int | None,
   cache_bytes: int,
   replies: bool,
-) -> tuple[scheduling.Scheduler, engine.Slots]:
+) -> tuple[scheduling.Scheduler, slot_state.Slots]:
   """The prompts in a scheduler of their own, and empty slots: as many as are asked for, or as the
   memory holds, but no more than the prompts need.
   """
   a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
-  devices = mesh.size if engine.row_axes(mesh) else 1
+  devices = mesh.size if slot_state.row_axes(mesh) else 1
   cpu = jax.default_backend() == "cpu"
   longest = max(map(len, prompts))
   whole = scheduling.bucket(longest + int(requests.limits.max()), scheduling.CACHE_LENGTHS)
@@ -226,7 +226,7 @@ def _slots(
   scheduler = scheduling.Scheduler(
     prompts, slots=own, columns=columns, devices=devices, cpu=cpu, replies=replies
   )
-  empty = engine.empty(
+  empty = slot_state.empty(
     architecture=a,
     rows=devices * own,
     columns=columns,

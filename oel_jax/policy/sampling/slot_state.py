@@ -1,0 +1,145 @@
+"""The arrays of the slots that the sampler's programs work on: a circular key-value cache, and of
+each row what is needed to go on drawing. The engine's docstring draws them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int, UInt
+
+from oel_jax.policy.architecture import Architecture
+
+
+class Slots(NamedTuple):
+  """The state of B rows that decode side by side over a circular cache of S columns.
+
+  Attributes:
+    keys: L arrays [B, K, S, H], or [B, K, H, S] for the attention "xla": a CPU multiplies
+      these faster with a query.
+    values: L arrays [B, K, S, H].
+    column: [] int32, the one that the next step writes.
+    filled: [B] int32, tokens of the row in the cache: the columns last written. 0 for a row that
+      is not active.
+    token: [B] int32, the last id drawn, not in the cache yet.
+    drawn: [B] int32, ids drawn for the response so far.
+    active: [B] bool, whether the row has not ended.
+    seeds: [B] uint32, of the rows' random streams.
+    limits: [B] int32, most ids of the response.
+    eos_ids: [B, E] int32, ids any of which ends the response; -1 fills.
+  """
+
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  column: Int[Array, ""]
+  filled: Int[Array, "B"]
+  token: Int[Array, "B"]
+  drawn: Int[Array, "B"]
+  active: Bool[Array, "B"]
+  seeds: UInt[Array, "B"]
+  limits: Int[Array, "B"]
+  eos_ids: Int[Array, "B E"]
+
+
+def column_axis(attn_impl: str) -> int:
+  """The axis of `Slots.keys` along which the columns lie."""
+  return 3 if attn_impl == "xla" else 2
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("architecture", "rows", "columns", "eos_ids", "dtype", "attn_impl", "mesh"),
+)
+def empty(
+  *,
+  architecture: Architecture,
+  rows: int,
+  columns: int,
+  eos_ids: int,
+  dtype: Any,
+  attn_impl: str,
+  mesh: Mesh | None = None,
+) -> Slots:
+  """`rows` slots that wait for a prompt, over so many columns, with room for so many end ids each;
+  on a mesh the rows are spread over it.
+  """
+  H = architecture.head_size
+
+  def cache(*shape: int) -> tuple[Array, ...]:
+    shape = (rows, architecture.kv_heads, *shape)
+    return tuple(jnp.zeros(shape, dtype) for _ in range(architecture.layers))
+
+  zero = jnp.zeros((rows,), jnp.int32)
+  slots = Slots(
+    keys=cache(H, columns) if column_axis(attn_impl) == 3 else cache(columns, H),
+    values=cache(columns, H),
+    column=jnp.int32(0),
+    filled=zero,
+    token=zero,
+    drawn=zero,
+    active=zero > 0,
+    seeds=zero.astype(jnp.uint32),
+    limits=zero,
+    eos_ids=jnp.full((rows, eos_ids), -1, jnp.int32),
+  )
+  if mesh is None:
+    return slots
+  place = lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+  return jax.tree.map(place, slots, specs(mesh, slots))
+
+
+def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
+  """The axes over which rows are spread. None where there are several processes: the host reads
+  what was drawn, of others' rows it could not; there every device has all rows.
+  """
+  return mesh.axis_names if mesh and not mesh.is_multi_process else ()
+
+
+def specs(mesh: Mesh, tree: Any) -> Any:
+  """How the arrays of a tree lie on the mesh: those of rows spread over it, numbers whole."""
+  return jax.tree.map(
+    lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree
+  )
+
+
+def by_rows(
+  run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any
+) -> tuple[Slots, tuple[Array, ...]]:
+  """`run` on the rows of each device, which returns the slots and arrays of rows."""
+  if mesh is None:
+    return run(weights, slots, *given)
+  placed = specs(mesh, (slots, *given))
+  out = placed[0], PartitionSpec(row_axes(mesh) or None)
+  # A kernel does not say over which axes its results differ, which a check would want to know.
+  return jax.shard_map(
+    run, mesh=mesh, in_specs=(PartitionSpec(), *placed), out_specs=out, check_vma=False
+  )(weights, slots, *given)
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "attn_impl"))
+def resize(
+  slots: Slots, rows_R: Int[Array, "R"] | None = None, *, columns: int | None = None, attn_impl: str
+) -> Slots:
+  """The same slots over more columns, or these rows of them alone; None: as many as there are.
+
+  A larger cache begins with the old one, turned so that the column written last is the last of the
+  old ones. Both caches are alive meanwhile.
+  """
+  if rows_R is not None:
+    slots = jax.tree.map(lambda leaf: leaf[rows_R] if leaf.ndim else leaf, slots)
+  if columns is None:
+    return slots
+  S = slots.values[0].shape[2]
+
+  def widen(cache: Array, axis: int) -> Array:
+    room = [(0, columns - S if a == axis else 0) for a in range(cache.ndim)]
+    return jnp.pad(jnp.roll(cache, -slots.column, axis=axis), room)
+
+  return slots._replace(
+    keys=tuple(widen(cache, column_axis(attn_impl)) for cache in slots.keys),
+    values=tuple(widen(cache, 2) for cache in slots.values),
+    column=jnp.int32(S),
+  )
