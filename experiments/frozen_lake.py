@@ -103,7 +103,7 @@ def _pocket(size: str) -> ml_collections.ConfigDict:
       gate_episodes=32,
     )
     config.evaluation.update(episodes=64, tasks=RETENTION, retention=32, accumulation=(4,))
-    if size == "pocket":  # ten minutes on two cores
+    if size == "pocket":
       config.rounds = 2
       config.consolidation.steps = 16
     else:
