@@ -90,7 +90,8 @@ def default() -> ml_collections.ConfigDict:
       # with
       architecture="auto",
       # A Hugging Face folder; a .gguf file; a .safetensors file of ours, its tokenizer.model beside
-      # it; MODULE:NAME, a function (compute dtype) -> Policy; or "pocket", the embedded policy.
+      # it; MODULE:NAME or FILE.py:NAME, a function (compute dtype) -> Policy; or "pocket", the
+      # embedded policy.
       weights=config_dict.placeholder(str),
       # "auto": bfloat16 on accelerators, float32 on CPU; or "bfloat16" or "float32"
       compute_dtype="auto",
@@ -132,7 +133,8 @@ def default() -> ml_collections.ConfigDict:
       start_from="nothing",
       # "extracted"; controls: "trajectories" (raw), "empty" (wrapper only)
       source="extracted",
-      # MODULE:NAME, a function (text of a new item) -> text: the round's knowledge says that; ""
+      # MODULE:NAME or FILE.py:NAME, a function (text of a new item) -> text, which the round's
+      # knowledge says instead; "": none
       edit="",
       max_knowledge_tokens=8192,  # over it, the oldest whole items go
       max_response_tokens=1024,  # an answer of the extractor, thinking included
@@ -198,7 +200,8 @@ def default() -> ml_collections.ConfigDict:
       in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
       # round 1: also play with the knowledge as it stood after these many trajectories
       accumulation=(),
-      # each MODULE:NAME, a function of evaluation/tasks.py's kind; what must not be lost
+      # each MODULE:NAME or FILE.py:NAME, a function of evaluation/tasks.py's kind; what must not be
+      # lost
       tasks=(),
       retention=0,  # examples of each of those tasks; 0: none
     )

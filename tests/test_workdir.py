@@ -104,11 +104,13 @@ def make_files(folder):
   (folder / "model/chat_template.jinja").write_text("{{ messages }}")
   (folder / "model/README.md").write_text("A model.")
   texts = ("knowledge.md", "prompts.txt", "held_out.jsonl", "unrelated.txt")
-  for name in (*texts, "check.py", "my_env.py"):
+  for name in (*texts, "check.py", "my_env.py", "my_task.py", "my_edit.py", "my_policy.py"):
     (folder / name).write_text(f"{name}\n")
   config = distill.default()
   config.policy.weights = f"{folder}/model"
   config.deployment.environment = f"{folder}/my_env.py:make"
+  config.evaluation.tasks = (f"{folder}/my_task.py:count", "oel_jax.pocket.retention:worlds")
+  config.extraction.edit = f"{folder}/my_edit.py:swap"
   config.distill.update(
     knowledge=f"{folder}/knowledge.md",
     prompts=f"{folder}/prompts.txt",
@@ -130,12 +132,17 @@ def make_files(folder):
     ("unrelated.txt", "distill.unrelated"),
     ("check.py", "distill.obeys"),
     ("my_env.py", "deployment.environment"),
+    ("my_task.py", "evaluation.tasks, {folder}/my_task.py:count"),
+    ("my_edit.py", "extraction.edit"),
+    ("my_policy.py", "policy.weights"),
   ],
 )
 def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(
   tmp_path, name, field
 ):
-  config = make_files(tmp_path)
+  config, field = make_files(tmp_path), field.format(folder=tmp_path)
+  if name == "my_policy.py":
+    config.policy.weights = f"{tmp_path}/my_policy.py:load"
   folder = open_workdir(config, tmp_path / "run")
   (tmp_path / "model/README.md").write_text("Another text about the same model.")
   assert open_workdir(config, folder) == folder

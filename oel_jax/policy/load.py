@@ -18,8 +18,8 @@ from oel_jax.runtime import files, mesh, named
 
 TOKENIZER = "tokenizer.model"  # beside a .safetensors file of ours, as pre-training leaves it
 FORMS = (
-  "a Hugging Face folder, a .gguf file, a .safetensors file of ours, or MODULE:NAME, a function "
-  "that is given the compute dtype and returns a Policy"
+  "a Hugging Face folder, a .gguf file, a .safetensors file of ours, or MODULE:NAME or "
+  "FILE.py:NAME, a function that is given the compute dtype and returns a Policy"
 )
 # What reads the parameters, float32, as the given shardings place them.
 Read = Callable[..., Any]

@@ -87,24 +87,29 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Field → 16 hexadecimal digits, of each file or folder that the configuration names and that is
   there.
 
-  The fields are policy.weights, deployment.environment and those of `distill`. Up to 64 MiB a
-  file's digest is of all its bytes; of a larger one it is of its size, its first MiB (where
-  safetensors and GGUF list their tensors), its last, and 256 blocks of 64 KiB spread evenly
-  between. A folder's is of the names and digests of the files in it that end as WEIGHTS says; that
-  of one part of a split GGUF file is of all its parts.
+  The fields are policy.weights, deployment.environment, evaluation.tasks and extraction.edit, where
+  they name a file, and those of `distill`. Up to 64 MiB a file's digest is of all its bytes; of a
+  larger one it is of its size, its first MiB (where safetensors and GGUF list their tensors), its
+  last, and 256 blocks of 64 KiB spread evenly between. A folder's is of the names and digests of
+  the files in it that end as WEIGHTS says; that of one part of a split GGUF file is of all its
+  parts.
   """
-  found_at = {"policy.weights": config.policy.weights} if "policy" in config else {}
+  weights = (config.policy.weights or "") if "policy" in config else ""
+  found_at = {"policy.weights": _python_file(weights) or weights}
   environment = config.get("deployment", {}).get("environment", "textarena")
   if environment != "textarena":
     # The server side has none, and runs none.
     found_at["deployment.environment"] = str(named.found(environment) or "")
+  for text in config.get("evaluation", {}).get("tasks", ()):
+    found_at[f"evaluation.tasks, {text}"] = _python_file(text)
+  found_at["extraction.edit"] = _python_file(config.get("extraction", {}).get("edit", ""))
   if "distill" in config:
     found_at |= {
       f"distill.{name}": config.distill[name]
       for name in ("knowledge", "prompts", "held_out", "unrelated")
     }
     for name in ("obeys", "content"):  # FILE.py:FUNCTION
-      found_at[f"distill.{name}"] = config.distill[name].rpartition(":")[0]
+      found_at[f"distill.{name}"] = _python_file(config.distill[name])
   found = {}
   for field, name in found_at.items():
     path = pathlib.Path(name or "").expanduser()
@@ -121,6 +126,12 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
       digests = {part.name: _digest(part) for part in parts}
       found[field] = schema.digest(digests) if len(parts) > 1 else _digest(path)
   return found
+
+
+def _python_file(text: str) -> str:
+  """The file of FILE.py:NAME; "" for anything else, a MODULE:NAME too."""
+  file = text.rpartition(":")[0]
+  return file if file.endswith(".py") else ""
 
 
 def _digest(path: pathlib.Path) -> str:
