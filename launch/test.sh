@@ -25,4 +25,4 @@ environment "$VENV" '[test]'
 # A second environment with one extra alone, for tests/test_installed.py: made anew, so that nothing is left of what setup.cfg no longer names.
 cmp -s setup.cfg "$VENV-hf/installed[hf]" || clear_environment "$VENV-hf"
 environment "$VENV-hf" '[hf]'
-exec env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$VENV/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
+exec env JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" "$VENV/bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -14,14 +14,20 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 import jax
 import pytest
 
-# Files that take longest. They come first: a worker that gets one last goes on alone.
+# Files that take longest. They come first (launch/test.sh has xdist keep the order): a worker that
+# gets one last goes on alone.
 HEAVY = (
-  "test_step",
   "test_loop",
+  "test_step",
+  "test_installed",
+  "test_distill",
   "test_fused",
   "test_huggingface",
   "test_sampler",
   "test_unrolled",
+  "test_load",
+  "test_gguf",
+  "test_architecture",
 )
 
 
@@ -39,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
   """Runs tests marked gpu only where -m names gpu (-m slow does not), and stops there if JAX finds
   no GPU: nothing tested is no success.
   """
-  items.sort(key=lambda item: item.path.stem not in HEAVY)
+  items.sort(key=lambda item: (*HEAVY, item.path.stem).index(item.path.stem))
   needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
   if needs_gpu and "gpu" not in config.option.markexpr:
     config.hook.pytest_deselected(items=needs_gpu)

@@ -151,7 +151,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
       engine,
       name,
       jax.jit(
-        own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "path", "mesh")
+        own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "attn_impl", "mesh")
       ),
     )
   found = sampler.generate(

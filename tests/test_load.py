@@ -194,6 +194,7 @@ def test_on_the_real_game_it_does_what_it_is_told(policy):
   assert probes.play_lake(policy, 32, seed=11, knowledge=told(TRAP)).hits <= 3
 
 
+@pytest.mark.slow
 def test_it_writes_down_what_a_game_shows(policy):
   assert probes.extraction(policy, 32, seed=11).hits >= 30
 

@@ -58,6 +58,8 @@ SHORT = {
   "extraction.trajectories": 4,
   "extraction.use": 4,
   "extraction.max_knowledge_tokens": 60,
+  "extraction.top_p": 1.0,
+  "extraction.top_k": 0,
   "consolidation.steps": 4,
   "consolidation.batch_size": 4,
   "consolidation.checkpoint_every": 2,
@@ -364,7 +366,7 @@ def test_trained_weights_run_in_the_programs_of_the_first(run, cache):
   """A program for each of the shapes that prompts and ring have: 17 and 13; twice as many, if the
   base model's were not used again.
   """
-  assert 4 <= len(list(cache.glob("jit_enter-*-cache"))) <= 22
+  assert 4 <= len(list(cache.glob("jit_prefill_insert-*-cache"))) <= 22
   assert 4 <= len(list(cache.glob("jit_decode-*-cache"))) <= 17
   assert len(list(cache.glob("jit_prepare-*-cache"))) == 1
 
@@ -875,6 +877,8 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
     }
     for name, value in flags.items():
       monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
+    # No flag was parsed that would say where a path was set.
+    monkeypatch.setattr(main, "_resolve_paths", lambda config: None)
     with pytest.raises(SystemExit) as end:
       main.main([])
     lines = capsys.readouterr().err.splitlines()

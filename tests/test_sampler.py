@@ -260,7 +260,7 @@ def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
   def made(**how):
     raise InterruptedError(how["rows"])
 
-  monkeypatch.setattr(engine, "empty", made)
+  monkeypatch.setattr(slot_state, "empty", made)
 
   def rows(count, limit=1):
     with pytest.raises(InterruptedError) as raised:

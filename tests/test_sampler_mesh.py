@@ -87,7 +87,7 @@ def test_no_array_of_no_elements_is_spread(monkeypatch):
 
 
 def test_several_processes_keep_all_rows_everywhere(monkeypatch):
-  monkeypatch.setattr(engine, "row_axes", lambda mesh: ())
+  monkeypatch.setattr(slot_state, "row_axes", lambda mesh: ())
   prompts = random_prompts(*range(3, 15), seed=10)
   assert on_mesh(prompts, range(12), max_new_tokens=13) == sample(prompts, limit=13)
 

@@ -8,7 +8,7 @@ from test_changed_runs import Player, bits, play_a_round
 from test_loop import short_config
 
 from oel_jax import choices
-from oel_jax.consolidation import placement, trainer
+from oel_jax.consolidation import placement, restore
 from oel_jax.policy import load
 from oel_jax.runtime import files
 from oel_jax.runtime.metrics import Metrics
@@ -35,7 +35,7 @@ def fixture_run_stage(config, tmp_path, monkeypatch):
     there = (directory / str(config.steps)).is_dir()
     return {"w": np.full(3, 1, np.float32)} if there else None
 
-  monkeypatch.setattr(trainer, "trained_params", trained)
+  monkeypatch.setattr(restore, "trained_params", trained)
   return lambda name, number=1: stage_lib.run(config, tmp_path / "run", stage=name, number=number)
 
 

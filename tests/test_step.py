@@ -439,8 +439,9 @@ def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_
 @pytest.mark.parametrize(
   "shape, micro_tokens",
   [
-    (dict(data=8, fsdp=1, tensor=1), None),
-    (dict(data=2, fsdp=1, tensor=2), 19),
+    (dict(data=2, fsdp=2, tensor=2), 19),
+    pytest.param(dict(data=8, fsdp=1, tensor=1), None, marks=pytest.mark.slow),
+    pytest.param(dict(data=2, fsdp=1, tensor=2), 19, marks=pytest.mark.slow),
     pytest.param(dict(data=2, fsdp=2, tensor=2), None, marks=pytest.mark.slow),
     pytest.param(dict(data=1, fsdp=8, tensor=1), None, marks=pytest.mark.slow),
     pytest.param(dict(data=1, fsdp=1, tensor=8), None, marks=pytest.mark.slow),
@@ -463,10 +464,16 @@ def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, many)
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "imitation"])
 @pytest.mark.parametrize(
-  "tied, micro_tokens",
-  [(True, 19), (False, None), pytest.param(False, 19, marks=pytest.mark.slow)],
+  "kind, tied, micro_tokens",
+  [
+    ("reverse_kl", True, 19),
+    ("imitation", False, None),
+    pytest.param("reverse_kl", False, None, marks=pytest.mark.slow),
+    pytest.param("reverse_kl", False, 19, marks=pytest.mark.slow),
+    pytest.param("imitation", True, 19, marks=pytest.mark.slow),
+    pytest.param("imitation", False, 19, marks=pytest.mark.slow),
+  ],
 )
 def test_all_gradients_are_those_of_the_loop(kind, tied, micro_tokens):
   """Embedding and head too, tied or not: without a loop their gradients come out in other places

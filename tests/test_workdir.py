@@ -132,7 +132,7 @@ def make_files(folder):
     ("unrelated.txt", "distill.unrelated"),
     ("check.py", "distill.obeys"),
     ("my_env.py", "deployment.environment"),
-    ("my_task.py", "evaluation.tasks, {folder}/my_task.py:count"),
+    ("my_task.py", "evaluation.tasks"),
     ("my_edit.py", "extraction.edit"),
     ("my_policy.py", "policy.weights"),
   ],
@@ -140,7 +140,7 @@ def make_files(folder):
 def test_a_file_that_the_configuration_names_and_that_was_edited_is_refused_by_name(
   tmp_path, name, field
 ):
-  config, field = make_files(tmp_path), field.format(folder=tmp_path)
+  config = make_files(tmp_path)
   if name == "my_policy.py":
     config.policy.weights = f"{tmp_path}/my_policy.py:load"
   folder = open_workdir(config, tmp_path / "run")

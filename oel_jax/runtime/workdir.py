@@ -100,8 +100,6 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   if environment != "textarena":
     # The server side has none, and runs none.
     found_at["deployment.environment"] = str(named.found(environment) or "")
-  for text in config.get("evaluation", {}).get("tasks", ()):
-    found_at[f"evaluation.tasks, {text}"] = _python_file(text)
   found_at["extraction.edit"] = _python_file(config.get("extraction", {}).get("edit", ""))
   if "distill" in config:
     found_at |= {
@@ -125,6 +123,10 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
       parts = [part for part in files.split_parts(path) if part.is_file()]
       digests = {part.name: _digest(part) for part in parts}
       found[field] = schema.digest(digests) if len(parts) > 1 else _digest(path)
+  tasks = [_python_file(text) for text in config.get("evaluation", {}).get("tasks", ())]
+  digests = [_digest(path) for path in map(pathlib.Path, filter(None, tasks)) if path.is_file()]
+  if digests:
+    found["evaluation.tasks"] = schema.digest(digests)
   return found
 
 
