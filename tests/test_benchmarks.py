@@ -23,7 +23,7 @@ def fixture_script(monkeypatch):
 @pytest.mark.parametrize(
   "name, arguments, rows",
   [
-    ("loss", ["--tiny"], 7),
+    pytest.param("loss", ["--tiny"], 7, marks=pytest.mark.slow),
     pytest.param("step", ["tiny", "--growth"], 2, marks=pytest.mark.slow),
   ],
 )

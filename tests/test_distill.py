@@ -114,6 +114,7 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
   assert all((tmp_path / "run" / name).stat().st_mtime_ns == time for name, time in before.items())
 
 
+@pytest.mark.slow
 def test_a_model_that_has_not_changed_has_no_divergence(config, tmp_path):
   policy = pocket.load()
   prefixes = distill.read_prompts(config.distill.unrelated, "unrelated")

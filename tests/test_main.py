@@ -143,6 +143,7 @@ def test_starts_the_pre_training(start, tmp_path):
   assert start(size=":pretrain").stdout == f"pretrain 0 {tmp_path}/run\n"
 
 
+@pytest.mark.slow
 def test_paths_of_the_configuration_are_relative_to_it_and_those_given_to_where_one_is(
   start, tmp_path
 ):

@@ -400,7 +400,7 @@ def _gradient_after_one_step(
 @pytest.mark.parametrize(
   "micro_tokens, remat, pack, unroll",
   [
-    (19, "full", True, False),
+    pytest.param(19, "full", True, False, marks=pytest.mark.slow),
     (19, "dots", False, True),
     pytest.param(1, "dots", False, False, marks=pytest.mark.slow),
     pytest.param(40, "full", False, False, marks=pytest.mark.slow),
@@ -507,7 +507,7 @@ def test_all_gradients_are_those_of_the_loop(kind, tied, micro_tokens):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trained(True), wanted)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("unroll", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_student_that_is_its_teacher_has_no_divergence_in_bfloat16(unroll):
   """Loop or none, both run the same decoder: two would differ by their rounding."""
   samples, params = _samples([(3, 0, 4), (5, 0, 9)]), _params(0)
