@@ -144,10 +144,8 @@ def _prefill_insert(
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  axes, dtype = (
-    {"keys": slot_state.column_axis(attn_impl), "values": 2},
-    weights["embed"]["embedding"].dtype,
-  )
+  axes = {"keys": slot_state.column_axis(attn_impl), "values": 2}
+  dtype = weights["embed"]["embedding"].dtype
   # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
   if shared:
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
@@ -439,6 +437,8 @@ def _draw(
     sampling,
     active_B,
   )
+  # `sample_token` takes -inf for a mask; here nothing is masked: it is no number to draw from.
+  token = jnp.where(logits.min(-1) > -jnp.inf, token, NOT_FINITE)
   if not logprobs:
     return token, ()
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)

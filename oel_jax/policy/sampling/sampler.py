@@ -137,8 +137,8 @@ def generate(
   Raises:
     ValueError: an empty prompt, an id that the weights have no row for, a limit or slots below 1,
       or not one seed, limit or list a prompt; a reply's prompt is checked when it comes.
-    NotFiniteError: NaN or +inf is among a prompt's logits, and nothing is drawn from them. It names
-      the prompt's index and how many tokens its response had.
+    NotFiniteError: NaN or an infinity is among a prompt's logits, and nothing is drawn from them.
+      It names the prompt's index and how many tokens its response had.
   """
   if slots is not None and slots < 1:
     raise ValueError(f"generate got slots {slots}: it must be at least 1, or None")
