@@ -6,7 +6,7 @@ import pytest
 
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.schema import Message, Prompt
-from oel_jax.runtime.manifest import Manifest
+from oel_jax.runtime.manifest import Manifest, differing
 
 LINES = [Prompt(f"p{i}", (Message("user", str(i)),)) for i in range(4)]
 INPUTS = {"weights": "aa", "knowledge": "bb"}
@@ -117,3 +117,10 @@ def test_a_damaged_manifest_is_named(manifest, change, told):
   with pytest.raises(ValueError) as error:
     manifest.verify()
   assert str(error.value).startswith(f"{path}: ") and told in str(error.value)
+
+
+def test_what_an_earlier_version_does_not_say_is_not_compared():
+  now = {"weights": "aa", "knowledge": "bb"}
+  assert differing(now | {"more": "cc"}, now) == [] == differing(None, now)
+  assert differing({"weights": "aa"}, now) == ["knowledge"]
+  assert differing({"weights": "x", "knowledge": "y"}, now) == ["weights", "knowledge"]

@@ -16,6 +16,7 @@ from oel_jax.runtime import finite, schema
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.checksum import fingerprint
+from oel_jax.runtime.manifest import differing
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -62,7 +63,7 @@ def compare_inputs(
   """Raises ValueError if they differ; an earlier version's checkpoint (None) does not say what it
   was trained from.
   """
-  changed = [name for name in now if before and before.get(name) != now[name]]
+  changed = differing(before, now)
   if changed:
     raise ValueError(
       f"{directory}: its checkpoints were trained from other {', '.join(changed)} than this run "

@@ -104,6 +104,13 @@ class Manifest:
     return files.read_json(self.folder / NAME, _parse, advice)
 
 
+def differing(before: dict[str, str] | None, now: dict[str, str]) -> list[str]:
+  """Returns the inputs of `now` that differ from those of before; [] if a file of an earlier
+  version does not say what it was made from (None).
+  """
+  return [name for name in now if before and before.get(name) != now[name]]
+
+
 def _parse(value: Any) -> dict[str, Any]:
   schema.need(
     schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA)

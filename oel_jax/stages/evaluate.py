@@ -10,6 +10,7 @@ from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.report import records
 from oel_jax.runtime import files, schema
 from oel_jax.runtime.checksum import fingerprint
+from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import extract, knowledge, play
 from oel_jax.stages.run import EVALUATION, Run, made_from
@@ -40,8 +41,7 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     "settings": play.settings(run.config, all_of_it=True),
   }
   if path.exists():
-    measured = records.read_evaluation(path, number).made_from
-    changed = [name for name in inputs if measured and measured.get(name) != inputs[name]]
+    changed = differing(records.read_evaluation(path, number).made_from, inputs)
     if not changed:
       return
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")

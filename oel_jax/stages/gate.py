@@ -11,6 +11,7 @@ from oel_jax.evaluation import statistics
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.report import records
 from oel_jax.runtime import files
+from oel_jax.runtime.manifest import differing
 from oel_jax.stages import play
 from oel_jax.stages.run import GATE, Run, made_from
 
@@ -79,7 +80,7 @@ def _refuse_other(path: pathlib.Path, policy: Policy, texts: Sequence[str]) -> N
   round's.
   """
   before, now = records.read_gate(path).get("made_from"), made_from(policy, texts)
-  changed = [name for name in now if before and before.get(name) != now[name]]
+  changed = differing(before, now)
   if changed:
     raise ValueError(
       f"{path}: measured with other {', '.join(changed)} than the round has now: remove the "

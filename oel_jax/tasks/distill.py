@@ -32,6 +32,7 @@ from oel_jax.policy.sampling.scheduler import PREFILL_LENGTHS, bucket
 from oel_jax.report import distilled
 from oel_jax.runtime import files, finite, mesh, progress, schema
 from oel_jax.runtime.checksum import fingerprint
+from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import opened
@@ -251,8 +252,7 @@ def _measure(
     made_from[name] = schema.digest([files.sha256(pathlib.Path(file).expanduser()), function])
   if path.exists():
     found = files.read_json(path, distilled.measurement)
-    before = found.get("made_from")
-    changed = [name for name in made_from if before and before.get(name) != made_from[name]]
+    changed = differing(found.get("made_from"), made_from)
     if not changed:
       return found["measured"]
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")
