@@ -23,7 +23,7 @@ from oel_jax.stages import resume
 from oel_jax.stages.consolidate import note_trained
 from oel_jax.stages.deploy import deploy
 from oel_jax.stages.evaluate import evaluate
-from oel_jax.stages.extract import extract
+from oel_jax.stages.extract import extract, read_edit
 from oel_jax.stages.gate import gate
 from oel_jax.stages.run import Run
 
@@ -140,6 +140,41 @@ def test_an_environment_of_ones_own_is_played_and_again_where_its_file_was_edite
   play_a_round(make_run(deployment__environment=f"{file}:Doors"), player)
   assert player.asked > asked and path.read_bytes() == before
   assert "other settings" in caplog.text
+
+
+def test_a_task_of_ones_own_is_measured_again_where_its_file_was_edited(
+  make_run, tmp_path, caplog, tmp_path_factory
+):
+  file = tmp_path_factory.mktemp("own") / "own.py"
+  task = (
+    "from oel_jax.evaluation.tasks import Count\n\n\ndef odd(policy, count, *, seed):\n  return "
+  )
+  file.write_text(f"{task}Count(1, count)\n")
+  changes = dict(evaluation__tasks=(f"{file}:odd",), evaluation__retention=4)
+  rate = lambda: json.loads((tmp_path / "round_0/evaluation.json").read_text())["retention"]["odd"]
+  evaluate(make_run(**changes), 0, Player(), Player(), [])
+  assert (rate()["hits"], rate()["of"]) == (1, 4)
+  file.write_text(f"{task}Count(3, count)\n")
+  evaluate(make_run(**changes), 0, Player(), Player(), [])
+  assert rate()["hits"] == 3 and "it was measured with other settings" in caplog.text
+  file.write_text(f"{task}0.5\n")
+  with pytest.raises(ValueError, match="config.evaluation.tasks: odd returns 0.5: .*Count"):
+    evaluate(make_run(**changes), 0, Player(), Player(), [])
+
+
+@pytest.mark.parametrize(
+  "body, told",
+  [
+    ("return 3", "it returns 3: it must be a text"),
+    ("return text[9]", r"it fails \(IndexError.*:2"),
+  ],
+)
+def test_an_edit_of_ones_own_that_fails_is_told(make_run, tmp_path_factory, body, told):
+  file = tmp_path_factory.mktemp("own") / "own.py"
+  file.write_text(f"def edit(text):\n  {body}\n")
+  edit = read_edit(make_run(extraction__edit=f"{file}:edit").config)
+  with pytest.raises(ValueError, match=f"config.extraction.edit is '{file}:edit': {told}"):
+    edit("short")
 
 
 @pytest.mark.parametrize(

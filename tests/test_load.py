@@ -116,6 +116,21 @@ def test_it_is_the_same_by_its_short_name_its_function_and_its_file(tmp_path, po
   assert found.tokenizer.digest == policy.tokenizer.digest
 
 
+@pytest.mark.parametrize(
+  "body, told",
+  [
+    ("return {}", "it returns {}: it must be a Policy"),
+    ("return 1 / 0", r"it fails \(ZeroDivisionError: .*, at .*own.py:2\)"),
+  ],
+)
+def test_a_function_of_ones_own_that_makes_no_policy_is_told(tmp_path, body, told):
+  (tmp_path / "own.py").write_text(f"def make(dtype):\n  {body}\n")
+  with pytest.raises(
+    ValueError, match=f"config.policy.weights is '{tmp_path}/own.py:make': {told}"
+  ):
+    read(weights=f"{tmp_path}/own.py:make", architecture="auto")
+
+
 def test_its_weights_have_one_architecture():
   with pytest.raises(
     ValueError, match='config.policy.architecture is "?\'qwen3-1.7b\'.*it must be "auto" or fit'

@@ -68,3 +68,14 @@ def test_a_file_is_found_without_being_run(tmp_path, monkeypatch):
 )
 def test_paths_are_no_names(text, is_one):
   assert named.is_name(text) is is_one
+
+
+def test_a_function_that_fails_is_told_with_its_line(tmp_path):
+  file = tmp_path / "own.py"
+  file.write_text("def half(x):\n  return 1 / x\n")
+  text = f"{file}:half"
+  half = named.function(text, "config.x")
+  assert named.called(text, "config.x", half, 2) == 0.5
+  told = rf"config.x is '{text}': it fails \(ZeroDivisionError: .*, at {file}:2\)"
+  with pytest.raises(ValueError, match=told):
+    named.called(text, "config.x", half, 0)

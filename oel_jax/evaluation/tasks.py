@@ -7,6 +7,7 @@ function's name.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,10 +59,18 @@ def measure(
 ) -> dict[str, Any]:
   """Returns each task's share with its interval, on `count` examples that are the same in every
   round; {} if count is 0. `advance` is told of examples done.
+
+  Raises:
+    ValueError: a task returns something else than a Count; whatever a task raises is its own.
   """
   measured = {}
   for name, task in tasks.items() if count else ():
     found = task(policy, count, seed=seed)
+    if not isinstance(found, Count):
+      raise ValueError(
+        f"config.evaluation.tasks: {name} returns {reprlib.repr(found)}: it must be a "
+        "oel_jax.evaluation.tasks.Count"
+      )
     measured[name] = statistics.count(found.hits, found.of)
     advance(count)
   return measured

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ def _source(config: Any, dtype: jnp.dtype) -> tuple[Architecture, Any, Read]:
   if config.weights is None:
     raise ValueError(f"config.policy.weights is not set: it must be {FORMS}")
   if named.is_name(config.weights):
-    policy = named.function(config.weights, "config.policy.weights")(dtype)
+    policy = _made(config.weights, dtype)
     return policy.architecture, policy.tokenizer, functools.partial(_place, policy.params)
   path = files.local(config.weights, "config.policy.weights")
   if path.is_dir():
@@ -74,6 +75,15 @@ def _source(config: Any, dtype: jnp.dtype) -> tuple[Architecture, Any, Read]:
     tokenizer = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
     return architecture, tokenizer, functools.partial(gguf.load, file, architecture)
   return _own_file(config, path)
+
+
+def _made(text: str, dtype: jnp.dtype) -> Policy:
+  """What the user's function makes."""
+  field = "config.policy.weights"
+  policy = named.called(text, field, named.function(text, field), dtype)
+  if not isinstance(policy, Policy):
+    raise ValueError(f"{field} is {text!r}: it returns {reprlib.repr(policy)}: it must be a Policy")
+  return policy
 
 
 def _own_file(config: Any, path: pathlib.Path) -> tuple[Architecture, Any, Read]:

@@ -77,6 +77,24 @@ def function(text: str, field: str) -> Callable[..., Any]:
   return found
 
 
+def called(text: str, field: str, function: Callable[..., Any], *args: Any) -> Any:
+  """Returns what the user's function returns.
+
+  Args:
+    text, field: as in `function`.
+    function: what `text` names.
+    *args: what it is given.
+
+  Raises:
+    ValueError: it fails; names the field, the error and the line of the user's file.
+  """
+  try:
+    return function(*args)
+  except Exception as error:
+    reason = explained(error, found(text))
+    raise ValueError(f"{field} is {text!r}: it fails ({reason})") from error
+
+
 def explained(error: BaseException, file: pathlib.Path | None = None) -> str:
   """Returns an error's type, words and line: the last line of `file` that led to it, if one did."""
   told = f"{type(error).__name__}: {error}"

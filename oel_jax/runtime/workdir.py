@@ -123,11 +123,19 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
       parts = [part for part in files.split_parts(path) if part.is_file()]
       digests = {part.name: _digest(part) for part in parts}
       found[field] = schema.digest(digests) if len(parts) > 1 else _digest(path)
-  tasks = [_python_file(text) for text in config.get("evaluation", {}).get("tasks", ())]
-  digests = [_digest(path) for path in map(pathlib.Path, filter(None, tasks)) if path.is_file()]
-  if digests:
-    found["evaluation.tasks"] = schema.digest(digests)
+  if digest := tasks_digest(config):
+    found["evaluation.tasks"] = digest
   return found
+
+
+def tasks_digest(config: ml_collections.ConfigDict) -> str | None:
+  """16 hexadecimal digits of the user's files that evaluation.tasks names; None if it names none
+  that is there.
+  """
+  tasks = [_python_file(text) for text in config.get("evaluation", {}).get("tasks", ())]
+  paths = [pathlib.Path(file).expanduser() for file in tasks if file]
+  digests = [_digest(path) for path in paths if path.is_file()]
+  return schema.digest(digests) if digests else None
 
 
 def _python_file(text: str) -> str:

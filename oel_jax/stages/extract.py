@@ -1,6 +1,7 @@
 """Extraction: what the deployed games teach, in words (OEL section 3)."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,8 +38,19 @@ def extract(run: Run, number: int, policy: Policy) -> list[str]:
 
 def read_edit(config: Any) -> Callable[[str], str] | None:
   """The function that config.extraction.edit names; None if it names none."""
-  name = config.extraction.edit
-  return named.function(name, "config.extraction.edit") if name else None
+  name, field = config.extraction.edit, "config.extraction.edit"
+  if not name:
+    return None
+  own = named.function(name, field)
+
+  def edit(text: str) -> str:
+    edited = named.called(name, field, own, text)
+    if not isinstance(edited, str):
+      seen = reprlib.repr(edited)
+      raise ValueError(f"{field} is {name!r}: it returns {seen}: it must be a text")
+    return edited
+
+  return edit
 
 
 def texts_after(run: Run, step: int, policy: Policy) -> list[str]:

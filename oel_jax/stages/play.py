@@ -18,6 +18,7 @@ from oel_jax.evaluation import episodes as episodes_lib
 from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.runtime import files, schema
 from oel_jax.runtime.seeds import derive
+from oel_jax.runtime.workdir import tasks_digest
 from oel_jax.stages.run import Meter, Run, made_from
 
 Advance = Callable[..., None]
@@ -111,9 +112,10 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   own, policy = values["deployment"]["environment"], values["policy"]
   if own != "textarena":
     game["environment"] = [own, code_digest(config.deployment)]
-  return schema.digest(
-    [values["seed"], evaluation, game, policy["thinking"], policy["max_prompt_tokens"]]
-  )
+  parts = [values["seed"], evaluation, game, policy["thinking"], policy["max_prompt_tokens"]]
+  if all_of_it and (digest := tasks_digest(config)):
+    parts.append(digest)
+  return schema.digest(parts)
 
 
 def _episodes(seed: int, number: int, games: Games) -> list[Episode]:
