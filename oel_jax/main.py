@@ -117,8 +117,11 @@ def _experiments() -> str:
 def _list_games() -> NoReturn:
   from oel_jax.environments import games
 
-  for line in games.tried():
-    print(line, flush=True)
+  try:
+    for line in games.tried():
+      print(line, flush=True)
+  except BrokenPipeError:  # whoever reads has enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
   sys.exit()
 
 

@@ -30,6 +30,8 @@ class Run:
       raise BrokenPipeError("its process is gone")
     tell("log", values)
   def finish(self, exit_code):
+    if os.environ.get("WANDB_GONE"):
+      raise BrokenPipeError("its process is gone")
     tell("finish", exit_code)
 
 def init(**how):
@@ -101,6 +103,14 @@ def test_going_on_goes_on_with_the_same_run(told, tmp_path):
   for folder, project in (("lake", "another"), ("other", "mine")):
     Metrics(tmp_path / folder, asked(project)).close()
     assert told()[0][1]["id"] != first[1]["id"]
+
+
+def test_an_end_that_cannot_be_sent_is_a_warning(told, tmp_path, monkeypatch, caplog):
+  monkeypatch.setenv("WANDB_GONE", "1")
+  with Metrics(tmp_path, asked("mine")) as metrics:
+    metrics.write("evaluate", 0, round=1, passed=0.25)
+  assert [call[0] for call in told()] == ["init", "define", "log"]
+  assert "was not told of the end (BrokenPipeError" in caplog.text
 
 
 def test_curves_that_end_do_not_end_the_run(told, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """The list of games: what was tried of each, and why those that are not played are not."""
 
+import os
 import subprocess
 import sys
 
@@ -64,17 +65,28 @@ def test_each_game_is_told_with_what_was_tried_of_it(own_games, capfd):
   assert capfd.readouterr() == ("", "")
 
 
-def test_the_command_lists_them(monkeypatch):
-  """Without a configuration; here with a registry of one game, as all take a minute."""
-  code = (
-    "import runpy, sys\n"
-    "from textarena.envs import registration\n"
-    "for name in set(registration.ENV_REGISTRY) - {'Secretary-v0-raw', 'Secretary-v0'}:\n"
-    "  del registration.ENV_REGISTRY[name]\n"
-    "sys.argv = ['main', '--games']\n"
-    "runpy.run_module('oel_jax.main', run_name='__main__', alter_sys=True)\n"
-  )
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+# With a registry of one game, as all take a minute.
+LISTED = (
+  "import runpy, sys\n"
+  "from textarena.envs import registration\n"
+  "for name in set(registration.ENV_REGISTRY) - {'Secretary-v0-raw', 'Secretary-v0'}:\n"
+  "  del registration.ENV_REGISTRY[name]\n"
+  "sys.argv = ['main', '--games']\n"
+  "runpy.run_module('oel_jax.main', run_name='__main__', alter_sys=True)\n"
+)
+
+
+def test_a_reader_that_has_enough_ends_the_list_in_silence():
+  reads, writes = os.pipe()
+  os.close(reads)
+  done = subprocess.run([sys.executable, "-c", LISTED], stdout=writes, stderr=subprocess.PIPE)
+  os.close(writes)
+  assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_command_lists_them():
+  """Without a configuration."""
+  done = subprocess.run([sys.executable, "-c", LISTED], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   first, last = done.stdout.splitlines()
   assert first.split() == [

@@ -483,6 +483,10 @@ def test_an_agents_messages_are_gathered_by_session(tmp_path):
     ({"messages": [ASKED | {"tool_calls": [3]}]}, "a tool's call is 3: it must name a function"),
     ({"messages": [ASKED], "score": "good"}, "the reward is 'good': it must be a number"),
     ({"conversations": [{"from": "function_call", "value": None}]}, "Expecting value"),
+    (
+      {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": NaN}'}]},
+      "NaN is not JSON",
+    ),
     ({"hello": 3}, "a message is said by None"),
   ],
 )

@@ -32,7 +32,7 @@ from oel_jax.conversations.schema import (
   Source,
   ToolCall,
 )
-from oel_jax.runtime import files, named
+from oel_jax.runtime import files, named, schema
 
 TEXT = (".txt", ".text")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -324,7 +324,8 @@ def _said(value: Any) -> list[Message]:
     raise ValueError(f"a message is said by {reprlib.repr(who)}: it must be one of {known}")
   role, content = SPEAKERS[who], value.get("content", value.get("value"))
   if who == "function_call":  # ShareGPT's: the call is all that the message says
-    return [Message(role, "", (_call(json.loads(content if isinstance(content, str) else "")),))]
+    call = content if isinstance(content, str) else ""
+    return [Message(role, "", (_call(schema.loads(call.encode("utf-8", "replace"))),))]
   parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
   text, thinking, calls, results = [], [], [], []
   for part in parts:

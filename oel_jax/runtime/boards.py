@@ -119,9 +119,15 @@ class WeightsAndBiases:
       self._run = None
 
   def close(self, failed: bool) -> None:
-    """Sends what is left and ends the run."""
-    if self._run is not None:
+    """Sends what is left and ends the run; a failure is told, and ends nothing of ours."""
+    if self._run is None:
+      return
+    try:
       self._run.finish(exit_code=int(failed))
+    except Exception as error:
+      told = "Weights & Biases was not told of the end (%r); metrics.jsonl has all points"
+      logging.warning(told, error)
+    self._run = None
 
 
 def import_wandb(project: str) -> Any:
