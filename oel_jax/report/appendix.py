@@ -10,7 +10,7 @@ from oel_jax.report.parts import NONE, escape, label, note, percent_of, show_sec
 from oel_jax.report.records import Cost, Run
 
 # In the order of a round.
-STAGES = ("deploy", "extract", "prefixes", "gate", "consolidate", "evaluate")
+STAGES = ("deploy", "prefixes", "extract", "gate", "consolidate", "evaluate")
 
 
 def knowledge(run: Run) -> str:

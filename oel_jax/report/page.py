@@ -10,6 +10,7 @@ from oel_jax.report.games import ENDED_WORDS, games
 from oel_jax.report.parts import (
   NONE,
   document,
+  escape,
   figure,
   label,
   mean_cell,
@@ -34,12 +35,6 @@ _DECISIONS = {
   "train": "knowledge helps in context: trained on it",
   "warn": "no clear gain in context: trained on it all the same, with a warning",
   "skip": "no clear gain in context: not trained on it",
-}
-_RETENTION_WORDS = {
-  "extraction": "writes down what a record shows",
-  "worlds": "wins other worlds, told their rules",
-  "symmetric": "wins where layout gives no hint",
-  "other": "small text tasks, answered exactly",
 }
 
 
@@ -173,13 +168,7 @@ def _rounds(run: Run) -> str:
     + "<h3>What else the model can do</h3>"
     + (
       table(
-        (
-          "Round",
-          *(
-            f"{task.capitalize()}<br><small>{_RETENTION_WORDS.get(task, '')}</small>"
-            for task in run.tasks
-          ),
-        ),
+        ("Round", *(escape(task.capitalize()) for task in run.tasks)),
         retained,
       )
       if run.tasks
