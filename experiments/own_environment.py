@@ -22,9 +22,8 @@ class EvenNumber:
     self.most = most
 
   def reset(self, seed: int) -> str:
-    self.number = 2 + 2 * (
-      seed // 2 % (self.most // 2)
-    )  # held-out games have odd seeds, others even
+    # Held-out games have odd seeds, all others even: what is hidden must not hang on that.
+    self.number = 2 + 2 * (seed // 2 % (self.most // 2))
     return f"A number from 1 to {self.most} is hidden."
 
   def step(self, action: str) -> Step:

@@ -16,8 +16,9 @@ An environment of one's own, whole, in a file `coin.py`:
         right = action == self.side
         return Step(f"It was {self.side}.", done=True, reward=float(right))
 
-`config.deployment.environment = "coin.py:Coin"` has it played, with `actions = "[heads], [tails]"`
-and `action_pattern = r"\\[(heads|tails)\\]"`.
+`config.deployment.environment = "coin.py:Coin"` has it played, with `game_args = {}`,
+`player = ""`, `actions = "[heads], [tails]"` and `action_pattern = r"\\[(heads|tails)\\]"`.
+Held-out episodes have odd seeds, all others even ones.
 """
 
 import contextlib
