@@ -34,9 +34,11 @@ HEAVY = (
 @pytest.fixture(scope="session", autouse=True)
 def fixture_compile_once(tmp_path_factory):
   """What one test has compiled is loaded by the others: many make the same step anew, each in a jit
-  of its own.
+  of its own. Both of xdist's workers have the same folder: JAX's keys hang on its name.
   """
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+  top = tmp_path_factory.getbasetemp()
+  folder = (top.parent if os.environ.get("PYTEST_XDIST_WORKER") else top) / "compiled"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
