@@ -240,26 +240,9 @@ def _kernel(
   part, filled, column = pl.program_id(2), filled_ref[()], column_ref[()]
   S, H = keys_ref.shape
   dtype, low, high = keys_ref.dtype, pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
-  row = jnp.arange(ROWS) < queries
-
-  def rotated(ref, bias_ref, scale_ref, count):
-    """The two halves of normed and rotated heads [ROWS, H / 2], rounded where the model rounds."""
-    mask = (jnp.arange(ROWS) < count)[:, None]
-    get = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0).astype(
-      jnp.float32
-    )
-    x, y = get(ref, low), get(ref, high)
-    if biased:
-      x, y = x + get(bias_ref, low), y + get(bias_ref, high)
-    if eps is not None:
-      size = jax.lax.rsqrt((jnp.sum(x * x, -1) + jnp.sum(y * y, -1)) / H + eps)[:, None]
-      x, y = (
-        (z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32)
-        for z, half in ((x, low), (y, high))
-      )
-    cos, sin = cos_sin_ref[low][None], cos_sin_ref[high][None]
-    return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
-
+  rotated = functools.partial(
+    _rotated, cos_sin_ref=cos_sin_ref, dtype=dtype, eps=eps, biased=biased
+  )
   q_low, q_high = (
     half * jnp.asarray(H**-0.5, dtype) for half in rotated(q_ref, q_bias_ref, q_scale_ref, queries)
   )
@@ -268,17 +251,15 @@ def _kernel(
     jnp.sum(half.astype(jnp.float32), 0).astype(dtype)
     for half in rotated(k_ref, k_bias_ref, k_scale_ref, 1)
   )
-  new_value = (
-    (v_ref[0, :].astype(jnp.float32) + v_bias_ref[0, :]).astype(dtype) if biased else v_ref[0, :]
-  )
+  new_value = v_ref[0, :]
+  if biased:
+    new_value = (new_value.astype(jnp.float32) + v_bias_ref[0, :]).astype(dtype)
 
   @pl.when(part == 0)  # no other part reads the newest block
   def _():
-    keys_ref[column, low], keys_ref[column, high], values_ref[column, :] = (
-      new_low,
-      new_high,
-      new_value,
-    )
+    keys_ref[column, low] = new_low
+    keys_ref[column, high] = new_high
+    values_ref[column, :] = new_value
 
   # The newest block holds column % BLOCK + 1 of the columns or fewer; the others lie behind it, in
   # the last resort around the end of the cache.
@@ -286,28 +267,19 @@ def _kernel(
   count = jnp.minimum(1 + pl.cdiv(jnp.maximum(filled - column % BLOCK - 1, 0), BLOCK), blocks)
 
   def block(i, carry, newest_too=False):
-    value, mass, top = carry
     start = (newest - part - i * parts + blocks) % blocks * BLOCK
     here, columns = pl.ds(start, BLOCK), start + jnp.arange(BLOCK)
     keys_low, keys_high, values = keys_ref[here, low], keys_ref[here, high], values_ref[here, :]
     if newest_too:  # what was just written may not be seen yet by all threads
       fresh = (columns == column)[:, None]
-      keys_low, keys_high = (
-        jnp.where(fresh, new_low[None], keys_low),
-        jnp.where(fresh, new_high[None], keys_high),
-      )
+      keys_low = jnp.where(fresh, new_low[None], keys_low)
+      keys_high = jnp.where(fresh, new_high[None], keys_high)
       values = jnp.where(fresh, new_value[None], values)
     scores = triton.dot(q_low, keys_low.T) + triton.dot(q_high, keys_high.T)
     scores = jnp.where(((column - columns + S) % S < filled)[None], scores, attention.MASKED)
-    above = jnp.maximum(top, scores.max(-1))
-    weights, kept = jnp.exp(scores - above[:, None]), jnp.exp(top - above)
-    return (
-      value * kept[:, None] + triton.dot(weights.astype(dtype), values),
-      mass * kept + weights.sum(-1),
-      above,
-    )
+    return _online_softmax(scores, values, carry)
 
-  start = (
+  nothing = (
     jnp.zeros((ROWS, H), jnp.float32),
     jnp.zeros((ROWS,), jnp.float32),
     jnp.full((ROWS,), attention.MASKED, jnp.float32),
@@ -315,9 +287,39 @@ def _kernel(
   # The first block apart: the others go straight from memory to the products, and can be fetched
   # ahead. A part that has none reads one that nobody sees, which the sum over the parts forgets.
   value, mass, top = jax.lax.fori_loop(
-    1, pl.cdiv(jnp.maximum(count - part, 0), parts), block, block(0, start, newest_too=True)
+    1, pl.cdiv(jnp.maximum(count - part, 0), parts), block, block(0, nothing, newest_too=True)
   )
-  value = value / mass[:, None]
-  triton.store(value_ref.at[pl.ds(0, ROWS), :], value.astype(value_ref.dtype), mask=row[:, None])
+  value = (value / mass[:, None]).astype(value_ref.dtype)
+  row = jnp.arange(ROWS) < queries
+  triton.store(value_ref.at[pl.ds(0, ROWS), :], value, mask=row[:, None])
   triton.store(mass_ref.at[pl.ds(0, ROWS)], mass, mask=row)
   triton.store(top_ref.at[pl.ds(0, ROWS)], top, mask=row)
+
+
+def _rotated(ref, bias_ref, scale_ref, count, *, cos_sin_ref, dtype, eps, biased):
+  """The two halves of `count` normed and rotated heads [ROWS, H / 2], rounded where the model
+  rounds; rows beyond `count` are zeros.
+  """
+  H = ref.shape[-1]
+  low, high = pl.ds(0, H // 2), pl.ds(H // 2, H // 2)
+  mask = (jnp.arange(ROWS) < count)[:, None]
+  load = lambda ref, half: triton.load(ref.at[pl.ds(0, ROWS), half], mask=mask, other=0.0)
+  get = lambda ref, half: load(ref, half).astype(jnp.float32)
+  x, y = get(ref, low), get(ref, high)
+  if biased:
+    x, y = x + get(bias_ref, low), y + get(bias_ref, high)
+  if eps is not None:
+    size = jax.lax.rsqrt((jnp.sum(x * x, -1) + jnp.sum(y * y, -1)) / H + eps)[:, None]
+    rounded = lambda z, half: (z * (size * get(scale_ref, half))).astype(dtype).astype(jnp.float32)
+    x, y = rounded(x, low), rounded(y, high)
+  cos, sin = cos_sin_ref[low][None], cos_sin_ref[high][None]
+  return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
+
+
+def _online_softmax(scores, values, carry):
+  """Adds a block to a running softmax: the weighted sum of values, the mass, the largest score."""
+  value, mass, top = carry
+  above = jnp.maximum(top, scores.max(-1))
+  weights, kept = jnp.exp(scores - above[:, None]), jnp.exp(top - above)
+  value = value * kept[:, None] + triton.dot(weights.astype(values.dtype), values)
+  return value, mass * kept + weights.sum(-1), above
