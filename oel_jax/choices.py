@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from oel_jax.consolidation import placement
 from oel_jax.policy import transformer
 from oel_jax.policy.ops import common
-from oel_jax.policy.sampling import engine, kv_cache
+from oel_jax.policy.sampling import kv_cache, model
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
 from oel_jax.runtime import mesh as mesh_lib
@@ -40,7 +40,7 @@ def choose(
   activation = jax.ShapeDtypeStruct((), dtype)
   kernels = common.supported(activation, a.head_size)
   sampling_kernels = common.supported(activation)
-  prefill, step = engine.prefill_attn_impl(dtype), kv_cache.attn_impl(a, dtype)
+  prefill, step = model.prefill_attn_impl(dtype), kv_cache.attn_impl(a, dtype)
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

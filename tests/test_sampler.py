@@ -14,7 +14,7 @@ from jax.extend import core as jax_core
 
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import named
-from oel_jax.policy.sampling import engine, kv_cache, sampler, scheduler, slot_state
+from oel_jax.policy.sampling import engine, kv_cache, model, sampler, scheduler, slot_state
 from oel_jax.policy.sampling.sampler import Policy, generate
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime.finite import NotFiniteError
@@ -358,7 +358,7 @@ def loop_operands(jaxpr) -> set[tuple[int, ...]]:
 
 def test_the_loop_takes_no_stacked_weights_apart():
   """No layer is sliced out of a stack; of the cache, one column is written."""
-  weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
+  weights = model.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = slot_state.empty(
     architecture=TINY, rows=4, columns=64, eos_ids=2, dtype=jnp.float32, attn_impl="xla"
   )
@@ -381,7 +381,7 @@ def test_the_loop_takes_no_stacked_weights_apart():
 
 
 def test_the_ring_is_written_in_place():
-  weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
+  weights = model.prepare(params(), architecture=TINY, dtype=jnp.float32)
   slots = slot_state.empty(
     architecture=TINY, rows=32, columns=1024, eos_ids=1, dtype=jnp.float32, attn_impl="xla"
   )

@@ -18,7 +18,7 @@ from test_sampler import (
 )  # noqa: F401
 from test_sampler_mesh import on_mesh, placed
 
-from oel_jax.policy.sampling import driver, engine, scheduler, slot_state
+from oel_jax.policy.sampling import driver, engine, model, scheduler, slot_state
 
 
 def alike_prompts():
@@ -214,7 +214,7 @@ def test_replies_where_every_response_is_one_id(monkeypatch):
 
 def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
   """On a CPU every prompt looks at the slots; on a GPU only those that share."""
-  weights = engine.prepare(params(), architecture=TINY, dtype=jnp.float32)
+  weights = model.prepare(params(), architecture=TINY, dtype=jnp.float32)
   tokens, lengths = driver.pad_right(random_prompts(5, 20, 32, seed=15), 4, 32, 1)
   zero, how = (
     np.zeros((4,), np.int32),

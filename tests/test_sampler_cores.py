@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_sampler import TINY, naive_sampled, random_prompts, sample
 
-from oel_jax.policy.sampling import engine, sampler, scheduler
+from oel_jax.policy.sampling import engine, model, sampler, scheduler
 
 
 @pytest.fixture(name="threads", autouse=True)
@@ -111,9 +111,9 @@ def test_cores_are_those_of_a_cpu_without_a_mesh(monkeypatch):
 
 
 def test_all_read_the_same_weights(monkeypatch):
-  made, prepare = [], engine.prepare
+  made, prepare = [], model.prepare
   monkeypatch.setattr(
-    engine, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
+    model, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
   )
   seen, enter = [], engine.prefill_insert
   monkeypatch.setattr(

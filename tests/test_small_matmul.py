@@ -9,7 +9,7 @@ import pytest
 from test_sampler import naive_sampled, random_prompts, sample
 
 from oel_jax.policy.ops import common, norm, small_matmul
-from oel_jax.policy.sampling import engine
+from oel_jax.policy.sampling import engine, model
 
 INTERPRET = jax.default_backend() != "gpu"
 
@@ -78,7 +78,7 @@ def test_which_products_fit(monkeypatch):
 def fixture_fresh():
   """What is traced here is for this test alone."""
   clear = lambda: [
-    function.clear_cache() for function in (engine.prepare, engine.prefill_insert, engine.decode)
+    function.clear_cache() for function in (model.prepare, engine.prefill_insert, engine.decode)
   ]
   clear()
   yield

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_sampler import FREE, TINY, next_logits, params, random_prompts, sample
 
-from oel_jax.policy.sampling import engine, slot_state, token_sampling
+from oel_jax.policy.sampling import engine, model, slot_state, token_sampling
 from oel_jax.policy.sampling.token_sampling import Sampling, filter_logits, sample_token
 
 
@@ -179,7 +179,7 @@ def test_ended_rows_and_what_fills_a_batch_sort_nothing(sorts):
     "embed": jax.tree.map(np.copy, params()["embed"]),
   }
   weights["embed"]["embedding"][0] = 0
-  weights = engine.prepare(weights, architecture=TINY, dtype=jnp.float32)
+  weights = model.prepare(weights, architecture=TINY, dtype=jnp.float32)
   slots = slot_state.empty(
     architecture=TINY, rows=4, columns=64, eos_ids=1, dtype=jnp.float32, attn_impl="xla"
   )

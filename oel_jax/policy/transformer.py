@@ -8,7 +8,7 @@ that training scans over layers. Decoding takes them apart once, outside its loo
 slicing stacked weights at every token is several times slower.
 
 The block is written once (`block`). The scanned run here (meshes, CPU), the unrolled one (one GPU,
-`policy.unrolled`) and cached decoding (`policy.sampling.engine`) call it, each with its own layout
+`policy.unrolled`) and sampling (`policy.sampling.model`) call it, each with its own layout
 of a layer's weights and its own operations on them, which come from `policy.ops`.
 """
 

@@ -14,56 +14,23 @@ a scatter. A prompt is inserted so that its last token stands in the column writ
 
 Who sits where, and what is taken over from whom, is the scheduler's business.
 
-Weights are cast, unstacked and fused once, outside of every loop: slicing stacked weights at every
-token is several times slower, and so are three small matrix products instead of a large one.
-
 On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
 rows have not ended.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from oel_jax.policy import attention, transformer, unrolled
+from oel_jax.policy import attention, transformer
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.ops import heads, norm, small_matmul
-from oel_jax.policy.sampling import kv_cache, slot_state
+from oel_jax.policy.sampling import kv_cache, model, slot_state
 from oel_jax.policy.sampling.slot_state import Slots
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
-
-
-@functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
-def prepare(
-  params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None
-) -> Any:
-  """Parameters as sampling wants them: layers apart, the matrices that read the same input fused,
-  on a GPU one row an output.
-
-  Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
-  On a mesh each device gets them whole, however training has placed them.
-  """
-  params = unrolled.fuse(params, dtype)
-
-  def turn(layer: Any) -> Any:
-    made = {name: small_matmul.lay_out(layer[name]) for name in unrolled.MATRICES}
-    made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
-    made |= {"qkv_bias": layer["qkv_bias"]} if architecture.qkv_bias else {}
-    if architecture.qk_norm:
-      made["qk_norm"] = heads.by_head(architecture, layer["qk_norm"])
-    return made
-
-  params = {**params, "layers": tuple(map(turn, params["layers"]))}
-  return (
-    jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
-    if mesh
-    else params
-  )
 
 
 class Shared(NamedTuple):
@@ -99,7 +66,7 @@ def prefill_insert(
   """Prefills prompts, puts them into slots and draws each one's first id.
 
   Args:
-    weights: from `prepare`.
+    weights: from `model.prepare`.
     slots: their cache has room for the longest prompt.
     tokens_RxT, lengths_R: what of the prompts is to be read, padded on the right.
     rows_R: the slot of each; B for those that fill the batch.
@@ -161,17 +128,19 @@ def _prefill_insert(
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
     if shared is None:
-      return attention.causal(q, keys[-1], values[-1], prefill_attn_impl(dtype))
+      return attention.causal(q, keys[-1], values[-1], model.prefill_attn_impl(dtype))
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
     seen = jnp.concatenate(
       [jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1
     )
-    if prefill_attn_impl(dtype) == "xla":
+    if model.prefill_attn_impl(dtype) == "xla":
       return kv_cache.attend_many(q, keys[-1], values[-1], seen)
     return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
 
   with jax.named_scope("prefill"):
-    hidden = _forward(weights, architecture, tokens_RxT, _heads(architecture, positions), attend)
+    hidden = model.forward(
+      weights, architecture, tokens_RxT, model.heads_at(architecture, positions), attend
+    )
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, eos_ids = requests
   token, scores = _draw(
@@ -267,7 +236,7 @@ def decode(
   """Draws an id in every active row, over and over.
 
   Args:
-    weights: from `prepare`.
+    weights: from `model.prepare`.
     slots: no row has more tokens than the cache has columns, less `steps`.
     steps: most ids a row, at most `chunk`.
     min_active: it stops when fewer rows than this are active; at least 1.
@@ -344,7 +313,9 @@ def _read_last(
   keys, values = [], []
   cos_sin = attention.cos_sin(slots.filled, a)
   # The kernel makes queries, keys and values of the projection itself.
-  split = (lambda layer, qkv: qkv) if attn_impl == "triton" else _heads(a, slots.filled[:, None])
+  split = (
+    (lambda layer, qkv: qkv) if attn_impl == "triton" else model.heads_at(a, slots.filled[:, None])
+  )
 
   def attend(layer, own):
     cache = slots.keys[len(keys)], slots.values[len(keys)]
@@ -367,61 +338,8 @@ def _read_last(
     values.append(cache[1])
     return y
 
-  hidden = _forward(weights, a, slots.token[:, None], split, attend)[:, 0]
+  hidden = model.forward(weights, a, slots.token[:, None], split, attend)[:, 0]
   return hidden, tuple(keys), tuple(values)
-
-
-def prefill_attn_impl(dtype: Any) -> str:
-  """The attention that reads prompts: "cudnn" on a GPU in bfloat16, or "xla"."""
-  return "cudnn" if small_matmul.on_gpu() and dtype == jnp.bfloat16 else "xla"
-
-
-def _forward(
-  weights: Any, a: Architecture, tokens_BxT: Int[Array, "B T"], split: Callable, attend: Callable
-) -> Float[Array, "B T D"]:
-  """`transformer.apply` on prepared weights.
-
-  `split(layer, qkv)` gets the heads [B, T, N + 2 K, H] as projected; `attend(layer, …)` what that
-  gives, and keeps what it must.
-  """
-  B, T = tokens_BxT.shape
-  run = _operations(a, (B, T), split, attend)
-  x, y = weights["embed"]["embedding"][tokens_BxT].reshape(B * T, -1), None
-  for layer in weights["layers"]:
-    x, y = transformer.block(run, layer, x, y)
-  return norm.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
-
-
-def _operations(
-  a: Architecture, shape: tuple[int, int], split: Callable, attend: Callable
-) -> transformer.Operations:
-  """The block's operations on prepared weights and the tokens of B rows of T."""
-
-  def norm_product(x, y, scale, matrix):
-    x, normed = norm.add_norm(x, y, scale, a.norm_eps)
-    return x, small_matmul.product(normed, matrix)
-
-  def norm_swiglu(x, y, scale, matrix):
-    x, normed = norm.add_norm(x, y, scale, a.norm_eps)
-    return x, small_matmul.swiglu(normed, matrix)
-
-  side_by_side = lambda qkv: qkv.reshape(*shape, a.heads + 2 * a.kv_heads, a.head_size)
-  return transformer.Operations(
-    norm_product=norm_product,
-    heads=lambda layer, qkv: split(layer, side_by_side(qkv)),
-    attend=lambda layer, own: attend(layer, own).reshape(-1, a.heads * a.head_size),
-    product=small_matmul.addend,
-    norm_swiglu=norm_swiglu,
-    down=small_matmul.addend,
-  )
-
-
-def _heads(a: Architecture, positions: Int[Array, "B T"]) -> Callable:
-  """`ops.heads` for `_forward`, for tokens at these positions."""
-  cos_sin = attention.cos_sin(positions, a)
-  return lambda layer, qkv: heads.plain(
-    a, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin
-  )
 
 
 def _draw(

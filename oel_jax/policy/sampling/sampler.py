@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import engine, kv_cache, slot_state
+from oel_jax.policy.sampling import kv_cache, model, slot_state
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -149,7 +149,7 @@ def generate(
   mesh = (
     placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
   )
-  weights = engine.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
+  weights = model.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
   how = dict(
     architecture=architecture,
     sampling=sampling,

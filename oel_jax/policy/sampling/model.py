@@ -1,0 +1,100 @@
+"""The forward pass of sampling: the block's mathematics on weights that were made ready for it.
+
+Weights are cast, unstacked and fused once, outside of every loop: slicing stacked weights at every
+token is several times slower, and so are three small matrix products instead of a large one. What a
+program attends to, the tokens themselves or a cache, it says itself (`attend`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from oel_jax.policy import attention, transformer, unrolled
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import heads, norm, small_matmul
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
+def prepare(
+  params: Any, *, architecture: Architecture, dtype: Any, mesh: Mesh | None = None
+) -> Any:
+  """Parameters as sampling wants them: layers apart, the matrices that read the same input fused,
+  on a GPU one row an output.
+
+  Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
+  On a mesh each device gets them whole, however training has placed them.
+  """
+  params = unrolled.fuse(params, dtype)
+
+  def turn(layer: Any) -> Any:
+    made = {name: small_matmul.lay_out(layer[name]) for name in unrolled.MATRICES}
+    made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
+    made |= {"qkv_bias": layer["qkv_bias"]} if architecture.qkv_bias else {}
+    if architecture.qk_norm:
+      made["qk_norm"] = heads.by_head(architecture, layer["qk_norm"])
+    return made
+
+  params = {**params, "layers": tuple(map(turn, params["layers"]))}
+  return (
+    jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
+    if mesh
+    else params
+  )
+
+
+def forward(
+  weights: Any, a: Architecture, tokens_BxT: Int[Array, "B T"], split: Callable, attend: Callable
+) -> Float[Array, "B T D"]:
+  """`transformer.apply` on prepared weights.
+
+  `split(layer, qkv)` gets the heads [B, T, N + 2 K, H] as projected; `attend(layer, …)` what that
+  gives, and keeps what it must.
+  """
+  B, T = tokens_BxT.shape
+  run = _operations(a, (B, T), split, attend)
+  x, y = weights["embed"]["embedding"][tokens_BxT].reshape(B * T, -1), None
+  for layer in weights["layers"]:
+    x, y = transformer.block(run, layer, x, y)
+  return norm.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
+
+
+def _operations(
+  a: Architecture, shape: tuple[int, int], split: Callable, attend: Callable
+) -> transformer.Operations:
+  """The block's operations on prepared weights and the tokens of B rows of T."""
+
+  def norm_product(x, y, scale, matrix):
+    x, normed = norm.add_norm(x, y, scale, a.norm_eps)
+    return x, small_matmul.product(normed, matrix)
+
+  def norm_swiglu(x, y, scale, matrix):
+    x, normed = norm.add_norm(x, y, scale, a.norm_eps)
+    return x, small_matmul.swiglu(normed, matrix)
+
+  side_by_side = lambda qkv: qkv.reshape(*shape, a.heads + 2 * a.kv_heads, a.head_size)
+  return transformer.Operations(
+    norm_product=norm_product,
+    heads=lambda layer, qkv: split(layer, side_by_side(qkv)),
+    attend=lambda layer, own: attend(layer, own).reshape(-1, a.heads * a.head_size),
+    product=small_matmul.addend,
+    norm_swiglu=norm_swiglu,
+    down=small_matmul.addend,
+  )
+
+
+def heads_at(a: Architecture, positions: Int[Array, "B T"]) -> Callable:
+  """`ops.heads` as `forward`'s `split`, for tokens at these positions."""
+  cos_sin = attention.cos_sin(positions, a)
+  return lambda layer, qkv: heads.plain(
+    a, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin
+  )
+
+
+def prefill_attn_impl(dtype: Any) -> str:
+  """The attention that reads prompts: "cudnn" on a GPU in bfloat16, or "xla"."""
+  return "cudnn" if small_matmul.on_gpu() and dtype == jnp.bfloat16 else "xla"
