@@ -13,6 +13,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from oel_jax.consolidation.divergences import DIVERGENCES
+from oel_jax.conversations.schema import KNOWLEDGE_HEADS
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.runtime import boards
 
@@ -22,6 +23,7 @@ CHOICES = {
   "policy.compute_dtype": ("auto", "bfloat16", "float32"),
   "extraction.form": ("items", "text"),
   "extraction.start_from": ("nothing", "previous_round"),
+  "extraction.wording": tuple(KNOWLEDGE_HEADS),
   "extraction.source": ("extracted", "trajectories", "empty"),
   "consolidation.data": ("student", "teacher"),
   "consolidation.kind": (*DIVERGENCES, "imitation"),
@@ -128,6 +130,8 @@ def default() -> ml_collections.ConfigDict:
       trajectories=30,  # accumulated, a text
       use=15,  # the text as it stood after this many trajectories is what consolidation uses
       form="items",  # "items": lines that begin "- EXPERIENCE ITEM:"; "text": free text
+      # in whose words the extractor is asked and the knowledge told: "games" or "conversations"
+      wording="games",
       see_previous=True,  # whether the extractor sees the knowledge so far
       # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
       start_from="nothing",

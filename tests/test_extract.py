@@ -183,6 +183,16 @@ def test_thinking_reaches_the_template(thinking):
   )
 
 
+def test_the_words_of_conversations_speak_of_no_game():
+  policy = Policy()
+  run(policy, wording="conversations")
+  for prompts, _ in policy.calls:
+    for prompt in prompts:
+      asked = prompt.replace(transcript(read_by(prompt)), "")
+      assert "conversation" in asked and "game" not in asked and "board" not in asked
+      assert asked.count(MARK) == len(shown_items(asked)) + 1  # and the form that is asked for
+
+
 def test_free_text():
   policy = Policy(answer=lambda prompt, seed: f" Para {seed}.\n\nMore. ")
   texts = run(policy, form="text")
@@ -555,6 +565,7 @@ def test_a_partial_file_of_other_weights_or_other_games_under_the_same_ids(tmp_p
     run(Policy(broken_at=2), state_path=state, weights="aa")
   for changes in (
     dict(weights="bb"),
+    dict(weights="aa", wording="conversations"),
     dict(weights="aa", games=[GAMES[0], *map(game, range(2, N + 1))]),
   ):
     games = [

@@ -204,6 +204,13 @@ def test_knowledge_is_one_system_message_and_nothing_else_changes():
     assert informed == [[[system.role, system.content]] + chat for chat in plain]
 
 
+def test_in_the_words_of_conversations_knowledge_is_the_items_alone():
+  policy = Policy(lambda *_: "</think>[down]")
+  item = "- EXPERIENCE ITEM: H is bad."
+  play(policy, SPEC, episodes=episodes(1, item), slots=1, **HOW, wording="conversations")
+  assert policy.calls[0][0][0][0] == ["knowledge", item]
+
+
 def test_the_template_is_asked_for_thinking_or_not():
   for thinking in (True, False):
     policy = scripted("", "")

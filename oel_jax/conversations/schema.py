@@ -124,9 +124,16 @@ class Prompt:
 EMPTY = " "
 
 
-def knowledge_message(knowledge: str) -> Message:
-  """The message that gives a conversation knowledge; nothing else of its prompt changes."""
-  return Message(KNOWLEDGE, f"Experience from earlier games:\n{knowledge}")
+# What stands above the items, by config.extraction.wording. Conversations are given the items
+# alone: a real model made the best use of them so.
+KNOWLEDGE_HEADS = {"games": "Experience from earlier games:\n", "conversations": ""}
+
+
+def knowledge_message(knowledge: str, wording: str = "games") -> Message:
+  """The message that gives a conversation knowledge; nothing else of its prompt changes. `wording`
+  is one of KNOWLEDGE_HEADS.
+  """
+  return Message(KNOWLEDGE, f"{KNOWLEDGE_HEADS[wording]}{knowledge}")
 
 
 def shown(messages: Iterable[Message]) -> tuple[Message, ...]:

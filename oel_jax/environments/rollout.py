@@ -90,6 +90,7 @@ def play(
   max_prompt_tokens: int,
   slots: int,
   thinking: bool,
+  wording: str = "games",
   on_finished: Callable[[Conversation], None] | None = None,
   advance: Callable[[int], None] | None = None,
 ) -> list[Conversation]:
@@ -106,6 +107,7 @@ def play(
     max_prompt_tokens: limit of a prompt, in tokens.
     slots: games that are open, and played side by side.
     thinking: whether the chat template opens a thinking block.
+    wording: how knowledge is told (`schema.knowledge_message`).
     on_finished: called with each conversation as its game ends.
     advance: called with the number of games that have ended so far.
 
@@ -128,7 +130,7 @@ def play(
 
   def ask(seat: _Seat) -> tuple[list[int], int]:
     """The prompt of the seat's next turn, and the seed of its answer."""
-    prompt = _prompt(policy, seat, thinking, max_prompt_tokens)
+    prompt = _prompt(policy, seat, thinking, wording, max_prompt_tokens)
     return prompt, derive(seat.episode.sample_seed, seat.turns)
 
   def reply(
@@ -293,9 +295,10 @@ def _calls(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
   return [episodes[start : start + size] for start in range(0, len(episodes), size)]
 
 
-def _prompt(policy: Any, seat: _Seat, thinking: bool, limit: int) -> list[int]:
+def _prompt(policy: Any, seat: _Seat, thinking: bool, wording: str, limit: int) -> list[int]:
   """Token ids of the prompt for the seat's next turn."""
-  knowledge = knowledge_message(seat.episode.knowledge) if seat.episode.knowledge else None
+  text = seat.episode.knowledge
+  knowledge = knowledge_message(text, wording) if text else None
   ids = prompt_lib.ids(policy.tokenizer, seat.messages, knowledge, thinking=thinking)
   if len(ids) > limit:
     raise ValueError(

@@ -41,6 +41,7 @@ def extract(
   seed: int,
   round: int,
   thinking: bool = True,
+  wording: str = "games",
   start: Sequence[Knowledge] | None = None,
   state_path: pathlib.Path | None = None,
   weights: str = "",
@@ -72,6 +73,7 @@ def extract(
     seed: config.seed.
     round: the round, from 1.
     thinking: whether the chat template opens a thinking block.
+    wording: "games" or "conversations": the words in which the extractor is asked.
     start: e_0 of each text, the previous round's knowledge; None: empty.
     state_path: partial file (`extraction.state`), added to after every step and resumed from if it
       is there. When complete, nothing is sampled any more.
@@ -95,7 +97,8 @@ def extract(
       f"extraction.texts is {texts}, but {len(start)} texts are carried over: it must be the same "
       "as in the previous round"
     )
-  encode = functools.partial(_encode, policy.tokenizer, form=form, thinking=thinking)
+  words = dict(form=form, wording=wording)
+  encode = functools.partial(_encode, policy.tokenizer, thinking=thinking, **words)
   how = _Settings(
     policy=policy,
     encode=encode,
@@ -119,6 +122,8 @@ def extract(
       "weights": weights,
       "transcripts": schema.digest([transcript(trajectory) for trajectory in trajectories]),
     }
+    if wording != "games":  # the only one that files of before were made with
+      made_from["wording"] = wording
     named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
     identity = {**named, "trajectories": ids, "made_from": made_from}
     done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in orders])
@@ -261,11 +266,10 @@ def _orders(count: int, texts: int, seed: int, round: int) -> list[list[int]]:
 
 
 def _encode(
-  tokenizer, trajectory: Conversation, knowledge: Knowledge, *, form: str, thinking: bool
+  tokenizer, trajectory: Conversation, knowledge: Knowledge, *, thinking: bool, **words: str
 ) -> list[int]:
-  return tokenizer.chat(
-    [extraction_message(transcript(trajectory), knowledge.text, form=form)], thinking=thinking
-  )
+  asked = extraction_message(transcript(trajectory), knowledge.text, **words)
+  return tokenizer.chat([asked], thinking=thinking)
 
 
 def _prompt(

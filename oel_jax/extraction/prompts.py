@@ -1,22 +1,37 @@
 """What the extractor reads: one finished trajectory, perhaps the knowledge so far, and the form its
-answer must have.
+answer must have. The words are those of games or of conversations, as config.extraction.wording
+says.
 """
 
 from oel_jax.conversations.schema import Message
 
 ITEM_MARK = "- EXPERIENCE ITEM:"
 
-_TASK = (
-  "What does this record teach that will help in any later game of this kind? "
-  "Speak of symbols and rules, not of places on this board. Prefer what is not yet known.\n"
-)
+_OPENING = {
+  "games": "This is the record of a finished game whose rules nobody told the player.",
+  "conversations": "This is the record of one finished conversation of an assistant.",
+}
+_KNOWN = {"games": "Known before this game:", "conversations": "Known before this conversation:"}
+_TASK = {
+  "games": (
+    "What does this record teach that will help in any later game of this kind? "
+    "Speak of symbols and rules, not of places on this board. Prefer what is not yet known.\n"
+  ),
+  "conversations": (
+    "What does this record teach that will help with later cases of this kind, whoever asks? "
+    "Name the kind of case and what is right for it, as the replies and the feedback show. "
+    "Leave out names, numbers and whatever belongs to this one case.\n"
+  ),
+}
 _FORM = {
   "items": f"Answer with one or two lines, each of which begins with {ITEM_MARK}",
   "text": "Answer with a few plain sentences.",
 }
 
 
-def extraction_message(transcript: str, knowledge: str, *, form: str) -> Message:
+def extraction_message(
+  transcript: str, knowledge: str, *, form: str, wording: str = "games"
+) -> Message:
   """The user message that asks for what a trajectory teaches (OEL section 3, e'_i ~ π_extract(· |
   τ_i, e_{i-1})).
 
@@ -24,7 +39,8 @@ def extraction_message(transcript: str, knowledge: str, *, form: str) -> Message
     transcript: `conversations.schema.transcript` of one finished episode.
     knowledge: e_{i-1}; "" if there is none or the extractor is not to see it.
     form: "items" or "text".
+    wording: "games" or "conversations".
   """
-  known = f"Known before this game:\n{knowledge}\n\n" if knowledge else ""
-  opening = "This is the record of a finished game whose rules nobody told the player.\n\n"
-  return Message("user", f"{opening}{known}Record:\n{transcript}\n\n{_TASK}{_FORM[form]}")
+  known = f"{_KNOWN[wording]}\n{knowledge}\n\n" if knowledge else ""
+  asked = f"{_TASK[wording]}{_FORM[form]}"
+  return Message("user", f"{_OPENING[wording]}\n\n{known}Record:\n{transcript}\n\n{asked}")

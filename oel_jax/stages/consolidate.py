@@ -1,5 +1,6 @@
 """Consolidation, the server side: knowledge/ and prompts.jsonl in, checkpoints out."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from absl import logging
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import trainer
 from oel_jax.conversations.jsonl import read_prompts
+from oel_jax.conversations.schema import knowledge_message
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages.run import CHECKPOINTS, Run
@@ -26,6 +28,7 @@ def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> 
     round=number,
     thinking=run.config.policy.thinking,
     limit=run.config.policy.max_prompt_tokens,
+    message=functools.partial(knowledge_message, wording=run.config.extraction.wording),
   )
   with run.stage(number, "consolidate", policy, config.steps) as (meter, advance):
     params, cost = trainer.consolidate(

@@ -107,6 +107,7 @@ def _accumulate(
     seed=run.config.seed,
     round=number,
     thinking=run.config.policy.thinking,
+    wording=config.wording,
     start=knowledge.read(run, number - 1) if carries else None,
     state_path=run.round(number) / "user/extraction.jsonl",
     weights=fingerprint(policy.params),

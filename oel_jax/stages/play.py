@@ -113,6 +113,8 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   if own != "textarena":
     game["environment"] = [own, code_digest(config.deployment)]
   parts = [values["seed"], evaluation, game, policy["thinking"], policy["max_prompt_tokens"]]
+  if values["extraction"]["wording"] != "games":  # what all were of before there were two
+    parts.append(values["extraction"]["wording"])
   if all_of_it and (digest := tasks_digest(config)):
     parts.append(digest)
   return schema.digest(parts)
@@ -155,4 +157,5 @@ def _play(
     max_response_tokens=config.deployment.max_response_tokens,
     max_prompt_tokens=config.policy.max_prompt_tokens,
     thinking=config.policy.thinking,
+    wording=config.extraction.wording,
   )
