@@ -92,6 +92,7 @@ class Conversation:
     passed: of a game: reward >= config.deployment.passed_reward, by the game's own end.
     ended: of a game: one of ENDED.
     feedback: what a user said of it afterwards.
+    user: who the user was, as a log names them; what a user said is all held out, or none of it.
   """
 
   id: str
@@ -102,6 +103,7 @@ class Conversation:
   passed: bool | None = None
   ended: str | None = None
   feedback: str | None = None
+  user: str | None = None
 
   @property
   def answers(self) -> tuple[Message, ...]:
@@ -187,7 +189,7 @@ def to_json(record: Conversation | Prompt) -> dict[str, Any]:
     data["source"] = _known(dataclasses.asdict(record.source))
   data["messages"] = [_message_to_json(message) for message in record.messages]
   if isinstance(record, Conversation):
-    names = ("outcome", "reward", "passed", "ended", "feedback")
+    names = ("outcome", "reward", "passed", "ended", "feedback", "user")
     data |= _known({name: getattr(record, name) for name in names})
   return data
 
@@ -239,6 +241,7 @@ def conversation_from_json(data: dict[str, Any]) -> Conversation:
     passed=optional(data, "passed", bool),
     ended=optional(data, "ended", str),
     feedback=optional(data, "feedback", str),
+    user=optional(data, "user", str),
   )
   if source.kind == GAME:
     _check_game(data)
