@@ -1,19 +1,12 @@
-"""Files that others wrote: logs of conversations, and what config.distill names.
+"""Files that others wrote and config.distill names; logs of conversations are `logs.py`'s.
 
-A log, `read_log`, is read as a stream: OpenAI's chat lines, ShareGPT's, or the trace of an agent, a
-message a line. Tools' messages and calls are kept; a line that is no conversation is left out,
-counted and named.
-
-What config.distill names are a text, prompts in every usual form, and a check of answers. Nothing
-in them is changed or left out in silence. A text is UTF-8, with or without a byte order mark; its
-lines end with a newline, alone or behind a carriage return, and with nothing else. What a
-conversation holds beyond roles and texts (tools, names, reasoning…) is refused by name, with file
-and line.
+They are a text, prompts in every usual form, and a check of answers. Nothing in them is changed or
+left out in silence. A text is UTF-8, with or without a byte order mark; its lines end with a
+newline, alone or behind a carriage return, and with nothing else. What a conversation holds beyond
+roles and texts (tools, names, reasoning…) is refused by name, with file and line.
 """
 
-import itertools
 import json
-import os
 import pathlib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,24 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from oel_jax.conversations.jsonl import MAX_DAMAGED, JsonLines
-from oel_jax.conversations.schema import (
-  AGENT,
-  LOG,
-  READS,
-  Conversation,
-  Message,
-  Prompt,
-  Source,
-  ToolCall,
-)
-from oel_jax.runtime import files, named, schema
+from oel_jax.conversations.schema import READS, Message, Prompt
+from oel_jax.runtime import files, named
 
 TEXT = (".txt", ".text")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 ROLES = ("system", "user", "assistant")
-# What a log may hold beside a conversation that is no part of what the model reads.
+# What a line may hold beside a conversation that is no part of what the model reads.
 HARMLESS = {
   "schema", "id", "messages", "digest", "metadata", "model", "created", "created_at", "timestamp",
   "source", "dataset", "split", "tags", "language", "user", "store", "stream", "n", "seed",
@@ -239,125 +222,3 @@ def read_check(name: str, field: str = "obeys") -> Callable[..., bool]:
     return bool(result)
 
   return checked
-
-
-# Logs.
-
-# What a speaker is called in logs: its role here.
-SPEAKERS = {
-  "system": "system", "developer": "system", "user": "user", "human": "user",
-  "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-  "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
-  "function_response": "tool",
-}  # fmt: skip
-TEXT_PARTS = ("text", "input_text", "output_text")
-SESSIONS = ("sessionId", "session_id", "session", "conversation_id")
-
-
-def read_log(
-  path: str | os.PathLike, *, max_damaged: float = MAX_DAMAGED
-) -> Iterator[Conversation]:
-  """The conversations of a log, as a stream, each with file and line as its source.
-
-  Args:
-    path: a file with one JSON object a line. With "messages", a line is a conversation as OpenAI
-      writes it; with "conversations", as ShareGPT does; else an agent's message, and those that
-      follow one another and name the same session, or none, are one conversation. "feedback",
-      "outcome", and "reward" or "score" are kept where they are given.
-    max_damaged: largest share of lines that may be none of these; they are left out, counted, and
-      the first of them named in the log.
-
-  Raises:
-    ValueError: more lines are damaged (`jsonl.JsonLines`), at the end.
-    OSError: the file cannot be read.
-  """
-  lines = JsonLines(path, lambda data, line: _log_line(data, line, path), max_damaged=max_damaged)
-  # A conversation stands alone; an agent's messages are gathered session by session.
-  for session, group in itertools.groupby(lines, key=lambda found: found[0]):
-    if session is None:
-      yield from (conversation for _, conversation in group)
-    else:
-      first, *others = (conversation for _, conversation in group)
-      said = itertools.chain(first.messages, *(other.messages for other in others))
-      yield Conversation(session or first.id, tuple(said), first.source)
-
-
-def _log_line(
-  data: dict[str, Any], line: int, path: str | os.PathLike
-) -> tuple[str | None, Conversation]:
-  """(None, a conversation), or an agent's session and the part of it that stands on this line."""
-  name = str(data.get("id") or f"{pathlib.Path(path).stem}-{line}")
-  if "messages" not in data and "conversations" not in data:
-    inner = data["message"] if isinstance(data.get("message"), dict) else data
-    session = next((str(data[field]) for field in SESSIONS if data.get(field)), "")
-    source = Source(AGENT, str(path), line=line)
-    return session, Conversation(name, tuple(_said(inner)), source)
-  given = data.get("messages", data.get("conversations"))
-  if not isinstance(given, list) or not given:
-    raise ValueError(f"the conversation is {reprlib.repr(given)}: it must be a list of messages")
-  reward = data.get("reward", data.get("score"))
-  if reward is not None and type(reward) not in (int, float):
-    raise ValueError(f"the reward is {reprlib.repr(reward)}: it must be a number")
-  conversation = Conversation(
-    name,
-    tuple(message for each in given for message in _said(each)),
-    Source(LOG, str(path), line=line),
-    outcome=_words(data.get("outcome")),
-    reward=None if reward is None else float(reward),
-    feedback=_words(data.get("feedback")),
-  )
-  return None, conversation
-
-
-def _words(value: Any) -> str | None:
-  """A text as it is, anything else as JSON."""
-  return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _said(value: Any) -> list[Message]:
-  """The messages of one entry: one, but for an entry with the results of several tools."""
-  if not isinstance(value, dict):
-    raise ValueError(f"a message is {reprlib.repr(value)}: it must be an object")
-  who = value.get("role", value.get("from"))
-  if not isinstance(who, str) or who not in SPEAKERS:
-    known = ", ".join(SPEAKERS)
-    raise ValueError(f"a message is said by {reprlib.repr(who)}: it must be one of {known}")
-  role, content = SPEAKERS[who], value.get("content", value.get("value"))
-  if who == "function_call":  # ShareGPT's: the call is all that the message says
-    call = content if isinstance(content, str) else ""
-    return [Message(role, "", (_call(schema.loads(call.encode("utf-8", "replace"))),))]
-  parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-  text, thinking, calls, results = [], [], [], []
-  for part in parts:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-      text.append(part["text"])
-    elif kind == "thinking" and isinstance(part.get("thinking"), str):
-      thinking.append(part["thinking"])
-    elif kind == "tool_use":
-      calls.append(_call(part))
-    elif kind == "tool_result":
-      said = _said({"role": "tool", "content": part.get("content")})
-      results.append(
-        Message("tool", said[0].content, tool_call_id=str(part.get("tool_use_id", "")))
-      )
-    else:
-      raise ValueError(f"a part of a message is {reprlib.repr(part)}: texts and tools are read")
-  made = value.get("tool_calls") or []
-  if not isinstance(made, list):
-    raise ValueError(f"the calls of a message are {reprlib.repr(made)}: they must be a list")
-  calls += map(_call, made)
-  calls += [_call(value["function_call"])] if value.get("function_call") else []
-  thinking += [str(value[name]) for name in ("reasoning_content", "reasoning") if value.get(name)]
-  names = {name: str(value[name]) for name in ("tool_call_id", "name") if value.get(name)}
-  own = Message(role, "".join(text), tuple(calls), thinking="\n".join(thinking), **names)
-  return results + ([own] if text or calls or thinking or not results else [])
-
-
-def _call(value: Any) -> ToolCall:
-  """A call as OpenAI writes it, as Anthropic does, or bare: {"name", "arguments"}."""
-  function = value.get("function", value) if isinstance(value, dict) else None
-  if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-    raise ValueError(f"a tool's call is {reprlib.repr(value)}: it must name a function")
-  arguments = function.get("arguments", function.get("input", {}))
-  return ToolCall(str(value.get("id") or ""), function["name"], _words(arguments) or "")

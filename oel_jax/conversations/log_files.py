@@ -1,0 +1,111 @@
+"""The JSON values in a file of logs, one after another: never the whole file in memory, and what is
+damaged between them told by its place.
+"""
+
+import io
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from oel_jax.conversations.schema import READS
+from oel_jax.runtime import schema
+
+SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+MAX_RECORD = 1 << 26  # bytes of one record, above which it is not even held in memory
+
+
+def values(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  """Yields (number, JSON value) for each record of a file, from 1: the number of its line, in a
+  .json file that of the value. What is no JSON is a ValueError in the value's place.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  with open(file, "rb") as stream:
+    if file.suffix.lower() == ".json":
+      yield from _values(stream)
+    else:
+      yield from ((number, _parsed(line)) for number, line in _lines(stream))
+
+
+def _parsed(line: bytes | Exception) -> Any:
+  """The JSON value of a line; a record that we wrote is compared with its digest."""
+  if isinstance(line, Exception):
+    return line
+  try:
+    data = json.loads(line.decode("utf-8-sig"))
+    own = isinstance(data, dict) and data.get("schema") in READS and "digest" in data
+    return schema.loads(line) if own else data
+  except UnicodeDecodeError as error:
+    return ValueError(f"not UTF-8 at byte {error.start}")
+  except RecursionError:
+    return ValueError("nested too deeply")
+  except ValueError as error:
+    return error
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | Exception]]:
+  """The lines that say something, with their numbers from 1; one beyond all bounds is an error."""
+  number = 0
+  while line := stream.readline(MAX_RECORD):
+    number += 1
+    if len(line) == MAX_RECORD and not line.endswith(b"\n"):
+      while (rest := stream.readline(MAX_RECORD)) and not rest.endswith(b"\n"):
+        pass
+      yield number, ValueError(f"a line of more than {MAX_RECORD >> 20} MiB")
+    elif line.strip():
+      yield number, line
+
+
+_BLANK = re.compile(r"[\s,]*")
+_CHUNK = 1 << 20
+
+
+def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+  """The JSON values of a .json file, with their numbers from 1: an array's items, or objects that
+  follow one another, on one line or on many; of a list as OpenAI's API gives it, its "data".
+  """
+  decoder, reader = json.JSONDecoder(), io.TextIOWrapper(stream, encoding="utf-8-sig")
+  text, number, array = "", 0, None
+  try:
+    while True:
+      start = _BLANK.match(text).end()
+      if start < len(text) and array is None:
+        array = text[start] == "["
+        text = text[start + array :]
+        continue
+      if array and text[start : start + 1] == "]":
+        return
+      try:
+        value, end = decoder.raw_decode(text, start)
+      except RecursionError:
+        yield number + 1, ValueError("nested too deeply; nothing behind it is read")
+        return
+      except json.JSONDecodeError as error:
+        text = text[start:]
+        # What is cut off by the end of the chunk looks like damage, too.
+        more = reader.read(max(_CHUNK, len(text))) if len(text) < MAX_RECORD else ""
+        if more or not text:
+          text += more
+          if not text:
+            return
+          continue
+        number += 1
+        if array:
+          yield number, ValueError(f"{error.msg}; nothing behind it is read")
+          return
+        yield number, ValueError(error.msg)
+        while "\n" not in text and (text := reader.read(_CHUNK)):
+          pass
+        text = text.partition("\n")[2]
+        continue
+      text = text[end:]
+      listed = value.get("data") if isinstance(value, dict) and value.get("object") == "list" else 0
+      for each in listed if isinstance(listed, list) else [value]:
+        number += 1
+        yield number, each
+  except UnicodeDecodeError:
+    yield number + 1, ValueError("not UTF-8; nothing behind it is read")
