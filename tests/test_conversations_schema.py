@@ -2,6 +2,7 @@
 and logs.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -83,7 +84,15 @@ def test_lines_of_the_version_before_are_read(tmp_path):
   assert jsonl.read_conversations(tmp_path / "games.jsonl", max_damaged=0.0) == [GAME, GAME]
 
 
-@pytest.mark.parametrize("conversation", [GAME, CHAT], ids=["game", "chat"])
+def test_an_environment_that_said_nothing_at_the_end_leaves_no_line():
+  quiet = dataclasses.replace(GAME, outcome="")
+  assert transcript(quiet) == OLD_TRANSCRIPT.removesuffix("\nEnd of game:\nThe end.")
+
+
+SORTED = dataclasses.replace(GAME, source=Source("game", "desk", 7, category="desk"))
+
+
+@pytest.mark.parametrize("conversation", [GAME, CHAT, SORTED], ids=["game", "chat", "sorted"])
 def test_a_conversation_is_read_back_equal(conversation):
   data = json.loads(json.dumps(to_json(conversation)))
   assert conversation_from_json(data) == conversation
@@ -137,6 +146,7 @@ def test_the_transcript_of_a_chat_says_who_said_what():
     (lambda data: data.pop("source"), "field 'source' is missing"),
     (lambda data: data["source"].update(kind="dream"), "field 'kind' is 'dream'"),
     (lambda data: data["source"].update(line="3"), "field 'line' is '3'"),
+    (lambda data: data["source"].update(category=3), "field 'category' is 3"),
     (lambda data: data["messages"][0].update(role="narrator"), "role of message 1 is 'narrator'"),
     (lambda data: data["messages"][0].update(content=None), "field 'content' is None"),
     (lambda data: data["messages"][3].update(tool_calls=[3]), "field 'function' is missing"),

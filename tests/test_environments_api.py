@@ -45,6 +45,7 @@ def test_the_environment_gets_the_seed_and_the_action_without_brackets():
     (Step("", True, np.float32(0.5), "half"), Step("", True, 0.5, "half", "lost")),
     (Step("no", True, 0.0, "", "invalid"), Step("no", True, 0.0, "no", "invalid")),
     (Step("no", True, 2.0, "", "invalid"), Step("no", True, 2.0, "no", "passed")),
+    (Step("no", True, category="hard"), Step("no", True, 0.0, "no", "lost", "hard")),
   ],
 )
 def test_the_reward_says_what_is_passed(step, ended):
@@ -66,6 +67,8 @@ def test_the_limit_stops_a_game_and_passes_nothing():
     opened.play("[x]")
   assert len(environment.heard) == 2
   assert game(max_turns=1, quiet=Step(""))[0].play("[quiet]").outcome == stopped[:-8] + "1 turns."
+  sort = game(max_turns=1, quiet=Step("", category="hard"))[0].play("[quiet]").category
+  assert sort == "hard"
   # An end of its own on the last turn is its own.
   assert game(max_turns=1, end=Step("e", True, 1.0))[0].play("[end]").ended == "passed"
 
@@ -81,6 +84,7 @@ def test_the_limit_stops_a_game_and_passes_nothing():
     (Step("a", True, float("nan")), "reward of what step returned is nan"),
     (Step("a", True, 1.0, 3), "outcome of what step returned is 3: it must be a text"),
     (Step("a", True, 1.0, "", "won"), "ended of what step returned is 'won': it must be one of"),
+    (Step("a", True, category=3), "category of what step returned is 3: it must be a text"),
   ],
 )
 def test_what_is_no_step_is_told(returned, told):

@@ -70,12 +70,14 @@ class Source:
     name: the registered name of a game; the file of a log.
     seed: of a game's map.
     line: of a log's file, from 1; in an array, the item's number.
+    category: of a game, which sort of episode it was, by its own word.
   """
 
   kind: str
   name: str
   seed: int | None = None
   line: int | None = None
+  category: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def transcript(conversation: Conversation) -> str:
   """
   game = conversation.source.kind == GAME
   lines = [_game_line(message) if game else _line(message) for message in conversation.messages]
-  if conversation.outcome is not None:
+  if conversation.outcome:  # nobody may have said anything
     lines.append(f"{'End of game' if game else 'Outcome'}:\n{conversation.outcome}")
   if conversation.feedback is not None:
     lines.append(f"Feedback:\n{conversation.feedback}")
@@ -272,7 +274,8 @@ def _source(data: dict[str, Any]) -> Source:
   if field(data, "kind", str) not in KINDS:
     raise ValueError(f"field 'kind' is {data['kind']!r}: it must be one of {', '.join(KINDS)}")
   seed, line = optional(data, "seed", int), optional(data, "line", int)
-  return Source(data["kind"], field(data, "name", str), seed, line)
+  category = optional(data, "category", str)
+  return Source(data["kind"], field(data, "name", str), seed, line, category)
 
 
 def _check_game(data: dict[str, Any]) -> None:

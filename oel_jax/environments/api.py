@@ -53,6 +53,8 @@ class Step:
       the observation says it.
     ended: "invalid" on the last step if an invalid move ended the game, else "". What `Game.play`
       returns has "passed", "lost", "invalid" or "turn_limit" on the last step.
+    category: on the last step, which sort of episode it was: evaluation counts the passed ones by
+      it, and nobody else reads it.
   """
 
   observation: str
@@ -60,6 +62,7 @@ class Step:
   reward: float = 0.0
   outcome: str = ""
   ended: str = ""
+  category: str = ""
 
 
 class Environment(Protocol):
@@ -67,7 +70,8 @@ class Environment(Protocol):
 
   A new object is made for each episode, `reset` is called once, and then `step` until the game is
   over. How the player is asked is configuration: the first observation comes after the words of
-  `environments/prompts.py`, which name `player` and `actions`; later ones are given as they are.
+  `environments/prompts.py`, which name `player` and `actions`, or alone if both are ""; later ones
+  are given as they are.
   Up to `deployment.slots` episodes are played side by side in one process, never two methods at a
   time.
 
@@ -167,12 +171,12 @@ class Game:
     if step.done:
       ended = "passed" if step.reward >= self._spec.passed_reward else step.ended or "lost"
       outcome = step.outcome or step.observation
-      return Step(step.observation, True, float(step.reward), outcome, ended)
+      return Step(step.observation, True, float(step.reward), outcome, ended, step.category)
     if not self._done:
       return Step(step.observation)
     stopped = f"The game was stopped after {self._turns} turns."
     outcome = f"{step.observation}\n{stopped}" if step.observation else stopped
-    return Step(step.observation, True, 0.0, outcome, "turn_limit")
+    return Step(step.observation, True, 0.0, outcome, "turn_limit", step.category)
 
   def _check(self, step: Any) -> None:
     """Raises RuntimeError unless it is a `Step` whose fields are of their types."""
@@ -187,6 +191,7 @@ class Game:
       ),
       "outcome": (isinstance(step.outcome, str), "a text"),
       "ended": (step.ended in ENDED, f"one of {', '.join(map(repr, ENDED))}"),
+      "category": (isinstance(step.category, str), "a text"),
     }
     for name, (fits, what) in right.items():
       if not fits:

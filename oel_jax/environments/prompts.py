@@ -7,8 +7,10 @@ from oel_jax.conversations.schema import Message
 
 def first_message(observation: str, *, player: str, actions: str) -> Message:
   """The user message that opens a game: what is asked, then the game's first observation,
-  untouched.
+  untouched; that alone, which then says itself what is asked, if `player` and `actions` are "".
   """
+  if not player and not actions:
+    return Message("user", observation)
   symbol = f"You are {player} on the board. " if player else ""
   return Message(
     "user",

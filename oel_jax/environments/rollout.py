@@ -325,7 +325,7 @@ def _move(
   return Conversation(
     id=seat.episode.id,
     messages=tuple(seat.messages),
-    source=Source(GAME, spec.name, seed=seat.episode.map_seed),
+    source=Source(GAME, spec.name, seat.episode.map_seed, category=step.category or None),
     outcome=step.outcome,
     reward=step.reward,
     passed=step.ended == "passed",

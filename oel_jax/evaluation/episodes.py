@@ -27,10 +27,10 @@ def leaks(text: str) -> bool:
 
 def play_summary(games: Sequence[Conversation]) -> dict[str, Any]:
   """Passed, response tokens a turn, turns a game, how games ended, and responses that leak; with
-  counts and intervals.
+  counts and intervals. Where games say of which category they are, passed ones of each, too.
   """
   answers = [answer for game in games for answer in game.answers]
-  return {
+  found = {
     "passed": statistics.count(sum(game.passed for game in games), len(games)),
     "response_tokens": statistics.mean([answer.response_tokens for answer in answers]),
     "moves": statistics.mean([len(game.answers) for game in games]),
@@ -39,3 +39,12 @@ def play_summary(games: Sequence[Conversation]) -> dict[str, Any]:
       sum(leaks(f"{answer.thinking}\n{answer.content}") for answer in answers), len(answers)
     ),
   }
+  categories = sorted({game.source.category for game in games} - {None})
+  return found | ({"categories": _by_category(games, categories)} if categories else {})
+
+
+def _by_category(games: Sequence[Conversation], categories: Sequence[str]) -> dict[str, Any]:
+  passed = {
+    name: [game.passed for game in games if game.source.category == name] for name in categories
+  }
+  return {name: statistics.count(sum(found), len(found)) for name, found in passed.items()}
