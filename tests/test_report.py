@@ -429,6 +429,28 @@ def test_a_task_of_the_users_own_is_shown_where_it_was_measured(tmp_path):
   assert "Spelling" in Seen(page_of(tmp_path)).text
 
 
+def test_games_are_counted_by_what_the_environment_calls_them(tmp_path):
+  for number, hits in enumerate((1, 4)):
+    parts = {"desk": count(hits, 6), "form <b>": count(1, 4)}
+    found = {"schema": 1, "round": number, "retention": {}}
+    found |= {"without": play(hits + 1, 10, 50.0) | {"categories": parts}}
+    found |= (
+      {"in_context": play(9, 10, 50.0) | {"categories": {"desk": count(9, 10)}}} if number else {}
+    )
+    (tmp_path / f"round_{number}").mkdir()
+    (tmp_path / f"round_{number}/evaluation.json").write_text(json.dumps(found))
+  results = report.write(tmp_path)
+  desk = [entry["categories"]["desk"] for entry in (results["base"], results["rounds"][0])]
+  assert [(share["passed"], share["passed_count"]) for share in desk] == [(1 / 6, 6), (4 / 6, 6)]
+  assert results["rounds"][0]["in_context_categories"]["desk"]["passed"] == 0.9
+  seen = Seen(page_of(tmp_path))
+  text = seen.text.partition("By category")[2].partition("Does the knowledge help")[0]
+  assert text.startswith("RoundDeskForm <b>Base model16.7%1 of 6")
+  assert (
+    "Round 1, in context, before90.0%9 of 10" in text and "Round 1, in context, after" not in text
+  )
+
+
 def test_rows_of_a_finished_round(run):
   base, first, _ = report.rows(report.write(run))
   assert first == {
@@ -580,6 +602,11 @@ def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
       "round_1/evaluation.json",
       lambda value: value["without"]["leaks"].update(count(1, 7)),
       "without.leaks.of is 7: it must be 384 in all",
+    ),
+    (
+      "round_1/evaluation.json",
+      lambda value: value["without"].update(categories={"desk": count(1, 7)}),
+      "without.categories is 7: it must be 128 in all",
     ),
     (
       "round_1/cost.json",

@@ -53,6 +53,7 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
     section("Rounds", _rounds(run)),
     section("Curves", _plots(run, light, dark)),
     section("How games ended", _ended(run)),
+    *(section("By category", found) for found in [_categories(run)] if found),
     section("Does the knowledge help in context?", _gates(run)),
     section("Held-out games, before and after", games(run)),
     section("Knowledge", appendix.knowledge(run)),
@@ -245,6 +246,32 @@ def _ended(run: Run) -> str:
     lines.append([f"<td>{label(number)}</td>", f'<td><div class="bar">{bar}</div></td>', *cells])
   return table(head, lines, left=["Share of games"]) + note(
     "Played without knowledge in the prompt."
+  )
+
+
+def _categories(run: Run) -> str:
+  """Passed games of each category, "" where no game has one; a category may be a kind of case."""
+  ways = {
+    "without": "",
+    "in_context": ", in context, before",
+    "after_in_context": ", in context, after",
+  }
+  plays = {
+    f"{label(number)}{told}": play
+    for number, evaluation in sorted(run.evaluations.items())
+    for way, told in ways.items()
+    if (play := getattr(evaluation, way)) and play.categories
+  }
+  names = sorted({name for play in plays.values() for name in play.categories})
+  lines = [
+    [f"<td>{told}</td>", *(share_cell(play.categories.get(name)) for name in names)]
+    for told, play in plays.items()
+  ]
+  head = ("Round", *(escape(name.capitalize()) for name in names))
+  return (
+    table(head, lines) + note("Held-out games passed, by what the environment calls them.")
+    if names
+    else ""
   )
 
 

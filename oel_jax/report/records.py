@@ -41,7 +41,7 @@ class Measure:
 @dataclasses.dataclass(frozen=True)
 class Play:
   """Held-out games played one way. `response_tokens` is a mean over turns, `moves` over games;
-  `leaks` counts answers.
+  `leaks` counts answers; `categories` has the games passed of each category, {} if there are none.
   """
 
   passed: Measure
@@ -49,6 +49,7 @@ class Play:
   moves: Measure
   ended: dict[str, int]
   leaks: Measure
+  categories: dict[str, Measure]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,18 +302,26 @@ def _gate(value: Any) -> dict[str, Any]:
 
 def _play(value: Any, where: str) -> Play:
   ended = get(value, "ended", where)
+  categories = value.get("categories", {})
+  need(isinstance(categories, dict), f"{where}.categories", categories, "an object")
   play = Play(
     read_share(get(value, "passed", where), f"{where}.passed"),
     read_mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
     read_mean(get(value, "moves", where), f"{where}.moves"),
     {name: whole(ended, name, f"{where}.ended") for name in ENDED},
     read_share(get(value, "leaks", where), f"{where}.leaks"),
+    {name: read_share(share, f"{where}.categories.{name}") for name, share in categories.items()},
   )
   games, turns = play.passed.of, play.response_tokens.of
   for field, count, right in (
     ("ended", sum(play.ended.values()), games),
     ("moves.of", play.moves.of, games),
     ("leaks.of", play.leaks.of or turns, turns),
+    (
+      "categories",
+      sum(part.of for part in play.categories.values()) if categories else games,
+      games,
+    ),
   ):
     need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
   return play

@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from oel_jax.report import distilled, page
-from oel_jax.report.records import Evaluation, Measure, Run, read
+from oel_jax.report.records import Evaluation, Measure, Play, Run, read
 from oel_jax.runtime import files, schema
 
 SCHEMA = 1
@@ -148,6 +148,8 @@ def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
   for name in ("in_context", "after_in_context", "first_knowledge"):
     play = getattr(evaluation, name)
     entry.update(_numbers(name, play and play.passed))
+    if play and play.categories:
+      entry[f"{name}_categories"] = _categories(play)
   entry["recovered"] = evaluation.recovered
   entry["gate"] = None
   if evaluation.gate:
@@ -171,7 +173,12 @@ def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:
     key: value
     for name, measure in measured.items()
     for key, value in _numbers(name, measure).items()
-  } | {"ended": play.ended}
+  } | {"ended": play.ended, "categories": _categories(play)}
+
+
+def _categories(play: Play) -> dict[str, Any]:
+  """By category, the share passed with count and interval."""
+  return {name: _numbers("passed", share) for name, share in play.categories.items()}
 
 
 def _retention(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
