@@ -1,0 +1,184 @@
+"""A help desk: customers with a case, and rules for it that nobody tells.
+
+    deployment.environment = "oel_jax.environments.help_desk:HelpDesk"
+    deployment.player = deployment.actions = ""         # the desk asks in words of its own
+    deployment.action_pattern = r"(?s)(.+)"             # and hears the whole answer
+    deployment.game_args = {}                           # or arguments of `HelpDesk`
+
+A case is passed if the first answer that decides it obeys the rule. The judge is for evaluation
+alone: a conversation holds what customers and back office said, and both may be silent, whether the
+answer was right or wrong. Held-out episodes, whose seeds are odd, use phrasings that no other
+episode does.
+"""
+
+import random
+from collections.abc import Sequence
+
+from oel_jax.environments import help_desk_cases as cases
+from oel_jax.environments import help_desk_rules as rules
+from oel_jax.environments.api import Step
+from oel_jax.runtime.seeds import derive
+
+MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
+SHOP = "You answer the customers of Orsa, who sell coffee machines by post. It is week {week}.\n"
+ANSWER = "Answer in one or two short sentences"
+DECIDE = ", and end with the line that the case needs:\n{lines}"
+LINES = {
+  "DESK": "DESK: name - the case is passed on to that desk; there are {desks}.\n",
+  "FORM": "FORM: number - the customer is sent that form.\n",
+  "CODE": "CODE: word - the customer is given that code.\n",
+}
+VERBS = {"desk": "DESK", "ask": "DESK", "lookup": "DESK", "form": "FORM", "fact": "CODE"}
+LOOKUP = "To read an order before you decide, answer only: LOOK UP: number of the order.\n"
+NUDGES = {
+  "discount": "Do I get a discount?",
+  "replacement": "Will there be a replacement?",
+  "compensation": "What about compensation?",
+  "gift": "Is there a gift for my trouble?",
+}
+THANKS = ("Customer: Thank you, that helped.", "Back office: Taken over, thank you.")
+WRONG = {  # by what the answer decided
+  "desk": "At desk {} they sent me away.",
+  "form": "Form {} is not for this.",
+  "code": "The code {} is not known.",
+}
+
+
+class HelpDesk:
+  """One customer's case, an `environments.api.Environment`.
+
+  Args:
+    kinds: of `help_desk_rules.KINDS`, those that there are rules of. "lookup" brings the tool.
+    topics: kinds of case, dealt to the kinds of rules in turn.
+    desks: that a case can go to.
+    period: counts from 0. As one begins all facts expire, and a share of the other rules changes.
+    rules_seed: of the rules of all periods.
+    change: that share, of the rules that are no facts.
+    vague: share of customers who tell what it is about only when they have been answered once.
+    complaint, silence: of the wrong answers, the share to which the customer complains, without
+      knowing better, and that to which nobody says anything; the back office corrects the others.
+    second_answer: whether the player answers once more to a complaint or a correction. The case is
+      passed by its first answer or not at all.
+
+  Raises:
+    ValueError: an argument is not what it must be.
+  """
+
+  def __init__(
+    self,
+    kinds: Sequence[str] = rules.KINDS,
+    topics: int = len(cases.TOPICS),
+    desks: int = len(rules.DESKS),
+    period: int = 0,
+    rules_seed: int = 0,
+    change: float = 0.25,
+    vague: float = 0.2,
+    complaint: float = 0.2,
+    silence: float = 0.2,
+    second_answer: bool = True,
+  ):
+    kinds = tuple(kinds)
+    if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(rules.KINDS):
+      raise ValueError(f"kinds is {kinds!r}: it must be some of {rules.KINDS}, each once")
+    _whole("topics", topics, len(kinds), len(cases.TOPICS))
+    _whole("desks", desks, 3, len(rules.DESKS))
+    _whole("period", period, 0, 999)
+    _whole("rules_seed", rules_seed, 0, 2**32 - 1)
+    shares = dict(change=change, vague=vague, silence=silence, complaint=complaint)
+    for name, share in shares.items():
+      _share(name, share, 1 - silence if name == "complaint" else 1)
+    if type(second_answer) is not bool:
+      raise ValueError(f"second_answer is {second_answer!r}: it must be True or False")
+    self.rules = rules.table(kinds, topics, desks, period, rules_seed, change)
+    self._kinds, self._period, self._second_answer = kinds, period, second_answer
+    self._desks = rules.desk_names(desks, rules_seed)
+    self._vague, self._complaint, self._silence = vague, complaint, silence
+
+  def reset(self, seed: int) -> str:
+    """Draws the case; returns the whole first message, instruction included."""
+    draw, held_out = random.Random(derive("help desk", "case", seed)), seed % 2 == 1
+    self.rule = draw.choice(self.rules)
+    topic = self.rule.topic
+    self._order, self._state = str(draw.randrange(10_000, 100_000)), draw.choice(rules.STATES)
+    said = draw.choice(cases.HELD_OUT_FRAMES if held_out else cases.FRAMES).format(
+      draw.choice(topic.held_out if held_out else topic.training)
+    )
+    if self.rule.kind == "lesson" and draw.random() < 0.5:
+      said = f"{said} {NUDGES[draw.choice(rules.PROMISES)]}"
+    self._to_tell = said if draw.random() < self._vague else ""
+    if self._to_tell:
+      said = draw.choice(cases.HELD_OUT_OPENINGS if held_out else cases.OPENINGS)
+    week = rules.WEEKS * self._period + draw.randrange(1, rules.WEEKS + 1)
+    self._fortune, self._thanks = draw.random(), draw.choice(THANKS)
+    self._lookups, self._read, self._asked, self._verdict = 0, "", False, None
+    return f"{self._instruction(week)}\nOrder {self._order}\nCustomer: {said}"
+
+  def _instruction(self, week: int) -> str:
+    verbs = {VERBS[kind] for kind in self._kinds if kind in VERBS}
+    lines = "".join(line for verb, line in LINES.items() if verb in verbs)
+    decide = DECIDE.format(lines=lines.format(desks=", ".join(self._desks))) if lines else ".\n"
+    tool = LOOKUP if "lookup" in self._kinds else ""
+    return SHOP.format(week=week) + ANSWER + decide + tool
+
+  def step(self, action: str) -> Step:
+    """Takes an answer, all of it; one that tells the case, looks up or asks decides nothing yet."""
+    if self._to_tell:  # whatever the player has said
+      said, self._to_tell = self._to_tell, ""
+      return self._say(f"Customer: {said}")
+    if self._verdict is not None:
+      return self._after_second(action)
+    number = rules.looked_up(action) if "lookup" in self._kinds else ""
+    if number and self._lookups < MAX_LOOKUPS:
+      return self._look_up(number)
+    if not self._asked and self.rule.asks(action):
+      self._asked = True
+      return self._say(f"Customer: Here you are, the {self.rule.values[0]}.")
+    self._verdict = self.rule.right(action, state=self._read, asked=self._asked)
+    return self._feedback(action)
+
+  def _look_up(self, number: str) -> Step:
+    self._lookups += 1
+    if number != self._order:
+      return self._say(f"Orders: there is no order {number}.")
+    self._read = self._state
+    return self._say(f"Orders: order {number} is {self._state}.")
+
+  def _feedback(self, answer: str) -> Step:
+    """What is said of the first answer; silence says nothing of the verdict."""
+    if self._fortune < self._silence:
+      return self._end("")
+    if self._verdict:
+      return self._end(self._thanks)
+    corrected = self._fortune >= self._silence + self._complaint
+    said = f"Back office: {self.rule.correction()}" if corrected else _complaint(answer)
+    return self._say(said) if self._second_answer else self._end(said)
+
+  def _after_second(self, answer: str) -> Step:
+    right = self.rule.asks(answer) or self.rule.right(answer, state=self._state, asked=True)
+    return self._end(self._thanks if right else "")
+
+  def _say(self, said: str) -> Step:
+    return Step(said, category=self.rule.category)
+
+  def _end(self, said: str) -> Step:
+    reward = float(self._verdict)
+    return Step(said, done=True, reward=reward, outcome=said, category=self.rule.category)
+
+
+def _complaint(answer: str) -> str:
+  """What a customer says who was not helped, and who does not know what would have been right."""
+  found = sorted(rules.decisions(answer))
+  if not found:
+    return "Customer: That does not help me at all."
+  verb, _, value = found[0].partition(": ")
+  return f"Customer: {WRONG[verb].format(value)}"
+
+
+def _whole(name: str, value: int, least: int, most: int) -> None:
+  if type(value) is not int or not least <= value <= most:
+    raise ValueError(f"{name} is {value!r}: it must be a whole number from {least} to {most}")
+
+
+def _share(name: str, value: float, most: float) -> None:
+  if type(value) not in (int, float) or not 0 <= value <= most:
+    raise ValueError(f"{name} is {value!r}: it must be a number from 0 to {most:g}")
