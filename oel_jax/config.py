@@ -15,6 +15,7 @@ from ml_collections import config_dict
 from oel_jax.consolidation.divergences import DIVERGENCES
 from oel_jax.conversations.schema import KNOWLEDGE_HEADS
 from oel_jax.policy.architecture import ARCHITECTURES
+from oel_jax.policy.endpoint import connection
 from oel_jax.runtime import boards
 
 # Fields with few values.
@@ -41,6 +42,7 @@ POSITIVE = (
   "deployment.max_response_tokens",
   "deployment.temperature",
   "deployment.slots",
+  "deployment.endpoint_timeout",
   "extraction.texts",
   "extraction.trajectories",
   "extraction.use",
@@ -62,6 +64,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
   "deployment.top_k",
+  "deployment.endpoint_retries",
   "extraction.top_k",
   "evaluation.top_k",
   "consolidation.gate_episodes",
@@ -122,6 +125,16 @@ def default() -> ml_collections.ConfigDict:
       top_p=1.0,  # 1: off
       top_k=0,  # 0: off
       slots=64,  # games played side by side
+      # Base URL, as "http://HOST:PORT/v1", of a server that speaks OpenAI's chat completions and
+      # plays the games of this stage in the place of our own policy; "": none. It must serve the
+      # weights that the round begins with: gate and evaluation measure our own, which is trained.
+      # Its key is the environment's OEL_ENDPOINT_KEY, and is written nowhere.
+      endpoint="",
+      endpoint_model="",  # the name that it has for those weights
+      endpoint_timeout=600.0,  # seconds in which a request must be answered whole
+      # times that a request which fails is tried again, after 1 s, 2 s, 4 s, ... at most a minute;
+      # then its game is left out
+      endpoint_retries=5,
     )
   )
   config.extraction = ml_collections.ConfigDict(
@@ -312,11 +325,27 @@ def _check_together(config: Any) -> None:
     config.consolidation.attention != "flash" or not config.consolidation.pack,
     'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
   )
+  _check_endpoint(config)
   if "distill" not in config:  # which extracts nothing
     limit = config.policy.max_prompt_tokens
     fits = extraction.max_knowledge_tokens < limit
     right = f"below policy.max_prompt_tokens ({limit})"
     _need(config, "extraction.max_knowledge_tokens", fits, right)
+
+
+def _check_endpoint(config: Any) -> None:
+  """Raises ValueError if the endpoint has no address or no model. What stands in the address is not
+  shown, for it may be a password.
+  """
+  if not config.deployment.endpoint:
+    return
+  try:
+    connection.address(config.deployment.endpoint)
+  except ValueError as error:
+    raise ValueError(f"config.deployment.endpoint is no address: it must be {error}") from None
+  named = bool(config.deployment.endpoint_model)
+  right = "the name that the server of deployment.endpoint has for the model"
+  _need(config, "deployment.endpoint_model", named, right)
 
 
 def _check_types(config: Any, expected: ml_collections.ConfigDict, above: str = "") -> None:

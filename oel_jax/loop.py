@@ -17,7 +17,7 @@ from typing import Any
 from oel_jax import config as config_lib
 from oel_jax import report
 from oel_jax.runtime import progress
-from oel_jax.stages import user_side
+from oel_jax.stages import endpoint, user_side
 from oel_jax.stages.begin import begin
 from oel_jax.stages.consolidate import consolidate
 from oel_jax.stages.deploy import deploy
@@ -39,6 +39,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   """
   config_lib.validate(config)
   game = user_side.check(config)
+  endpoint.reach(config, workdir)
   with begin(config, workdir, resume_anyway) as (this, policy):
     evaluate(this, 0, policy, policy, [])
     for number in range(1, config.rounds + 1):

@@ -35,6 +35,10 @@ NEW = (
   ("wandb_project",),
   ("deployment", "environment"),
   ("deployment", "passed_reward"),
+  ("deployment", "endpoint"),
+  ("deployment", "endpoint_model"),
+  ("deployment", "endpoint_timeout"),
+  ("deployment", "endpoint_retries"),
   ("extraction", "edit"),
   ("evaluation", "tasks"),
 )

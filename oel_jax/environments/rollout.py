@@ -36,9 +36,10 @@ from oel_jax.conversations.schema import (
   Source,
   knowledge_message,
 )
-from oel_jax.environments import prompts
+from oel_jax.environments import prompts, unanswered
 from oel_jax.environments.actions import parse_action
 from oel_jax.environments.api import Game, GameSpec
+from oel_jax.policy.answers import Answering, Asked, Sampled, Unanswered
 from oel_jax.runtime.seeds import derive
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def play(
   thinking: bool,
   wording: str = "games",
   on_finished: Callable[[Conversation], None] | None = None,
+  on_unanswered: Callable[[Episode, str], None] | None = None,
   advance: Callable[[int], None] | None = None,
+  remote: Answering | None = None,
 ) -> list[Conversation]:
   """Plays every episode to its end.
 
@@ -109,16 +112,19 @@ def play(
     thinking: whether the chat template opens a thinking block.
     wording: how knowledge is told (`schema.knowledge_message`).
     on_finished: called with each conversation as its game ends.
+    on_unanswered: called with each episode that ends for want of an answer, and why.
     advance: called with the number of games that have ended so far.
+    remote: answers in the policy's place, whose tokenizer measures the prompts all the same.
 
   Returns:
-    The conversations, in the order of `episodes`.
+    The conversations, in the order of `episodes`, without those that `on_unanswered` was told of.
 
   Raises:
     ValueError: a prompt is longer than `max_prompt_tokens`, or the game cannot be opened
       (`Game`).
-    RuntimeError: the game fails.
+    RuntimeError: the game fails; or an answer does not come and there is no `on_unanswered`.
   """
+  answering = remote or Sampled(policy, sampling, max_response_tokens, thinking)
   finished: list[Conversation] = []
 
   def finish(played: Conversation) -> None:
@@ -128,19 +134,25 @@ def play(
     if advance:
       advance(len(finished))
 
-  def ask(seat: _Seat) -> tuple[list[int], int]:
-    """The prompt of the seat's next turn, and the seed of its answer."""
-    prompt = _prompt(policy, seat, thinking, wording, max_prompt_tokens)
-    return prompt, derive(seat.episode.sample_seed, seat.turns)
+  def miss(seat: _Seat, why: str) -> None:
+    told = f"turn {seat.turns + 1}: {why}"
+    if on_unanswered is None:
+      raise RuntimeError(f"episode {seat.episode.id}, {told}")
+    on_unanswered(seat.episode, told)
+
+  def ask(seat: _Seat) -> Asked:
+    return _ask(policy, seat, thinking, wording, max_prompt_tokens)
 
   def reply(
-    queue: _Queue, seats: list[_Seat], place: int, response: list[int]
-  ) -> tuple[list[int], int] | None:
+    queue: _Queue, seats: list[_Seat], place: int, answer: Message | Unanswered
+  ) -> Asked | None:
     queue.met(place)
-    played = _move(policy, spec, seats[place], response, thinking)
-    if played is None:
+    if isinstance(answer, Unanswered):
+      miss(seats[place], answer.why)
+    elif (played := _move(spec, seats[place], answer)) is None:
       return ask(seats[place])
-    finish(played)
+    else:
+      finish(played)
     following = queue.take()
     if following is None:
       return None
@@ -150,16 +162,9 @@ def play(
   for call in _calls(episodes, slots):
     queue = _Queue(call[slots:], min(slots, len(call)))
     seats = _first_seats(spec, call[:slots])
-    first_prompts, seeds = zip(*map(ask, seats), strict=True)
-    policy.sample(
-      first_prompts,
-      seeds,
-      sampling=sampling,
-      max_new_tokens=max_response_tokens,
-      reply=functools.partial(reply, queue, seats),
-    )
+    answering.answer([ask(seat) for seat in seats], functools.partial(reply, queue, seats))
   by_id = {played.id: played for played in finished}
-  return [by_id[episode.id] for episode in episodes]
+  return [by_id[episode.id] for episode in episodes if episode.id in by_id]
 
 
 class _Queue:
@@ -217,6 +222,7 @@ def play_to_file(
   episodes: Sequence[Episode],
   slots: int,
   advance: Callable[[int], None] | None = None,
+  remote: Answering | None = None,
   **how: Any,
 ) -> list[Conversation]:
   """Plays every episode and leaves them all in `path`, in the order of `episodes`; cut off at any
@@ -228,21 +234,27 @@ def play_to_file(
   added. A `path` that exists is only read, unless lines of it are damaged: then their episodes are
   played again.
 
+  Episodes that a `remote` leaves unanswered are left out (`environments.unanswered`) and count as
+  done. What it did answer is not asked again: no batch decides those bits.
+
   Args:
     path: JSON Lines file of `oel_jax.conversations.jsonl`.
-    policy, spec, episodes, slots, advance: as in `play`; `advance` counts kept episodes too.
-    **how: the other arguments of `play`, but on_finished.
+    policy, spec, episodes, slots, advance, remote: as in `play`; `advance` counts kept episodes,
+      too.
+    **how: the other arguments of `play`, but on_finished and on_unanswered.
 
   Raises:
     ValueError: as in `play`; or a file holds episodes other than these.
+    RuntimeError: as in `play`; or more than `unanswered.MAX_SHARE` of the episodes had no answer.
     OSError: the disk is full; what was written stays.
   """
   path = pathlib.Path(path)
   partial = path.with_name(path.name + ".partial")
   if path.exists():
     partial.unlink(missing_ok=True)  # left by a crash between the last rename and its removal
-    done = _read_own(path, spec, episodes)
-    if [played.id for played in done] == [episode.id for episode in episodes]:
+    done, known = _read_own(path, spec, episodes), unanswered.read(path)
+    left = [episode.id for episode in episodes if episode.id not in known]
+    if [played.id for played in done] == left:
       if advance:
         advance(len(episodes))
       return done
@@ -264,10 +276,15 @@ def play_to_file(
 
   if done and advance:
     advance(len(done))
+  missed = unanswered.Missed(path, len(episodes))
+  miss = lambda episode, why: missed.add(episode.id, why)
+  how |= dict(slots=slots, on_finished=keep, on_unanswered=miss, remote=remote)
   for call in _calls(episodes, slots):
-    if any(episode.id not in done for episode in call):
-      play(policy, spec, episodes=call, slots=slots, on_finished=keep, **how)
-  result = [done[episode.id] for episode in episodes]
+    missing = [episode for episode in call if episode.id not in done]
+    if missing:
+      play(policy, spec, episodes=call if remote is None else missing, **how)
+  missed.write()
+  result = [done[episode.id] for episode in episodes if episode.id in done]
   rewards = [played.reward for played in result]
   if rewards and not 0 <= min(rewards) <= max(rewards) <= 1:
     logging.warning(
@@ -295,8 +312,8 @@ def _calls(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
   return [episodes[start : start + size] for start in range(0, len(episodes), size)]
 
 
-def _prompt(policy: Any, seat: _Seat, thinking: bool, wording: str, limit: int) -> list[int]:
-  """Token ids of the prompt for the seat's next turn."""
+def _ask(policy: Any, seat: _Seat, thinking: bool, wording: str, limit: int) -> Asked:
+  """The prompt of the seat's next turn, and the seed of its answer."""
   text = seat.episode.knowledge
   knowledge = knowledge_message(text, wording) if text else None
   ids = prompt_lib.ids(policy.tokenizer, seat.messages, knowledge, thinking=thinking)
@@ -307,18 +324,15 @@ def _prompt(policy: Any, seat: _Seat, thinking: bool, wording: str, limit: int) 
       f"has {len(ids)} tokens: raise it, or shorten the knowledge "
       "(extraction.max_knowledge_tokens) or the game (deployment.max_turns)"
     )
-  return ids
+  seed = derive(seat.episode.sample_seed, seat.turns)
+  return Asked(prompt_lib.messages(seat.messages, knowledge), ids, seed)
 
 
-def _move(
-  policy: Any, spec: GameSpec, seat: _Seat, response: Sequence[int], thinking_on: bool
-) -> Conversation | None:
-  """Puts one sampled response to the game; returns the whole conversation when that ends it."""
-  thinking, answer = policy.tokenizer.split_response(response, thinking=thinking_on)
-  action = parse_action(answer, spec.action_pattern, spec.actions)
+def _move(spec: GameSpec, seat: _Seat, answer: Message) -> Conversation | None:
+  """Puts one answer to the game; returns the whole conversation when that ends it."""
+  action = parse_action(answer.content, spec.action_pattern, spec.actions)
   step = seat.game.play(action)
-  sampled = dict(thinking=thinking, action=action, response_tokens=len(response))
-  seat.messages.append(Message("assistant", answer, **sampled))
+  seat.messages.append(dataclasses.replace(answer, action=action))
   if not step.done:
     seat.messages.append(prompts.next_message(step.observation))
     return None

@@ -231,13 +231,15 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
 
 def _is_harmless(change: dict[str, Any]) -> bool:
   """Whether a change leaves what is there as it is: more rounds; another place for the metrics; the
-  same path, relative to the working directory before.
+  same path, relative to the working directory before; another patience with an endpoint.
   """
   field, was, now = change["field"], change["was"], change["is"]
   if field in paths.FIELDS:
     return paths.absolute(field, was) == now
   if field == "wandb_project":
     return True
+  if field in ("deployment.endpoint_timeout", "deployment.endpoint_retries"):
+    return type(was) is type(now)
   return field == "rounds" and type(was) is type(now) is int and now > was
 
 

@@ -40,7 +40,7 @@ def play_for_knowledge(run: Run, number: int, policy: Policy) -> list[Conversati
   """The games that the round's knowledge is drawn from."""
   count = run.config.extraction.trajectories
   sampling = run.sampling("deployment")
-  games = play.Games(DEPLOYED, f"r{number}-deploy", "deploy", count, sampling)
+  games = play.Games(DEPLOYED, f"r{number}-deploy", "deploy", count, sampling, deployed=True)
   with run.stage(number, "deploy", policy, count) as (meter, advance):
     return play.play(run, number, games, meter, advance)
 
@@ -49,7 +49,7 @@ def _play_for_prompts(run: Run, number: int, policy: Policy) -> list[Conversatio
   """Games on other maps; the prompts of their turns are all of them that crosses."""
   count = run.config.deployment.episodes
   sampling = run.sampling("deployment")
-  games = play.Games(PROMPT_GAMES, f"r{number}-prefix", "prefixes", count, sampling)
+  games = play.Games(PROMPT_GAMES, f"r{number}-prefix", "prefixes", count, sampling, deployed=True)
   with run.stage(number, "prefixes", policy, count) as (meter, advance):
     return play.play(run, number, games, meter, advance)
 

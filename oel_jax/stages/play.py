@@ -15,10 +15,12 @@ from typing import Any
 from oel_jax.conversations.schema import Conversation
 from oel_jax.environments import Episode, code_digest, game_spec, play_to_file
 from oel_jax.evaluation import episodes as episodes_lib
+from oel_jax.policy.endpoint.endpoint import Endpoint
 from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.runtime import files, schema
 from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import tasks_digest
+from oel_jax.stages import endpoint
 from oel_jax.stages.run import Meter, Run, made_from
 
 Advance = Callable[..., None]
@@ -35,6 +37,7 @@ class Games:
     count: games.
     sampling: of the answers.
     texts: knowledge; each game is given one of them by lot, none if there are none.
+    deployed: whether the deployed policy plays, behind config.deployment.endpoint if there is one.
     held_out: whether they measure. Then the round has no part in the draws: game i has the same map
       and the same random stream in every round, with knowledge and without. Streams in common lower
       the noise of a comparison; they do not remove it.
@@ -46,6 +49,7 @@ class Games:
   count: int
   sampling: Sampling
   texts: Sequence[str] = ()
+  deployed: bool = False
   held_out: bool = False
 
 
@@ -59,6 +63,9 @@ def play(run: Run, number: int, games: Games, meter: Meter, advance: Advance) ->
   """
   path, manifest = run.round(number) / games.file, run.manifest(number)
   inputs = made_from(meter, games.texts)
+  remote = endpoint.of(run.config, meter.tokenizer) if games.deployed else None
+  if remote:
+    inputs["endpoint"] = remote.name
   if games.held_out:
     inputs["settings"] = settings(run.config)
   changed = manifest.changed(games.file, inputs)
@@ -70,7 +77,13 @@ def play(run: Run, number: int, games: Games, meter: Meter, advance: Advance) ->
   for file in (path, path.with_name(f"{path.name}.partial")) if changed else ():
     files.set_aside(file, f"it was played with other {', '.join(changed)}")
   manifest.announce(games.file, inputs)
-  result = _play(run.config, path, _episodes(run.config.seed, number, games), games, meter, advance)
+  if remote and not path.exists():
+    endpoint.remind(remote, number)
+  episodes = _episodes(run.config.seed, number, games)
+  result = _play(run.config, path, episodes, games, meter, advance, remote)
+  if remote and remote.counts.requests:
+    meter.tokens += remote.counts.tokens
+    run.log(number, f"{games.stage}_endpoint", **endpoint.tell(remote))
   manifest.record([games.file], inputs)
   return result
 
@@ -108,6 +121,7 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
     evaluation = {name: value for name, value in evaluation.items() if name not in others}
   # How the prompts of training were sampled says nothing about held-out games.
   others = ("episodes", "slots", "temperature", "top_p", "top_k", "environment")
+  others += ("endpoint", "endpoint_model", "endpoint_timeout", "endpoint_retries")
   game = {name: value for name, value in values["deployment"].items() if name not in others}
   own, policy = values["deployment"]["environment"], values["policy"]
   if own != "textarena":
@@ -138,6 +152,7 @@ def _play(
   games: Games,
   meter: Meter,
   advance: Advance,
+  remote: Endpoint | None,
 ) -> list[Conversation]:
   done = 0
 
@@ -153,6 +168,7 @@ def _play(
     episodes=episodes,
     slots=config.deployment.slots,
     advance=tell,
+    remote=remote,
     sampling=games.sampling,
     max_response_tokens=config.deployment.max_response_tokens,
     max_prompt_tokens=config.policy.max_prompt_tokens,
