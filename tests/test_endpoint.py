@@ -58,7 +58,7 @@ def test_a_request_holds_the_messages_the_sampling_and_the_key():
   call = ToolCall("c1", "look", '{"at": 1}')
   asked = Asked(
     (
-      knowledge_message("G is the goal."),
+      knowledge_message("G is the goal.", "games"),
       Message("system", "Be brief."),
       Message("user", "Grüße"),
       Message("assistant", "", tool_calls=(call,)),
@@ -81,7 +81,10 @@ def test_a_request_holds_the_messages_the_sampling_and_the_key():
     "max_tokens": 32,
     "seed": 2**31 - 1,  # signed 32 bits are what some servers have
     "messages": [
-      {"role": "system", "content": "Be brief.\n\n" + knowledge_message("G is the goal.").content},
+      {
+        "role": "system",
+        "content": "Be brief.\n\n" + knowledge_message("G is the goal.", "games").content,
+      },
       {"role": "user", "content": "Grüße"},
       {
         "role": "assistant",
