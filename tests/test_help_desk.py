@@ -10,8 +10,7 @@ import pytest
 from fakes import in_turns
 
 from oel_jax import config as config_lib
-from oel_jax.conversations import exporters
-from oel_jax.conversations.importers import read_log
+from oel_jax.conversations import exporters, logs
 from oel_jax.conversations.schema import Message, transcript
 from oel_jax.environments import Episode, Game, play, try_game
 from oel_jax.environments import game_spec as spec_of
@@ -406,7 +405,7 @@ def test_passed_cases_are_counted_by_kind_of_rule(played):
 def test_logs_hold_what_was_said_and_no_verdict(played, tmp_path):
   path = tmp_path / "logs.jsonl"
   exporters.write_log(path, played)
-  read = list(read_log(path, max_damaged=0.0))
+  read = list(logs.read(path, logs.Counts()))
   clean = lambda text: text.replace("\ud800", "?")
   for game, log in zip(played, read, strict=True):
     assert log.id == game.id and log.source.kind == "log" and log.source.seed is None

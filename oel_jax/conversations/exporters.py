@@ -19,7 +19,7 @@ _KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")
 
 
 def openai(conversation: Conversation) -> dict[str, Any]:
-  """The conversation as a line of `importers.read_log` holds it: id, messages, and feedback where
+  """The conversation as a line of `logs.read` holds it: id, messages, and feedback where
   somebody gave any. An answer's thinking stands in "reasoning_content".
   """
   data = to_json(conversation)
