@@ -20,6 +20,7 @@ from oel_jax.conversations.schema import (
   prompt_from_json,
   shown,
   to_json,
+  tool_text,
   transcript,
 )
 
@@ -71,6 +72,8 @@ CHAT = Conversation(
   reward=1.0,
   feedback="helpful",
 )
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"zone": "Łódź"}}}
+WITH_TOOLS = dataclasses.replace(CHAT, tools=(tool_text(CLOCK),))
 
 
 def test_lines_of_the_version_before_are_read(tmp_path):
@@ -92,7 +95,9 @@ def test_an_environment_that_said_nothing_at_the_end_leaves_no_line():
 SORTED = dataclasses.replace(GAME, source=Source("game", "desk", 7, category="desk"))
 
 
-@pytest.mark.parametrize("conversation", [GAME, CHAT, SORTED], ids=["game", "chat", "sorted"])
+@pytest.mark.parametrize(
+  "conversation", [GAME, CHAT, SORTED, WITH_TOOLS], ids=["game", "chat", "sorted", "tools"]
+)
 def test_a_conversation_is_read_back_equal(conversation):
   data = json.loads(json.dumps(to_json(conversation)))
   assert conversation_from_json(data) == conversation
@@ -120,6 +125,14 @@ def test_what_is_not_known_stands_in_no_line():
     },
     {"role": "tool", "content": "12:00", "tool_call_id": "c1", "name": "clock"},
   ]
+
+
+def test_tools_stand_in_a_line_as_objects_and_in_each_prompt():
+  assert to_json(WITH_TOOLS)["tools"] == [CLOCK]
+  assert "tools" not in to_json(CHAT)
+  assert all(prompt.tools == WITH_TOOLS.tools for prompt in cut_prompts(WITH_TOOLS))
+  assert [to_json(prompt)["tools"] for prompt in cut_prompts(WITH_TOOLS)] == [[CLOCK]] * 2
+  assert hash(WITH_TOOLS) != hash(CHAT)  # as frozen as all else
 
 
 def test_prompts_are_what_stood_before_each_answer_without_thinking():
@@ -152,6 +165,8 @@ def test_the_transcript_of_a_chat_says_who_said_what():
     (lambda data: data["messages"][3].update(tool_calls=[3]), "field 'function' is missing"),
     (lambda data: data["messages"][3]["tool_calls"][0]["function"].pop("name"), "field 'name' is"),
     (lambda data: data.update(feedback=3), "field 'feedback' is 3"),
+    (lambda data: data.update(tools="clock"), "field 'tools' is 'clock': it must be of type list"),
+    (lambda data: data.update(tools=[CLOCK, 3]), "field 'tools' holds 3: each must be an object"),
     (lambda data: data["source"].update(kind="game"), "the roles of a game's messages are"),
   ],
 )

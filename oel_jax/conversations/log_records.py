@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from oel_jax.conversations import tools
 from oel_jax.conversations.log_messages import (
   SPEAKERS,
   Seen,
@@ -59,7 +60,7 @@ class Record:
       name is one message.
     begins: the model's context begins anew here, with these messages.
     heads: these messages stand before a session or nowhere.
-    id, user, outcome, reward, feedback: of the conversation, where the record names them.
+    id, user, outcome, reward, feedback, tools: of the conversation, where the record names them.
   """
 
   messages: tuple[Message, ...]
@@ -73,6 +74,7 @@ class Record:
   outcome: str | None = None
   reward: float | None = None
   feedback: str | None = None
+  tools: tuple[str, ...] = ()
 
 
 def read(data: Any, seen: Seen) -> Record | None:
@@ -132,6 +134,8 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
     messages = said({"role": "system", "content": system}, seen) + messages
   if request is not data or messages[-1].role != "assistant":
     messages += _answer(data, seen)
+  places = [place.get(name) for place in (request, data) for name in ("tools", "functions")]
+  offered = next(filter(None, places), None)
   meta = data["metadata"] if isinstance(data.get("metadata"), dict) else {}
   reward = data.get("reward", data.get("score", meta.get("score")))
   if reward is not None and type(reward) not in (int, float):
@@ -144,6 +148,7 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
     outcome=words(data.get("outcome", meta.get("outcome"))),
     reward=None if reward is None else float(reward),
     feedback=words(data.get("feedback", meta.get("feedback"))),
+    tools=tools.definitions(offered),
   )
 
 

@@ -306,6 +306,7 @@ def _conversation(
     reward=record.reward,
     feedback=record.feedback,
     user=record.user,
+    tools=record.tools,
   )
 
 

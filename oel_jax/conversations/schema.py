@@ -7,6 +7,7 @@ prompts (what stood before one answer, as chat messages) and knowledge texts. Th
 """
 
 import dataclasses
+import json
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -95,6 +96,8 @@ class Conversation:
     ended: of a game: one of ENDED.
     feedback: what a user said of it afterwards.
     user: who the user was, as a log names them; what a user said is all held out, or none of it.
+    tools: definitions of the tools that the assistant was offered, in order, each a JSON text of an
+      object as OpenAI writes it: {"type": "function", "function": {"name", …}} (`tool_text`).
   """
 
   id: str
@@ -106,6 +109,7 @@ class Conversation:
   ended: str | None = None
   feedback: str | None = None
   user: str | None = None
+  tools: tuple[str, ...] = ()
 
   @property
   def answers(self) -> tuple[Message, ...]:
@@ -116,11 +120,17 @@ class Conversation:
 @dataclasses.dataclass(frozen=True)
 class Prompt:
   """What stood before one answer: `messages` ends with a user's or a tool's. `id` names
-  conversation and answer, from 0, e.g. "r1-prefix-00017-2".
+  conversation and answer, from 0, e.g. "r1-prefix-00017-2"; `tools` are the conversation's.
   """
 
   id: str
   messages: tuple[Message, ...]
+  tools: tuple[str, ...] = ()
+
+
+def tool_text(definition: dict[str, Any]) -> str:
+  """The JSON text by which conversations and prompts hold a tool's definition."""
+  return json.dumps(definition, ensure_ascii=False)
 
 
 # a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control
@@ -155,7 +165,7 @@ def cut_prompts(conversation: Conversation) -> list[Prompt]:
   said = shown(conversation.messages)
   places = [place for place, message in enumerate(said) if message.role == "assistant"]
   return [
-    Prompt(f"{conversation.id}-{number}", said[:place])
+    Prompt(f"{conversation.id}-{number}", said[:place], conversation.tools)
     for number, place in enumerate(places)
     if place and said[place - 1].role in ("user", "tool")
   ]
@@ -189,6 +199,8 @@ def to_json(record: Conversation | Prompt) -> dict[str, Any]:
   data = {"schema": SCHEMA, "id": record.id}
   if isinstance(record, Conversation):
     data["source"] = _known(dataclasses.asdict(record.source))
+  if record.tools:
+    data["tools"] = [json.loads(tool) for tool in record.tools]
   data["messages"] = [_message_to_json(message) for message in record.messages]
   if isinstance(record, Conversation):
     names = ("outcome", "reward", "passed", "ended", "feedback", "user")
@@ -244,6 +256,7 @@ def conversation_from_json(data: dict[str, Any]) -> Conversation:
     ended=optional(data, "ended", str),
     feedback=optional(data, "feedback", str),
     user=optional(data, "user", str),
+    tools=_tools(data),
   )
   if source.kind == GAME:
     _check_game(data)
@@ -255,7 +268,7 @@ def prompt_from_json(data: dict[str, Any]) -> Prompt:
   `conversation_from_json` does.
   """
   _check_version(data)
-  result = Prompt(field(data, "id", str), _messages(data))
+  result = Prompt(field(data, "id", str), _messages(data), _tools(data))
   last = result.messages[-1].role
   if last not in ("user", "tool"):
     raise ValueError(
@@ -295,6 +308,14 @@ def _check_game(data: dict[str, Any]) -> None:
   if field(data, "ended", str) not in ENDED:
     known = ", ".join(map(repr, ENDED))
     raise ValueError(f"field 'ended' is {data['ended']!r}: it must be one of {known}")
+
+
+def _tools(data: dict[str, Any]) -> tuple[str, ...]:
+  given = optional(data, "tools", list) or []
+  for tool in given:
+    if not isinstance(tool, dict):
+      raise ValueError(f"field 'tools' holds {reprlib.repr(tool)}: each must be an object")
+  return tuple(map(tool_text, given))
 
 
 def _messages(data: dict[str, Any]) -> tuple[Message, ...]:

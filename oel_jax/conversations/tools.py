@@ -1,0 +1,51 @@
+"""Definitions of tools, as logs of every kind write them, in the one form that chat templates read.
+
+| written by | a definition |
+| --- | --- |
+| OpenAI's chat form | {"type": "function", "function": {"name", "description", "parameters"}} |
+| OpenAI's older "functions" | {"name", "description", "parameters"} |
+| OpenAI's Responses API | {"type": "function", "name", "description", "parameters"} |
+| Anthropic | {"name", "description", "input_schema"} |
+| ShareGPT | a JSON text of a list of any of these |
+"""
+
+import json
+from typing import Any
+
+from oel_jax.conversations.log_messages import kind
+from oel_jax.conversations.schema import tool_text
+
+SCHEMAS = ("parameters", "input_schema", "inputSchema")
+
+
+def definitions(given: Any) -> tuple[str, ...]:
+  """The definitions that a record's "tools" or "functions" holds, each a JSON text in OpenAI's chat
+  form. One that is in this form stays as it is, and so does one that is no function: a provider's
+  own search, say.
+
+  Raises:
+    ValueError: it is no list of objects.
+  """
+  if isinstance(given, str) and given.strip():
+    try:
+      given = json.loads(given)
+    except (ValueError, RecursionError):
+      pass  # told below
+  if given in (None, "", [], {}):
+    return ()
+  if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+    raise ValueError(f"the tools are {kind(given)}: they must be a list of objects")
+  return tuple(tool_text(_in_chat_form(tool)) for tool in given)
+
+
+def _in_chat_form(tool: dict[str, Any]) -> dict[str, Any]:
+  if "function" in tool or not isinstance(tool.get("name"), str):
+    return tool
+  schema = next((tool[name] for name in SCHEMAS if tool.get(name) is not None), None)
+  if tool.get("type", "function") not in ("function", "custom") and schema is None:
+    return tool
+  function = {name: tool[name] for name in ("name", "description") if name in tool}
+  return {
+    "type": "function",
+    "function": function if schema is None else function | {"parameters": schema},
+  }
