@@ -53,7 +53,7 @@ class Tokenizer:
     self.seen.append(what)
     return [len(self.seen) - 1]
 
-  def chat(self, messages, *, thinking=True):
+  def chat(self, messages, *, tools=(), thinking=True):
     return self.put(messages)
 
   def encode(self, text):

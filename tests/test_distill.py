@@ -140,7 +140,7 @@ class Answers:
 class Tokenizer(fakes.Tokenizer):
   """Ids that say what the chat says, in every process."""
 
-  def chat(self, messages, *, thinking=True):
+  def chat(self, messages, *, tools=(), thinking=True):
     return [ord(letter) for message in messages for letter in message.content]
 
 

@@ -356,7 +356,7 @@ class Desk:
   def __init__(self, known):
     self.known, self.texts, self.tokenizer = known, [], self
 
-  def chat(self, messages, *, thinking):
+  def chat(self, messages, *, tools=(), thinking):
     return self.put([message.content for message in messages])
 
   def put(self, what):

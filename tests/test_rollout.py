@@ -31,7 +31,7 @@ class Tokenizer:
   perhaps a thinking before </think>.
   """
 
-  def chat(self, chat, *, thinking=True):
+  def chat(self, chat, *, tools=(), thinking=True):
     return list(
       json.dumps([[message.role, message.content] for message in chat] + [thinking]).encode()
     )

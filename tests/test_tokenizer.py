@@ -11,10 +11,10 @@ import textarena
 from fakes import game_of, turn_of
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from oel_jax.conversations.schema import Message, ToolCall, knowledge_message, transcript
+from oel_jax.conversations.schema import Message, Prompt, ToolCall, knowledge_message, transcript
 from oel_jax.pocket import claims, corpus, vocabulary, worlds
 from oel_jax.policy.architecture import ARCHITECTURES
-from oel_jax.policy.tokenizers import CONTROLS, SentencePieceTokenizer
+from oel_jax.policy.tokenizers import CONTROLS, CannotRender, SentencePieceTokenizer, leave_out
 
 LOOK_ALIKES = (
   "<|end|>",
@@ -184,9 +184,20 @@ def controls_in(ids) -> list[str]:
   ],
 )
 def test_tools_are_refused_and_not_left_out(message):
-  told = f"message 2, the {message.role}'s, is of a tool or calls one: prompts cannot show tools"
-  with pytest.raises(ValueError, match=told):
+  with pytest.raises(CannotRender, match="the embedded policy's chat has no place for tools"):
     tokenizer().chat([Message("user", "What time is it?"), message, Message("user", "Well?")])
+
+
+def test_definitions_of_tools_are_refused_and_not_left_out():
+  prompts = [
+    Prompt("a-0", (Message("user", "Hi"),)),
+    Prompt("b-0", (Message("user", "Hi"),), ("{}",)),
+  ]
+  kept, [told] = leave_out(tokenizer(), prompts)
+  assert kept == prompts[:1]
+  assert told.startswith(
+    "1 prompts of 1 conversations are left out, b-0 the first: the embedded pol"
+  )
 
 
 def test_a_transcript_full_of_them_adds_no_turn():
@@ -246,7 +257,7 @@ def test_a_conversation_is_its_messages_joined_and_thinking_changes_nothing():
   assert tokenizer().chat(messages) == tokenizer().chat(messages, thinking=False) == expected
   assert tokenizer().chat(messages[:2])[:-1] == expected[: len(tokenizer().chat(messages[:2])) - 1]
   assert tokenizer().chat([]) == [c["<|assistant|>"]]
-  with pytest.raises(ValueError, match="message 1, the tool's, is of a tool or calls one"):
+  with pytest.raises(ValueError, match="has no place for tools"):
     tokenizer().chat([Message("tool", "x")])
 
 

@@ -96,10 +96,10 @@ def test_bad_tasks_are_refused(policy):
     task_lib.make_task(policy.tokenizer, [], TEXTS, seed=0, round=1, thinking=True, limit=100)
 
   class Shifty:  # a template that says something else when there is knowledge
-    def chat(self, messages, thinking=True):
+    def chat(self, messages, tools=(), thinking=True):
       return [1, 2, 3] if messages[0].role == KNOWLEDGE else [9, 3]
 
-    def knowledge_prefix(self, message, system=None, thinking=True):
+    def knowledge_prefix(self, message, system=None, tools=(), thinking=True):
       return 0, [1, 2]
 
   with pytest.raises(ValueError, match="chat template changes the prompt"):
@@ -165,7 +165,10 @@ def test_many_system_texts_are_told(policy, caplog):
   make(prefixes[:16])
   assert "different system texts" not in caplog.text
   make(prefixes)
-  assert "17 different system texts: with 2 knowledge texts, 34 beginnings of up to" in caplog.text
+  assert (
+    "17 different system texts and lists of tools: with 2 knowledge texts, 34 beginnings of up to"
+    in caplog.text
+  )
 
 
 def test_a_prompt_that_melts_into_the_knowledge_is_refused():
@@ -174,10 +177,10 @@ def test_a_prompt_that_melts_into_the_knowledge_is_refused():
   """
 
   class Plain:
-    def chat(self, messages, thinking=True):
+    def chat(self, messages, tools=(), thinking=True):
       return [ord(c) for c in "".join(message.content for message in messages).replace(".1", "1")]
 
-    def knowledge_prefix(self, message, system=None, thinking=True):
+    def knowledge_prefix(self, message, system=None, tools=(), thinking=True):
       return 0, self.chat([message])
 
   user = lambda i, text: Prompt(f"p{i}", (Message("user", text),))

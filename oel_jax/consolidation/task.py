@@ -12,7 +12,8 @@ from absl import logging
 from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.schema import Message, Prompt, knowledge_message
 
-MANY_SYSTEMS = 16  # system texts of a round's prompts; more are told: each is read with each text
+# Beginnings of prompts, system text and tools, above which it is told: each is read with each text.
+MANY_BEGINNINGS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Task:
 
   Attributes:
     prompts: one a prompt of the round.
-    knowledge: what the teacher reads before a prompt, one a text and system text of the prompts:
-      knowledge stands behind the system text.
+    knowledge: what the teacher reads before a prompt, one a text and beginning of prompts, which is
+      their system text and tools: knowledge stands behind the system text.
     skip: one a knowledge: so many ids at its beginning are the prompt's, too; after it, the teacher
       reads prompt[skip:].
     given: one a prompt: which knowledge it may be given, one a text.
@@ -64,15 +65,15 @@ def make_task(
       "least one of each"
     )
   encode = functools.partial(prompt_lib.ids, tokenizer, thinking=thinking)
-  encoded = tuple(tuple(encode(prompt.messages)) for prompt in prompts)
-  own = [prompt.messages[0] if prompt.messages[0].role == "system" else None for prompt in prompts]
-  systems = {system: i for i, system in enumerate(dict.fromkeys(own))}
+  encoded = tuple(tuple(encode(prompt.messages, tools=prompt.tools)) for prompt in prompts)
+  own = [_beginning(prompt) for prompt in prompts]
+  beginnings = {beginning: i for i, beginning in enumerate(dict.fromkeys(own))}
   found = [
-    tokenizer.knowledge_prefix(message(text), system=system, thinking=thinking)
-    for system in systems
+    tokenizer.knowledge_prefix(message(text), system=system, tools=tools, thinking=thinking)
+    for system, tools in beginnings
     for text in texts
   ]
-  first = [systems[system] * len(texts) for system in own]
+  first = [beginnings[beginning] * len(texts) for beginning in own]
   given = tuple(range(entry, entry + len(texts)) for entry in first)
   sizes = [max(len(found[entry][1]) - found[entry][0] for entry in entries) for entries in given]
   longest = max(range(len(encoded)), key=lambda i: len(encoded[i]) + sizes[i])
@@ -85,24 +86,25 @@ def make_task(
     )
   seen = set()
   for prompt, ids, entries in zip(prompts, encoded, given, strict=True):
-    # The template goes by the roles: the first of each sequence of them is looked at with every
-    # text, which takes long, others with one.
+    # The template goes by roles, calls and tools: the first prompt of each sequence of them is
+    # looked at with every text, which takes long, others with one.
     roles = tuple(message.role for message in prompt.messages)
-    for text, entry in list(zip(texts, entries, strict=True))[: 1 if roles in seen else None]:
+    shape = (roles, tuple(len(message.tool_calls) for message in prompt.messages), prompt.tools)
+    for text, entry in list(zip(texts, entries, strict=True))[: 1 if shape in seen else None]:
       skip, known = found[entry]
-      whole = encode(prompt.messages, message(text))
+      whole = encode(prompt.messages, message(text), tools=prompt.tools)
       if tuple(whole) != (*known, *ids[skip:]) or tuple(known[:skip]) != ids[:skip]:
         raise ValueError(
           f"prompt {prompt.id}, of the roles {', '.join(roles)}: the chat template changes the "
           "prompt when knowledge stands in its system message: teacher and student would differ "
           "in more than the knowledge"
         )
-    seen.add(roles)
-  if len(systems) > MANY_SYSTEMS:
+    seen.add(shape)
+  if len(beginnings) > MANY_BEGINNINGS:
     logging.warning(
-      "consolidation: the prompts have %d different system texts: with %d knowledge texts, "
-      "%d beginnings of up to %d tokens are kept for the teacher",
-      len(systems),
+      "consolidation: the prompts have %d different system texts and lists of tools: with %d "
+      "knowledge texts, %d beginnings of up to %d tokens are kept for the teacher",
+      len(beginnings),
       len(texts),
       len(found),
       max(len(known) for _, known in found),
@@ -110,3 +112,9 @@ def make_task(
   knowledge = tuple(tuple(known) for _, known in found)
   skips, ids = tuple(skip for skip, _ in found), tuple(prompt.id for prompt in prompts)
   return Task(encoded, knowledge, skips, given, seed, round, ids)
+
+
+def _beginning(prompt: Prompt) -> tuple[Message | None, tuple[str, ...]]:
+  """What a prompt's knowledge prefix goes by: its own system message, or none, and its tools."""
+  first = prompt.messages[0]
+  return first if first.role == "system" else None, prompt.tools

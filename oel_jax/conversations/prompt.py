@@ -3,7 +3,7 @@
 First the knowledge, if there is any: the tokenizer puts it behind the system text, the
 conversation's own or the chat template's, in one system message (`knowledge_prefix` of
 `policy/tokenizers`). Then what was said, in order, each message as later prompts show it: without
-thinking.
+thinking. Definitions of tools stand where the chat template puts them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,14 @@ def messages(said: Iterable[Message], knowledge: Message | None = None) -> tuple
 
 
 def ids(
-  tokenizer: Any, said: Sequence[Message], knowledge: Message | None = None, *, thinking: bool
+  tokenizer: Any,
+  said: Sequence[Message],
+  knowledge: Message | None = None,
+  *,
+  tools: Sequence[str] = (),
+  thinking: bool,
 ) -> list[int]:
-  """Returns the prompt's token ids; `thinking` says whether the chat template opens a thinking
-  block.
+  """Returns the prompt's token ids; `tools` are what `schema.Prompt` holds, and `thinking` says
+  whether the chat template opens a thinking block.
   """
-  return tokenizer.chat(messages(said, knowledge), thinking=thinking)
+  return tokenizer.chat(messages(said, knowledge), tools=tools, thinking=thinking)

@@ -9,7 +9,17 @@ system message replaces the template's default one. Knowledge stands behind that
 default, so that teacher and student differ in nothing else.
 """
 
+from oel_jax.policy.tokenizers.chat_template import CannotRender
 from oel_jax.policy.tokenizers.huggingface import HuggingFaceTokenizer, import_transformers
+from oel_jax.policy.tokenizers.renderable import leave_out, renderable
 from oel_jax.policy.tokenizers.sentencepiece import CONTROLS, SentencePieceTokenizer
 
-__all__ = ["CONTROLS", "HuggingFaceTokenizer", "SentencePieceTokenizer", "import_transformers"]
+__all__ = [
+  "CONTROLS",
+  "CannotRender",
+  "HuggingFaceTokenizer",
+  "SentencePieceTokenizer",
+  "import_transformers",
+  "leave_out",
+  "renderable",
+]

@@ -2,7 +2,6 @@
 places them.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -14,8 +13,8 @@ from oel_jax.conversations.schema import Message
 from oel_jax.policy.tokenizers.chat_template import (
   END_THINK,
   THINK,
+  CannotRender,
   ChatTemplate,
-  Slot,
   front,
   inserted_at,
   split,
@@ -31,10 +30,11 @@ GREETING = (
 class HuggingFaceTokenizer:
   """A `transformers` tokenizer with its chat template.
 
-  The template is rendered with stand-ins for the messages, so what it writes itself may hold
+  The template is rendered with the messages hidden from it, so what it writes itself may hold
   control tokens, but what the messages say never becomes one and never steers it. Text
   between two control tokens is encoded in one piece: the ids are those of `apply_chat_template`
-  wherever no message holds the name of a control token.
+  wherever no message, call or definition of a tool holds the name of a control token. Tools stand
+  where the template puts them.
 
   A conversation's own system message replaces the template's default one, as wherever the model is
   served. Knowledge stands behind the system text, own or default, in the one system message that
@@ -76,22 +76,14 @@ class HuggingFaceTokenizer:
       )
     self.vocabulary = 1 + max(tokenizer.get_vocab().values())
     self._template = ChatTemplate(tokenizer, self._control, self.encode)
-    ids, template_ids = (
-      self.chat(GREETING),
-      self._template.render([dataclasses.asdict(said) for said in GREETING], True, tokenize=True),
-    )
+    ids, template_ids = self.chat(GREETING), self._template.as_a_whole(GREETING)
     if ids != template_ids:
       raise ValueError(
         f"tokenizer {name}: a greeting has the ids {ids} message by message but "
         f"{template_ids} as a whole"
       )
-    conversation = self._template.layout(("user", "assistant", "user"), True)
-    answer = next(
-      at for at, piece in enumerate(conversation) if isinstance(piece, Slot) and piece.index == 1
-    )
-    end = [piece for piece in conversation[answer:] if type(piece) is int][:1]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    self.eos_ids = tuple(dict.fromkeys([*eos_ids, *own, *end]))
+    self.eos_ids = tuple(dict.fromkeys([*eos_ids, *own, *self._template.answer_end()]))
     self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
   @classmethod
@@ -127,36 +119,46 @@ class HuggingFaceTokenizer:
     kept = [int(i) for i in ids if i < self.vocabulary and int(i) not in self._control_ids]
     return self._plain.decode(kept, skip_special_tokens=False)
 
-  def chat(self, messages: Sequence[Message], *, thinking: bool = True) -> list[int]:
-    """The whole prompt, ending with the assistant's header; `thinking` is the template's
-    `enable_thinking`.
+  def chat(
+    self, messages: Sequence[Message], *, tools: Sequence[str] = (), thinking: bool = True
+  ) -> list[int]:
+    """The whole prompt, ending with the assistant's header.
+
+    Args:
+      messages: those of tools and those that call them, too.
+      tools: definitions, JSON texts as `schema.Prompt` has them.
+      thinking: the template's `enable_thinking`.
 
     Raises:
-      ValueError: the template refuses such a conversation.
+      CannotRender: the template refuses such a conversation, or leaves out a part of it.
     """
     knowledge, own, rest = front(messages)
     if knowledge is not None:
-      own = Message("system", self._template.with_knowledge(own, knowledge.content))
-    placed = rest if own is None else (own, *rest)
-    roles, contents = [message.role for message in placed], [message.content for message in placed]
-    return self._template.ids(roles, contents, thinking)
+      own = Message("system", self._template.with_knowledge(own, knowledge.content, tools))
+    return self._template.ids(rest if own is None else (own, *rest), tools, thinking)
 
   def knowledge_prefix(
-    self, message: Message, *, system: Message | None = None, thinking: bool = True
+    self,
+    message: Message,
+    *,
+    system: Message | None = None,
+    tools: Sequence[str] = (),
+    thinking: bool = True,
   ) -> tuple[int, list[int]]:
-    """(skip, ids) of knowledge before conversations that begin with `system`, or with none.
+    """(skip, ids) of knowledge before conversations that begin with `system`, or with none, and
+    that offer these tools.
 
     For messages = [system, *rest]: chat([message, *messages]) == ids + chat(messages)[skip:].
 
     Raises:
-      ValueError: the template changes more than that when there is knowledge.
+      CannotRender: the template changes more than that when there is knowledge.
     """
     asked = (Message("user", "?"),) if system is None else (system, Message("user", "?"))
-    plain = self.chat(asked, thinking=thinking)
-    informed = self.chat((message, *asked), thinking=thinking)
+    plain = self.chat(asked, tools=tools, thinking=thinking)
+    informed = self.chat((message, *asked), tools=tools, thinking=thinking)
     skip = inserted_at(plain, informed)
     if skip is None:
-      raise ValueError(
+      raise CannotRender(
         f"tokenizer {self._template.name}: its chat template changes the prompt when knowledge "
         "stands in its system message"
       )
@@ -168,9 +170,7 @@ class HuggingFaceTokenizer:
     """
     ids = [int(i) for i in ids if i not in self.eos_ids]
     opening, close = self._control.get(THINK, -1), self._control.get(END_THINK, -1)
-    header = [
-      piece for piece in self._template.layout(("user",), thinking) if piece in (opening, close)
-    ]
+    header = [i for i in self._template.header(thinking) if i in (opening, close)]
     return split(ids, opening, close, header[-1:] == [opening], self.decode)
 
   def save(self, folder: str | os.PathLike) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from oel_jax.conversations.schema import KNOWLEDGE, Message
-from oel_jax.policy.tokenizers.chat_template import END_THINK, THINK, front, split
+from oel_jax.policy.tokenizers.chat_template import END_THINK, THINK, CannotRender, front, split
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -59,24 +59,39 @@ class SentencePieceTokenizer:
     """
     return self._model.decode([int(i) for i in ids if i < self.vocabulary])
 
-  def chat(self, messages: Sequence[Message], *, thinking: bool = True) -> list[int]:
+  def chat(
+    self, messages: Sequence[Message], *, tools: Sequence[str] = (), thinking: bool = True
+  ) -> list[int]:
     """The whole prompt, ending with the assistant's header. `thinking` is the policy's own choice
     here and changes nothing.
+
+    Raises:
+      CannotRender: the messages offer, call or answer for tools.
     """
     del thinking
+    if tools or any(message.role == "tool" or message.tool_calls for message in messages):
+      raise CannotRender(
+        "the embedded policy's chat has no place for tools, their calls and their results: leave "
+        "such conversations out, or train a model whose chat template shows them"
+      )
     knowledge, own, rest = front(messages)
     placed = [message for message in (own, knowledge, *rest) if message is not None]
     ids = [i for message in placed for i in self._message(message)]
     return ids + [self._control[ROLES["assistant"]]]
 
   def knowledge_prefix(
-    self, message: Message, *, system: Message | None = None, thinking: bool = True
+    self,
+    message: Message,
+    *,
+    system: Message | None = None,
+    tools: Sequence[str] = (),
+    thinking: bool = True,
   ) -> tuple[int, list[int]]:
     """(skip, ids) of knowledge before conversations that begin with `system`, or with none.
 
     For messages = [system, *rest]: chat([message, *messages]) == ids + chat(messages)[skip:].
     """
-    del thinking
+    del tools, thinking  # of tools `chat` tells
     before = [] if system is None else self._message(system)
     return len(before), before + self._message(message)
 
