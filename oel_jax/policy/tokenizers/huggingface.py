@@ -2,6 +2,7 @@
 places them.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from oel_jax.policy.tokenizers.chat_template import (
   inserted_at,
   split,
 )
+from oel_jax.policy.tokenizers.tool_calls import MARKS
 
 GREETING = (
   Message("user", "How are you?"),
@@ -164,14 +166,24 @@ class HuggingFaceTokenizer:
       )
     return skip, informed[: skip + len(informed) - len(plain)]
 
-  def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
+  def split_response(
+    self, ids: Sequence[int], *, thinking: bool = True, tools: bool = False
+  ) -> tuple[str, str]:
     """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer; `thinking`
-    as given to `chat`.
+    as given to `chat`. With `tools`, the tokens that mark a call stand in the answer by their
+    names, as `tool_calls.parse` reads them.
     """
     ids = [int(i) for i in ids if i not in self.eos_ids]
     opening, close = self._control.get(THINK, -1), self._control.get(END_THINK, -1)
     header = [i for i in self._template.header(thinking) if i in (opening, close)]
-    return split(ids, opening, close, header[-1:] == [opening], self.decode)
+    decode = self._decode_with_marks if tools else self.decode
+    return split(ids, opening, close, header[-1:] == [opening], decode)
+
+  def _decode_with_marks(self, ids: Sequence[int]) -> str:
+    marks = {self._control[mark]: mark for mark in MARKS if mark in self._control}
+    runs = itertools.groupby(ids, key=marks.get)
+    spelled = lambda mark, run: mark * len(run) if mark else self.decode(run)
+    return "".join(spelled(mark, list(run)) for mark, run in runs)
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes the tokenizer's files, chat template included, as `transformers` and engines read

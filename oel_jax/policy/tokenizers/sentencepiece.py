@@ -95,9 +95,11 @@ class SentencePieceTokenizer:
     before = [] if system is None else self._message(system)
     return len(before), before + self._message(message)
 
-  def split_response(self, ids: Sequence[int], *, thinking: bool = True) -> tuple[str, str]:
+  def split_response(
+    self, ids: Sequence[int], *, thinking: bool = True, tools: bool = False
+  ) -> tuple[str, str]:
     """Sampled ids to (thinking, answer). A thinking that never closed leaves no answer."""
-    del thinking
+    del thinking, tools
     ids = [int(i) for i in ids if i not in self.eos_ids]
     return split(ids, self._control[THINK], self._control[END_THINK], False, self.decode)
 
