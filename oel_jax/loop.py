@@ -17,7 +17,7 @@ from typing import Any
 from oel_jax import config as config_lib
 from oel_jax import report
 from oel_jax.runtime import progress
-from oel_jax.stages import endpoint, user_side
+from oel_jax.stages import endpoint, knowledge, user_side
 from oel_jax.stages.begin import begin
 from oel_jax.stages.consolidate import consolidate
 from oel_jax.stages.deploy import deploy
@@ -46,7 +46,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
       before = policy
       deploy(this, number, policy)
       texts = extract(this, number, policy)
-      if gate(this, number, policy, texts):
+      trains = gate(this, number, policy, texts)
+      texts = knowledge.kept(this, number, texts)
+      if trains:
         policy = policy.replace(consolidate(this, number, policy, texts))
       evaluate(this, number, policy, before, texts)
     results = report.write(this.folder)

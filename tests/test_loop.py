@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 import pytest
 import textarena
-from fakes import Tokenizer, game_of, in_turns
+from fakes import Tokenizer, game_of, in_turns, turn_of
 
 from oel_jax import choices, main
 from oel_jax import loop as loop_lib
@@ -347,7 +347,8 @@ def test_the_server_side_needs_knowledge_and_prompts_only(run, cache, tmp_path, 
 
 def test_held_out_maps_are_nobody_elses(run):
   held_out, others = {}, set()
-  for path in set(run.glob("round_*/user/*.jsonl")) - set(run.glob("**/extraction.jsonl")):
+  others_files = {*run.glob("**/extraction.jsonl"), *run.glob("**/items.jsonl")}
+  for path in set(run.glob("round_*/user/*.jsonl")) - others_files:
     seeds = [json.loads(line)["source"]["seed"] for line in path.read_text().splitlines()]
     if path.name.startswith("evaluation"):
       held_out[str(path)] = seeds
@@ -689,7 +690,7 @@ def test_the_gate_decides_by_what_was_played(
         episode.id,
         "g",
         episode.map_seed,
-        (),
+        (turn_of("", "", "[up]", "[up]", 1),),
         "",
         float(i < wins),
         i < wins,
@@ -703,6 +704,10 @@ def test_the_gate_decides_by_what_was_played(
   monkeypatch.setattr(play_lib, "play_to_file", play)
   monkeypatch.setattr(loop_lib.report, "write", lambda folder: {})
   this = make_run(consolidation__on_no_gain=on_no_gain)
+  for i, text in enumerate(("one", "two")):
+    items = (knowledge_lib.Item(text, "c", 1, 1),)
+    knowledge_lib.write(tmp_path / "round_1/knowledge", i, knowledge_lib.Knowledge(items))
+  (tmp_path / "round_1/knowledge/whole").touch()
   for _ in range(2):  # the second time from the file
     if decision is None:
       with pytest.raises(

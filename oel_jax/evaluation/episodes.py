@@ -48,3 +48,12 @@ def _by_category(games: Sequence[Conversation], categories: Sequence[str]) -> di
     name: [game.passed for game in games if game.source.category == name] for name in categories
   }
   return {name: statistics.count(sum(found), len(found)) for name, found in passed.items()}
+
+
+def cut(games: Sequence[Conversation], limit: int) -> dict[str, Any]:
+  """The share of responses that the limit of `limit` tokens ended, as `statistics.count`; one that
+  came to its own end with just so many counts, too.
+  """
+  answers = [answer for game in games for answer in game.answers]
+  share = statistics.count(sum(one.response_tokens >= limit for one in answers), len(answers))
+  return share if answers else share | {"rate": None, "interval": None}

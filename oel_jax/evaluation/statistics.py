@@ -39,3 +39,15 @@ def recovered(after: float, base: float, in_context: float) -> float | None:
   hold; None where there is no gain.
   """
   return (after - base) / (in_context - base) if in_context > base else None
+
+
+def fewer(hits: int, of: int, other_hits: int, other_of: int) -> float:
+  """Fisher's exact test, one-sided: how likely so few hits of these, or fewer, are if both groups
+  have the same rate (the hypergeometric distribution given all hits together); 1.0 of nothing.
+  """
+  hits_of_both, of_both = hits + other_hits, of + other_of
+  ways = sum(
+    math.comb(of, k) * math.comb(other_of, hits_of_both - k)
+    for k in range(max(0, hits_of_both - other_of), hits + 1)
+  )
+  return ways / math.comb(of_both, hits_of_both)

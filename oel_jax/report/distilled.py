@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from oel_jax.report import appendix
+from oel_jax.report.measures import Measure, read_mean, read_share
 from oel_jax.report.parts import (
   NONE,
   document,
@@ -21,7 +22,7 @@ from oel_jax.report.parts import (
   signed,
   table,
 )
-from oel_jax.report.records import Measure, Run, read_mean, read_share
+from oel_jax.report.records import Run
 from oel_jax.runtime import files, schema
 
 SCHEMA = 1

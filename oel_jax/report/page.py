@@ -7,6 +7,7 @@ they are given.
 from oel_jax.conversations.schema import ENDED
 from oel_jax.report import appendix
 from oel_jax.report.games import ENDED_WORDS, games
+from oel_jax.report.gates import Gate, GateText
 from oel_jax.report.parts import (
   NONE,
   document,
@@ -24,7 +25,7 @@ from oel_jax.report.parts import (
   signed,
   table,
 )
-from oel_jax.report.records import Evaluation, Gate, Run
+from oel_jax.report.records import Evaluation, Run
 
 FOOTER = (
   "Shares come with Wilson’s 95% interval, means with a 95% interval. The same numbers, with their "
@@ -276,7 +277,7 @@ def _categories(run: Run) -> str:
 
 
 def _gates(run: Run) -> str:
-  unchecked = (NONE, NONE, '<td class="left none">not checked</td>')
+  unchecked = (*[NONE] * 4, '<td class="left none">not checked</td>')
   lines = [
     [f"<td>{label(number)}</td>", *(_gate(evaluation.gate) if evaluation.gate else unchecked)]
     for number, evaluation in sorted(run.evaluations.items())
@@ -288,13 +289,53 @@ def _gates(run: Run) -> str:
     "Measured before training, on games of its own: a model that cannot use the advice has nothing "
     "to consolidate."
   )
-  return about + table(
-    ("Round", "Without knowledge", "With knowledge", "Decision"), lines, left=["Decision"]
-  )
+  head = ("Round", "Without knowledge", "With knowledge", "Cut, without", "Cut, with", "Decision")
+  cut = note("Cut: responses that the limit of tokens ended, deployment.max_response_tokens.")
+  return about + table(head, lines, left=["Decision"]) + cut + "".join(_by_text(run))
 
 
 def _gate(gate: Gate) -> tuple[str, ...]:
   kind = {"train": "good", "warn": "warn", "skip": "off"}[gate.decision]
   pill = f'<span class="pill {kind}">{gate.decision}</span>'
   decision = f'<td class="left">{pill} {_DECISIONS[gate.decision]}</td>'
-  return share_cell(gate.without), share_cell(gate.with_knowledge), decision
+  with_knowledge = share_cell(gate.kept or gate.with_knowledge)
+  cut = share_cell(gate.cut_without), share_cell(gate.cut_with)
+  return share_cell(gate.without), with_knowledge, *cut, decision
+
+
+def _by_text(run: Run) -> list[str]:
+  """Each round's knowledge texts one by one, folded; open where one was left out."""
+  blocks = []
+  for number, evaluation in sorted(run.evaluations.items()):
+    texts = evaluation.gate.texts if evaluation.gate else ()
+    if not texts:
+      continue
+    out = [f"{text.number:02d}" for text in texts if text.left_out]
+    told = f" · left out: {', '.join(out)}" if out else ""
+    rows = [_text_cells(text) for text in texts]
+    blocks.append(
+      f"<details{' open' if out else ''}><summary>Round {number}, text by text"
+      f'<span class="dim">{told}</span></summary>'
+      + table(("Text", "With it", "Cut", "p that it hurts", ""), rows, left=[""])
+      + "</details>"
+    )
+  if blocks:
+    blocks.append(
+      note(
+        "Each text’s games against all games without knowledge: p is Fisher’s exact test, "
+        "one-sided. A text with p below 5% divided by the number of texts hurts: it is left out "
+        "of training and of the round’s share with knowledge."
+      )
+    )
+  return blocks
+
+
+def _text_cells(text: GateText) -> list[str]:
+  pill = '<span class="pill off">left out</span>' if text.left_out else ""
+  return [
+    f"<td>{text.number:02d}</td>",
+    share_cell(text.passed),
+    share_cell(text.cut),
+    f"<td>{text.p:.2g}</td>",
+    f'<td class="left">{pill}</td>',
+  ]

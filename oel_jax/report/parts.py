@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from oel_jax.report.records import Measure
+from oel_jax.report.measures import Measure
 
 NONE = '<td class="none">–</td>'
 STYLE = """

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from oel_jax.report.records import Measure, Run
+from oel_jax.report.measures import Measure
+from oel_jax.report.records import Run
 
 _DPI = 180
 

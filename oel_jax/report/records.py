@@ -12,30 +12,15 @@ from absl import logging
 
 from oel_jax.conversations.jsonl import read_conversations
 from oel_jax.conversations.schema import ENDED, Conversation
+from oel_jax.report import gates
+from oel_jax.report.gates import Gate
+from oel_jax.report.measures import Measure, read_mean, read_share
 from oel_jax.runtime import files, metrics, schema
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.schema import get, need, whole
 from oel_jax.runtime.workdir import read_config
 
 SCHEMA = 1
-DECISIONS = ("train", "warn", "skip")
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-  """One measured number.
-
-  Attributes:
-    value: a share in [0, 1], or a mean in its own unit; None if `of` is 0.
-    of: how many cases it rests on.
-    interval: 95%, low and high; None if there is none.
-    hits: of a share, how many of the cases; None of a mean.
-  """
-
-  value: float | None
-  of: int
-  interval: tuple[float, float] | None
-  hits: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +35,6 @@ class Play:
   ended: dict[str, int]
   leaks: Measure
   categories: dict[str, Measure]
-
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-  """Whether knowledge in the prompt helped the round's first weights, and what was decided: one of
-  DECISIONS.
-  """
-
-  without: Measure
-  with_knowledge: Measure
-  decision: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +140,7 @@ def read(workdir: pathlib.Path) -> Run:
       evaluations[number] = read_evaluation(folder / "evaluation.json", number)
     if (folder / "gate.json").exists():
       # The evaluation repeats it; what cannot be read stops the run, and the report says so, too.
-      read_gate(folder / "gate.json")
+      gates.read_gate(folder / "gate.json")
     if (folder / "cost.json").exists():
       costs += read_costs(folder / "cost.json", number)
     if (folder / "user" / "evaluation.jsonl").exists():
@@ -212,13 +186,6 @@ def read_evaluation(path: pathlib.Path, number: int) -> Evaluation:
   return files.read_json(path, lambda value: _evaluation(value, number))
 
 
-def read_gate(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what gate.json holds: "without" and "with", each a share; raises as `read_evaluation`
-  does.
-  """
-  return files.read_json(path, _gate)
-
-
 def read_costs(path: pathlib.Path, number: int) -> list[Cost]:
   """Returns the entries of a round's cost.json, those of one stage added up; raises as
   `read_evaluation` does.
@@ -258,18 +225,6 @@ def _evaluation(value: Any, number: int) -> Evaluation:
         read_share(get(point, "passed", where), f"{where}.passed"),
       )
     )
-  if gate is not None:
-    need(
-      get(gate, "decision", "gate") in DECISIONS,
-      "gate.decision",
-      gate["decision"],
-      "one of " + ", ".join(map(repr, DECISIONS)),
-    )
-    gate = Gate(
-      read_share(get(gate, "without", "gate"), "gate.without"),
-      read_share(get(gate, "with", "gate"), "gate.with"),
-      gate["decision"],
-    )
   if value.get("recovered") is not None:
     need(schema.is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
   return Evaluation(
@@ -281,23 +236,9 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     {task: read_share(share, f"retention.{task}") for task, share in retention.items()},
     tuple(sorted(points, key=lambda point: point[0])),
     value.get("recovered"),
-    gate,
+    gates.parse(gate) if gate is not None else None,
     made_from,
   )
-
-
-def _gate(value: Any) -> dict[str, Any]:
-  need(get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA))
-  for name in ("without", "with"):
-    schema.share(get(value, name, schema.TOP), name)
-    need(value[name]["of"] > 0, f"{name}.of", value[name]["of"], "more than 0")
-  need(
-    value["with"]["of"] == value["without"]["of"],
-    "with.of",
-    value["with"]["of"],
-    f"without.of ({value['without']['of']})",
-  )
-  return value
 
 
 def _play(value: Any, where: str) -> Play:
@@ -325,23 +266,6 @@ def _play(value: Any, where: str) -> Play:
   ):
     need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
   return play
-
-
-def read_share(value: Any, where: str) -> Measure:
-  """Returns a share of `evaluation.statistics.count`, checked; errors name it `where`."""
-  schema.share(value, where)
-  return dataclasses.replace(_measure(value, "rate"), hits=value["hits"])
-
-
-def read_mean(value: Any, where: str) -> Measure:
-  """Returns a mean of `evaluation.statistics.mean`, checked; errors name it `where`."""
-  schema.mean(value, where)
-  return _measure(value, "mean")
-
-
-def _measure(value: Any, name: str) -> Measure:
-  number, interval = value[name], value.get("interval")
-  return Measure(number, value["of"], tuple(interval) if interval and number is not None else None)
 
 
 def _costs(value: Any, number: int) -> list[Cost]:

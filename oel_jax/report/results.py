@@ -12,7 +12,9 @@ import pathlib
 from typing import Any
 
 from oel_jax.report import distilled, page
-from oel_jax.report.records import Evaluation, Measure, Play, Run, read
+from oel_jax.report.gates import Gate
+from oel_jax.report.measures import Measure
+from oel_jax.report.records import Evaluation, Play, Run, read
 from oel_jax.runtime import files, schema
 
 SCHEMA = 1
@@ -151,19 +153,32 @@ def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     if play and play.categories:
       entry[f"{name}_categories"] = _categories(play)
   entry["recovered"] = evaluation.recovered
-  entry["gate"] = None
-  if evaluation.gate:
-    gate = evaluation.gate
-    entry["gate"] = (
-      _numbers("without", gate.without)
-      | _numbers("with", gate.with_knowledge)
-      | {"decision": gate.decision}
-    )
+  entry["gate"] = _gate_numbers(evaluation.gate) if evaluation.gate else None
   if evaluation.accumulation:
     entry["accumulation"] = [
       {"trajectories": n, **_numbers("passed", passed)} for n, passed in evaluation.accumulation
     ]
   return entry | {"retention": _retention(run, evaluation)}
+
+
+def _gate_numbers(gate: Gate) -> dict[str, Any]:
+  measured = {
+    "without": gate.without,
+    "with": gate.with_knowledge,
+    "kept": gate.kept,
+    "cut_without": gate.cut_without,
+    "cut_with": gate.cut_with,
+  }
+  entry = {"decision": gate.decision}
+  for name, measure in measured.items():
+    entry |= _numbers(name, measure)
+  entry["texts"] = [
+    {"text": text.number, "p": text.p, "left_out": text.left_out}
+    | _numbers("passed", text.passed)
+    | _numbers("cut", text.cut)
+    for text in gate.texts
+  ]
+  return entry
 
 
 def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     number: of the round; 0 for the base model.
     policy: what is measured.
     before: the policy that the round began with, which wrote its knowledge.
-    texts: the round's knowledge.
+    texts: the round's knowledge, without what its gate left out.
   """
   path, gate = run.round(number) / EVALUATION, run.gate(number)
   carried = number > 1 and run.config.evaluation.in_context and texts
-  first = knowledge.texts(run, 1) if carried else []
+  first = knowledge.kept(run, 1, knowledge.texts(run, 1)) if carried else []
   base = None
   if number:  # the round before, whose policy wrote this round's knowledge; not the run's first
     measured = run.round(number - 1) / EVALUATION

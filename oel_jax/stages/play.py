@@ -134,12 +134,23 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   return schema.digest(parts)
 
 
+def dealt(seed: int, number: int, games: Games) -> list[int]:
+  """For each of the games, in order, which of `games.texts` it is given."""
+  return [_draw(seed, number, games, "text", i) % len(games.texts) for i in range(games.count)]
+
+
+def _draw(seed: int, number: int, games: Games, what: str, i: int) -> int:
+  """The draw of this name for game i."""
+  place = (games.stage,) if games.held_out else (number, games.stage)
+  return derive(seed, *place, what, i)
+
+
 def _episodes(seed: int, number: int, games: Games) -> list[Episode]:
+  draw = functools.partial(_draw, seed, number, games)
+  hands = dealt(seed, number, games) if games.texts else []
   episodes = []
   for i in range(games.count):
-    place = (games.stage,) if games.held_out else (number, games.stage)
-    draw = functools.partial(derive, seed, *place)
-    text = games.texts[draw("text", i) % len(games.texts)] if games.texts else ""
+    text = games.texts[hands[i]] if hands else ""
     map_seed = draw("map", i) & ~1 | games.held_out
     episodes.append(Episode(f"{games.prefix}-{i:05d}", map_seed, draw("sample", i), text))
   return episodes

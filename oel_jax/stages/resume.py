@@ -96,7 +96,7 @@ def refuse_other_weights(run: Run, number: int, policy: Policy) -> None:
       file: files.sha256(folder / file)[:16] for file in made_from if (folder / file).is_file()
     }
     if number > 1 and "previous knowledge" in made_from:
-      before = [text.text for text in knowledge.read(run, number - 1)]
+      before = [text.text for text in knowledge.carried(run, number - 1)]
       now["previous knowledge"] = schema.digest(before)
     changed = manifest.changed(name, made_from | now)
     if changed:

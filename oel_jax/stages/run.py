@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from oel_jax.policy.sampling.sampler import Policy, Reply, Sampling
-from oel_jax.report import records
+from oel_jax.report import gates, records
 from oel_jax.runtime import files, progress, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import Manifest
@@ -24,6 +24,8 @@ PROMPT_GAMES = "user/prefix_trajectories.jsonl"  # games that the prompts are cu
 PROMPTS = "prompts.jsonl"
 OLD_PROMPTS = "prefixes.jsonl"  # as runs of before named it: one that is there is read in its place
 KNOWLEDGE = "knowledge/whole"  # the last file of the knowledge to appear
+LEFT_OUT = "knowledge/left_out.json"  # the texts that the gate left out; none if it is not there
+ITEMS = "user/items.jsonl"  # what stands behind each item of the knowledge
 GATE = "gate.json"
 CHECKPOINTS = "checkpoints"  # a folder; also the manifest's entry of the finished training
 EVALUATION = "evaluation.json"
@@ -58,14 +60,14 @@ class Run:
 
   def gate(self, number: int) -> dict[str, Any] | None:
     """What gate.json says, and the "decision" that follows from it under the present `on_no_gain`,
-    one of `records.DECISIONS`; None without a gate.
+    one of `gates.DECISIONS`; None without a gate.
     """
     path = self.round(number) / GATE
     if not path.exists():
       return None
-    found = records.read_gate(path)
+    found = gates.read_gate(path)
     shares = {k: v for k, v in found.items() if k not in ("made_from", schema.DIGEST)}
-    gain = found["with"]["rate"] - found["without"]["rate"]
+    gain = found.get("kept", found["with"])["rate"] - found["without"]["rate"]
     skips = self.config.consolidation.on_no_gain == "skip" and gain < 0
     return shares | {"decision": "train" if gain > 0 else "skip" if skips else "warn"}
 

@@ -88,7 +88,7 @@ def _consolidate(run: Run, number: int, policy: Policy) -> None:
       '"skip": it is not consolidated; next is --stage=evaluate'
     )
   policy = resume.weights_before(run, number, policy)
-  consolidate(run, number, policy, knowledge.texts(run, number))
+  consolidate(run, number, policy, _texts(run, number))
   told = f"{run.round(number)}/checkpoints"
   print(f"round {number}: for --stage=evaluate, the user side needs {told}", flush=True)
 
@@ -103,7 +103,11 @@ def _evaluate(run: Run, number: int, policy: Policy) -> None:
   _need(run, number, KNOWLEDGE, "give --stage=extract first")
   before = resume.weights_before(run, number, policy)
   after = resume.weights_before(run, number + 1, policy)
-  evaluate(run, number, after, before, knowledge.texts(run, number))
+  evaluate(run, number, after, before, _texts(run, number))
+
+
+def _texts(run: Run, number: int) -> list[str]:
+  return knowledge.kept(run, number, knowledge.texts(run, number))
 
 
 def _need(run: Run, number: int, name: str, advice: str) -> None:
