@@ -46,6 +46,7 @@ POSITIVE = (
   "extraction.texts",
   "extraction.trajectories",
   "extraction.use",
+  "extraction.min_support",
   "extraction.max_knowledge_tokens",
   "extraction.max_response_tokens",
   "extraction.temperature",
@@ -153,6 +154,12 @@ def default() -> ml_collections.ConfigDict:
       # MODULE:NAME or FILE.py:NAME, a function (text of a new item) -> text, which the round's
       # knowledge says instead; "": none
       edit="",
+      # distinct conversations that must have given an item (`extraction/provenance.py`) for it to
+      # enter the round's knowledge
+      min_support=1,
+      # of items about one case ("CASE: ANSWER") that say different things, only that of the latest
+      # conversation enters
+      newest_wins=False,
       max_knowledge_tokens=8192,  # over it, the oldest whole items go
       max_response_tokens=1024,  # an answer of the extractor, thinking included
       temperature=0.7,  # sampling of the answers
@@ -319,6 +326,15 @@ def _check_together(config: Any) -> None:
     f"whole numbers from 1 to {read}",
   )
   _need(config, "extraction.use", extraction.use <= extraction.trajectories, f"at most {read}")
+  items = (extraction.source, extraction.form) == ("extracted", "items")
+  for field, off in (("min_support", 1), ("newest_wins", False)):
+    _need(
+      config,
+      f"extraction.{field}",
+      items or extraction[field] == off,
+      f'{off} where extraction.form is not "items" or extraction.source not "extracted": texts and '
+      "transcripts have no cases, and are never the same twice",
+    )
   _need(
     config,
     "consolidation.pack",

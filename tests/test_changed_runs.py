@@ -411,6 +411,7 @@ def as_before(folder):
   """Makes a round's folder what schema version 1 left: games that name game and seed,
   prefixes.jsonl, and extraction.json.
   """
+  (folder / "user/items.jsonl").unlink()
   for path in (folder / "user").glob("*.jsonl"):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:

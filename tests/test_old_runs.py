@@ -40,6 +40,8 @@ NEW = (
   ("deployment", "endpoint_timeout"),
   ("deployment", "endpoint_retries"),
   ("extraction", "edit"),
+  ("extraction", "min_support"),
+  ("extraction", "newest_wins"),
   ("evaluation", "tasks"),
 )
 

@@ -179,7 +179,7 @@ def nonempty(texts: Sequence[Knowledge], directory: pathlib.Path) -> list[Knowle
       "consolidate; within "
       "extraction.max_response_tokens the extractor must answer, and with extraction.form = "
       "'items' in lines that begin "
-      f"'{ITEM_MARK}'"
+      f"'{ITEM_MARK}', each from extraction.min_support conversations"
     )
   empty = [f"{index:02d}" for index, text in enumerate(texts) if not text.text.strip()]
   if empty:

@@ -5,16 +5,19 @@ import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from absl import logging
+
 from oel_jax.conversations.jsonl import read_conversations
 from oel_jax.conversations.schema import EMPTY, Conversation
 from oel_jax.extraction import knowledge as knowledge_lib
+from oel_jax.extraction import provenance
 from oel_jax.extraction.extract import extract as accumulate
 from oel_jax.extraction.extract import raw_knowledge
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files, named, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import deploy, knowledge, resume
-from oel_jax.stages.run import DEPLOYED, KNOWLEDGE, Meter, Run
+from oel_jax.stages.run import DEPLOYED, ITEMS, KNOWLEDGE, Meter, Run
 
 Advance = Callable[..., None]
 Texts = list[knowledge_lib.Knowledge]
@@ -54,29 +57,34 @@ def read_edit(config: Any) -> Callable[[str], str] | None:
 
 
 def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
-  """Round 1's texts as they stood after `step` trajectories; read back from the accumulation,
+  """Round 1's texts as they stood after `step` trajectories, without those that its gate left out;
   nothing is sampled. `policy` is the one that wrote them.
   """
   games = read_conversations(run.round(1) / DEPLOYED, max_damaged=0.0)
   whole = _accumulate(run, 1, policy, games, lambda n: None)
-  return [text.text for text in _limited(run, whole, step, policy) if text.text] or [EMPTY]
+  texts, _ = _limited(run, 1, whole, step, policy, games)
+  out = knowledge.left_out(run, 1)
+  return [text.text for i, text in enumerate(texts) if text.text and i not in out] or [EMPTY]
 
 
 def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation]) -> None:
   config, folder = run.config.extraction, run.round(number) / "knowledge"
   with run.stage(number, "extract", policy, config.trajectories) as (meter, advance):
     whole = _accumulate(run, number, meter, games, advance)
-  texts = _limited(run, whole, config.use, policy)
+  texts, origins = _limited(run, number, whole, config.use, policy, games)
   for i, text in enumerate(texts):
     knowledge_lib.write(folder, i, text)
   made_from = {
     "weights": fingerprint(policy.params),
     DEPLOYED: files.sha256(run.round(number) / DEPLOYED)[:16],
   }
-  if config.start_from == "previous_round" and number > 1:
-    before = [text.text for text in knowledge.read(run, number - 1)]
+  if _carries(run, number):
+    before = [text.text for text in knowledge.carried(run, number - 1)]
     made_from["previous knowledge"] = schema.digest(before)
   names = [f"knowledge/{i:02d}.{kind}" for i in range(len(texts)) for kind in ("jsonl", "md")]
+  if origins:
+    provenance.write(run.round(number) / ITEMS, origins)
+    names.append(ITEMS)
   run.manifest(number).record(names, made_from)
   run.log(number, "extract", items=sum(len(text.items) for text in texts) / len(texts))
   files.write_text(run.round(number) / KNOWLEDGE, "")
@@ -93,7 +101,6 @@ def _accumulate(
     return raw_knowledge(games, texts=config.texts, seed=run.config.seed, round=number)
   if config.source == "empty":
     return [knowledge_lib.Knowledge()] * config.texts
-  carries = config.start_from == "previous_round" and number > 1
   return accumulate(
     policy,
     games,
@@ -108,25 +115,67 @@ def _accumulate(
     round=number,
     thinking=run.config.policy.thinking,
     wording=config.wording,
-    start=knowledge.read(run, number - 1) if carries else None,
+    start=knowledge.carried(run, number - 1) if _carries(run, number) else None,
     state_path=run.round(number) / "user/extraction.jsonl",
     weights=fingerprint(policy.params),
     advance=advance,
   )
 
 
-def _limited(run: Run, whole: Texts, step: int, policy: Policy) -> Texts:
-  """The accumulations as they stood after `step` trajectories, within max_knowledge_tokens, and
-  edited if config.extraction.edit says so.
+def _carries(run: Run, number: int) -> bool:
+  return run.config.extraction.start_from == "previous_round" and number > 1
+
+
+def _limited(
+  run: Run,
+  number: int,
+  whole: Texts,
+  step: int,
+  policy: Policy,
+  games: Sequence[Conversation],
+) -> tuple[Texts, provenance.Origins]:
+  """The accumulations as they stood after `step` trajectories: without what min_support and
+  newest_wins leave out, within max_knowledge_tokens, and edited if config.extraction.edit says so.
+  And what stands behind their items, by the words that would cross.
   """
+  config, edit = run.config.extraction, read_edit(run.config)
+  edited = lambda texts: [_edited(text, edit) for text in texts] if edit else texts
+  texts = [text.at(step) for text in whole]
+  origins = {}
+  if config.source == "extracted":  # of other sources there are no items
+    said = edited(texts)
+    earlier = provenance.read(run.round(number - 1) / ITEMS) if _carries(run, number) else {}
+    origins = provenance.sift(
+      provenance.gather(said, games, earlier),
+      min_support=config.min_support,
+      newest_wins=config.newest_wins,
+    )
+    _tell(number, origins)
+    texts = [_sifted(*pair, origins) for pair in zip(texts, said, strict=True)]
   texts = knowledge_lib.as_of(
-    whole,
+    texts,
     step,
-    max_tokens=run.config.extraction.max_knowledge_tokens,
+    max_tokens=config.max_knowledge_tokens,
     count_tokens=lambda text: len(policy.tokenizer.encode(text)),
   )
-  edit = read_edit(run.config)
-  return [_edited(text, edit) for text in texts] if edit else texts
+  texts = edited(texts)
+  return texts, provenance.placed(origins, texts)
+
+
+def _sifted(
+  text: knowledge_lib.Knowledge, said: knowledge_lib.Knowledge, origins: provenance.Origins
+) -> knowledge_lib.Knowledge:
+  """The items of `text` that are not left out, by what they are once edited, `said`."""
+  pairs = zip(text.items, said.items, strict=True)
+  stays = lambda item: not origins[provenance.normalised(item.text)].left_out
+  return knowledge_lib.Knowledge(tuple(item for item, edited in pairs if stays(edited)))
+
+
+def _tell(number: int, origins: provenance.Origins) -> None:
+  for why in (provenance.SUPPORT, provenance.NEWER):
+    if count := sum(origin.left_out == why for origin in origins.values()):
+      told = "round %d: %d of %d items left out (%s): they stand in %s"
+      logging.warning(told, number, count, len(origins), why, ITEMS)
 
 
 def _edited(text: knowledge_lib.Knowledge, edit: Callable[[str], str]) -> knowledge_lib.Knowledge:

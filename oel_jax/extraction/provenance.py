@@ -1,0 +1,288 @@
+"""What stands behind an item of knowledge: which conversations gave it, how many, of which kind it
+is, and what has replaced it. Their file, user/items.jsonl, stays on the user side.
+
+Two items are the same if their `normalised` texts are: the tag of the kind, case, white space and
+the punctuation around them do not count. Wordings that differ otherwise are different items, each
+with a support of its own.
+"""
+
+import dataclasses
+import pathlib
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from oel_jax.conversations.jsonl import JsonLines, write_jsonl
+from oel_jax.conversations.schema import Conversation
+from oel_jax.extraction.knowledge import Item, Knowledge
+from oel_jax.extraction.prompts import ITEM_MARK
+from oel_jax.runtime import schema
+from oel_jax.runtime.schema import get, need
+
+SCHEMA = 1
+KINDS = ("where-to-find", "lesson", "procedure", "fact")
+# What tells a kind where no tag does, in this order; an item with none of these words has none.
+_WORDS = (
+  ("procedure", r"\bfirst\b.*\bthen\b|\bstep \d|\bin this order\b"),
+  (
+    "where-to-find",
+    r"->|→|=>|\b(goes?|belongs?|sent|routed|forwarded) to\b"
+    r"|\bis (handled by|(found|kept) (in|at|on|under))\b",
+  ),
+  ("lesson", r"\b(never|always|avoid|do not|don't|must not|make sure)\b"),
+  ("fact", r"\b(costs?|valid|as of|deadline|expires?|until)\b"),
+)
+_TAGS = "|".join(kind.replace("-", "[- ]") for kind in KINDS)
+_TAG = re.compile(rf"(?:\[({_TAGS})\]|\(({_TAGS})\)|({_TAGS}):)\s*", re.IGNORECASE)
+# What parts an item's key from what it says of it. A colon without a space behind it is a time.
+_SEPARATOR = re.compile(
+  r"\s*(?:->|→|=>|:(?=\s)|\b(?:goes|go|belongs|belong) to\b|\bis handled by\b)\s*", re.IGNORECASE
+)
+MAX_KEY_WORDS = 12  # more before a colon are a sentence, not the name of a case
+# Words before a colon that name no case.
+_NO_KEY = ("advice", "example", "hint", "important", "note", "remember", "rule", "tip", "warning")
+_COMMON = frozenset(
+  "a an and are as at be by for from in is it of on or that the they this to with you your".split()
+)
+LIMIT, SUPPORT, NEWER = "limit", "support", "newer item"  # why an item is in no text
+
+
+@dataclasses.dataclass(frozen=True)
+class Sighting:
+  """A conversation that gave an item.
+
+  Attributes:
+    conversation: its id.
+    round: whose extraction read it.
+    place: its number, from 1, among the conversations of that round, which stand in the order of
+      time; 0 if not known.
+    messages: numbers, from 1, of the messages that share the item's words (`shared`): found by
+      words, for the extractor does not say what it draws on. () if there are none.
+  """
+
+  conversation: str
+  round: int
+  place: int
+  messages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """An item, and what stands behind it.
+
+  Attributes:
+    text: in the first of its wordings.
+    kind: one of KINDS; "" if not known.
+    seen: one for each conversation that gave it, this round's and, where items are carried over,
+      those of the rounds before.
+    texts: numbers of the knowledge texts that hold it.
+    left_out: why none does: SUPPORT, of too few conversations; NEWER, another took its place;
+      LIMIT, the oldest items go. "" if one does.
+    superseded_by: the text of the newer item; "" if there is none.
+  """
+
+  text: str
+  kind: str
+  seen: tuple[Sighting, ...]
+  texts: tuple[int, ...] = ()
+  left_out: str = ""
+  superseded_by: str = ""
+
+  @property
+  def support(self) -> int:
+    """Distinct conversations that gave the item."""
+    return len(self.seen)
+
+
+Origins = dict[str, Origin]  # by their `normalised` texts
+
+
+def normalised(text: str) -> str:
+  """The text by which items are compared: see the module."""
+  text = unicodedata.normalize("NFKC", _untagged(text)).casefold()
+  return " ".join(text.split()).strip(" .,;:!*_\"'“”")
+
+
+def kind_of(text: str) -> str:
+  """One of KINDS: as the extractor's tag says ("[lesson] …", "(lesson) …", "lesson: …"), or else as
+  a word of the item tells; "" if nothing does.
+  """
+  if tag := _TAG.match(_unmarked(text)):
+    return next(filter(None, tag.groups())).lower().replace(" ", "-")
+  found = (kind for kind, words in _WORDS if re.search(words, text, re.IGNORECASE | re.DOTALL))
+  return next(found, "")
+
+
+def key_of(text: str) -> tuple[str, str] | None:
+  """What an item is about and what it says of it, both normalised: ("damaged parcel", "brass") of
+  "Damaged parcel: BRASS", "Damaged parcel -> BRASS" or "Damaged parcel goes to BRASS".
+
+  None where no such words part it, or what stands before them is no name of a case.
+  """
+  parts = _SEPARATOR.split(_untagged(text), maxsplit=1)
+  key, value = (normalised(part) for part in parts) if len(parts) == 2 else ("", "")
+  named = key and key not in _NO_KEY and len(key.split()) <= MAX_KEY_WORDS
+  return (key, value) if named and value else None
+
+
+def shared(text: str, conversation: Conversation) -> tuple[int, ...]:
+  """Numbers, from 1, of few messages that together hold all words of the item that the conversation
+  has; the one that adds most is taken first, of several the first.
+  """
+  held = [_words(message.content) for message in conversation.messages]
+  missing, found = _words(_untagged(text)), []
+  while held:
+    number = max(range(len(held)), key=lambda i: len(held[i] & missing))
+    if not held[number] & missing:
+      break
+    missing -= held[number]
+    found.append(number + 1)
+  return tuple(sorted(found))
+
+
+def gather(
+  texts: Sequence[Knowledge], conversations: Sequence[Conversation], earlier: Origins
+) -> Origins:
+  """Every item of the texts with the conversations that gave it, and those of before.
+
+  Args:
+    texts: as they stood before anything was left out.
+    conversations: those that the round's extraction read, in the order of time.
+    earlier: of the round before, if its items were carried over.
+  """
+  read = {said.id: (place, said) for place, said in enumerate(conversations, start=1)}
+  found = {name: dataclasses.replace(origin, texts=()) for name, origin in earlier.items()}
+  for item in (item for text in texts for item in text.items):
+    name = normalised(item.text)
+    origin = found.get(name) or Origin(item.text, kind_of(item.text), ())
+    if item.trajectory not in {sighting.conversation for sighting in origin.seen}:
+      origin = dataclasses.replace(origin, seen=(*origin.seen, _sighting(item, read)))
+    found[name] = origin
+  return found
+
+
+def sift(origins: Origins, *, min_support: int, newest_wins: bool) -> Origins:
+  """Says of each item whether it is left out: one of fewer than `min_support` conversations; and
+  with `newest_wins`, of those left that have the same key and say different things, all but the
+  newest.
+
+  Newest is what the latest conversation said (round, then place). Two whose latest conversation is
+  the same, or unknown, both stay.
+  """
+  weak = {name for name, origin in origins.items() if origin.support < min_support}
+  newest: dict[str, str] = {}  # by key, the name of the newest item
+  for name in (name for name in origins if newest_wins and name not in weak):
+    if key := key_of(origins[name].text):
+      before = newest.setdefault(key[0], name)
+      if _time(origins[name]) > _time(origins[before]):
+        newest[key[0]] = name
+  result = {}
+  for name, origin in origins.items():
+    key = key_of(origin.text) if newest_wins and name not in weak else None
+    other = newest[key[0]] if key else name
+    newer = _time(origins[other]) > _time(origin) and key_of(origins[other].text) != key
+    why = SUPPORT if name in weak else NEWER if newer else ""
+    by = origins[other].text if newer else ""
+    result[name] = dataclasses.replace(origin, left_out=why, superseded_by=by)
+  return result
+
+
+def placed(origins: Origins, texts: Sequence[Knowledge]) -> Origins:
+  """With the numbers of the texts, as they were written, that hold each item."""
+  held: dict[str, list[int]] = {name: [] for name in origins}
+  for number, text in enumerate(texts):
+    for name in held.keys() & {normalised(item.text) for item in text.items}:
+      held[name].append(number)
+  return {
+    name: dataclasses.replace(
+      origin,
+      texts=tuple(held[name]),
+      left_out="" if held[name] else origin.left_out or LIMIT,
+    )
+    for name, origin in origins.items()
+  }
+
+
+def without(origins: Origins, conversations: Collection[str], min_support: int) -> Origins:
+  """What is left where these conversations never were: their sightings go, items that nobody else
+  gave go with them, and what has too little support now is left out.
+  """
+  seen = {
+    name: tuple(one for one in origin.seen if one.conversation not in conversations)
+    for name, origin in origins.items()
+  }
+  gone = {origin.text for name, origin in origins.items() if not seen[name]}
+  return {
+    name: dataclasses.replace(
+      origin,
+      seen=seen[name],
+      left_out=SUPPORT if len(seen[name]) < min_support else origin.left_out,
+      superseded_by="" if origin.superseded_by in gone else origin.superseded_by,
+    )
+    for name, origin in origins.items()
+    if seen[name]
+  }
+
+
+def write(path: pathlib.Path, origins: Origins) -> None:
+  """Writes user/items.jsonl, a line for each item, whole or not at all."""
+  write_jsonl(path, map(_to_json, origins.values()))
+
+
+def read(path: pathlib.Path) -> Origins:
+  """Reads what `write` wrote; {} if there is no such file, as with versions before it.
+
+  Raises:
+    ValueError: a line is damaged; names the file and the line.
+  """
+  if not path.exists():
+    return {}
+  found: Iterable[Origin] = JsonLines(path, _from_json, max_damaged=0.0)
+  return {normalised(origin.text): origin for origin in found}
+
+
+def _unmarked(text: str) -> str:
+  return text.removeprefix(ITEM_MARK).strip()
+
+
+def _untagged(text: str) -> str:
+  """Without the mark that opens an item, and the tag of its kind."""
+  return _TAG.sub("", _unmarked(text), count=1) if _TAG.match(_unmarked(text)) else _unmarked(text)
+
+
+def _words(text: str) -> set[str]:
+  return set(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) - _COMMON
+
+
+def _sighting(item: Item, read: dict[str, tuple[int, Conversation]]) -> Sighting:
+  place, said = read.get(item.trajectory, (0, None))
+  messages = shared(item.text, said) if said else ()
+  return Sighting(item.trajectory, item.round, place, messages)
+
+
+def _time(origin: Origin) -> tuple[int, int]:
+  return max((one.round, one.place) for one in origin.seen)
+
+
+def _to_json(origin: Origin) -> dict[str, Any]:
+  return {"schema": SCHEMA, **dataclasses.asdict(origin), "support": origin.support}
+
+
+def _from_json(data: dict[str, Any], number: int) -> Origin:
+  need(get(data, "schema", "the line") == SCHEMA, "schema", data["schema"], str(SCHEMA))
+  seen = []
+  for index, one in enumerate(get(data, "seen", "the line", list)):
+    where = f"seen[{index}]"
+    numbers = get(one, "messages", where, list)
+    need(all(type(n) is int for n in numbers), f"{where}.messages", numbers, "whole numbers")
+    place = schema.whole(one, "place", where)
+    conversation = get(one, "conversation", where, str)
+    seen.append(Sighting(conversation, get(one, "round", where, int), place, tuple(numbers)))
+  need(bool(seen), "seen", seen, "a list of at least one")
+  texts = get(data, "texts", "the line", list)
+  need(all(type(n) is int for n in texts), "texts", texts, "whole numbers")
+  words = {
+    name: get(data, name, "the line", str) for name in ("text", "kind", "left_out", "superseded_by")
+  }
+  return Origin(words.pop("text"), words.pop("kind"), tuple(seen), tuple(texts), **words)
