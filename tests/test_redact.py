@@ -179,13 +179,14 @@ def test_of_1000_conversations_nothing_that_was_planted_crosses_and_all_else_doe
   values, stays, lost, prompts = 0, 0, [], []
   for number in range(1000):
     whole, items, innocents = talk(rng, number)
-    prompts += (cut := [redactor(prompt) for prompt in cut_prompts(whole)])
-    cut += [redactor(whole)] * (number % 5 == 0)
-    kept = " ".join(
+    clean = redactor(whole)
+    prompts += (cut := cut_prompts(clean))
+    if number % 20 == 0:
+      assert [Redactor(NAMES)(prompt) for prompt in cut_prompts(whole)] == cut
+    kept = clean.feedback + " ".join(
       m.content + m.name + m.thinking + "".join(call.arguments for call in m.tool_calls)
-      for each in cut for m in each.messages
+      for m in clean.messages
     )  # fmt: skip
-    kept += getattr(cut[-1], "feedback", "")
     kept += kept.encode().decode("unicode_escape", "replace") if "\\u" in kept else ""
     bare = plain(kept)
     for value in items:

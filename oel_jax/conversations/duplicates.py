@@ -70,6 +70,8 @@ class Sketches:
         are.
     """
     reasons = np.full(len(self._digests), KEPT, np.uint8)
+    if not len(reasons):
+      return reasons
     digests = np.frombuffer(self._digests, np.uint64)
     said = np.frombuffer(self._said, np.uint8).astype(bool)
     order = np.lexsort((~said, digests))  # stable: the first of them stays first

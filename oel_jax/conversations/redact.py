@@ -12,9 +12,10 @@ by its kind in brackets, and counted; the values stand in no count, log line, er
 | NAME | names of a list that the user gives |
 | OWN | texts that the user's own function changed |
 
-What cannot be told from an ordinary number stays: a phone number without groups, country code or
-word before it. Texts that are JSON, as the arguments of calls, are read as such: no escape hides a
-value.
+What cannot be told from ordinary words and numbers stays: a phone number without groups, country
+code or word before it; a password without the word. Texts that are JSON, as the arguments of calls,
+are read as such: no escape hides a value. A conversation is redacted once, and prompts are cut from
+what is left of it.
 """
 
 import collections
