@@ -40,9 +40,13 @@ KNOWN = {
   "id", "custom_id", "messages", "conversations", "system", "instructions", "tools", "functions",
   "choices", "feedback", "outcome", "reward", "score", "metadata", "schema", "digest", "source",
   "passed", "ended", "object", "model", "created", "created_at", "timestamp", "usage", "status",
-  "error", "dataset", "split", "tags", "language", "store", "stream", "n", "seed", "temperature",
+  "error", "dataset", "split", "tags", "language", "store", "n", "seed", "temperature",
   "top_p", "max_tokens", "max_completion_tokens", "tool_choice", "parallel_tool_calls", "method",
-  "url", "call_type", "startTime", "endTime", "trace_id",
+  "url", "trace_id", "call_type", "startTime", "endTime", "completionStartTime", "response_time",
+  "response_cost", "response_cost_failure_debug_info", "total_tokens", "prompt_tokens",
+  "completion_tokens", "model_map_information", "model_id", "model_group", "model_parameters",
+  "api_base", "cache_hit", "cache_key", "saved_cache_cost", "request_tags", "hidden_params",
+  "requester_ip_address", "error_str", "error_information", "stream", "custom_llm_provider",
   *REQUESTS, *RESPONSES, *USERS, *SESSIONS,
 }  # fmt: skip
 
@@ -134,22 +138,29 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
     messages = said({"role": "system", "content": system}, seen) + messages
   if request is not data or messages[-1].role != "assistant":
     messages += _answer(data, seen)
-  places = [place.get(name) for place in (request, data) for name in ("tools", "functions")]
+  # LiteLLM keeps the rest of a request in "model_parameters".
+  meta, rest = (_object(data.get(name)) for name in ("metadata", "model_parameters"))
+  places = [place.get(name) for place in (request, data, rest) for name in ("tools", "functions")]
   offered = next(filter(None, places), None)
-  meta = data["metadata"] if isinstance(data.get("metadata"), dict) else {}
   reward = data.get("reward", data.get("score", meta.get("score")))
   if reward is not None and type(reward) not in (int, float):
     raise ValueError(f"the reward is {kind(reward)}: it must be a number")
   return Record(
     tuple(_joined(messages)),
     id=first_name(data.get("id"), data.get("custom_id")),
-    user=first_name(*(place.get(name) for place in (data, request, meta) for name in USERS))
+    user=first_name(*(place.get(name) for place in (data, request, meta, rest) for name in USERS))
     or None,
     outcome=words(data.get("outcome", meta.get("outcome"))),
     reward=None if reward is None else float(reward),
     feedback=words(data.get("feedback", meta.get("feedback"))),
     tools=tools.definitions(offered),
   )
+
+
+def _object(value: Any) -> dict[str, Any]:
+  """An object, or what stands as one in a text; an empty one for anything else."""
+  value = opened(value)
+  return value if isinstance(value, dict) else {}
 
 
 def _answer(data: dict[str, Any], seen: Seen) -> Iterator[Message]:

@@ -103,15 +103,8 @@ class Redactor:
     return dataclasses.replace(value, **changed) if changed else value
 
   def _text(self, text: str, depth: int) -> str:
-    if depth < MAX_NESTED and text.lstrip()[:1] in ("{", "["):
-      text = self._json(text, depth)
-    for kind, may_hold, pattern, put in patterns.PATTERNS:
-      if may_hold(text):
-        text, count = pattern.subn(put, text)
-        if count:
-          self.counts[kind] += count
-    for kind, find in self._finders:
-      text = self._cut(text, kind, find)
+    clean = self._json(text, depth) if text.lstrip()[:1] in ("{", "[") else None
+    text = self._plain(text) if clean is None else clean
     if self._own is None or depth:
       return text
     own = named.called(self._hook, self._field, self._own, text)
@@ -122,6 +115,16 @@ class Redactor:
       self.counts["OWN"] += 1
     return own
 
+  def _plain(self, text: str) -> str:
+    for kind, may_hold, pattern, put in patterns.PATTERNS:
+      if may_hold(text):
+        text, count = pattern.subn(put, text)
+        if count:
+          self.counts[kind] += count
+    for kind, find in self._finders:
+      text = self._cut(text, kind, find)
+    return text
+
   def _cut(self, text: str, kind: str, find: Callable[[str], patterns.Spans]) -> str:
     """The text with the kind in brackets in place of each span."""
     kept, last = [], 0
@@ -131,16 +134,17 @@ class Redactor:
       self.counts[kind] += 1
     return "".join((*kept, text[last:])) if kept else text
 
-  def _json(self, text: str, depth: int) -> str:
-    """A text that is JSON with its strings, names and numbers redacted; any other as it is."""
+  def _json(self, text: str, depth: int) -> str | None:
+    """A text that is JSON with its strings, names and numbers redacted: it stays JSON, and as it is
+    if there is nothing to take out. None for any other text.
+    """
+    if depth >= MAX_NESTED:
+      return None
     try:
       value = json.loads(text)
-    except (ValueError, RecursionError):
-      return text
-    try:
       clean = self._value(value, depth + 1)
-    except RecursionError:
-      return text
+    except (ValueError, RecursionError):
+      return None
     return text if clean == value else json.dumps(clean, ensure_ascii=False)
 
   def _value(self, value: Any, depth: int) -> Any:
@@ -157,21 +161,26 @@ class Redactor:
     if isinstance(value, str):
       return self._text(value, depth)
     if type(value) in (int, float):
-      return self._number(value, json.dumps(value), "", depth)
+      return self._in_words("", value, "", depth)
     return value
 
   def _named(self, name: str, value: Any, depth: int) -> Any:
     """The value of a field, whose name may say what it is: a password, a phone number."""
+    if isinstance(value, list):
+      return [self._named(name, each, depth) for each in value]
     clean = self._value(value, depth)
-    if clean != value or type(value) not in (str, int, float):
+    if clean != value or type(value) not in (str, int, float) or value == "":
       return clean
-    return self._number(value, str(value), f"{name}: ", depth)
+    quote = '"' if isinstance(value, str) else ""
+    return self._in_words(f"{name}: {quote}", value, quote, depth)
 
-  def _number(self, value: Any, text: str, before: str, depth: int) -> Any:
-    """The value as it is, or what is left of its text behind the words before it."""
-    clean = self._text(before + text, depth)
-    told = clean != before + text and clean.startswith(before)
-    return clean.removeprefix(before) if told else value
+  def _in_words(self, before: str, value: Any, after: str, depth: int) -> Any:
+    """The value as it is, or what is left of it as a text between these words."""
+    text = f"{before}{value}{after}"
+    clean = self._text(text, depth)
+    if clean == text or not (clean.startswith(before) and clean.endswith(after)):
+      return value
+    return clean[len(before) : len(clean) - len(after)]
 
 
 def read_names(path: str, field: str = "config.logs.redact_names") -> list[str]:
