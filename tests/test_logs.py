@@ -1,11 +1,12 @@
 """Logs as others write them become conversations; whatever is wrong with them is counted."""
 
 import json
+import random
 import tracemalloc
 
 import pytest
 
-from oel_jax.conversations import logs
+from oel_jax.conversations import log_records, logs
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.schema import Conversation, Message, Source, ToolCall
 
@@ -380,6 +381,43 @@ def test_what_is_no_conversation_is_left_out_counted_and_named(tmp_path, caplog,
   assert counts.places[0].startswith(f"{path}:2: ") and told in counts.places[0]
   with pytest.raises(ValueError, match="1 of 3 records are damaged, more than 5% of them; the fir"):
     read(path)
+
+
+def test_whatever_stands_where_is_a_record_or_a_value_error():
+  rng = random.Random(0)
+  odd = [None, 3, True, "", "x", "{", '{"a": 1}', [], {}, [None], {"role": "user"}]
+  seeds = [
+    {"messages": [ASKED, NOON | {"tool_calls": [CALL]}], "response": COMPLETION, "tools": [{}]},
+    {"conversations": [{"from": "function_call", "value": '{"name": "f"}'}], "metadata": {"a": 1}},
+    {"input": [{"type": "message", "role": "user", "content": [OUTPUT]}], "output": [{"type": 1}]},
+    event("assistant", {"type": "thinking", "thinking": "x"}, use("a"), of="m"),
+    event("user", result("a", [OUTPUT])),
+    item(type="reasoning", summary=[{"text": "x"}]),
+    item(type="function_call_output", call_id="c", output={"content": "x"}),
+    {"type": "compacted", "payload": {"replacement_history": [ASKED]}},
+  ]
+
+  def changed(value):
+    if rng.random() < 0.15:
+      return rng.choice(odd)
+    if isinstance(value, dict):
+      return {name: changed(inner) for name, inner in value.items() if rng.random() > 0.05}
+    return [changed(inner) for inner in value] if isinstance(value, list) else value
+
+  outcomes = set()
+  for _ in range(3000):
+    try:
+      outcomes.add(type(log_records.read(changed(rng.choice(seeds)), [])).__name__)
+    except ValueError:
+      outcomes.add("ValueError")
+  assert outcomes == {"Record", "NoneType", "ValueError"}
+
+
+def test_names_that_are_none_are_not_told(tmp_path):
+  lines = [{"messages": [ASKED, NOON], "ann@example.com": n, f"own_{n}": 1} for n in range(1100)]
+  _, _, counts = log(tmp_path, *lines)
+  assert counts.seen[("field", "other")] == 1100 + 101 and len(counts.seen) == 1000
+  assert "ann" not in "".join(counts.sentences())
 
 
 def test_no_utf_8(tmp_path):

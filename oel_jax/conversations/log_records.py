@@ -221,6 +221,7 @@ def _joined(messages: list[Message]) -> Iterator[Message]:
 def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
   """A line of an agent's trace: Claude Code's, an item of its own, or a bare message."""
   event = data.get("type", data.get("record_type"))
+  event = event if isinstance(event, str) else None
   inner = data["message"] if isinstance(data.get("message"), dict) else data
   if data.get("isMeta") or data.get("isApiErrorMessage"):  # not the user's, not the model's
     seen.append(("event", "isMeta" if data.get("isMeta") else "isApiErrorMessage"))
@@ -231,7 +232,7 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
   session = first_name(*(data.get(name) for name in SESSIONS))
   if who is None:
     messages = _item(data, seen)
-    if messages is None and isinstance(event, str):
+    if messages is None and event:
       seen.append(("event", event))
       return None
     if messages is None:
@@ -296,7 +297,8 @@ def _item(value: dict[str, Any], seen: Seen) -> list[Message] | None:
     result = said({"role": "tool", "content": output}, seen)[0]
     return [dataclasses.replace(result, tool_call_id=call)]
   if what == "reasoning":
-    parts = [*(value.get("summary") or []), *(value.get("content") or [])]
-    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("text")]
-    return [Message("assistant", "", thinking="\n".join(map(str, texts)))]
+    lists = [value[name] for name in ("summary", "content") if isinstance(value.get(name), list)]
+    texts = [part.get("text") for each in lists for part in each if isinstance(part, dict)]
+    thinking = "\n".join(text for text in texts if isinstance(text, str))
+    return [Message("assistant", "", thinking=thinking)]
   return None

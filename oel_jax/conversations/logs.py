@@ -29,6 +29,7 @@ from oel_jax.conversations.schema import AGENT, LOG, Conversation, Message, Sour
 from oel_jax.runtime import files
 
 MAX_MESSAGE = 1_000_000  # characters of one message, above which no model reads it
+MAX_NAMES = 1000  # of fields, events and parts that are told apart
 SHOWN = 8  # names of a kind that a sentence tells
 OPENING = 32  # characters of what a user says first that tell one conversation from another
 
@@ -277,9 +278,20 @@ def _records(file: pathlib.Path, counts: Counts) -> Iterator[tuple[Record, int]]
         counts.places.append(place)
         logging.warning("skipped a damaged record: %s", place)
       continue
-    counts.seen.update(seen)
+    counts.seen.update(_plain(each, counts) for each in seen)
     if record is not None:
       yield record, number
+
+
+def _plain(met: tuple[str, str], counts: Counts) -> tuple[str, str]:
+  """What was met by its name, if it is one: where a name should stand may be anything, and more of
+  them than memory holds.
+  """
+  known = met in counts.seen or len(counts.seen) < MAX_NAMES
+  return met if known and _NAME.fullmatch(met[1]) else (met[0], "other")
+
+
+_NAME = re.compile(r"[A-Za-z_][\w. -]{0,39}")
 
 
 def _conversation(
