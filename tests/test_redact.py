@@ -262,6 +262,11 @@ def test_ids_stay_apart_and_calls_keep_their_answers():
   answer = Message("tool", "x", tool_call_id="sk-abcdefghij0123456789")
   clean = redactor(call).tool_calls[0].id
   assert clean.startswith("[KEY]-") and redactor(answer).tool_call_id == clean
+  users = [
+    redactor(Conversation("a", one.messages, Source("log", "x"), user=f"{who}@example.com")).user
+    for who in ("ann", "bob", "ann")
+  ]
+  assert users[0] == users[2] != users[1] and users[0].startswith("[EMAIL]-")
   same = Message("user", "nothing here")
   assert redactor(same) is same
 

@@ -31,6 +31,8 @@ from oel_jax.runtime import files, named
 R = TypeVar("R")
 # Fields of records that are no words of anybody's.
 FIXED = {"role", "ended", "source", "kind"}
+# Fields that tell one thing from another: of two, no placeholder may make one.
+NAMES = {"id", "tool_call_id", "user"}
 MAX_NESTED = 20  # JSON in a text in JSON…
 
 
@@ -74,7 +76,7 @@ class Redactor:
     """Returns a message, conversation, prompt or tool's call without what must not cross; whatever
     else it holds stays as it is.
 
-    An id that had to be changed ends in digits of a hash, so that no two become one.
+    An id or a user's name that had to be changed ends in digits of a hash: no two become one.
 
     Raises:
       ValueError: the user's function fails, or returns no text.
@@ -96,7 +98,7 @@ class Redactor:
     for place in dataclasses.fields(value):
       old = getattr(value, place.name)
       new = old if place.name in FIXED else self._walked(old)
-      if place.name in ("id", "tool_call_id") and new != old:
+      if place.name in NAMES and new != old:
         new += "-" + hashlib.blake2b(old.encode("utf-8", "replace"), digest_size=6).hexdigest()
       if new != old:
         changed[place.name] = new
