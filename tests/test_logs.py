@@ -215,7 +215,7 @@ def test_claude_codes_session(tmp_path):
   assert {each.id: each.messages for each in found} == {
     "s1": first,
     "s1/a7": side,
-    "s1@log.jsonl:16": later,
+    "s1#log.jsonl:16": later,
   }
   assert found[0].source == Source("agent", path, line=4)
   events = {name: count for (kind, name), count in counts.seen.items() if kind == "event"}
@@ -319,7 +319,7 @@ def test_a_folder_is_read_in_order_with_ids_of_its_own(tmp_path, caplog):
   (tmp_path / "old.jsonl.gz").write_bytes(b"\x1f\x8b")
   (tmp_path / "notes.md").write_text("hello")
   found, counts = read(tmp_path)
-  ids = ["a", "a@c.json:1", "a@b/10.jsonl:1", "a@b/2.jsonl:1"]
+  ids = ["a", "a#c.json:1", "a#b/10.jsonl:1", "a#b/2.jsonl:1"]
   assert [each.id for each in found] == ids
   assert counts.files == 4 and counts.other_files == {".gz": 1, ".md": 1}
   told = [sentence for sentence in counts.sentences() if "left alone" in sentence]

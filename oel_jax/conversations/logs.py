@@ -208,7 +208,7 @@ def read(
         continue
       number = hash_of(conversation.id)
       if number in ids:
-        again = f"{conversation.id}@{name}:{line}"
+        again = f"{conversation.id}#{name}:{line}"
         conversation = dataclasses.replace(conversation, id=again)
         number = hash_of(again)
       ids.add(number)

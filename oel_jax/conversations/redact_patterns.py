@@ -37,7 +37,8 @@ _VALUE = (
   r"(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"  # a UUID
   r"|(?=[a-fA-F]*\d)[0-9a-fA-F]{16,}"
   r"|(?=[A-Za-z]*\d)[A-Za-z0-9]{16,}"
-  r"|(?=[^\s\d]*\d)(?=[^\sa-z]*[a-z])(?=[^\sA-Z]*[A-Z])[A-Za-z0-9+/_.~-]{20,}={0,3})"
+  r"|(?=[A-Za-z+/_~-]*\d)(?=[A-Z0-9+/_~-]*[a-z])(?=[a-z0-9+/_~-]*[A-Z])[A-Za-z0-9+/_~-]{20,}"
+  r"(?:\.[A-Za-z0-9+/_~-]{8,})*={0,3})"
   r"(?![A-Za-z0-9])"
 )
 _ANNOUNCED = re.compile(
@@ -60,7 +61,7 @@ _PASSWORD = re.compile(
 )
 _HEADER = re.compile(
   r"(?P<word>(?i:\bauthorization)[\"'`]?\s{0,3}[:=]\s{0,3}[\"'`]?"
-  r"(?:(?i:basic|bearer|token|digest|apikey)\s{1,3})?)[^\s\"'`,;\[\]]{8,}"
+  r"(?:(?i:basic|bearer|token|digest|apikey)\s{1,3})?)[^\s\"'`,;\[\]<>{}$]{8,}"
 )
 _BEARER = re.compile(r"(?P<word>\b(?i:bearer)\s{1,3})(?=[\w.~+/-]{0,400}\d)[\w.~+/-]{8,}=*")
 _ADDRESS_PASSWORD = re.compile(r"(?<=://)[^\s/:@\"'<>]{0,128}:[^\s/@\"'<>]{1,256}(?=@)")
