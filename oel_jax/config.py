@@ -129,7 +129,9 @@ def default() -> ml_collections.ConfigDict:
       # Base URL, as "http://HOST:PORT/v1", of a server that speaks OpenAI's chat completions and
       # plays the games of this stage in the place of our own policy; "": none. It must serve the
       # weights that the round begins with: gate and evaluation measure our own, which is trained.
-      # Its key is the environment's OEL_ENDPOINT_KEY, and is written nowhere.
+      # It decides what is not sent: what is are temperature, top_p and, if it is on, top_k;
+      # llama.cpp has top_k 40 and min_p 0.05 unless it is started without. Its key is the
+      # environment's OEL_ENDPOINT_KEY, and is written nowhere.
       endpoint="",
       endpoint_model="",  # the name that it has for those weights
       endpoint_timeout=600.0,  # seconds in which a request must be answered whole

@@ -60,7 +60,7 @@ def test_a_request_holds_the_messages_the_sampling_and_the_key():
     (
       knowledge_message("G is the goal.", "games"),
       Message("system", "Be brief."),
-      Message("user", "Grüße"),
+      Message("user", "Grüße, 🧭 and half \ud83d"),
       Message("assistant", "", tool_calls=(call,)),
       Message("tool", "a wall", tool_call_id="c1", name="look"),
     ),
@@ -85,7 +85,7 @@ def test_a_request_holds_the_messages_the_sampling_and_the_key():
         "role": "system",
         "content": "Be brief.\n\n" + knowledge_message("G is the goal.", "games").content,
       },
-      {"role": "user", "content": "Grüße"},
+      {"role": "user", "content": "Grüße, 🧭 and half ?"},
       {
         "role": "assistant",
         "content": "",

@@ -50,7 +50,9 @@ def request(
     "max_tokens": max_tokens,
     "seed": seed % SEEDS,
   }
-  return json.dumps(body | ({"top_k": sampling.top_k} if sampling.top_k else {})).encode()
+  body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+  # Half a surrogate pair, which a game may show, is "?": servers refuse the whole request for it.
+  return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _with_knowledge_said(messages: Sequence[Message]) -> tuple[Message, ...]:
