@@ -1,6 +1,7 @@
 """Logs as others write them become conversations; whatever is wrong with them is counted."""
 
 import json
+import os
 import random
 import tracemalloc
 
@@ -312,21 +313,25 @@ def test_what_a_run_wrote_is_read_back(tmp_path):
 # Folders.
 
 
-def test_a_folder_is_read_in_order_with_ids_of_its_own(tmp_path, caplog):
+def test_a_folder_is_read_in_order_with_ids_of_its_own(tmp_path):
   talk = {"id": "a", "messages": [ASKED, NOON]}
   for name in ("b/2.jsonl", "a.ndjson", "b/10.jsonl", "c.json"):
     write(tmp_path / name, talk)
   (tmp_path / "old.jsonl.gz").write_bytes(b"\x1f\x8b")
   (tmp_path / "notes.md").write_text("hello")
+  (tmp_path / "agent-a7.meta.json").write_text('{"agentType": "x"}')
+  (tmp_path / "again").symlink_to(tmp_path / "b")
+  os.mkfifo(tmp_path / "pipe.jsonl")  # to open it would wait for ever
   found, counts = read(tmp_path)
   ids = ["a", "a#c.json:1", "a#b/10.jsonl:1", "a#b/2.jsonl:1"]
   assert [each.id for each in found] == ids
-  assert counts.files == 4 and counts.other_files == {".gz": 1, ".md": 1}
-  told = [sentence for sentence in counts.sentences() if "left alone" in sentence]
-  assert told == [
-    "2 files were left alone: .md 1, .gz 1; what is compressed must be unpacked, and the names of "
-    "logs end in .jsonl, .ndjson, .jsonlines, .json"
-  ] or told[0].startswith("2 files were left alone: .gz 1, .md 1;")
+  others = {".jsonl.gz": 1, ".md": 1, ".meta.json": 1, "links to folders": 1, ".jsonl": 1}
+  assert counts.files == 4 and counts.other_files == others
+  [told] = [sentence for sentence in counts.sentences() if "left alone" in sentence]
+  assert told.startswith("5 files were left alone: ") and told.endswith(
+    "; what is compressed must be unpacked, and the names of logs end in .jsonl, .ndjson, "
+    ".jsonlines, .json"
+  )
 
 
 def test_a_folder_or_file_without_logs(tmp_path):

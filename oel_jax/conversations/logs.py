@@ -246,13 +246,17 @@ def _files(path: pathlib.Path, counts: Counts) -> Iterator[tuple[pathlib.Path, s
   found = False
   for folder, folders, names in os.walk(path, onerror=_raise):
     folders.sort()
+    links = sum(pathlib.Path(folder, name).is_symlink() for name in folders)
+    if links:  # they may lead in a circle
+      counts.other_files["links to folders"] += links
     for name in sorted(names):
       file = pathlib.Path(folder, name)
-      if file.suffix.lower() in SUFFIXES:
+      # Claude Code describes each sub-agent beside what it said.
+      if file.suffix.lower() in SUFFIXES and not name.endswith(".meta.json") and file.is_file():
         found = True
         yield file, file.relative_to(path).as_posix()
       else:
-        counts.other_files[file.suffix or name] += 1
+        counts.other_files["".join(file.suffixes[-2:]) or "no suffix"] += 1
   if not found:
     held = f"; it holds {_shown(counts.other_files)}" if counts.other_files else " and is empty"
     raise ValueError(f"{path} holds no file whose name ends in {', '.join(SUFFIXES)}{held}")
