@@ -22,6 +22,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +35,10 @@ FIXED = {"role", "ended", "source", "kind"}
 # Fields that tell one thing from another: of two, no placeholder may make one.
 NAMES = {"id", "tool_call_id", "user"}
 MAX_NESTED = 20  # JSON in a text in JSON…
+# Of signs that stand for themselves in JSON; no halves of pairs.
+_ESCAPE = re.compile(
+  r"\\u(0040|00[a-fA-F][\da-fA-F]|0[1-9a-fA-F][\da-fA-F]{2}|[1-9a-cA-C][\da-fA-F]{3})"
+)
 
 
 class Redactor:
@@ -118,14 +123,17 @@ class Redactor:
     return own
 
   def _plain(self, text: str) -> str:
+    """A text that is no JSON; but a part of it may be, whose escapes must not hide anything."""
+    opened = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text) if "\\u" in text else text
+    clean = opened
     for kind, may_hold, pattern, put in patterns.PATTERNS:
-      if may_hold(text):
-        text, count = pattern.subn(put, text)
+      if may_hold(clean):
+        clean, count = pattern.subn(put, clean)
         if count:
           self.counts[kind] += count
     for kind, find in self._finders:
-      text = self._cut(text, kind, find)
-    return text
+      clean = self._cut(clean, kind, find)
+    return text if clean == opened else clean
 
   def _cut(self, text: str, kind: str, find: Callable[[str], patterns.Spans]) -> str:
     """The text with the kind in brackets in place of each span."""

@@ -52,9 +52,10 @@ _NO_PASSWORD = (
   r"(?![$%<*{\[]|[A-Za-z_][\w.]*[(\[{])"
 )
 _PASSWORD = re.compile(
-  r"(?P<word>(?i:passwords?|passwd|passphrase|passcode|pwd)[\w-]{0,20}"
+  r"(?P<word>(?i:passwor[dt]s?|passwd|passphrase|passcode|pwd|kennwort|contraseña|mot de passe"
+  r"|пароль|密码|密碼|パスワード)[\w-]{0,20}"
   r"(?:(?:\s{1,3}\w{1,20}){0,4}?\s{1,3}(?i:is|was)\s{1,3}(?::\s{0,3})?"
-  r"|[\"'`\]]{0,2}\s{0,3}(?::=|=>|[:=])\s{0,3}))"
+  r"|[\"'`\]]{0,2}\s{0,3}(?::=|=>|[:=：])\s{0,3}))"
   rf"(?P<quote>[\"'`]?){_NO_PASSWORD}"
   r"(?:(?<=[\"'`])(?:[^\s\"'`]{4,200}|(?=[^\"'`\n]*\d)[^\"'`\n]{6,200})(?=[\"'`])"
   r"|(?=[^\s\"'`,;]*[\d@#$%^&*~])[^\s\"'`,;]{4,200}[^\s\"'`,;.!?:)\]}])"
@@ -92,7 +93,12 @@ PATTERNS = (
   ("SECRET", _holds("(?i)uthorization"), _HEADER, r"\g<word>[SECRET]"),
   ("SECRET", _holds("(?i)earer"), _BEARER, r"\g<word>[SECRET]"),
   ("SECRET", _holds(r"\d[^\s]{7}|[^\s]{7}\d"), _ANNOUNCED, r"\g<word>[SECRET]"),
-  ("SECRET", _holds("(?i)pass|pwd"), _PASSWORD, r"\g<word>\g<quote>[SECRET]"),
+  (
+    "SECRET",
+    _holds("(?i)pass|pwd|kennwort|contrase|пароль|密|パスワード"),
+    _PASSWORD,
+    r"\g<word>\g<quote>[SECRET]",
+  ),
   ("EMAIL", _holds("@|%40"), _EMAIL, "[EMAIL]"),
   ("EMAIL", _holds(r"(?i)\bdot\b|[\[({]\s?at\s?[\])}]"), _SPELLED, "[EMAIL]"),
 )
@@ -193,7 +199,9 @@ _PHONES = (
 )
 _WORDS = (
   r"phone|tel(?:ephone|\.)?|mobile|cell|fax|whats ?app|sms|telefon\w*|t[ée]l[ée]phone|tel[ée]fono"
-  r"|m[óo]vil|handy\w*|call (?:me|us|him|her|them)|reach (?:me|us|him|her|them)|text (?:me|us)"
+  r"|m[óo]vil|handy\w*"
+  r"|(?:call|dial|ring)(?=\s{1,2}\(?\d{2,4}[) .-])|(?:call|reach) (?:me|us|him|her|them)"
+  r"|text (?:me|us)"
 )
 _PHONE = re.compile("|".join(_PHONES))
 _CALLED = re.compile(
