@@ -32,6 +32,9 @@ CLOCK_TEXT = '{"name": "clock", "arguments": {"zone":"UTC"}}'
     ('<tool_call>{"name": "x", "arguments": {}}</tool_call>', "", (ToolCall("", "x", "{}"),)),
     ('<tool_call>{"name": "desks", "arguments": "{}"}</tool_call>', "", (DESKS,)),
     ('{"name": "clock", "parameters": {"zone": "UTC"}}', "", (CLOCK,)),
+    ('{\n"name": "clock",\n"arguments": {\n"zone": "UTC"\n}\n}', "", (CLOCK,)),
+    (f"```json\n{CLOCK_TEXT}\n```", "", (CLOCK,)),
+    (f"```\n{CLOCK_TEXT}\n```\n", "", (CLOCK,)),
     ('<|python_tag|>{"name": "clock", "parameters": {"zone": "UTC"}}', "", (CLOCK,)),
     (
       '{"name": "clock", "parameters": {"zone": "UTC"}}; {"name": "desks", "parameters": {}}',
@@ -62,6 +65,8 @@ def test_calls_are_read(answer, content, calls):
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
     '<tool_call>{"name": "clock", "arguments": "UTC"}</tool_call>',
     "<tool_call></tool_call>",
+    f"So:\n```json\n{CLOCK_TEXT}\n```",
+    '```json\n{"name": "Ann", "arguments": {}}\n```',
     "</tool_call>",
     '<tool_call>' + '{"name": ' * 20_000,
     '{"name": "clock", "parameters": ' + "[" * 20_000,

@@ -2,7 +2,8 @@
 
 Qwen2.5, Qwen3 and Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, once a call,
 behind what else is said. Llama 3.1 and 3.2: an answer that is `{"name": …, "parameters": {…}}` and
-nothing else, behind `<|python_tag|>` or not, several with semicolons between.
+nothing else, behind `<|python_tag|>` or not, several with semicolons between. Qwen2.5-Coder, asked
+for marks, writes the bare object, in a fence or not.
 """
 
 import json
@@ -14,6 +15,8 @@ from oel_jax.conversations.schema import Message, ToolCall
 
 OPEN, CLOSE, PYTHON = MARKS = ("<tool_call>", "</tool_call>", "<|python_tag|>")
 # The last call may go without its end, where the response ends in its place.
+# An answer that is a block of code and nothing else.
+FENCED = re.compile(r"\s*```(?:json)?\n(.*)\n```\s*", re.DOTALL)
 MARKED = re.compile(f"{re.escape(OPEN)}(.*?)(?:{re.escape(CLOSE)}|$)", re.DOTALL)
 
 
@@ -45,7 +48,9 @@ def parse(answer: str, names: Collection[str] = ()) -> tuple[str, tuple[ToolCall
     calls = [_call(_json(body)) for body in MARKED.findall(answer)]
   else:
     content = ""
-    calls = [_call(value) for value in _in_turn(answer.strip().removeprefix(PYTHON))]
+    fenced = FENCED.fullmatch(answer)
+    bare = fenced[1] if fenced else answer.strip().removeprefix(PYTHON)
+    calls = [_call(value) for value in _in_turn(bare)]
     if any(call is None or call.name not in names for call in calls):
       calls = []
   if not calls or None in calls:
