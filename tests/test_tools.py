@@ -1,11 +1,13 @@
 """Definitions of tools in every form that logs have them, read into the one that templates show."""
 
+import dataclasses
 import json
 
 import pytest
 
-from oel_jax.conversations import logs, tools
-from oel_jax.conversations.schema import tool_text
+from oel_jax.conversations import exporters, logs, tools
+from oel_jax.conversations.redact import Redactor
+from oel_jax.conversations.schema import Conversation, Message, Source, to_json, tool_text
 
 PARAMETERS = {"type": "object", "properties": {"zone": {"type": "string"}}}
 BARE = {"name": "clock", "description": "Tells the time.", "parameters": PARAMETERS}
@@ -65,3 +67,25 @@ def test_a_log_gives_them_to_its_conversations(tmp_path):
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   found = [conversation.tools for conversation in logs.read(path, logs.Counts())]
   assert found == [TEXT, TEXT, TEXT, TEXT, ()]
+
+
+CHATTED = Conversation(
+  "a", (Message("user", "Hi"), Message("assistant", "Hello.")), Source("log", "x")
+)
+
+
+def test_what_is_redacted_stays_a_definition_or_goes(tmp_path):
+  told = {"name": "mail", "description": 'Writes to "ann@example.com".'}
+  with_two = dataclasses.replace(CHATTED, tools=(tool_text(told), *TEXT))
+  [mail, clock] = to_json(Redactor()(with_two))["tools"]
+  assert clock == CHAT and mail["name"] == "mail"
+  assert mail["description"].startswith('Writes to "[') and "ann" not in mail["description"]
+  hook = tmp_path / "own.py"
+  hook.write_text("def clean(text):\n  return '' if 'mail' in text else text\n")
+  assert Redactor(hook=f"{hook}:clean")(with_two).tools == TEXT
+
+
+def test_an_exported_log_holds_them(tmp_path):
+  exporters.write_log(tmp_path / "log.jsonl", [dataclasses.replace(CHATTED, tools=TEXT), CHATTED])
+  found = [conversation.tools for conversation in logs.read(tmp_path / "log.jsonl", logs.Counts())]
+  assert found == [TEXT, ()]

@@ -19,8 +19,8 @@ _KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")
 
 
 def openai(conversation: Conversation) -> dict[str, Any]:
-  """The conversation as a line of `logs.read` holds it: id, messages, and feedback where
-  somebody gave any. An answer's thinking stands in "reasoning_content".
+  """The conversation as a line of `logs.read` holds it: id, messages, and tools and
+  feedback where there are any. An answer's thinking stands in "reasoning_content".
   """
   data = to_json(conversation)
   messages = []
@@ -29,10 +29,12 @@ def openai(conversation: Conversation) -> dict[str, Any]:
     if message.get("thinking"):
       line["reasoning_content"] = message["thinking"]
     messages.append(line)
-  feedback = conversation.feedback or conversation.outcome
-  return {"id": conversation.id, "messages": messages} | (
-    {"feedback": feedback} if feedback else {}
-  )
+  more = {
+    "tools": data.get("tools"),
+    "feedback": conversation.feedback or conversation.outcome,
+  }
+  line = {"id": conversation.id, "messages": messages}
+  return line | {name: value for name, value in more.items() if value}
 
 
 def write_log(path: str, played: Iterable[Conversation]) -> None:

@@ -49,3 +49,11 @@ def _in_chat_form(tool: dict[str, Any]) -> dict[str, Any]:
     "type": "function",
     "function": function if schema is None else function | {"parameters": schema},
   }
+
+
+def is_definition(text: str) -> bool:
+  """Whether a text is the JSON of an object, as a definition is."""
+  try:
+    return isinstance(json.loads(text), dict)
+  except (ValueError, RecursionError):
+    return False
