@@ -531,3 +531,33 @@ def test_nothing_of_the_package_reads_the_key_but_one_function():
   top = pathlib.Path(endpoint_lib.__file__).parents[2]
   readers = [path.name for path in top.rglob("*.py") if "OEL_ENDPOINT_KEY" in path.read_text()]
   assert sorted(readers) == ["config.py", "endpoint.py"]
+
+
+# What llama.cpp's own server said (xllamacpp 2026.10.11549, Qwen2.5-Coder-0.5B), word for word.
+
+
+def test_an_answer_of_llama_cpp_is_read(pauses):
+  body = (
+    '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"Yes"}}],'
+    '"created":1795978696,"model":"/work/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",'
+    '"system_fingerprint":"b0-unknown","object":"chat.completion","usage":{"completion_tokens":2,'
+    '"prompt_tokens":36,"total_tokens":38,"prompt_tokens_details":{"cached_tokens":24}},'
+    '"id":"chatcmpl-3IckLuvfHc20O98UZnQF627vHolVa89L"}'
+  )
+  with serving(
+    lambda handler, number, _: send(handler, body, kind="application/json; charset=utf-8")
+  ) as server:
+    [answer] = ask(endpoint(server.url))
+  assert answer == Message("assistant", "Yes", response_tokens=2)  # the end is one of them
+
+
+def test_a_prompt_beyond_the_context_of_llama_cpp_ends_the_run_with_its_words(pauses):
+  body = (
+    '{"error":{"code":400,"message":"request (9030 tokens) exceeds the available context size (2048 tokens),'
+    ' try increasing it","type":"exceed_context_size_error","n_prompt_tokens":9030,'
+    '"n_ctx":2048}}'
+  )
+  with serving(lambda handler, number, _: send(handler, body, 400)) as server:
+    with pytest.raises(ValueError, match=r"HTTP 400 .* available context size \(2048 tokens\)"):
+      ask(endpoint(server.url))
+  assert not pauses
