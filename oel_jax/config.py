@@ -136,8 +136,8 @@ def default() -> ml_collections.ConfigDict:
       endpoint_model="",  # the name that it has for those weights
       endpoint_timeout=600.0,  # seconds in which a request must be answered whole
       # times that a request which fails is tried again, after 1 s, 2 s, 4 s, ... at most a minute;
-      # then its game is left out
-      endpoint_retries=5,
+      # then its game is left out; 8 outlast a server that starts anew and loads a small model
+      endpoint_retries=8,
     )
   )
   config.extraction = ml_collections.ConfigDict(

@@ -290,11 +290,15 @@ def test_a_run_begins_with_a_question_to_the_endpoint(make_run, tmp_path, monkey
     assert len(server.asked) == 1
   for behave, error, told in (
     (lambda handler, *_: send(handler, {"detail": "Not Found"}, 404), ValueError, "'Not Found'"),
-    (lambda handler, *_: send(handler, "", 500), RuntimeError, "does not answer: HTTP 500"),
+    (
+      lambda handler, *_: send(handler, "", 500),
+      RuntimeError,
+      "does not answer: HTTP 500.*after 4 tries",
+    ),
   ):
     with serving(behave) as server:
       with pytest.raises(error, match=told):
-        loop.run(make_run(server.url).config, str(tmp_path / "new"))
+        loop.run(make_run(server.url, deployment__endpoint_retries=9).config, str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()
 
 

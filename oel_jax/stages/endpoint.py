@@ -18,6 +18,7 @@ from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.stages.run import Run
 
 PROBE_TOKENS = 16  # of the answer to the first question, which is about nothing
+PROBE_RETRIES = 3  # of it, at most: nobody should wait minutes to hear of a wrong port
 
 
 def of(config: Any, tokenizer: Any = None) -> Endpoint | None:
@@ -65,7 +66,8 @@ def reach(config: Any, workdir: str | os.PathLike) -> None:
   if endpoint is None or all(found.prompts(number).exists() for number in rounds):
     return
   came = []
-  short = dataclasses.replace(endpoint, max_tokens=PROBE_TOKENS)
+  retries = min(endpoint.retries, PROBE_RETRIES)
+  short = dataclasses.replace(endpoint, max_tokens=PROBE_TOKENS, retries=retries)
   asked = Asked((Message("user", "Are you there?"),), [], seed=0)
   short.answer([asked], lambda _, said: came.append(said))
   if isinstance(came[0], Unanswered):
