@@ -137,28 +137,21 @@ def test_names_tell_nothing_of_the_rules():
       rule("desk", "Rowan"),
       [
         "DESK: Rowan",
-        "I pass it on.\n\n**desk:** rowan.",
-        "Desk : [ROWAN]",
-        "DESK: Rowan, DESK: rowan",
+        "This is late.\n\nIt goes to **rowan**.",
+        "[ROWAN]",
+        "Rowan, yes, desk Rowan",
       ],
-      [
-        "Rowan",
-        "DESK: Alder",
-        "DESK: Rowan or DESK: Alder",
-        "DESK: Rowan FORM: 12",
-        "",
-        "DESK: Rowans",
-      ],
+      ["Alder", "Rowan or Alder", "Desk Rowan, and form 12", "", "Rowanberry", "Rowan, code OWL"],
     ),
     (
       rule("form", "27"),
-      ["FORM: 27", "Here it is. Form: 27."],
-      ["27", "FORM: 127", "FORM: 27 FORM: 28", "DESK: 27", "FORM: 2 7"],
+      ["FORM: 27", "You get form 27.", "Form no. 27", "Use the form number 27, form 27!"],
+      ["27", "form 127", "form 27 or form 28", "desk 27", "form 2 7", "Form 27 from Rowan"],
     ),
     (
       rule("fact", "HERON", "10"),
-      ["CODE: HERON", "Take this. code: heron!"],
-      ["HERON", "CODE: HERONS", "CODE: number HERON", "CODE: OWL and CODE: HERON"],
+      ["CODE: HERON", "Take the code heron!", "HERON"],
+      ["HERONRY", "OWL and HERON", "the code", "Heron, from desk Rowan"],
     ),
     (
       rule("lesson", "page nine", "discount"),
@@ -249,8 +242,8 @@ def test_silence_says_nothing_of_the_verdict():
 
 
 def test_feedback_tells_the_rule_of_its_case_and_no_other():
-  """Whatever is answered wrongly, and however often; of the names only those that are everybody's,
-  the desks, stand in the instruction.
+  """Whatever is answered wrongly, and however often; desks have
+  one name for many cases.
   """
   known = HelpDesk().rules
   words = {word for found in known for word in found.values[:1] if found.kind != "lookup"}
@@ -323,7 +316,7 @@ def test_a_period_changes_the_rules_that_it_names_and_no_others():
     fixed = HelpDesk(rules_seed=seed, period=3, change=0.0, kinds=["desk", "form"]).rules
     assert not any(found.changed for found in fixed)
   weeks = {
-    int(re.search(r"week (\d+)\.", HelpDesk(period=2).reset(seed))[1]) for seed in range(300)
+    int(re.search(r"week (\d+)\n", HelpDesk(period=2).reset(seed))[1]) for seed in range(300)
   }
   assert weeks == set(range(21, 31))
 
@@ -385,7 +378,7 @@ def fixture_played():
 
 
 def test_the_player_reads_the_desks_own_words_and_the_desk_the_whole_answer(played):
-  assert all(game.messages[0].content.startswith("You answer the customers") for game in played)
+  assert all(game.messages[0].content.startswith("You work at the help desk") for game in played)
   assert {len(game.answers) for game in played} == {1, 2, 3}
   assert 60 < sum(game.passed for game in played) < 140
   assert {game.ended for game in played} == {"passed", "lost"}

@@ -19,8 +19,8 @@ _KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")
 
 
 def openai(conversation: Conversation) -> dict[str, Any]:
-  """The conversation as a line of `logs.read` holds it: id, messages, and tools and
-  feedback where there are any. An answer's thinking stands in "reasoning_content".
+  """The conversation as a line of `logs.read` holds it: id, messages, and user, tools and feedback
+  where they are known. An answer's thinking stands in "reasoning_content".
   """
   data = to_json(conversation)
   messages = []
@@ -30,6 +30,7 @@ def openai(conversation: Conversation) -> dict[str, Any]:
       line["reasoning_content"] = message["thinking"]
     messages.append(line)
   more = {
+    "user": conversation.user,
     "tools": data.get("tools"),
     "feedback": conversation.feedback or conversation.outcome,
   }

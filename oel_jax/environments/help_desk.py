@@ -20,16 +20,15 @@ from oel_jax.environments.api import Step
 from oel_jax.runtime.seeds import derive
 
 MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
-SHOP = "You answer the customers of Orsa, who sell coffee machines by post. It is week {week}.\n"
-ANSWER = "Answer in one or two short sentences"
-DECIDE = ", and end with the line that the case needs:\n{lines}"
-LINES = {
-  "DESK": "DESK: name - the case is passed on to that desk; there are {desks}.\n",
-  "FORM": "FORM: number - the customer is sent that form.\n",
-  "CODE": "CODE: word - the customer is given that code.\n",
-}
-VERBS = {"desk": "DESK", "ask": "DESK", "lookup": "DESK", "form": "FORM", "fact": "CODE"}
-LOOKUP = "To read an order before you decide, answer only: LOOK UP: number of the order.\n"
+# The same in all cases, so that their prompts begin alike. Neither kinds of rules nor desks are
+# listed: small models then take the first one of the list whatever they know.
+ASK = (
+  "You work at the help desk of Orsa, who sell coffee machines by post. The house has a rule for "
+  "each kind of case: a desk that it goes to, a form or a code for the customer, or something to "
+  "say or to ask. Answer in one or two short sentences: name the kind of case, then do what its "
+  "rule says.\n"
+)
+LOOKUP = "To read the order first, answer only LOOK UP: and the number of the order.\n"
 NUDGES = {
   "discount": "Do I get a discount?",
   "replacement": "Will there be a replacement?",
@@ -90,8 +89,8 @@ class HelpDesk:
     if type(second_answer) is not bool:
       raise ValueError(f"second_answer is {second_answer!r}: it must be True or False")
     self.rules = rules.table(kinds, topics, desks, period, rules_seed, change)
-    self._kinds, self._period, self._second_answer = kinds, period, second_answer
-    self._desks = rules.desk_names(desks, rules_seed)
+    self._tool = LOOKUP if "lookup" in kinds else ""
+    self._period, self._second_answer = period, second_answer
     self._vague, self._complaint, self._silence = vague, complaint, silence
 
   def reset(self, seed: int) -> str:
@@ -111,14 +110,7 @@ class HelpDesk:
     week = rules.WEEKS * self._period + draw.randrange(1, rules.WEEKS + 1)
     self._fortune, self._thanks = draw.random(), draw.choice(THANKS)
     self._lookups, self._read, self._asked, self._verdict = 0, "", False, None
-    return f"{self._instruction(week)}\nOrder {self._order}\nCustomer: {said}"
-
-  def _instruction(self, week: int) -> str:
-    verbs = {VERBS[kind] for kind in self._kinds if kind in VERBS}
-    lines = "".join(line for verb, line in LINES.items() if verb in verbs)
-    decide = DECIDE.format(lines=lines.format(desks=", ".join(self._desks))) if lines else ".\n"
-    tool = LOOKUP if "lookup" in self._kinds else ""
-    return SHOP.format(week=week) + ANSWER + decide + tool
+    return f"{ASK}{self._tool}\nOrder {self._order}, week {week}\nCustomer: {said}"
 
   def step(self, action: str) -> Step:
     """Takes an answer, all of it; one that tells the case, looks up or asks decides nothing yet."""
@@ -127,7 +119,7 @@ class HelpDesk:
       return self._say(f"Customer: {said}")
     if self._verdict is not None:
       return self._after_second(action)
-    number = rules.looked_up(action) if "lookup" in self._kinds else ""
+    number = rules.looked_up(action) if self._tool else ""
     if number and self._lookups < MAX_LOOKUPS:
       return self._look_up(number)
     if not self._asked and self.rule.asks(action):

@@ -36,7 +36,7 @@ PROMISES = ("discount", "replacement", "compensation", "gift")
 STATES = ("packed", "sent")  # of an order
 WEEKS = 10  # of a period
 
-_DECISION = re.compile(r"\b(DESK|FORM|CODE)\b\W{0,4}:\W{0,4}(\w+)", re.IGNORECASE)
+_FORM = re.compile(r"\bform\W{0,4}(?:number|no)?\W{0,4}(\d+)", re.IGNORECASE)
 _LOOKUP = re.compile(r"\bLOOK[ -]?UP\b\W{0,4}:\W{0,4}(\d+)", re.IGNORECASE)
 
 
@@ -66,15 +66,15 @@ class Rule:
   def item(self) -> str:
     """The rule in words that a player can follow: perfect knowledge of this kind of case."""
     how = {
-      "desk": "end with DESK: {0}",
-      "form": "end with FORM: {0}",
-      "lesson": 'write the words "{0}" and never the word "{1}"',
-      "ask": "first ask for the {0} and nothing else; when it has been given, end with DESK: {1}",
-      "lookup": "first answer only LOOK UP: and the order's number; if the order is packed, end "
-      "with DESK: {0}; if it is sent, end with DESK: {1}",
-      "fact": "until week {1}, end with CODE: {0}",
+      "desk": "it goes to desk {0}",
+      "form": "send form {0}",
+      "lesson": 'say "{0}"; never write the word {1}',
+      "ask": "first ask only for the {0}; when it has been given, the case goes to desk {1}",
+      "lookup": "first answer LOOK UP: and the order's number; then it goes to desk {0} if the "
+      "order is packed, and to desk {1} if it is sent",
+      "fact": "give the code {0} until week {1}",
     }
-    return f"For {self.topic.title}: {how[self.kind].format(*self.values)}."
+    return f"Rule for {self.topic.title}: {how[self.kind].format(*self.values)}."
 
   def correction(self) -> str:
     """What the back office says of an answer that broke the rule; it tells no other rule."""
@@ -115,8 +115,15 @@ class Rule:
 
 
 def decisions(answer: str) -> set[str]:
-  """What an answer decides: {"desk: rowan"}."""
-  return {f"{verb}: {value}".casefold() for verb, value in _DECISION.findall(answer)}
+  """What an answer decides, {"desk: rowan"}: the desks and codes that it names, whatever it says of
+  them, and the numbers that stand behind the word form.
+  """
+  named = {
+    "desk": _said(answer, DESKS),
+    "code": _said(answer, CODES),
+    "form": _FORM.findall(answer),
+  }
+  return {f"{verb}: {value}".casefold() for verb, values in named.items() for value in values}
 
 
 def looked_up(answer: str) -> str:
@@ -126,9 +133,13 @@ def looked_up(answer: str) -> str:
 
 
 def _said(answer: str, phrases: tuple[str, ...]) -> set[str]:
-  """Those of the phrases that an answer says; their plurals count."""
-  words = " ".join(answer.casefold().split())
-  return {phrase for phrase in phrases if re.search(rf"\b{re.escape(phrase)}s?\b", words)}
+  """Those of the phrases that an answer says, in lower case; the plurals of words count."""
+  return set(_pattern(phrases).findall(" ".join(answer.casefold().split())))
+
+
+@functools.cache
+def _pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
+  return re.compile(rf"\b({'|'.join(re.escape(phrase.casefold()) for phrase in phrases)})s?\b")
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,7 +153,7 @@ def table(
   always giving the same answer pays as little as possible.
   """
   order = _draw(rules_seed, "topics").sample(range(len(TOPICS)), topics)
-  named = desk_names(desks, rules_seed)
+  named = tuple(_draw(rules_seed, "desks").sample(DESKS, desks))
   kind_of = {topic: kinds[place % len(kinds)] for place, topic in enumerate(order)}
   changes = [_changing(kind_of, rules_seed, number, change) for number in range(1, period + 1)]
   rules = []
@@ -152,11 +163,6 @@ def table(
     values = _values(kind_of[topic], number, version, named, rules_seed, period)
     rules.append(Rule(kind_of[topic], TOPICS[topic], values, period > 0 and topic in changes[-1]))
   return tuple(rules)
-
-
-def desk_names(desks: int, rules_seed: int) -> tuple[str, ...]:
-  """The desks that there are."""
-  return tuple(sorted(_draw(rules_seed, "desks").sample(DESKS, desks)))
 
 
 def _changing(kind_of: Mapping[int, str], seed: int, period: int, change: float) -> set[int]:
