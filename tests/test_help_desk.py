@@ -4,6 +4,7 @@ tells one rule at a time, and logs without the verdict.
 
 import collections
 import itertools
+import pathlib
 import re
 
 import pytest
@@ -18,6 +19,22 @@ from oel_jax.environments import help_desk_cases as cases
 from oel_jax.environments import help_desk_rules as rules
 from oel_jax.environments.help_desk import HelpDesk
 from oel_jax.evaluation.episodes import play_summary
+from oel_jax.runtime import named
+
+
+def test_the_experiments_configuration_plays_it():
+  path = pathlib.Path(__file__).parents[1] / "experiments/help_desk.py"
+  get_config = named.function(f"{path}:get_config", "--config")
+  for size, kinds in (("all", set(rules.KINDS)), ("desk", {"desk"})):
+    config = get_config(size)
+    config_lib.validate(config)
+    spec = spec_of(config.deployment)
+    try_game(spec)
+    known = HelpDesk(**config.deployment.game_args.to_dict()).rules
+    assert {found.kind for found in known} == kinds
+    assert episode(spec, 1, lambda said: follow(known, said))[0].ended == "passed"
+  with pytest.raises(ValueError, match="has no size 'huge': it must be one of all, desk"):
+    get_config("huge")
 
 
 def game_spec(**arguments):

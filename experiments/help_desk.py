@@ -1,0 +1,50 @@
+"""A help desk whose rules nobody tells: customers, corrections, complaints and silence.
+
+    python -m oel_jax.main --config=experiments/help_desk.py:all \\
+        --workdir=runs/desk --config.policy.weights=FOLDER_OR_GGUF
+
+The rules of the next period are --config.deployment.game_args.period=1; `HelpDesk` in
+oel_jax/environments/help_desk.py explains all arguments. What a run's customers said becomes a log:
+
+    python -m oel_jax.conversations.exporters runs/desk/round_1/user/trajectories.jsonl log.jsonl
+"""
+
+import ml_collections
+
+from oel_jax import config as config_lib
+from oel_jax.environments import help_desk_rules
+
+GAME_ARGS = {
+  "all": dict(kinds=help_desk_rules.KINDS, topics=24, vague=0.2),
+  "desk": dict(kinds=("desk",), topics=12, vague=0.0),  # where a case goes and nothing else
+}
+SIZES = tuple(GAME_ARGS)
+
+
+def get_config(size: str = "all") -> ml_collections.ConfigDict:
+  """`size`: "all" kinds of rules, or "desk" alone."""
+  if size not in SIZES:
+    known = ", ".join(SIZES)
+    raise ValueError(f"experiments/help_desk.py has no size {size!r}: it must be one of {known}")
+  config = config_lib.default()
+  with config.unlocked():
+    config.rounds = 3
+    config.policy.thinking = False
+    config.policy.max_prompt_tokens = 4096
+    config.deployment.update(
+      environment="oel_jax.environments.help_desk:HelpDesk",
+      player="",
+      actions="",
+      action_pattern=r"(?s)(.+)",
+      max_turns=6,
+      max_response_tokens=96,
+      episodes=256,
+    )
+    config.deployment.game_args = ml_collections.ConfigDict(
+      GAME_ARGS[size] | dict(period=0, rules_seed=0, complaint=0.2, silence=0.2)
+    )
+    config.extraction.update(
+      wording="conversations", max_knowledge_tokens=2048, max_response_tokens=128
+    )
+    config.evaluation.episodes = 256
+  return config
