@@ -377,13 +377,13 @@ def test_a_folder_or_file_without_logs(tmp_path):
     ({"id": "b", "response": {"body": COMPLETION}}, "an answer without what was asked"),
   ],
 )
-def test_what_is_no_conversation_is_left_out_counted_and_named(tmp_path, caplog, line, told):
+def test_what_is_no_conversation_is_left_out_counted_and_named(tmp_path, line, told):
   good = {"messages": [ASKED, NOON]}
   path, found, counts = log(tmp_path, good, line, good, max_damaged=0.5)
   assert [conversation.source.line for conversation in found] == [1, 3]
-  assert counts.damaged == 1 and f"skipped a damaged record: {path}:2: " in caplog.text
-  assert told in caplog.text and "SECRET" not in caplog.text
-  assert counts.places[0].startswith(f"{path}:2: ") and told in counts.places[0]
+  [place] = counts.places
+  assert counts.damaged == 1 and place.startswith(f"{path}:2: ") and told in place
+  assert "SECRET" not in place
   with pytest.raises(ValueError, match="1 of 3 records are damaged, more than 5% of them; the fir"):
     read(path)
 
@@ -510,6 +510,14 @@ def test_duplicates_are_left_out_and_told(tmp_path, caplog):
   found = [each.id for each in logs.distinct(path, logs.Counts(), near=1.1)]
   assert found == ["again", "whole", "close"]
   assert json.loads(json.dumps(counts.as_json()))["near"] == 1
+
+
+def test_what_is_damaged_is_told_once_though_it_is_read_twice(tmp_path, caplog):
+  path = write(tmp_path / "log.jsonl", {"messages": [ASKED, NOON]}, "{nonsense\n")
+  assert len(list(logs.distinct(path, logs.Counts(), max_damaged=0.5))) == 1
+  assert caplog.text.count(f"skipped a damaged record: {path}:2: Expecting property name") == 1
+  with pytest.raises(ValueError, match="1 of 2 records are damaged"):
+    next(logs.distinct(path, logs.Counts()))  # before the first conversation
 
 
 def test_a_log_that_changes_between_the_passes_is_refused(tmp_path, monkeypatch):

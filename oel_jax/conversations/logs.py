@@ -142,6 +142,8 @@ def distinct(
     else:
       name = duplicates.NAMES[reason]
       setattr(counts, name, getattr(counts, name) + 1)
+  for place in counts.places:
+    logging.warning("skipped a damaged record: %s", place)
   for sentence in counts.sentences():
     logging.info("%s: %s", path, sentence)
 
@@ -277,10 +279,8 @@ def _records(file: pathlib.Path, counts: Counts) -> Iterator[tuple[Record, int]]
       record = log_records.read(value, seen)
     except ValueError as error:
       counts.damaged += 1
-      place = f"{file}:{number}: {error}"
       if len(counts.places) < MAX_NAMED:
-        counts.places.append(place)
-        logging.warning("skipped a damaged record: %s", place)
+        counts.places.append(f"{file}:{number}: {error}")
       continue
     counts.seen.update(_plain(each, counts) for each in seen)
     if record is not None:
