@@ -293,13 +293,26 @@ def test_a_run_begins_with_a_question_to_the_endpoint(make_run, tmp_path, monkey
     (
       lambda handler, *_: send(handler, "", 500),
       RuntimeError,
-      "does not answer: HTTP 500.*after 4 tries",
+      "does not answer: HTTP 500.*after 10 tries",
     ),
   ):
     with serving(behave) as server:
       with pytest.raises(error, match=told):
         loop.run(make_run(server.url, deployment__endpoint_retries=9).config, str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()
+
+
+def test_a_server_that_loads_its_model_is_waited_for_and_an_empty_port_is_not(make_run, tmp_path):
+  def behave(handler, number, body):
+    loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+    send(handler, loading, 503) if number < 9 else answers(handler, number, body)
+
+  retries = dict(deployment__endpoint_retries=8)
+  with serving(behave) as server:
+    endpoint_lib.reach(make_run(server.url, **retries).config, tmp_path / "new")
+    assert len(server.asked) == 10
+  with pytest.raises(RuntimeError, match="does not answer: broken connection: .*, after 4 tries"):
+    endpoint_lib.reach(make_run(server.url, **retries).config, tmp_path / "new")
 
 
 def test_several_processes_are_refused(make_run, monkeypatch):

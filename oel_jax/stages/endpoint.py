@@ -13,12 +13,12 @@ from absl import logging
 from oel_jax.conversations.schema import Message
 from oel_jax.policy.answers import Asked, Unanswered
 from oel_jax.policy.endpoint import connection
-from oel_jax.policy.endpoint.endpoint import Endpoint, key_of_environment
+from oel_jax.policy.endpoint.endpoint import NOBODY, Endpoint, key_of_environment
 from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.stages.run import Run
 
 PROBE_TOKENS = 16  # of the answer to the first question, which is about nothing
-PROBE_RETRIES = 3  # of it, at most: nobody should wait minutes to hear of a wrong port
+PROBE_RETRIES = 3  # while nobody listens there: who gave a wrong port should not wait for minutes
 
 
 def of(config: Any, tokenizer: Any = None) -> Endpoint | None:
@@ -65,15 +65,19 @@ def reach(config: Any, workdir: str | os.PathLike) -> None:
   endpoint = of(config)
   if endpoint is None or all(found.prompts(number).exists() for number in rounds):
     return
-  came = []
-  retries = min(endpoint.retries, PROBE_RETRIES)
-  short = dataclasses.replace(endpoint, max_tokens=PROBE_TOKENS, retries=retries)
   asked = Asked((Message("user", "Are you there?"),), [], seed=0)
-  short.answer([asked], lambda _, said: came.append(said))
-  if isinstance(came[0], Unanswered):
-    raise RuntimeError(
-      f"config.deployment.endpoint is {endpoint.name}, and it does not answer: {came[0].why}"
-    )
+  # Who listens may be loading the model, and is waited for as ever.
+  for retries in (min(endpoint.retries, PROBE_RETRIES), endpoint.retries):
+    came = []
+    short = dataclasses.replace(endpoint, max_tokens=PROBE_TOKENS, retries=retries)
+    short.answer([asked], lambda _, said: came.append(said))
+    if not isinstance(came[0], Unanswered):
+      return
+    if set(endpoint.counts.faults) == {NOBODY}:
+      break
+  raise RuntimeError(
+    f"config.deployment.endpoint is {endpoint.name}, and it does not answer: {came[0].why}"
+  )
 
 
 def remind(endpoint: Endpoint, number: int) -> None:

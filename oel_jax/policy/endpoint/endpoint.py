@@ -27,6 +27,7 @@ KEY = "OEL_ENDPOINT_KEY"  # the environment variable that the key is read from
 REDACTED_ANYWHERE = 12  # letters; a shorter key may be a word ("EMPTY") that answers have, too
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds; each pause is twice the one before
 RETRIED = (408, 409, 429)  # and 500 and above; of the others none gets better by itself
+NOBODY = "broken connection"  # the kind of fault where no HTTP came back
 
 # Not the global generator, which games have states of.
 _chance = random.Random()
@@ -184,7 +185,7 @@ class Endpoint:
       raise Fault("no answer in time", f"within {self.timeout:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
       told = self._without_key(str(error) or type(error).__name__)
-      raise Fault("broken connection", told) from error
+      raise Fault(NOBODY, told) from error
     if not 200 <= response.status < 300:
       self._refused(response)
     try:
