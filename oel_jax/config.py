@@ -87,6 +87,9 @@ def default() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0  # every draw derives from (seed, round, stage, index)
   config.rounds = 2  # deploy → extract → consolidate → evaluate, this often
+  # For --stage=withdraw: conversations to be taken out of the run, by their ids, or a user's as
+  # user:NAME, with commas between.
+  config.withdraw = ""
   # The project of Weights & Biases that gets the metrics, too; "": nothing is sent anywhere.
   config.wandb_project = ""
 
@@ -327,6 +330,7 @@ def _check_together(config: Any) -> None:
     all(type(n) is int and 0 < n <= extraction.trajectories for n in evaluation.accumulation),
     f"whole numbers from 1 to {read}",
   )
+  _need(config, "withdraw", not config.withdraw, "'', but for --stage=withdraw")
   _need(config, "extraction.use", extraction.use <= extraction.trajectories, f"at most {read}")
   items = (extraction.source, extraction.form) == ("extracted", "items")
   for field, off in (("min_support", 1), ("newest_wins", False)):

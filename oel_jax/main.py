@@ -4,8 +4,9 @@
 The same command goes on with a run that was stopped. What runs is the online loop, or, where the
 configuration has a `task`: "distill", consolidation of a given text alone, or "pretrain", the
 pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a
-Hugging Face folder; `--stage=deploy`, `extract`, `consolidate` or `evaluate`, with `--round=N`, is
-that stage of a round alone.
+Hugging Face folder; `--stage=withdraw` takes the conversations out of a run that
+`--config.withdraw` names; `--stage=deploy`, `extract`, `consolidate` or `evaluate`, with
+`--round=N`, is that stage of a round alone.
 """
 
 if __name__ == "__main__":
@@ -39,8 +40,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on
 _STAGE = flags.DEFINE_enum(
   "stage",
   "run",
-  ["run", "deploy", "extract", "consolidate", "evaluate", "export", "report"],
-  "run: all of it; export: its newest weights to WORKDIR/export; report: WORKDIR/report anew; one "
+  ["run", "deploy", "extract", "consolidate", "evaluate", "export", "report", "withdraw"],
+  "run: all of it; export: its newest weights to WORKDIR/export; report: WORKDIR/report anew; "
+  "withdraw: takes the conversations that --config.withdraw names out of it; one "
   "of the others: that stage of --round alone. Of these, consolidate is the server side: it needs "
   "round_N/knowledge and round_N/prompts.jsonl, and leaves round_N/checkpoints.",
 )
@@ -214,6 +216,10 @@ def _run(config: config_dict.ConfigDict) -> None:
 
     report.write(workdir)
     print(pathlib.Path(workdir) / "report" / "index.html")
+  elif _STAGE.value == "withdraw":
+    from oel_jax.tasks import withdraw
+
+    withdraw.run(config, workdir)
   elif _STAGE.value != "run":
     from oel_jax.tasks import stage
 

@@ -40,6 +40,7 @@ NEW = (
   ("deployment", "endpoint_timeout"),
   ("deployment", "endpoint_retries"),
   ("extraction", "edit"),
+  ("withdraw",),
   ("extraction", "min_support"),
   ("extraction", "newest_wins"),
   ("evaluation", "tasks"),

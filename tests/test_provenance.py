@@ -246,6 +246,7 @@ class Writer(Player):
 
   @in_turns
   def sample(self, prompts, seeds, **how):
+    self.asked += len(prompts)
     asked = [self.tokenizer.seen[prompt[0]][-1].content for prompt in prompts]
     return [
       self.tokenizer.put(self.answer(text) if "Record:" in text else "[up]") for text in asked

@@ -113,7 +113,7 @@ def extract(
     round=round,
     thinking=thinking,
   )
-  orders = _orders(len(trajectories), texts, seed, round)
+  reads = orders(len(trajectories), texts, seed, round)
   ids = [trajectory.id for trajectory in trajectories]
   done: list[state.Step] = []
   if state_path is not None:
@@ -126,16 +126,16 @@ def extract(
       made_from["wording"] = wording
     named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
     identity = {**named, "trajectories": ids, "made_from": made_from}
-    done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in orders])
+    done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in reads])
   if done and advance is not None:
     advance(len(done))
 
   found = [list(text.items) for text in start]
   for number, answers in enumerate(done, start=1):
-    _add(found, answers, [ids[order[number - 1]] for order in orders], number, round)
+    _add(found, answers, [ids[order[number - 1]] for order in reads], number, round)
   shown = [_newest(how, items) for items in found]
   for number in range(len(done) + 1, len(trajectories) + 1):
-    read = [trajectories[order[number - 1]] for order in orders]
+    read = [trajectories[order[number - 1]] for order in reads]
     answers, left_out = _ask(how, number, read, shown)
     new = _add(found, answers, [trajectory.id for trajectory in read], number, round)
     # What does not fit beside the items of before fits no better beside more: the newest that fit
@@ -253,11 +253,11 @@ def raw_knowledge(
         for step, i in enumerate(order, start=1)
       )
     )
-    for order in _orders(len(trajectories), texts, seed, round)
+    for order in orders(len(trajectories), texts, seed, round)
   ]
 
 
-def _orders(count: int, texts: int, seed: int, round: int) -> list[list[int]]:
+def orders(count: int, texts: int, seed: int, round: int) -> list[list[int]]:
   """For each text, all the trajectories' numbers in its own random order."""
   return [
     np.random.default_rng(derive(seed, round, "extract-order", text)).permutation(count).tolist()

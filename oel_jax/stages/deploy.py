@@ -5,11 +5,11 @@ side (OEL section 3).
 import pathlib
 
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
-from oel_jax.conversations.schema import Conversation, cut_prompts
+from oel_jax.conversations.schema import Conversation
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
 from oel_jax.runtime.checksum import fingerprint
-from oel_jax.stages import play, resume
+from oel_jax.stages import play, resume, withdrawn
 from oel_jax.stages.run import DEPLOYED, KNOWLEDGE, PROMPT_GAMES, PROMPTS, Run
 
 
@@ -23,7 +23,7 @@ def deploy(run: Run, number: int, policy: Policy) -> None:
   path, games = run.prompts(number), run.round(number) / PROMPT_GAMES
   if path.exists():
     if games.exists():
-      _compare_prompts(path, games)
+      _compare_prompts(run, path, games)
     if not any((run.round(number) / name).exists() for name in (KNOWLEDGE, DEPLOYED)):
       play_for_knowledge(run, number, policy)  # they were removed, and are still to be read
     return
@@ -32,7 +32,7 @@ def deploy(run: Run, number: int, policy: Policy) -> None:
   play.log(run, number, "prefixes", played)
   made_from = {"weights": fingerprint(policy.params), PROMPT_GAMES: files.sha256(games)[:16]}
   run.manifest(number).announce(PROMPTS, made_from)
-  write_jsonl(path, (prompt for game in played for prompt in cut_prompts(game)))
+  write_jsonl(path, withdrawn.prompts(run.folder, played))
   run.manifest(number).record([PROMPTS], made_from)
 
 
@@ -54,13 +54,13 @@ def _play_for_prompts(run: Run, number: int, policy: Policy) -> list[Conversatio
     return play.play(run, number, games, meter, advance)
 
 
-def _compare_prompts(path: pathlib.Path, games: pathlib.Path) -> None:
+def _compare_prompts(run: Run, path: pathlib.Path, games: pathlib.Path) -> None:
   """Raises ValueError unless the prompts are those of the turns of those games, all of them and in
-  order.
+  order, but for games that were withdrawn.
   """
   found = read_prompts(path, max_damaged=0.0)
   played = read_conversations(games, max_damaged=0.0)
-  right = [prompt for game in played for prompt in cut_prompts(game)]
+  right = withdrawn.prompts(run.folder, played)
   if found == right:
     return
   shorter = min(len(found), len(right))

@@ -16,7 +16,7 @@ from oel_jax.extraction.extract import raw_knowledge
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files, named, schema
 from oel_jax.runtime.checksum import fingerprint
-from oel_jax.stages import deploy, knowledge, resume
+from oel_jax.stages import deploy, knowledge, resume, withdrawn
 from oel_jax.stages.run import DEPLOYED, ITEMS, KNOWLEDGE, Meter, Run
 
 Advance = Callable[..., None]
@@ -96,7 +96,9 @@ def _accumulate(
   """All that the K texts gathered in a round, before the limit; sampled once, then read back from
   user/extraction.jsonl.
   """
-  config = run.config.extraction
+  config, state = run.config.extraction, run.round(number) / "user/extraction.jsonl"
+  if not state.exists():  # one that is there has nothing of those that were withdrawn since
+    games = withdrawn.left(run.folder, games)
   if config.source == "trajectories":
     return raw_knowledge(games, texts=config.texts, seed=run.config.seed, round=number)
   if config.source == "empty":
@@ -116,7 +118,7 @@ def _accumulate(
     thinking=run.config.policy.thinking,
     wording=config.wording,
     start=knowledge.carried(run, number - 1) if _carries(run, number) else None,
-    state_path=run.round(number) / "user/extraction.jsonl",
+    state_path=state,
     weights=fingerprint(policy.params),
     advance=advance,
   )

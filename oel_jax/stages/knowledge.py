@@ -10,17 +10,30 @@ from typing import Any
 from oel_jax.conversations.schema import EMPTY
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.runtime import files, schema
+from oel_jax.stages import withdrawn
 from oel_jax.stages.run import KNOWLEDGE, LEFT_OUT, Run
 
 SCHEMA = 1
 
 
 def read(run: Run, number: int) -> list[knowledge_lib.Knowledge]:
-  """The round's K texts; [] if they are not all there."""
+  """The round's K texts; [] if they are not all there.
+
+  Raises:
+    ValueError: a file is damaged; or an item came from a conversation that was withdrawn.
+  """
   folder = run.round(number) / "knowledge"
   if not (run.round(number) / KNOWLEDGE).exists():
     return []
-  return [knowledge_lib.read(folder, i) for i in range(run.config.extraction.texts)]
+  found = [knowledge_lib.read(folder, i) for i in range(run.config.extraction.texts)]
+  gone = withdrawn.read(run.folder)
+  if held := {item.trajectory for text in found for item in text.items} & gone:
+    raise ValueError(
+      f"{folder}: holds items of {len(held)} conversations that were withdrawn: give "
+      f"--stage=withdraw --config.withdraw={','.join(sorted(held)):.200} again, which a kill "
+      "cut off, or carry knowledge/ here anew"
+    )
+  return found
 
 
 def texts(run: Run, number: int) -> list[str]:

@@ -1,0 +1,53 @@
+"""Conversations that were withdrawn from a run, DIR/withdrawn.json: no later round learns from
+them.
+"""
+
+import pathlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from oel_jax.conversations.schema import Conversation, Prompt, cut_prompts
+from oel_jax.runtime import files, schema
+
+NAME = "withdrawn.json"
+SCHEMA = 1
+
+
+def read(folder: pathlib.Path) -> frozenset[str]:
+  """The ids of all conversations that were withdrawn from the run in `folder`.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  path = folder / NAME
+  return frozenset(files.read_json(path, _parse)) if path.exists() else frozenset()
+
+
+def add(folder: pathlib.Path, conversations: Collection[str]) -> None:
+  """Adds conversations to those that were withdrawn."""
+  ids = sorted(read(folder) | set(conversations))
+  files.write_sealed(folder / NAME, {"schema": SCHEMA, "conversations": ids})
+
+
+def left(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Conversation]:
+  """The conversations without those that were withdrawn."""
+  gone = read(folder)
+  return [conversation for conversation in conversations if conversation.id not in gone]
+
+
+def prompts(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Prompt]:
+  """The prompts of all conversations but those that were withdrawn."""
+  return [prompt for said in left(folder, conversations) for prompt in cut_prompts(said)]
+
+
+def conversation_of(prompt: Prompt) -> str:
+  """The id of the conversation that a prompt was cut from."""
+  return prompt.id.rpartition("-")[0]
+
+
+def _parse(value: Any) -> Sequence[str]:
+  need = schema.need
+  need(schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA))
+  ids = schema.get(value, "conversations", schema.TOP, list)
+  need(all(type(name) is str for name in ids), "conversations", ids, "a list of ids")
+  return ids
