@@ -28,7 +28,8 @@ ASK = (
   "say or to ask. Answer in one or two short sentences: name the kind of case, then do what its "
   "rule says.\n"
 )
-LOOKUP = "To read the order first, answer only LOOK UP: and the number of the order.\n"
+# With the number in it: the 1.5B copied "LOOK UP: and the number of the order" word for word.
+LOOKUP = "To read the order first: LOOK UP: {order}\n"
 NUDGES = {
   "discount": "Do I get a discount?",
   "replacement": "Will there be a replacement?",
@@ -110,7 +111,8 @@ class HelpDesk:
     week = rules.WEEKS * self._period + draw.randrange(1, rules.WEEKS + 1)
     self._fortune, self._thanks = draw.random(), draw.choice(THANKS)
     self._lookups, self._read, self._asked, self._verdict = 0, "", False, None
-    return f"{ASK}{self._tool}\nOrder {self._order}, week {week}\nCustomer: {said}"
+    tool = self._tool.format(order=self._order)
+    return f"{ASK}\nOrder {self._order}, week {week}\n{tool}Customer: {said}"
 
   def step(self, action: str) -> Step:
     """Takes an answer, all of it; one that tells the case, looks up or asks decides nothing yet."""
