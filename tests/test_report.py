@@ -14,7 +14,10 @@ from oel_jax import report
 from oel_jax.config import default, default_distill
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.schema import Conversation
+from oel_jax.extraction import provenance
+from oel_jax.extraction.knowledge import Item, Knowledge
 from oel_jax.report import games, page, plots, records
+from oel_jax.report import items as items_lib
 from oel_jax.runtime.workdir import open_workdir
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
@@ -739,3 +742,23 @@ def test_a_damaged_file_of_distill_is_named(distilled_run, name, change, told):
   with pytest.raises(ValueError) as error:
     report.write(distilled_run)
   assert str(path) in str(error.value) and told in str(error.value)
+
+
+def test_an_item_stands_with_what_was_said_where_it_came_from(run):
+  """Words of the conversation and of the item are shown and never obeyed."""
+  folder = run / "round_1/user"
+  said = game_of(
+    "c1", "g", 1, (turn_of(f"The lamp {EVIL}", "", "no", "", 1),), "", 0.0, False, "lost"
+  )
+  write_jsonl(folder / "trajectories.jsonl", [said])
+  items = tuple(Item(text, "c1", 1, 1) for text in (f"Lamp: A {EVIL}", "Sofa: B"))
+  origins = provenance.gather([Knowledge(items)], [said], {})
+  origins = provenance.placed(origins, [Knowledge(items[:1])])
+  provenance.write(folder / "items.jsonl", origins)
+  seen = Seen(items_lib.items(records.read(run)))
+  assert not {tag for tag, _ in seen.tags} & {"script"}
+  text = " ".join(seen.text.split())
+  assert "Where items came from" in text and "Lamp: A <script>" in text
+  assert "c1, round 1Message 1 · userThe lamp <script>" in text
+  assert "1 conversation · texts 00" in text
+  assert "Sofa: B · 1 conversation · left out: the oldest items go" in text

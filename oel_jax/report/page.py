@@ -8,6 +8,7 @@ from oel_jax.conversations.schema import ENDED
 from oel_jax.report import appendix
 from oel_jax.report.games import ENDED_WORDS, games
 from oel_jax.report.gates import Gate, GateText
+from oel_jax.report.items import items
 from oel_jax.report.parts import (
   NONE,
   document,
@@ -57,7 +58,7 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
     *(section("By category", found) for found in [_categories(run)] if found),
     section("Does the knowledge help in context?", _gates(run)),
     section("Held-out games, before and after", games(run)),
-    section("Knowledge", appendix.knowledge(run)),
+    section("Knowledge", appendix.knowledge(run) + items(run)),
     section("Cost", appendix.costs(run)),
     section("Configuration", appendix.configuration(run)),
   ]

@@ -12,6 +12,8 @@ from absl import logging
 
 from oel_jax.conversations.jsonl import read_conversations
 from oel_jax.conversations.schema import ENDED, Conversation
+from oel_jax.extraction import provenance
+from oel_jax.extraction.provenance import Origin
 from oel_jax.report import gates
 from oel_jax.report.gates import Gate
 from oel_jax.report.measures import Measure, read_mean, read_share
@@ -89,6 +91,8 @@ class Run:
     steps: consolidation's lines of metrics.jsonl, in order of round and step.
     games: held-out games without knowledge, by round.
     knowledge: (name, text) pairs by round.
+    items: what stands behind the items of a round; absent by an earlier version.
+    said: by id, the conversations that they came from.
   """
 
   name: str
@@ -100,6 +104,8 @@ class Run:
   costs: list[Cost]
   games: dict[int, list[Conversation]]
   knowledge: dict[int, list[tuple[str, str]]]
+  items: dict[int, list[Origin]]
+  said: dict[str, Conversation]
 
   @property
   def tasks(self) -> tuple[str, ...]:
@@ -134,6 +140,7 @@ def read(workdir: pathlib.Path) -> Run:
   if (workdir / "config.json").exists():
     config = read_config(workdir / "config.json")
   evaluations, costs, games, knowledge = {}, [], {}, {}
+  items, said = {}, {}
   for number, folder in sorted(folders.items()):
     Manifest(folder).verify()
     if (folder / "evaluation.json").exists():
@@ -147,6 +154,11 @@ def read(workdir: pathlib.Path) -> Run:
       games[number] = read_conversations(folder / "user" / "evaluation.jsonl")
     if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
       knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
+    if origins := provenance.read(folder / "user" / "items.jsonl"):
+      items[number] = list(origins.values())
+      if (folder / "user" / "trajectories.jsonl").exists():
+        deployed = read_conversations(folder / "user" / "trajectories.jsonl")
+        said |= {conversation.id: conversation for conversation in deployed}
   trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]
   folder = workdir.absolute()
   # a seed alone says little
@@ -161,6 +173,8 @@ def read(workdir: pathlib.Path) -> Run:
     costs,
     games,
     knowledge,
+    items,
+    said,
   )
 
 
