@@ -73,6 +73,8 @@ NOT_NEGATIVE = (
   "consolidation.knowledge_gib",
   "consolidation.weight_decay",
   "evaluation.retention",
+  "logs.held_out",
+  "logs.near",
 )
 # Short names of what modules outside the core have, each for its MODULE:NAME.
 POLICIES = {"pocket": "oel_jax.pocket.load:load"}  # of config.policy.weights
@@ -111,7 +113,7 @@ def default() -> ml_collections.ConfigDict:
   config.deployment = ml_collections.ConfigDict(
     dict(
       # "textarena"; or what makes an environment of one's own (environments/api.py), called with
-      # game_args: "FILE.py:NAME" or "MODULE:NAME"
+      # game_args: "FILE.py:NAME" or "MODULE:NAME"; or "": none, where logs.path says what was said
       environment="textarena",
       game="FrozenLake-v0-raw",  # a single-player TextArena game, by its registered name
       game_args=ml_collections.ConfigDict(
@@ -141,6 +143,24 @@ def default() -> ml_collections.ConfigDict:
       # times that a request which fails is tried again, after 1 s, 2 s, 4 s, ... at most a minute;
       # then its game is left out; 8 outlast a server that starts anew and loads a small model
       endpoint_retries=8,
+    )
+  )
+  config.logs = ml_collections.ConfigDict(
+    dict(
+      # What the deployed model and its users said, in place of games: a log or a folder of them
+      # (conversations/logs.py); "{round}" in it is the round's number. "": games are played.
+      path="",
+      # share of the users, or of the conversations of nobody in particular, that are measured on
+      # and never learned from
+      held_out=0.1,
+      # the share of five-word sequences in common from which two conversations are one; above 1:
+      # none are
+      near=0.8,
+      # what must not cross beside addresses, numbers and keys (conversations/redact.py): a file of
+      # names, one a line; "": none
+      redact_names="",
+      # MODULE:NAME or FILE.py:NAME, a function (text) -> text that has the last word; "": none
+      redact_hook="",
     )
   )
   config.extraction = ml_collections.ConfigDict(
@@ -348,6 +368,21 @@ def _check_together(config: Any) -> None:
     'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
   )
   _check_endpoint(config)
+  _need(
+    config,
+    "deployment.environment",
+    bool(config.deployment.environment or config.logs.path),
+    '"textarena", FILE.py:NAME or MODULE:NAME where logs.path is ""',
+  )
+  _need(
+    config,
+    "consolidation.gate_episodes",
+    bool(config.deployment.environment) or not config.consolidation.gate_episodes,
+    '0 where deployment.environment is "", as there is nothing to play',
+  )
+  _need(
+    config, "logs.held_out", config.logs.held_out < 1, "below 1: somebody is to be learned from"
+  )
   if "distill" not in config:  # which extracts nothing
     limit = config.policy.max_prompt_tokens
     fits = extraction.max_knowledge_tokens < limit

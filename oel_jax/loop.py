@@ -19,6 +19,7 @@ from oel_jax import report
 from oel_jax.runtime import progress
 from oel_jax.stages import endpoint, knowledge, user_side
 from oel_jax.stages.begin import begin
+from oel_jax.stages.collect import collect
 from oel_jax.stages.consolidate import consolidate
 from oel_jax.stages.deploy import deploy
 from oel_jax.stages.evaluate import evaluate
@@ -38,13 +39,16 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     OSError: another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config)
-  game = user_side.check(config)
+  deployed = user_side.check(config)
   endpoint.reach(config, workdir)
   with begin(config, workdir, resume_anyway) as (this, policy):
     evaluate(this, 0, policy, policy, [])
     for number in range(1, config.rounds + 1):
       before = policy
-      deploy(this, number, policy)
+      if config.logs.path:
+        collect(this, number, policy)
+      else:
+        deploy(this, number, policy)
       texts = extract(this, number, policy)
       trains = gate(this, number, policy, texts)
       texts = knowledge.kept(this, number, texts)
@@ -52,6 +56,6 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
         policy = policy.replace(consolidate(this, number, policy, texts))
       evaluate(this, number, policy, before, texts)
     results = report.write(this.folder)
-  progress.table(report.rows(results), f"{game}, {config.rounds} rounds")
+  progress.table(report.rows(results), f"{deployed}, {config.rounds} rounds")
   print(f"report: {this.folder / 'report' / 'index.html'}", flush=True)
   return results

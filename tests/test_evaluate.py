@@ -44,7 +44,7 @@ def test_a_count_has_the_score_interval(hits, of):
 
 
 def test_a_count_of_nothing_says_so():
-  assert statistics.count(0, 0) == {"rate": 0.0, "hits": 0, "of": 0, "interval": [0.0, 1.0]}
+  assert statistics.count(0, 0) == {"rate": None, "hits": 0, "of": 0, "interval": None}
 
 
 def test_a_mean_has_the_normal_interval():
@@ -56,7 +56,7 @@ def test_a_mean_has_the_normal_interval():
     [found["mean"], *found["interval"]],
     [np.mean(values), *(np.mean(values) + np.array([-Z, Z]) * error)],
   )
-  assert statistics.mean([]) == {"mean": 0.0, "of": 0, "interval": None}
+  assert statistics.mean([]) == {"mean": None, "of": 0, "interval": None}
   # One value says nothing of the spread.
   assert statistics.mean([7]) == {
     "mean": 7,

@@ -139,3 +139,68 @@ def logits(policy, ids):
   positions = np.arange(ids.shape[1])[None]
   hidden, _ = model.apply(policy.params, policy.architecture, ids, positions, np.ones_like(ids))
   return model.logits(hidden, model.head(policy.params))
+
+
+def said_by(user: str, number: int, *more: dict) -> dict:
+  messages = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {
+      "role": "user",
+      "content": f"{user} asks for the {number}. time: where does case {number} go?",
+    },
+    {"role": "assistant", "content": f"To desk {number}."},
+    *more,
+  ]
+  return {"messages": messages, "user": user, "feedback": f"It went to desk {number + 1}."}
+
+
+def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path):
+  """Two rounds, each with logs of its own; no game, no environment."""
+  users = [f"user{i}" for i in range(12)]
+  for number in (1, 2):
+    (tmp_path / "logs" / str(number)).mkdir(parents=True)
+    lines = [said_by(user, 10 * number + i) for i, user in enumerate(users)]
+    again = {"role": "user", "content": "Write to ann@example.com, then."}
+    lines += [
+      said_by(user, 50 + number, again, {"role": "assistant", "content": "Done."}) for user in users
+    ]
+    lines += lines[:3]  # said twice
+    (tmp_path / "logs" / str(number) / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  config = load("from_logs", "qwen3-1.7b")
+  few = {name: value for name, value in FEWER.items() if not name.startswith("deployment.")}
+  few |= {
+    "rounds": 2,
+    "policy.weights": str(folder),
+    "logs.path": str(tmp_path / "logs/{round}"),
+    "logs.held_out": 0.4,
+    "logs.near": 2.0,  # these are all alike
+    "deployment.episodes": 100,
+    "deployment.max_response_tokens": 32,
+    "extraction.texts": 2,
+    "consolidation.gate_episodes": 0,
+    "evaluation.episodes": 4,
+  }
+  config.update_from_flattened_dict(few)
+  results = loop.run(config, tmp_path / "run")
+  for number in (1, 2):
+    round = tmp_path / f"run/round_{number}"
+    texts = {name: (round / name).read_text() for name in ("prompts.jsonl", "user/held_out.jsonl")}
+    of = {name: {user for user in users if f"{user} asks" in text} for name, text in texts.items()}
+    assert not of["prompts.jsonl"] & of["user/held_out.jsonl"]
+    assert of["user/held_out.jsonl"] and len(of["prompts.jsonl"]) >= 4
+    # One prompt an answer: the first, and in the longer conversation the first and the second.
+    assert len(texts["prompts.jsonl"].splitlines()) == 3 * len(of["prompts.jsonl"])
+    assert "ann@example.com" not in texts["prompts.jsonl"] and "[EMAIL]" in texts["prompts.jsonl"]
+    assert "H is a hole" in (round / "knowledge/00.md").read_text()
+    found = json.loads((round / "user/logs.json").read_text())
+    assert found["logs"]["same"] == 3 and found["redacted"]["EMAIL"] > 0
+  for entry in results["rounds"]:
+    away = entry["held_out"]
+    assert entry["passed_count"] == 0 and away["prompts"] >= 4
+    assert np.isfinite([away["kl_before"], away["kl_after"]]).all() and away["kl_before"] >= -1e-6
+  page = (tmp_path / "run/report/index.html").read_text()
+  assert "Held-out conversations" in page
+  before = (tmp_path / "run/round_1/prompts.jsonl").read_bytes()
+  (tmp_path / "logs/1/log.jsonl").write_text("gone")
+  assert loop.run(config, tmp_path / "run") == results
+  assert (tmp_path / "run/round_1/prompts.jsonl").read_bytes() == before

@@ -8,11 +8,9 @@ Z = 1.959963984540054  # the normal distribution's 97.5% point
 
 
 def count(hits: int, of: int) -> dict[str, Any]:
-  """A rate with its Wilson score interval; the rate of nothing is NaN-free: 0 of 0 has rate 0 and
-  the interval [0, 1].
-  """
+  """A rate with its Wilson score interval; 0 of 0 has neither: None."""
   if of == 0:
-    return {"rate": 0.0, "hits": 0, "of": 0, "interval": [0.0, 1.0]}
+    return {"rate": None, "hits": 0, "of": 0, "interval": None}
   p, z2 = hits / of, Z * Z
   middle = (p + z2 / (2 * of)) / (1 + z2 / of)
   half = Z / (1 + z2 / of) * math.sqrt(p * (1 - p) / of + z2 / (4 * of * of))
@@ -25,10 +23,12 @@ def count(hits: int, of: int) -> dict[str, Any]:
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
-  """A mean with its normal interval, which fewer than two values do not have: None."""
+  """A mean with its normal interval, which fewer than two values do not have: None; nor has nothing
+  a mean.
+  """
   of = len(values)
   if of < 2:
-    return {"mean": float(sum(values)), "of": of, "interval": None}
+    return {"mean": float(values[0]) if of else None, "of": of, "interval": None}
   middle = sum(values) / of
   error = math.sqrt(sum((value - middle) ** 2 for value in values) / (of - 1) / of)
   return {"mean": middle, "of": of, "interval": [middle - Z * error, middle + Z * error]}

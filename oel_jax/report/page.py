@@ -54,6 +54,7 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
   sections = [
     section("Rounds", _rounds(run)),
     section("Curves", _plots(run, light, dark)),
+    section("Held-out conversations", _held_out(run)),
     section("How games ended", _ended(run)),
     *(section("By category", found) for found in [_categories(run)] if found),
     section("Does the knowledge help in context?", _gates(run)),
@@ -177,6 +178,30 @@ def _rounds(run: Run) -> str:
       if run.tasks
       else note("Not measured.")
     )
+  )
+
+
+def _held_out(run: Run) -> str:
+  """How far each round's policy is from its teacher, where nothing was learned."""
+  measured = {n: each.held_out for n, each in sorted(run.evaluations.items()) if each.held_out}
+  if not measured:
+    return note("Measured where logs are learned from (config.logs).")
+  lines = [
+    [
+      f"<td>{label(number)}</td>",
+      f"<td>{away.prompts}</td>",
+      f"<td>{away.kl_before:.4f}</td>",
+      f"<td>{away.kl_after:.4f}</td>",
+      NONE if away.closer is None else f"<td>{minus(f'{100 * away.closer:.0f}')}%</td>",
+      mean_cell(away.response_tokens_before, "answers"),
+      mean_cell(away.response_tokens_after, "answers"),
+    ]
+    for number, away in measured.items()
+  ]
+  head = ("Round", "Prompts", "KL before", "KL after", "Closer", "Tokens before", "Tokens after")
+  return table(head, lines) + note(
+    "KL from the model to the one that the round began with and that has the knowledge in its "
+    "prompt, in nats a token of the model’s own answers. Closer: the share of it that is gone."
   )
 
 

@@ -40,6 +40,21 @@ class Play:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """How far the policy is from the one that has the knowledge in its prompt, on `prompts` prompts
+  of conversations that nothing was learned from (`stages.held_out`): before the round and after, in
+  nats a token, and the share of the first that is gone.
+  """
+
+  prompts: int
+  kl_before: float
+  kl_after: float
+  closer: float | None
+  response_tokens_before: Measure
+  response_tokens_after: Measure
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
   """A round's evaluation.json; round 0 is the base model.
 
@@ -52,6 +67,7 @@ class Evaluation:
     accumulation: (trajectories, passed in context with the knowledge as it stood after so many).
     recovered: (after − before the round) / (in context − before the round).
     made_from: what was measured → a digest of it; {} by an earlier version.
+    held_out: where logs are learned from.
   """
 
   round: int
@@ -64,6 +80,7 @@ class Evaluation:
   recovered: float | None
   gate: Gate | None
   made_from: dict[str, str]
+  held_out: HeldOut | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +269,21 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     value.get("recovered"),
     gates.parse(gate) if gate is not None else None,
     made_from,
+    value.get("held_out") and _held_out(value["held_out"]),
   )
+
+
+def _held_out(value: Any) -> HeldOut:
+  numbers = {name: get(value, name, "held_out") for name in ("kl_before", "kl_after")}
+  numbers["closer"] = value.get("closer")
+  for name, number in numbers.items():
+    known = schema.is_number(number) or (name == "closer" and number is None)
+    need(known, f"held_out.{name}", number, "a number")
+  means = {
+    name: read_mean(get(value, name, "held_out"), f"held_out.{name}")
+    for name in ("response_tokens_before", "response_tokens_after")
+  }
+  return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means)
 
 
 def _play(value: Any, where: str) -> Play:

@@ -25,6 +25,7 @@ CONFIG_FIELDS = (
   "policy.architecture",
   "policy.weights",
   "policy.thinking",
+  "logs.path",
   "deployment.environment",
   "deployment.game",
   "deployment.episodes",
@@ -124,6 +125,9 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
       None if entry.get("recovered") is None else f"{100 * entry['recovered']:.0f}%"
     )
     row["response tokens"] = entry["response_tokens"]
+    if away := entry.get("held_out"):
+      row["closer to the teacher"] = away["closer"] and f"{100 * away['closer']:.0f}%"
+      row["response tokens"] = away["response_tokens_after"]
     kept = entry["retention"]
     row.update({name: _percent(kept[name]) for name in kept if f"{name}_interval" in kept})
     table.append(row)
@@ -153,6 +157,15 @@ def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     if play and play.categories:
       entry[f"{name}_categories"] = _categories(play)
   entry["recovered"] = evaluation.recovered
+  if away := evaluation.held_out:
+    entry["held_out"] = {
+      "prompts": away.prompts,
+      "kl_before": away.kl_before,
+      "kl_after": away.kl_after,
+      "closer": away.closer,
+      **_numbers("response_tokens_before", away.response_tokens_before),
+      **_numbers("response_tokens_after", away.response_tokens_after),
+    }
   entry["gate"] = _gate_numbers(evaluation.gate) if evaluation.gate else None
   if evaluation.accumulation:
     entry["accumulation"] = [

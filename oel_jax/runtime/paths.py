@@ -12,6 +12,8 @@ from oel_jax.runtime import files, named
 # Fields that hold a path, and those that hold FILE.py:NAME, or several of them.
 FILES = (
   "policy.weights",
+  "logs.path",
+  "logs.redact_names",
   "distill.knowledge",
   "distill.prompts",
   "distill.held_out",
@@ -23,6 +25,7 @@ FUNCTIONS = (
   "deployment.environment",
   "extraction.edit",
   "evaluation.tasks",
+  "logs.redact_hook",
 )
 FIELDS = (*FILES, *FUNCTIONS)
 
@@ -59,7 +62,8 @@ def resolve(
     if not group.get(name) or group[name] in names:
       continue
     places = (here,) if field in given else (folder, here)
-    must = needed and field not in given
+    # "{round}" stands for a number, of rounds to come, too.
+    must = needed and field not in given and "{round}" not in group[name]
     group[name] = _each(field, group[name], lambda path: _find(path, places, field, must))
 
 

@@ -97,7 +97,7 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   weights = (config.policy.weights or "") if "policy" in config else ""
   found_at = {"policy.weights": _python_file(weights) or weights}
   environment = config.get("deployment", {}).get("environment", "textarena")
-  if environment != "textarena":
+  if environment not in ("", "textarena"):
     # The server side has none, and runs none.
     found_at["deployment.environment"] = str(named.found(environment) or "")
   found_at["extraction.edit"] = _python_file(config.get("extraction", {}).get("edit", ""))

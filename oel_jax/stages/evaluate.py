@@ -1,5 +1,5 @@
-"""Evaluation: held-out maps, the same in every round, without knowledge and with it; and what was
-kept.
+"""Evaluation: held-out maps, the same in every round, without knowledge and with it; what was kept;
+and held-out conversations, where logs are learned from.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from oel_jax.runtime import files, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.seeds import derive
-from oel_jax.stages import extract, knowledge, play
+from oel_jax.stages import extract, held_out, knowledge, play
 from oel_jax.stages.run import EVALUATION, Run, made_from
 
 
@@ -30,7 +30,9 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
   carried = number > 1 and run.config.evaluation.in_context and texts
   first = knowledge.kept(run, 1, knowledge.texts(run, 1)) if carried else []
   base = None
-  if number:  # the round before, whose policy wrote this round's knowledge; not the run's first
+  if (
+    number and run.config.deployment.environment
+  ):  # the round before, whose policy wrote this round's knowledge; not the run's first
     measured = run.round(number - 1) / EVALUATION
     base = records.read_evaluation(measured, number - 1).without.passed.value
   inputs = made_from(policy, texts) | {
@@ -51,6 +53,7 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     found["recovered"] = statistics.recovered(rates[0], base, rates[1])
   _log(run, number, found)
   head = {"schema": 1, "round": number, "made_from": inputs}
+  path.parent.mkdir(exist_ok=True)
   files.write_sealed(path, head | found | {"gate": gate})
 
 
@@ -65,15 +68,15 @@ def _measure(
   """The games of every kind, and the tasks."""
   config = run.config.evaluation
   # What is played: a name, by whom, and with which knowledge in the prompt.
-  plays = {"without": (policy, [])}
-  if config.in_context and texts:
+  plays = {"without": (policy, [])} if run.config.deployment.environment else {}
+  if plays and config.in_context and texts:
     plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)}
     plays |= {"first_knowledge": (policy, first)} if first else {}
   steps = config.accumulation if number == 1 else ()
   curve = {step: extract.texts_after(run, step, before) for step in steps}
   kept = tasks.read_tasks(config.tasks)
   total = config.episodes * (len(plays) + len(curve)) + config.retention * len(kept)
-  found = {}
+  found = {"without": episodes.play_summary([])}  # what no environment can say
   with run.stage(number, "evaluate", policy, total) as (meter, advance):
 
     def summary(name: str, player: Policy, given: Sequence[str]) -> dict[str, Any]:
@@ -83,6 +86,9 @@ def _measure(
 
     for name, (player, given) in plays.items():
       found[name] = summary(name, player, given)
+    if number and run.config.logs.path:
+      meter.policy = policy
+      found["held_out"] = held_out.measure(run, number, policy, before, texts)
     found["accumulation"] = [
       {
         "trajectories": step,
@@ -98,7 +104,12 @@ def _measure(
 
 def _log(run: Run, number: int, found: dict[str, Any]) -> None:
   ways = ("without", "in_context", "after_in_context", "first_knowledge")
-  scalars = {f"passed_{name}": found[name]["passed"]["rate"] for name in ways if name in found}
+  played = [name for name in ways if name in found and found[name]["passed"]["of"]]
+  scalars = {f"passed_{name}": found[name]["passed"]["rate"] for name in played}
   scalars |= {f"retention_{name}": share["rate"] for name, share in found["retention"].items()}
-  tokens = found["without"]["response_tokens"]["mean"]
-  run.log(number, "evaluate", response_tokens=tokens, **scalars)
+  if played:
+    scalars["response_tokens"] = found["without"]["response_tokens"]["mean"]
+  if away := found.get("held_out"):
+    scalars |= {f"held_out_{name}": away[name] for name in ("kl_before", "kl_after")}
+  if scalars:
+    run.log(number, "evaluate", **scalars)

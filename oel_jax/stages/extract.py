@@ -16,7 +16,7 @@ from oel_jax.extraction.extract import raw_knowledge
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files, named, schema
 from oel_jax.runtime.checksum import fingerprint
-from oel_jax.stages import deploy, knowledge, resume, withdrawn
+from oel_jax.stages import collect, deploy, knowledge, resume, withdrawn
 from oel_jax.stages.run import DEPLOYED, ITEMS, KNOWLEDGE, Meter, Run
 
 Advance = Callable[..., None]
@@ -140,7 +140,7 @@ def _limited(
   newest_wins leave out, within max_knowledge_tokens, and edited if config.extraction.edit says so.
   And what stands behind their items, by the words that would cross.
   """
-  config, edit = run.config.extraction, read_edit(run.config)
+  config, edit = run.config.extraction, _edit(run.config)
   edited = lambda texts: [_edited(text, edit) for text in texts] if edit else texts
   texts = [text.at(step) for text in whole]
   origins = {}
@@ -178,6 +178,17 @@ def _tell(number: int, origins: provenance.Origins) -> None:
     if count := sum(origin.left_out == why for origin in origins.values()):
       told = "round %d: %d of %d items left out (%s): they stand in %s"
       logging.warning(told, number, count, len(origins), why, ITEMS)
+
+
+def _edit(config: Any) -> Callable[[str], str] | None:
+  """What changes an item before it crosses: where logs are learned from, whatever must not cross is
+  taken out of it, and then config.extraction.edit; None if nothing does.
+  """
+  edit = read_edit(config)
+  if not config.logs.path:
+    return edit
+  redact = collect.redactor(config).text
+  return (lambda text: edit(redact(text))) if edit else redact
 
 
 def _edited(text: knowledge_lib.Knowledge, edit: Callable[[str], str]) -> knowledge_lib.Knowledge:

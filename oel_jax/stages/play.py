@@ -124,7 +124,7 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   others += ("endpoint", "endpoint_model", "endpoint_timeout", "endpoint_retries")
   game = {name: value for name, value in values["deployment"].items() if name not in others}
   own, policy = values["deployment"]["environment"], values["policy"]
-  if own != "textarena":
+  if own not in ("", "textarena"):
     game["environment"] = [own, code_digest(config.deployment)]
   parts = [values["seed"], evaluation, game, policy["thinking"], policy["max_prompt_tokens"]]
   if values["extraction"]["wording"] != "games":  # what all were of before there were two

@@ -21,6 +21,8 @@ from oel_jax.runtime.metrics import Metrics
 # Files of a round, below its folder.
 DEPLOYED = "user/trajectories.jsonl"  # games that the knowledge is drawn from
 PROMPT_GAMES = "user/prefix_trajectories.jsonl"  # games that the prompts are cut from
+LOGS = "user/logs.json"  # what was found in the logs that the round began from
+HELD_OUT = "user/held_out.jsonl"  # prompts of conversations that are measured on alone
 PROMPTS = "prompts.jsonl"
 OLD_PROMPTS = "prefixes.jsonl"  # as runs of before named it: one that is there is read in its place
 KNOWLEDGE = "knowledge/whole"  # the last file of the knowledge to appear

@@ -1,22 +1,50 @@
 """What the user side's stages need beside the policy, tried before anything is written."""
 
+import pathlib
 from typing import Any
 
-from oel_jax.environments import game_spec, try_game
+from absl import logging
+
 from oel_jax.evaluation import tasks
-from oel_jax.stages import extract
+from oel_jax.stages import collect, extract
 
 
 def check(config: Any) -> str:
-  """Returns the name of the game that is played.
+  """Returns the name of the game that is played, or of the logs that are read.
 
   Raises:
-    ValueError: it cannot be played, or a task or an edit that the configuration names is not there.
+    ValueError: it cannot be played, or a task, an edit or a function that the configuration names
+      is not there.
     RuntimeError: the game fails, or shows its rules.
     OSError: a file is missing.
   """
-  game = game_spec(config.deployment)
-  try_game(game)
   tasks.read_tasks(config.evaluation.tasks)
   extract.read_edit(config)
-  return game.name
+  name = _check_logs(config) if config.logs.path else ""
+  if config.deployment.environment:
+    # Here, for who begins from logs may have no game at all.
+    from oel_jax.environments import game_spec, try_game
+
+    game = game_spec(config.deployment)
+    try_game(game)
+    name = name or game.name
+  return name
+
+
+def _check_logs(config: Any) -> str:
+  """Raises as `check`; rounds to come may have no logs yet."""
+  collect.redactor(config)
+  first = pathlib.Path(collect.place(config, 1))
+  if not first.exists():
+    raise FileNotFoundError(
+      f"{first}: there is no such file or folder: config.logs.path must be a log, or a "
+      "folder of them"
+    )
+  if config.rounds > 1 and "{round}" not in config.logs.path:
+    logging.warning(
+      "config.logs.path is %r for all %d rounds: later ones learn from what the first model said; "
+      'with "{round}" in it each round has its own',
+      config.logs.path,
+      config.rounds,
+    )
+  return config.logs.path

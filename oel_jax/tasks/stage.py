@@ -24,8 +24,8 @@ def run(config: Any, workdir: str, *, stage: str, number: int, resume_anyway: bo
   Args:
     config: of the whole run, on both sides.
     workdir: the run's directory, or the server side's part of it.
-    stage: "deploy" plays; "extract" writes the knowledge and plays the gate; "consolidate" trains;
-      "evaluate" plays the held-out games.
+    stage: "deploy" plays, or reads the logs; "extract" writes the knowledge and plays the gate;
+      "consolidate" trains; "evaluate" plays the held-out games.
     number: of the round, from 1; 0 is the base model's, which is only evaluated.
     resume_anyway: as for a whole run.
 
@@ -57,9 +57,11 @@ def run(config: Any, workdir: str, *, stage: str, number: int, resume_anyway: bo
 
 
 def _deploy(run: Run, number: int, policy: Policy) -> None:
+  from oel_jax.stages.collect import collect
   from oel_jax.stages.deploy import deploy
 
-  deploy(run, number, resume.weights_before(run, number, policy))
+  begin_with = collect if run.config.logs.path else deploy
+  begin_with(run, number, resume.weights_before(run, number, policy))
   print(f"round {number}: deployed; next is --stage=extract", flush=True)
 
 

@@ -1,0 +1,37 @@
+"""Logs of a deployed model in, better weights out: no game, no reward, no environment.
+
+    python -m oel_jax.main --config=experiments/from_logs.py:qwen2.5-1.5b --workdir=runs/logs \\
+        --config.policy.weights=FOLDER --config.logs.path=FILE_OR_FOLDER
+
+What is read, left out and redacted is told and stands in round_1/user/logs.json. Deploy what
+`--stage=export` writes; the next round's logs go where "{round}" in logs.path says:
+--config.logs.path='logs/{round}' --config.rounds=2.
+"""
+
+import ml_collections
+
+from oel_jax import config as config_lib
+
+SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-1.7b", "qwen3-4b")
+
+
+def get_config(size: str = "qwen2.5-1.5b") -> ml_collections.ConfigDict:
+  """`size`: one of SIZES, whose Hugging Face folder or GGUF file `policy.weights` must name."""
+  if size not in SIZES:
+    raise ValueError(
+      f"experiments/from_logs.py has no size {size!r}: it must be one of {', '.join(SIZES)}"
+    )
+  config = config_lib.default()
+  with config.unlocked():
+    config.rounds = 1
+    config.policy.thinking = False
+    # Conversations whose turns become prompts, and those that each knowledge text reads.
+    config.deployment.update(environment="", episodes=512, max_response_tokens=256)
+    config.extraction.update(
+      wording="conversations", trajectories=30, use=30, max_response_tokens=128
+    )
+    config.extraction.max_knowledge_tokens = 2048
+    # There is nothing to play: whether knowledge helps is for evaluation.tasks to say.
+    config.consolidation.update(gate_episodes=0, learning_rate=1e-5, steps=40, batch_size=32)
+    config.evaluation.update(episodes=64, in_context=False)
+  return config

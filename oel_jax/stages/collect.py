@@ -1,0 +1,159 @@
+"""Deployment elsewhere: what the deployed model's users said comes in as logs, and stands where
+games stand in `deploy` (OEL section 3, with no environment).
+
+Some users' conversations are held out: they are measured on and never learned from. Of the others,
+some are what knowledge is drawn from, and the turns of some are the prompts that cross. All are
+redacted before they are written.
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Iterable
+from typing import Any
+
+from absl import logging
+
+from oel_jax.conversations import logs
+from oel_jax.conversations import prompt as prompt_lib
+from oel_jax.conversations.jsonl import write_jsonl
+from oel_jax.conversations.redact import Redactor, read_names
+from oel_jax.conversations.schema import Conversation, Prompt, cut_prompts
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.policy.tokenizers import leave_out
+from oel_jax.runtime import files, schema
+from oel_jax.runtime.seeds import derive
+from oel_jax.stages import withdrawn
+from oel_jax.stages.run import DEPLOYED, HELD_OUT, LOGS, PROMPTS, Run
+
+
+def collect(run: Run, number: int, policy: Policy) -> None:
+  """Reads the round's logs; leaves conversations on the user side, and prompts.jsonl. What is there
+  is not read again, whatever the logs hold now.
+
+  Args:
+    run: the run.
+    number: of the round.
+    policy: that the prompts are for: one that its template cannot render, or that is too long, is
+      left out, counted and named.
+
+  Raises:
+    ValueError: more of the logs is damaged than `logs.read` takes; or no conversation, or no
+      prompt, is left.
+    OSError: the logs cannot be read.
+  """
+  path = run.round(number) / PROMPTS
+  if path.exists():
+    return
+  folder, config = place(run.config, number), run.config
+  redact = redactor(config)
+  counts, drawn = logs.Counts(), _drawn(config, number)
+  for conversation in logs.distinct(folder, counts, near=config.logs.near, seed=config.seed):
+    out = logs.held_out(conversation, config.logs.held_out, config.seed)
+    for draw in drawn.values():
+      if draw.held_out == out:
+        draw.offer(conversation)
+  if not drawn["knowledge"].kept:
+    raise ValueError(
+      f"{folder}: {counts.conversations} conversations, none of them to learn from: with "
+      f"config.logs.held_out {config.logs.held_out} and without duplicates, at least one must be "
+      "left"
+    )
+  redacted = {
+    name: withdrawn.left(run.folder, map(redact, draw.taken())) for name, draw in drawn.items()
+  }
+  prompts = {name: _usable(run, policy, redacted[name]) for name in ("prompts", "held out")}
+  if not prompts["prompts"]:
+    raise ValueError(f"{folder}: no turn of its conversations can be made a prompt of this model")
+  if not prompts["held out"]:
+    logging.warning("%s: nobody is held out: what training does is measured on nothing", folder)
+  (run.round(number) / "user").mkdir(parents=True, exist_ok=True)
+  found = {"logs": counts.as_json(), "redacted": dict(redact.counts)}
+  files.write_sealed(run.round(number) / LOGS, {"schema": 1, **found})
+  run.log(number, "collect", conversations=counts.conversations, prompts=len(prompts["prompts"]))
+  made_from = {"logs": schema.digest([each.id for each in redacted["knowledge"]])}
+  for name, records in (
+    (DEPLOYED, redacted["knowledge"]),
+    (HELD_OUT, prompts["held out"]),
+    (PROMPTS, prompts["prompts"]),
+  ):
+    run.manifest(number).announce(name, made_from)
+    write_jsonl(run.round(number) / name, records)
+    run.manifest(number).record([name], made_from)
+
+
+def redactor(config: Any) -> Redactor:
+  """What config.logs says must not cross.
+
+  Raises:
+    ValueError: the function that it names is not there.
+    OSError: the file of names cannot be read.
+  """
+  names = read_names(config.logs.redact_names) if config.logs.redact_names else ()
+  return Redactor(names, config.logs.redact_hook)
+
+
+def place(config: Any, number: int) -> str:
+  """Where the round's logs are: "{round}" in config.logs.path stands for its number."""
+  return config.logs.path.replace("{round}", str(number))
+
+
+@dataclasses.dataclass
+class _Draw:
+  """`size` conversations of a stream, drawn by lot: those with the lowest lots. A lot hangs on the
+  conversation alone, so more logs change little of what is drawn.
+
+  Attributes:
+    size: conversations to draw.
+    held_out: whether from those held out.
+    lot: names the lots, with a conversation's id.
+    kept: (minus the lot, minus the place in the stream, the conversation), a heap.
+  """
+
+  size: int
+  held_out: bool
+  lot: tuple[Any, ...]
+  kept: list[tuple[int, int, Conversation]] = dataclasses.field(default_factory=list)
+  seen: int = 0
+
+  def offer(self, conversation: Conversation) -> None:
+    """Takes part in the draw."""
+    self.seen += 1
+    entry = -derive(*self.lot, conversation.id), -self.seen, conversation
+    if len(self.kept) < self.size:
+      heapq.heappush(self.kept, entry)
+    else:
+      heapq.heappushpop(self.kept, entry)
+
+  def taken(self) -> list[Conversation]:
+    """What was drawn, in the order of the stream."""
+    return [conversation for _, _, conversation in sorted(self.kept, key=lambda entry: -entry[1])]
+
+
+def _drawn(config: Any, number: int) -> dict[str, _Draw]:
+  """The three draws of a round; held-out conversations are the same in each, if the logs are."""
+  lot = (config.seed, number, "logs")
+  return {
+    "knowledge": _Draw(config.extraction.trajectories, False, (*lot, "knowledge")),
+    "prompts": _Draw(config.deployment.episodes, False, (*lot, "prompts")),
+    "held out": _Draw(config.evaluation.episodes, True, (config.seed, "logs", "held out")),
+  }
+
+
+def _usable(run: Run, policy: Policy, conversations: Iterable[Conversation]) -> list[Prompt]:
+  """The prompts of conversations that the model can be given, knowledge before them."""
+  thinking, fit, long = run.config.policy.thinking, [], []
+  room = run.config.policy.max_prompt_tokens - run.config.extraction.max_knowledge_tokens
+  cut = [prompt for conversation in conversations for prompt in cut_prompts(conversation)]
+  rendered, told = leave_out(policy.tokenizer, cut, thinking=thinking)
+  for prompt in rendered:
+    how = dict(tools=prompt.tools, thinking=thinking)
+    size = len(prompt_lib.ids(policy.tokenizer, prompt.messages, **how))
+    (fit if size <= room else long).append(prompt)
+  if long:
+    told.append(
+      f"{len(long)} prompts are left out, {long[0].id} the first: more than {room} tokens, "
+      "config.policy.max_prompt_tokens less extraction.max_knowledge_tokens"
+    )
+  for sentence in told:
+    logging.warning("%s", sentence)
+  return fit
