@@ -2,6 +2,7 @@
 and what a folder may not hold.
 """
 
+import dataclasses
 import json
 import shutil
 import tracemalloc
@@ -16,9 +17,10 @@ import pytest
 import safetensors.numpy
 
 from oel_jax.policy import architecture, transformer
+from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.attention import frequencies
 from oel_jax.policy.sampling import engine, sampler
-from oel_jax.policy.weights import huggingface, safetensors_folder
+from oel_jax.policy.weights import huggingface, huggingface_config, safetensors_folder
 from oel_jax.runtime import mesh
 
 torch = pytest.importorskip("torch")
@@ -467,6 +469,18 @@ def test_a_folder_without_config_or_weights_is_told(folder, tmp_path):
   shape = huggingface.read_architecture(folder)
   with pytest.raises(FileNotFoundError, match="model.safetensors"):
     huggingface.load(tmp_path, shape)
+
+
+def test_a_field_that_no_config_can_say_is_refused_and_not_dropped():
+  """Every field is written, or is another than its default and then an error."""
+  assert {field.name for field in dataclasses.fields(Architecture)} == huggingface_config.WRITTEN
+  wider = dataclasses.make_dataclass(
+    "Wider", [("score_cap", float, 0.0)], bases=(Architecture,), frozen=True
+  )
+  sizes = dict(vocabulary=8, width=8, layers=1, heads=2, kv_heads=1, head_size=4, feedforward=8)
+  assert huggingface_config.write_config(wider(**sizes), "float32")["hidden_size"] == 8
+  with pytest.raises(ValueError, match=r"Architecture.score_cap is 0.7, .* no place for it"):
+    huggingface_config.write_config(wider(**sizes, score_cap=0.7), "float32")
 
 
 def test_a_head_stored_twice_and_old_frequencies_change_nothing(tmp_path_factory, tmp_path):

@@ -367,6 +367,10 @@ def test_a_folder_or_file_without_logs(tmp_path):
     ({"messages": []}, "the conversation is an empty list: it must be a list of messages"),
     ({"messages": ["SECRET"]}, "a message is a text: it must be an object"),
     ({"messages": [{"role": "narrator", "content": "SECRET"}]}, "said by 'narrator': it must be"),
+    (
+      {"messages": [{"role": "user", "txt": "SECRET"}]},
+      "of user says nothing: it must have content",
+    ),
     ({"messages": [{"role": "user", "content": 3}]}, "the content of a message is a number"),
     ({"messages": [{"role": "user", "content": [3]}]}, "a part of a message is a number"),
     ({"messages": [ASKED | {"tool_calls": 3}]}, "the calls of a message are a number"),

@@ -21,6 +21,8 @@ MESSAGE_KNOWN = {
   "reasoning_content", "reasoning", "thinking", "refusal", "action", "response_tokens", "id",
   "type", "model", "stop_reason", "stop_sequence", "usage", "status", "phase",
 }  # fmt: skip
+# One of them a message must have, whatever it holds.
+SAYS = {"content", "value", "tool_calls", "function_call", "refusal", "reasoning_content"}
 
 Seen = list[tuple[str, str]]  # what was met on the way: (kind, its name), counted by the reader
 
@@ -34,6 +36,8 @@ def said(value: Any, seen: Seen) -> list[Message]:
     known = ", ".join(SPEAKERS)
     shown = repr(who[:20]) if isinstance(who, str) else kind(who)
     raise ValueError(f"a message is said by {shown}: it must be one of {known}")
+  if not SAYS & value.keys():
+    raise ValueError(f"a message of {who} says nothing: it must have content, or calls")
   seen += (("field", f"messages.{name}") for name in value if name not in MESSAGE_KNOWN)
   role, content = SPEAKERS[who], value.get("content", value.get("value"))
   if who == "function_call":  # ShareGPT's: the call is all that the message says

@@ -228,13 +228,27 @@ def _is_tied(tensors: dict[str, Tensor]) -> bool:
   return tensors[HEAD].holds_what(tensors[EMBEDDING])
 
 
+# The fields of an architecture that a config.json of `write_config` says.
+WRITTEN = {
+  "vocabulary", "width", "layers", "heads", "kv_heads", "head_size", "feedforward", "rope_theta",
+  "norm_eps", "qk_norm", "tied_head", "qkv_bias", "rope_scaling", "max_positions",
+}  # fmt: skip
+
+
 def write_config(architecture: Architecture, dtype: Any) -> dict[str, Any]:
   """The fields of a config.json that `read_architecture` reads back as the same architecture.
 
   Raises:
-    ValueError: no family of `transformers` has this combination of norms, biases and scaling.
+    ValueError: no family of `transformers` has this combination of norms, biases and scaling; or a
+      field that is not written here is not at its default.
   """
   a = architecture
+  for field in dataclasses.fields(a):
+    if field.name not in WRITTEN and getattr(a, field.name) != field.default:
+      raise ValueError(
+        f"Architecture.{field.name} is {getattr(a, field.name)!r}, and `write_config` has no place "
+        "for it: a reader would take it for the default; write it there, and add it to WRITTEN"
+      )
   if (a.qk_norm and a.qkv_bias) or (a.rope_scaling and (a.qk_norm or a.qkv_bias)):
     raise ValueError(
       f"no Hugging Face family has {a}: qk_norm, qkv_bias and rope_scaling exclude one another"
