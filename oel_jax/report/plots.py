@@ -135,8 +135,13 @@ def _percent_axis(axes: Axes, highest: float) -> None:
   axes.set_ylabel("games passed, %")
 
 
+def _has_games(run: Run) -> bool:
+  """Whether any were played without knowledge: from logs alone, none are."""
+  return any(evaluation.without.passed.of for evaluation in run.evaluations.values())
+
+
 def _passed(run: Run, theme: Theme) -> Figure | None:
-  if not run.evaluations:
+  if not _has_games(run):
     return None
   figure = _figure()
   axes = figure.subplots()
@@ -162,7 +167,7 @@ def _passed(run: Run, theme: Theme) -> Figure | None:
 
 
 def _tokens(run: Run, theme: Theme) -> Figure | None:
-  if not run.evaluations:
+  if not _has_games(run):
     return None
   figure = _figure()
   axes = figure.subplots()
