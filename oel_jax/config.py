@@ -381,6 +381,18 @@ def _check_together(config: Any) -> None:
     '0 where deployment.environment is "", as there is nothing to play',
   )
   _need(
+    config,
+    "evaluation.accumulation",
+    bool(config.deployment.environment) or not evaluation.accumulation,
+    '() where deployment.environment is "", as there is nothing to play',
+  )
+  _need(
+    config,
+    "deployment.endpoint",
+    not (config.logs.path and config.deployment.endpoint),
+    '"" where logs.path says what was said: nothing is played in deployment',
+  )
+  _need(
     config, "logs.held_out", config.logs.held_out < 1, "below 1: somebody is to be learned from"
   )
   if "distill" not in config:  # which extracts nothing

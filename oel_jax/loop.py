@@ -39,7 +39,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     OSError: another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config)
-  deployed = user_side.check(config)
+  deployed = user_side.check(config, workdir)
   endpoint.reach(config, workdir)
   with begin(config, workdir, resume_anyway) as (this, policy):
     evaluate(this, 0, policy, policy, [])

@@ -156,6 +156,7 @@ def test_every_field_is_explained_where_it_stands():
     ("evaluation.accumulation", (1.5,), "whole numbers from 1"),
     ("evaluation.accumulation", ("4",), "whole numbers from 1"),
     ("evaluation.accumulation", (True,), "whole numbers from 1"),
+    ("logs.held_out", 1.0, "below 1"),
   ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
@@ -167,6 +168,26 @@ def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
     error.value
   )
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "field, value, right",
+  [
+    ("consolidation.gate_episodes", 4, "0 where deployment.environment is"),
+    ("evaluation.accumulation", (4,), "() where deployment.environment is"),
+    ("deployment.endpoint", "http://127.0.0.1:1/v1", '"" where logs.path says'),
+    ("logs.path", "", '"textarena", FILE.py:NAME or MODULE:NAME'),
+  ],
+)
+def test_a_run_from_logs_alone_is_refused_what_it_has_no_use_of(field, value, right):
+  config = config_lib.default()
+  alone = {"logs.path": "/logs", "deployment.environment": "", "consolidation.gate_episodes": 0}
+  config.update_from_flattened_dict({**alone, "deployment.endpoint_model": "m"})
+  config_lib.validate(config)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError) as error:
+    config_lib.validate(config)
+  assert right in str(error.value) and "\n" not in str(error.value)
 
 
 FIELDS = {name: value for name, value in leaves(config_lib.default()).items()}

@@ -5,6 +5,7 @@ fewer steps and games; then out again.
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import families
 import jax
@@ -154,7 +155,7 @@ def said_by(user: str, number: int, *more: dict) -> dict:
   return {"messages": messages, "user": user, "feedback": f"It went to desk {number + 1}."}
 
 
-def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path):
+def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsys):
   """Two rounds, each with logs of its own; no game, no environment."""
   users = [f"user{i}" for i in range(12)]
   for number in (1, 2):
@@ -181,6 +182,12 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path):
     "evaluation.episodes": 4,
   }
   config.update_from_flattened_dict(few)
+  later = tmp_path / "logs/2"
+  later.rename(tmp_path / "later")
+  with pytest.raises(FileNotFoundError, match="logs/2: round 2 begins from the logs there, and"):
+    loop.run(config, tmp_path / "run")
+  assert (tmp_path / "run/report/index.html").exists()  # of the round that is done
+  (tmp_path / "later").rename(later)
   results = loop.run(config, tmp_path / "run")
   for number in (1, 2):
     round = tmp_path / f"run/round_{number}"
@@ -194,6 +201,9 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path):
     assert "H is a hole" in (round / "knowledge/00.md").read_text()
     found = json.loads((round / "user/logs.json").read_text())
     assert found["logs"]["same"] == 3 and found["redacted"]["EMAIL"] > 0
+  told = capsys.readouterr().out
+  assert "round 1: " in told and "3 conversations say the same as another and were left out" in told
+  assert "taken out of what is kept: EMAIL" in told and "ann@example.com" not in told
   for entry in results["rounds"]:
     away = entry["held_out"]
     assert entry["passed_count"] == 0 and away["prompts"] >= 4
@@ -201,6 +211,6 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path):
   page = (tmp_path / "run/report/index.html").read_text()
   assert "Held-out conversations" in page
   before = (tmp_path / "run/round_1/prompts.jsonl").read_bytes()
-  (tmp_path / "logs/1/log.jsonl").write_text("gone")
+  shutil.rmtree(tmp_path / "logs/1")
   assert loop.run(config, tmp_path / "run") == results
   assert (tmp_path / "run/round_1/prompts.jsonl").read_bytes() == before

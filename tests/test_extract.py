@@ -16,7 +16,7 @@ from absl import logging
 from fakes import game_of, turn_of
 
 from oel_jax.conversations.schema import transcript
-from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledge
+from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledge, state
 from oel_jax.runtime.files import write_sealed
 from oel_jax.runtime.seeds import derive
 
@@ -348,6 +348,14 @@ def test_half_a_surrogate_pair_in_an_item_ends_nothing(tmp_path):
   found = run(policy, state_path=path)
   assert found[0].items[0].text == f"{MARK} a? b"
   assert run(Policy(), state_path=path) == found
+
+
+def test_a_line_separator_inside_an_item_ends_no_line_of_the_file(tmp_path):
+  path = tmp_path / "extraction.jsonl"
+  run(Policy(answer=lambda prompt, seed: f"{MARK} one\u2028two"), state_path=path)
+  header, *steps = state.read(path)
+  assert len(header["trajectories"]) == len(steps) == N
+  assert all(step["items"] == [[f"{MARK} one\u2028two"]] * K for step in steps)
 
 
 def test_what_the_extractor_sees_is_what_the_limit_leaves_of_all_items():

@@ -6,6 +6,8 @@ import collections
 import itertools
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from fakes import in_turns
@@ -410,6 +412,17 @@ def test_passed_cases_are_counted_by_kind_of_rule(played):
     desk = HelpDesk(period=1)
     desk.reset(game.source.seed)
     assert game.source.category == desk.rule.category
+
+
+@pytest.mark.parametrize("text, told", [(None, "No such file"), ("no JSON\n", "games.jsonl")])
+def test_a_file_that_is_no_log_is_told_in_one_line(tmp_path, text, told):
+  file = tmp_path / "games.jsonl"
+  if text is not None:
+    file.write_text(text)
+  command = [sys.executable, "-m", "oel_jax.conversations.exporters", file, tmp_path / "log.jsonl"]
+  ran = subprocess.run(command, capture_output=True, text=True)
+  assert ran.returncode == 1 and told in ran.stderr and "Traceback" not in ran.stderr
+  assert ran.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "log.jsonl").exists()
 
 
 def test_logs_hold_what_was_said_and_no_verdict(played, tmp_path):

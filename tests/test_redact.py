@@ -287,6 +287,7 @@ def test_a_function_of_the_users_own(tmp_path):
     "def clean(text):\n  return re.sub('PX-\\\\d+', '[PROJECT]', text)\n"
     "def none(text):\n  pass\n"
     "def fails(text):\n  return text[10**9]\n"
+    "def tells(text):\n  return {}[text]\n"
   )
   redactor = Redactor(hook=f"{file}:clean")
   assert redactor.text("PX-77 by ann@example.com") == "[PROJECT] by [EMAIL]"
@@ -295,6 +296,11 @@ def test_a_function_of_the_users_own(tmp_path):
     Redactor(hook=f"{file}:none").text("x")
   with pytest.raises(ValueError, match="redact_hook is '.*:fails': it fails .IndexError.*own.py:7"):
     Redactor(hook=f"{file}:fails").text("x")
+  with pytest.raises(
+    ValueError, match="redact_hook is '.*:tells': it fails .KeyError, at"
+  ) as error:
+    Redactor(hook=f"{file}:tells").text("my SECRET word")
+  assert "SECRET" not in str(error.value)
   with pytest.raises(ValueError, match="the file has no function clan"):
     Redactor(hook=f"{file}:clan")
 

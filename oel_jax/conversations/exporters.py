@@ -55,4 +55,7 @@ def _line(data: dict[str, Any]) -> bytes:
 if __name__ == "__main__":
   if len(sys.argv) != 3:
     sys.exit("usage: python -m oel_jax.conversations.exporters CONVERSATIONS.jsonl LOG.jsonl")
-  write_log(sys.argv[2], conversations(sys.argv[1], max_damaged=0.0))
+  try:
+    write_log(sys.argv[2], conversations(sys.argv[1], max_damaged=0.0))
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")

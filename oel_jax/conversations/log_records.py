@@ -6,14 +6,14 @@ session, or an event that is no message.
 | OpenAI's chat lines, fine-tuning files | {"messages": [{"role", "content"}]} |
 | ShareGPT | {"conversations": [{"from", "value"}]} |
 | proxies: LiteLLM, and others like it | {"messages", "response": {"choices": [{"message"}]}} |
-| requests kept with their answers | {"request" or "input" or "body": {"messages"}, "response" or "output"} |
+| requests kept with their answers | {"request": {"messages"}, "response"}, or "input", "output"… |
 | OpenAI's Responses API | {"input": items, "output": items} |
 | Claude Code | {"type": "user" or "assistant", "sessionId", "message": {"role", "content"}} |
 | Codex | {"type": "response_item", "payload": an item}, {"type": "session_meta", "payload"} |
 | any agent | {"role", "content"} |
 
 No error tells what somebody said: a record is named by its place, what is wrong by its kind.
-"""  # noqa: E501
+"""
 
 import dataclasses
 from collections.abc import Iterator

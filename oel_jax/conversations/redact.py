@@ -117,7 +117,7 @@ class Redactor:
     text = self._plain(text) if clean is None else clean
     if self._own is None or depth:
       return text
-    own = named.called(self._hook, self._field, self._own, text)
+    own = named.called(self._hook, self._field, self._own, text, words=False)
     if not isinstance(own, str):
       told = type(own).__name__
       raise ValueError(f"{self._field} is {self._hook!r}: it returns {told}: it must be a text")

@@ -138,8 +138,7 @@ def tool_text(definition: dict[str, Any]) -> str:
 EMPTY = " "
 
 
-# What stands above the items, by config.extraction.wording. Conversations are given the items
-# alone: a real model made the best use of them so.
+# What stands above the items, by config.extraction.wording: nothing, in conversations.
 KNOWLEDGE_HEADS = {"games": "Experience from earlier games:\n", "conversations": ""}
 
 

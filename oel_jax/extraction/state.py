@@ -80,8 +80,16 @@ def check(path: pathlib.Path) -> None:
   """Raises ValueError that names file and line if a line is damaged; a last one that is cut off is
   no fault. Changes nothing.
   """
-  for number, line in enumerate(_lines(path)[0], start=1):
-    _parse_line(path, number, line)
+  read(path)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The header and the steps' lines of a file; a last line that is cut off is none.
+
+  Raises:
+    ValueError: a line is damaged; names file and line.
+  """
+  return [_parse_line(path, number, line) for number, line in enumerate(_lines(path)[0], start=1)]
 
 
 def _header(identity: dict[str, Any], start: Sequence[Knowledge]) -> dict[str, Any]:

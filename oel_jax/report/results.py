@@ -126,7 +126,8 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     )
     row["response tokens"] = entry["response_tokens"]
     if away := entry.get("held_out"):
-      row["closer to the teacher"] = away["closer"] and f"{100 * away['closer']:.0f}%"
+      closer = away["closer"]
+      row["closer to the teacher"] = None if closer is None else f"{100 * closer:.0f}%"
       row["response tokens"] = away["response_tokens_after"]
     kept = entry["retention"]
     row.update({name: _percent(kept[name]) for name in kept if f"{name}_interval" in kept})

@@ -77,13 +77,16 @@ def function(text: str, field: str) -> Callable[..., Any]:
   return found
 
 
-def called(text: str, field: str, function: Callable[..., Any], *args: Any) -> Any:
+def called(
+  text: str, field: str, function: Callable[..., Any], *args: Any, words: bool = True
+) -> Any:
   """Returns what the user's function returns.
 
   Args:
     text, field: as in `function`.
     function: what `text` names.
     *args: what it is given.
+    words: whether an error may say what the function's own says, which may hold what it was given.
 
   Raises:
     ValueError: it fails; names the field, the error and the line of the user's file.
@@ -91,13 +94,13 @@ def called(text: str, field: str, function: Callable[..., Any], *args: Any) -> A
   try:
     return function(*args)
   except Exception as error:
-    reason = explained(error, found(text))
+    reason = explained(error, found(text), words=words)
     raise ValueError(f"{field} is {text!r}: it fails ({reason})") from error
 
 
-def explained(error: BaseException, file: pathlib.Path | None = None) -> str:
+def explained(error: BaseException, file: pathlib.Path | None = None, *, words: bool = True) -> str:
   """Returns an error's type, words and line: the last line of `file` that led to it, if one did."""
-  told = f"{type(error).__name__}: {error}"
+  told = f"{type(error).__name__}: {error}" if words else type(error).__name__
   if isinstance(error, SyntaxError):  # says its own
     return told
   frames = traceback.extract_tb(error.__traceback__)

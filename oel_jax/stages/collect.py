@@ -8,11 +8,13 @@ redacted before they are written.
 
 import dataclasses
 import heapq
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
 
+from oel_jax import report
 from oel_jax.conversations import logs
 from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.jsonl import write_jsonl
@@ -45,6 +47,12 @@ def collect(run: Run, number: int, policy: Policy) -> None:
   if path.exists():
     return
   folder, config = place(run.config, number), run.config
+  if not pathlib.Path(folder).exists():
+    report.write(run.folder)  # of the rounds before, which are done
+    raise FileNotFoundError(
+      f"{folder}: round {number} begins from the logs there, and there is none: deploy the weights "
+      "that --stage=export writes, put there what their users said, and give the same command"
+    )
   redact = redactor(config)
   counts, drawn = logs.Counts(), _drawn(config, number)
   for conversation in logs.distinct(folder, counts, near=config.logs.near, seed=config.seed):
@@ -67,6 +75,7 @@ def collect(run: Run, number: int, policy: Policy) -> None:
   if not prompts["held out"]:
     logging.warning("%s: nobody is held out: what training does is measured on nothing", folder)
   (run.round(number) / "user").mkdir(parents=True, exist_ok=True)
+  _tell(number, folder, counts, redact)
   found = {"logs": counts.as_json(), "redacted": dict(redact.counts)}
   files.write_sealed(run.round(number) / LOGS, {"schema": 1, **found})
   run.log(number, "collect", conversations=counts.conversations, prompts=len(prompts["prompts"]))
@@ -79,6 +88,15 @@ def collect(run: Run, number: int, policy: Policy) -> None:
     run.manifest(number).announce(name, made_from)
     write_jsonl(run.round(number) / name, records)
     run.manifest(number).record([name], made_from)
+
+
+def _tell(number: int, folder: str, counts: logs.Counts, redact: Redactor) -> None:
+  """Says what was found in the logs, what was left out, and how much was redacted."""
+  sentences = counts.sentences()
+  if taken := ", ".join(f"{kind} {count}" for kind, count in redact.counts.most_common()):
+    sentences.append(f"taken out of what is kept: {taken}")
+  for sentence in sentences:
+    print(f"round {number}: {folder}: {sentence}", flush=True)
 
 
 def redactor(config: Any) -> Redactor:

@@ -30,9 +30,8 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
   carried = number > 1 and run.config.evaluation.in_context and texts
   first = knowledge.kept(run, 1, knowledge.texts(run, 1)) if carried else []
   base = None
-  if (
-    number and run.config.deployment.environment
-  ):  # the round before, whose policy wrote this round's knowledge; not the run's first
+  # Of the round before, whose policy wrote this round's knowledge; not of the run's first.
+  if number and run.config.deployment.environment:
     measured = run.round(number - 1) / EVALUATION
     base = records.read_evaluation(measured, number - 1).without.passed.value
   inputs = made_from(policy, texts) | {
@@ -111,5 +110,7 @@ def _log(run: Run, number: int, found: dict[str, Any]) -> None:
     scalars["response_tokens"] = found["without"]["response_tokens"]["mean"]
   if away := found.get("held_out"):
     scalars |= {f"held_out_{name}": away[name] for name in ("kl_before", "kl_after")}
+  # A task that had no examples has no share.
+  scalars = {name: value for name, value in scalars.items() if value is not None}
   if scalars:
     run.log(number, "evaluate", **scalars)

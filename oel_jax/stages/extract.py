@@ -33,6 +33,11 @@ def extract(run: Run, number: int, policy: Policy) -> list[str]:
   resume.refuse_other_weights(run, number, policy)
   if not knowledge.read(run, number):
     path = run.round(number) / DEPLOYED
+    if not path.exists() and run.config.logs.path:
+      raise ValueError(
+        f"{path}: is not there, and the knowledge is drawn from it: remove {run.prompts(number)}, "
+        "too, to have the logs read again"
+      )
     there = path.exists()  # and made by this policy, or it would have been refused
     games = read_conversations(path, max_damaged=0.0) if there else None
     _write(run, number, policy, games or deploy.play_for_knowledge(run, number, policy))

@@ -12,6 +12,7 @@ import jax
 from oel_jax.consolidation import placement, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.conversations.jsonl import read_prompts
 from oel_jax.conversations.schema import knowledge_message
 from oel_jax.evaluation import statistics
@@ -20,6 +21,7 @@ from oel_jax.runtime import finite
 from oel_jax.stages.run import HELD_OUT, Run
 
 BATCH = 32  # prompts at a time
+NOTHING = 1e-6  # nats a token that float32 cannot tell from none
 
 
 def measure(
@@ -73,20 +75,26 @@ def measure(
     attn_impl=attn_impl,
     mesh=run.mesh,
   )
-  scored = functools.partial(_scored, run, task, before, lambda *of: probe(of[0], teacher, of[1]))
-  (kl_before, sizes_before), (kl_after, sizes_after) = map(scored, (before, policy))
+  scored = functools.partial(_scored, run, task, teacher, probe, before)
+  kl_before, sizes_before = scored(before)
+  kl_after, sizes_after = scored(policy)
   return {
     "prompts": len(prompts),
     "kl_before": kl_before,
     "kl_after": kl_after,
-    "closer": 1 - kl_after / kl_before if kl_before > 0 else None,
+    "closer": 1 - kl_after / kl_before if kl_before > NOTHING else None,
     "response_tokens_before": statistics.mean(sizes_before),
     "response_tokens_after": statistics.mean(sizes_after),
   }
 
 
 def _scored(
-  run: Run, task: task_lib.Task, before: Policy, probe: Callable[..., Any], student: Policy
+  run: Run,
+  task: task_lib.Task,
+  teacher: teacher_lib.Teacher,
+  probe: Callable[..., Any],
+  before: Policy,
+  student: Policy,
 ) -> tuple[float, list[int]]:
   """The student's mean divergence a token, and the lengths of its answers."""
   config, total, count, sizes = run.config.consolidation, 0.0, 0.0, []
@@ -97,7 +105,7 @@ def _scored(
       task, student, before, chosen, chosen, config, limit, "held out"
     )
     placed = samples.place(batch, run.mesh, BATCH)
-    kl = float(jax.device_get(probe(student.params, placed))["kl"])
+    kl = float(jax.device_get(probe(student.params, teacher, placed))["kl"])
     if not math.isfinite(kl):
       names = finite.listed([task.ids[i] for i in chosen])
       raise finite.NotFiniteError(

@@ -1,5 +1,6 @@
 """What the user side's stages need beside the policy, tried before anything is written."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -7,9 +8,10 @@ from absl import logging
 
 from oel_jax.evaluation import tasks
 from oel_jax.stages import collect, extract
+from oel_jax.stages.run import PROMPTS
 
 
-def check(config: Any) -> str:
+def check(config: Any, workdir: str | os.PathLike) -> str:
   """Returns the name of the game that is played, or of the logs that are read.
 
   Raises:
@@ -20,7 +22,7 @@ def check(config: Any) -> str:
   """
   tasks.read_tasks(config.evaluation.tasks)
   extract.read_edit(config)
-  name = _check_logs(config) if config.logs.path else ""
+  name = _check_logs(config, pathlib.Path(workdir)) if config.logs.path else ""
   if config.deployment.environment:
     # Here, for who begins from logs may have no game at all.
     from oel_jax.environments import game_spec, try_game
@@ -31,11 +33,11 @@ def check(config: Any) -> str:
   return name
 
 
-def _check_logs(config: Any) -> str:
-  """Raises as `check`; rounds to come may have no logs yet."""
+def _check_logs(config: Any, workdir: pathlib.Path) -> str:
+  """Raises as `check`; rounds to come may have no logs yet, those that have begun need none."""
   collect.redactor(config)
   first = pathlib.Path(collect.place(config, 1))
-  if not first.exists():
+  if not first.exists() and not (workdir / "round_1" / PROMPTS).exists():
     raise FileNotFoundError(
       f"{first}: there is no such file or folder: config.logs.path must be a log, or a "
       "folder of them"

@@ -44,7 +44,7 @@ def run(config: Any, workdir: str, *, stage: str, number: int, resume_anyway: bo
       f"({config.rounds})"
     )
   if stage != "consolidate":  # here, for it brings environments
-    importlib.import_module("oel_jax.stages.user_side").check(config)
+    importlib.import_module("oel_jax.stages.user_side").check(config, workdir)
   if stage == "deploy":
     importlib.import_module("oel_jax.stages.endpoint").reach(config, workdir)
   with begin(config, workdir, resume_anyway) as (this, policy):

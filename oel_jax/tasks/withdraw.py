@@ -9,7 +9,6 @@ An item that the extractor wrote of another conversation, when it had a withdraw
 stays. So does what the run's logs and user/ hold.
 """
 
-import json
 import pathlib
 import re
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction import provenance
+from oel_jax.extraction import state as extraction_state
 from oel_jax.extraction.extract import orders
 from oel_jax.runtime import files
 from oel_jax.runtime.manifest import Manifest
@@ -198,7 +198,7 @@ def _forget(path: pathlib.Path, ids: Collection[str]) -> list[pathlib.Path]:
   state = path / STATE
   if not state.exists():
     return []
-  header, *steps = [json.loads(line) for line in state.read_text().splitlines()]
+  header, *steps = extraction_state.read(state)
   read = header["trajectories"]
   if not ids & set(read):
     return []

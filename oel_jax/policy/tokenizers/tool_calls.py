@@ -14,9 +14,9 @@ from typing import Any
 from oel_jax.conversations.schema import Message, ToolCall
 
 OPEN, CLOSE, PYTHON = MARKS = ("<tool_call>", "</tool_call>", "<|python_tag|>")
-# The last call may go without its end, where the response ends in its place.
 # An answer that is a block of code and nothing else.
 FENCED = re.compile(r"\s*```(?:json)?\n(.*)\n```\s*", re.DOTALL)
+# The last call may go without its end, where the response ends in its place.
 MARKED = re.compile(f"{re.escape(OPEN)}(.*?)(?:{re.escape(CLOSE)}|$)", re.DOTALL)
 
 
