@@ -20,15 +20,15 @@ from oel_jax.environments.api import Step
 from oel_jax.runtime.seeds import derive
 
 MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
-# The same in all cases, so that their prompts begin alike. Desks are not listed: with a list and
-# perfect knowledge, Qwen2.5-Coder-1.5B-Instruct named one and the same desk in 15 of 18 cases.
+# The same in all cases, so that their prompts begin alike. Desks are not listed: a small model,
+# told the rules, mostly named one and the same desk of the list.
 ASK = (
   "You work at the help desk of Orsa, who sell coffee machines by post. The house has a rule for "
   "each kind of case: a desk that it goes to, a form or a code for the customer, or something to "
   "say or to ask. Answer in one or two short sentences: name the kind of case, then do what its "
   "rule says.\n"
 )
-# With the number in it: that model copied "LOOK UP: and the number of the order" word for word.
+# With the number in it: asked for "LOOK UP: and the number of the order", it wrote just that.
 LOOKUP = "To read the order first: LOOK UP: {order}\n"
 NUDGES = {
   "discount": "Do I get a discount?",
