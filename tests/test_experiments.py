@@ -179,6 +179,7 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
     "deployment.max_response_tokens": 32,
     "extraction.texts": 2,
     "consolidation.gate_episodes": 0,
+    "consolidation.log_probe": 0,  # the held-out prompts have a probe of their own
     "evaluation.episodes": 4,
   }
   config.update_from_flattened_dict(few)

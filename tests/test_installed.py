@@ -151,7 +151,7 @@ def test_a_bare_environment_plays_trains_and_exports(stage, python, wheel, tmp_p
   (platform.system(), platform.machine()) != ("Linux", "x86_64"),
   reason="accelerators' wheels are for Linux on x86-64",
 )
-@pytest.mark.parametrize("extra", ["cuda", "tpu"])
+@pytest.mark.parametrize("extra", [pytest.param("cuda", marks=pytest.mark.slow), "tpu"])
 def test_the_extras_of_accelerators_resolve(extra, python, wheel, pytestconfig):
   """Asked of the package index once for each setup.cfg: without metadata of their own the index has
   pip load the wheels, 2 GB for cuda.
