@@ -20,11 +20,25 @@ environment() {
     clear_environment "$folder"
     "$python" -m venv "$folder" || { clear_environment "$folder"; stop "could not make $folder (on Debian: apt-get install python3-venv)"; }
   fi
+  refuse_another_checkout "$folder"
   if ! cmp -s setup.cfg "$folder/installed$extras"; then
     echo "installing oel_jax$extras into $folder (once, a few minutes)"
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".$extras"
     cp setup.cfg "$folder/installed$extras"
   fi
+}
+
+# Stops where the environment has the package of another checkout, for what starts Python anew in another folder would run that one's code.
+# One whose checkout is gone, moved with it perhaps, is installed into again.
+refuse_another_checkout() {
+  local record url checkout
+  for record in "$1"/lib/python*/site-packages/oel_jax-*.dist-info/direct_url.json; do
+    url=$(sed -n 's|.*"url": *"file://\([^"]*\)".*|\1|p' "$record" 2>/dev/null) || true
+    printf -v checkout %b "${url//%/\\x}"
+    if [ -z "$checkout" ] || [ "$checkout" -ef . ]; then continue; fi
+    [ ! -d "$checkout" ] || stop "$1 has the oel_jax of $checkout, and this is $PWD: set VENV to a folder of this checkout's own, or remove $1 to have it made anew"
+    rm -f "$1"/installed*
+  done
 }
 
 # Removes a virtual environment, whole or half made, and nothing else. Moved away first: half removed it would be none, and in the way.

@@ -5,6 +5,7 @@ the launchers.
 import ast
 import configparser
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -283,6 +284,48 @@ def test_a_folder_that_is_no_environment_is_left_alone(launch):
     f"error: {launch.folder}/mine is there and is no virtual environment\n",
   )
   assert (launch.folder / "mine/thesis").exists()
+
+
+@pytest.fixture(name="shared")
+def fixture_shared(launch):
+  """A real environment, without pip, that says what pip says of an editable install."""
+  folder = launch.folder / "shared environment"
+  status, output = run(sys.executable, "-m", "venv", "--without-pip", folder)
+  assert status == 0, output
+  (site,) = folder.glob("lib/python*/site-packages")
+  # A pip that is there, and says so where it is asked to install.
+  (site / "pip.py").write_text("import sys\nprint('pip', *sys.argv[1:])\n")
+  for extra in ("", "[test]"):
+    shutil.copy(ROOT / "setup.cfg", folder / f"installed{extra}")
+
+  def installed_from(checkout):
+    (site / "oel_jax-0.1.0.dist-info").mkdir(exist_ok=True)
+    record = {"dir_info": {"editable": True}, "url": pathlib.Path(checkout).as_uri()}
+    (site / "oel_jax-0.1.0.dist-info/direct_url.json").write_text(json.dumps(record))
+    return folder
+
+  return installed_from
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
+def test_the_environment_of_another_checkout_is_refused(name, launch, shared, tmp_path_factory):
+  other = tmp_path_factory.mktemp("other checkout")
+  folder = shared(other)
+  assert launch(name, VENV=str(folder)) == (
+    2,
+    f"error: {folder} has the oel_jax of {other}, and this is {launch.folder}: set VENV to a "
+    f"folder of this checkout's own, or remove {folder} to have it made anew\n",
+  )
+
+
+def test_an_environment_whose_checkout_has_moved_is_installed_into_again(launch, shared):
+  (launch.folder / "link").symlink_to(launch.folder)
+  folder = shared(launch.folder / "link")  # this checkout by another name
+  status, output = launch("quickstart.sh", VENV=str(folder))
+  assert "No module named" in output and "installing" not in output
+  folder = shared(launch.folder / "no longer here, 100%")
+  status, output = launch("quickstart.sh", VENV=str(folder))
+  assert f"installing oel_jax into {folder}" in output and "--editable ." in output
 
 
 def test_without_a_gpu_its_tests_are_an_error_and_no_success():
