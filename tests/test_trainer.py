@@ -217,11 +217,11 @@ def test_a_batch_is_scored_as_it_was_sampled(policy, data):
       seen.append((self.name, prompts, sampled))
       return sampled
 
-  batch, lengths = samples.sample_batch(
+  batch, responses = samples.sample_batch(
     task, Spy("student"), Spy("teacher"), [0, 3, 4], [7, 8, 9], _config(data=data), 8, "consolidate"
   )
   [(name, prompts, sampled)] = seen
-  assert name == data and lengths == [len(ids) for ids in sampled]
+  assert name == data and responses == sampled
   found = []
   for row, segments, texts, slots in zip(
     batch.tokens, batch.segments, batch.texts, batch.slots, strict=True
@@ -344,7 +344,7 @@ def test_batches_of_all_lengths_compile_few_programs_of_the_step(policy, monkeyp
       "consolidate",
     )
     state, _ = step(state, None, samples.place(batch, mesh, 16))
-    lengths.add(max(drawn))
+    lengths.add(max(map(len, drawn)))
     shapes.add(batch.tokens.shape)
   assert len(lengths) > 20 and len(shapes) > 9
   assert 3 <= step._cache_size() <= 9

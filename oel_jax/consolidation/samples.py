@@ -23,9 +23,9 @@ def sample_batch(
   config: Any,
   limit: int,
   stage: str,
-) -> tuple[batch_lib.Batch, list[int]]:
+) -> tuple[batch_lib.Batch, list[list[int]]]:
   """Draws a knowledge text and a response for each chosen prompt; returns the batch, packed, and
-  the responses' lengths.
+  the responses' ids.
 
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the
   teacher from knowledge and prompt.
@@ -60,7 +60,7 @@ def sample_batch(
     pack=config.pack,
     response_length=min(length, 2 * rows) if config.pack else rows,
   )
-  return made, [len(response) for response in responses]
+  return made, [list(response) for response in responses]
 
 
 def _round_up(length: int, multiple: int = 32) -> int:

@@ -163,7 +163,7 @@ class _Training:
     started = time.time()
     student = self.policy.replace(state.params)
     try:
-      batch, lengths = samples.sample_batch(
+      batch, responses = samples.sample_batch(
         self.task,
         student,
         self.policy,
@@ -179,7 +179,7 @@ class _Training:
     placed = samples.place(batch, self.mesh, self.config.batch_size)
     state, measured = self.step(state, self.teacher, placed)
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-    scalars = _logged(measured, lengths)
+    scalars = _logged(measured, [len(ids) for ids in responses], self.limit)
     if self.saves(i):
       scalars |= self.probe(state.params)
     # The line comes before the checkpoint: if a kill falls between them, the step is done again
@@ -302,13 +302,16 @@ def _make_step(config, policy, optimizer, attn_impl, shardings):
   )
 
 
-def _logged(measured: dict[str, float], lengths: Sequence[int]) -> dict[str, float]:
-  """A step's line of metrics, without single parameters and places that no response has."""
+def _logged(measured: dict[str, float], lengths: Sequence[int], limit: int) -> dict[str, float]:
+  """A step's line of metrics, without single parameters and places that no response has; "cut" is
+  the share of its responses that have all `limit` tokens.
+  """
   without = {"not_finite"}
   without |= {name for name, (begin, _) in BUCKETS.items() if begin >= max(lengths)}
   without |= {name for name in measured if name.startswith(step_lib.GRADIENT)}
   scalars = {name: value for name, value in measured.items() if name not in without}
-  return scalars | {"response_tokens": float(np.mean(lengths))}
+  cut = float(np.mean([length >= limit for length in lengths]))
+  return scalars | {"response_tokens": float(np.mean(lengths)), "cut": cut}
 
 
 def _make_probe(config, task, policy, teacher, limit, mesh, attn_impl):

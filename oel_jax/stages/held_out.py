@@ -1,5 +1,5 @@
 """What consolidation left of the knowledge's effect where nothing was learned: prompts of held-out
-conversations, where there is no environment to play.
+conversations, where there is no environment to play. A few of the answers are kept, to be read.
 """
 
 import functools
@@ -13,14 +13,24 @@ from oel_jax.consolidation import placement, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.conversations.jsonl import read_prompts
-from oel_jax.conversations.schema import knowledge_message
+from oel_jax.conversations.jsonl import read_prompts, write_jsonl
+from oel_jax.conversations.schema import (
+  LOG,
+  Conversation,
+  Message,
+  Prompt,
+  Source,
+  knowledge_message,
+)
 from oel_jax.evaluation import statistics
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import finite
-from oel_jax.stages.run import HELD_OUT, Run
+from oel_jax.runtime import files, finite
+from oel_jax.runtime.checksum import fingerprint
+from oel_jax.stages import withdrawn
+from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
 
 BATCH = 32  # prompts at a time
+KEPT = 8  # conversations whose first prompt has its answers kept
 NOTHING = 1e-6  # nats a token that float32 cannot tell from none
 
 
@@ -32,7 +42,8 @@ def measure(
 
   Each answer's tokens are scored as in training: KL(π(·|x) ‖ π_before(·|e, x)) over the whole
   vocabulary, at config.consolidation.temperature. Which knowledge text and which random stream a
-  prompt has is the same for both policies and in every round.
+  prompt has is the same for both policies and in every round. Answers to the first prompts of KEPT
+  conversations are left in ANSWERS.
 
   Args:
     run: the run.
@@ -44,7 +55,8 @@ def measure(
   Returns:
     "prompts"; "kl_before" and "kl_after", nats a token; "closer", the share of the first that is
     gone, None if the knowledge changes nothing; "response_tokens_before" and
-    "response_tokens_after", each a mean (`statistics.mean`). None without held-out prompts.
+    "response_tokens_after", each a mean (`statistics.mean`); "cut_before" and "cut_after", the
+    shares of answers that the limit ended (`statistics.count`). None without held-out prompts.
 
   Raises:
     NotFiniteError: a divergence is not finite.
@@ -75,16 +87,20 @@ def measure(
     attn_impl=attn_impl,
     mesh=run.mesh,
   )
-  scored = functools.partial(_scored, run, task, teacher, probe, before)
-  kl_before, sizes_before = scored(before)
-  kl_after, sizes_after = scored(policy)
+  kl, numbers = {}, {}
+  for when, student in (("before", before), ("after", policy)):
+    kl[when], responses = _scored(run, task, teacher, probe, student)
+    _keep(run, number, ANSWERS[when], student, prompts, responses)
+    sizes = [len(ids) for ids in responses]
+    numbers[f"response_tokens_{when}"] = statistics.mean(sizes)
+    cut = sum(size >= config.deployment.max_response_tokens for size in sizes)
+    numbers[f"cut_{when}"] = statistics.count(cut, len(sizes))
   return {
     "prompts": len(prompts),
-    "kl_before": kl_before,
-    "kl_after": kl_after,
-    "closer": 1 - kl_after / kl_before if kl_before > NOTHING else None,
-    "response_tokens_before": statistics.mean(sizes_before),
-    "response_tokens_after": statistics.mean(sizes_after),
+    "kl_before": kl["before"],
+    "kl_after": kl["after"],
+    "closer": 1 - kl["after"] / kl["before"] if kl["before"] > NOTHING else None,
+    **numbers,
   }
 
 
@@ -93,16 +109,18 @@ def _scored(
   task: task_lib.Task,
   teacher: teacher_lib.Teacher,
   probe: Callable[..., Any],
-  before: Policy,
   student: Policy,
-) -> tuple[float, list[int]]:
-  """The student's mean divergence a token, and the lengths of its answers."""
-  config, total, count, sizes = run.config.consolidation, 0.0, 0.0, []
+) -> tuple[float, list[list[int]]]:
+  """The student's mean divergence a token, and its answers' ids."""
+  total, count, answers = 0.0, 0.0, []
+  # Answers of its own, whoever samples in training.
+  config = run.config.consolidation.copy_and_resolve_references()
+  config.data = "student"
   for start in range(0, len(task.prompts), BATCH):
     chosen = range(start, min(start + BATCH, len(task.prompts)))
     limit = run.config.deployment.max_response_tokens
-    batch, lengths = samples.sample_batch(
-      task, student, before, chosen, chosen, config, limit, "held out"
+    batch, responses = samples.sample_batch(
+      task, student, student, chosen, chosen, config, limit, "held out"
     )
     placed = samples.place(batch, run.mesh, BATCH)
     kl = float(jax.device_get(probe(student.params, teacher, placed))["kl"])
@@ -113,5 +131,36 @@ def _scored(
         "two models gives numbers that are none there"
       )
     tokens = float(batch.mask.sum())
-    total, count, sizes = total + tokens * kl, count + tokens, sizes + lengths
-  return total / count, sizes
+    total, count, answers = total + tokens * kl, count + tokens, answers + responses
+  return total / count, answers
+
+
+def _keep(
+  run: Run,
+  number: int,
+  name: str,
+  student: Policy,
+  prompts: Sequence[Prompt],
+  responses: Sequence[Sequence[int]],
+) -> None:
+  """Writes the answers to the first prompt of each of KEPT conversations, with what was asked."""
+  firsts: dict[str, int] = {}
+  for place, prompt in enumerate(prompts):
+    firsts.setdefault(withdrawn.conversation_of(prompt), place)
+  kept = []
+  for place in list(firsts.values())[:KEPT]:
+    prompt, ids = prompts[place], responses[place]
+    split = student.tokenizer.split_response
+    thought, content = split(ids, thinking=run.config.policy.thinking)
+    answer = Message("assistant", content, thinking=thought, response_tokens=len(ids))
+    source = Source(LOG, HELD_OUT, line=place + 1)
+    said = (*prompt.messages, answer)
+    kept.append(Conversation(prompt.id, said, source, tools=prompt.tools))
+  path, manifest = run.round(number) / name, run.manifest(number)
+  prompts_digest = files.sha256(run.round(number) / HELD_OUT)[:16]
+  made_from = {"weights": fingerprint(student.params), HELD_OUT: prompts_digest}
+  if changed := manifest.changed(name, made_from):
+    files.set_aside(path, f"it was answered with other {', '.join(changed)}")
+  manifest.announce(name, made_from)
+  write_jsonl(path, kept)
+  manifest.record([name], made_from)

@@ -23,6 +23,10 @@ DEPLOYED = "user/trajectories.jsonl"  # games that the knowledge is drawn from
 PROMPT_GAMES = "user/prefix_trajectories.jsonl"  # games that the prompts are cut from
 LOGS = "user/logs.json"  # what was found in the logs that the round began from
 HELD_OUT = "user/held_out.jsonl"  # prompts of conversations that are measured on alone
+ANSWERS = {  # to the first of these, by what the round began with and by what it made
+  "before": "user/held_out_before.jsonl",
+  "after": "user/held_out_after.jsonl",
+}
 PROMPTS = "prompts.jsonl"
 OLD_PROMPTS = "prefixes.jsonl"  # as runs of before named it: one that is there is read in its place
 KNOWLEDGE = "knowledge/whole"  # the last file of the knowledge to appear
