@@ -211,6 +211,7 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
     assert np.isfinite([away["kl_before"], away["kl_after"]]).all() and away["kl_before"] >= -1e-6
   page = (tmp_path / "run/report/index.html").read_text()
   assert "Held-out conversations" in page
+  assert "Held-out prompts, before and after" in page and "After round 2" in page
   before = (tmp_path / "run/round_1/prompts.jsonl").read_bytes()
   shutil.rmtree(tmp_path / "logs/1")
   assert loop.run(config, tmp_path / "run") == results

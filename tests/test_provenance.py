@@ -93,6 +93,17 @@ def test_keys(text, key):
   assert lib.key_of(text) == key
 
 
+def test_the_item_that_has_most_words_in_common():
+  """Rare words count for more: by hand, "lamp" is one item's and "parcel" two items'."""
+  items = ["parcel late: AMBER", "parcel damaged: BRASS", "[lesson] lamp: COPPER"]
+  origins = [lib.Origin(f"{MARK} {text}", "", ()) for text in items]
+  best = lambda said: lib.related(origins, said)
+  assert best("My PARCEL is damaged!") is origins[1]
+  assert best("a parcel") is origins[0]  # of several the first
+  assert best("the lamp of the parcel") is origins[2]  # 1 against 1/2
+  assert best("lesson for you, is it the to") is None and lib.related([], "parcel") is None
+
+
 def test_messages_that_share_the_words_of_an_item():
   conversation = said(
     "c", "My parcel came damaged", "AMBER will help", "No: BRASS did it.", "Sorry"

@@ -13,9 +13,10 @@ from fakes import game_of, turn_of
 from oel_jax import report
 from oel_jax.config import default, default_distill
 from oel_jax.conversations.jsonl import write_jsonl
-from oel_jax.conversations.schema import Conversation
+from oel_jax.conversations.schema import LOG, Conversation, Message, Source, ToolCall
 from oel_jax.extraction import provenance
 from oel_jax.extraction.knowledge import Item, Knowledge
+from oel_jax.report import answers as answers_lib
 from oel_jax.report import games, page, plots, records
 from oel_jax.report import items as items_lib
 from oel_jax.runtime.workdir import open_workdir
@@ -762,3 +763,61 @@ def test_an_item_stands_with_what_was_said_where_it_came_from(run):
   assert "c1, round 1Message 1 · userThe lamp <script>" in text
   assert "1 conversation · texts 00" in text
   assert "Sofa: B · 1 conversation · left out: the oldest items go" in text
+
+
+def answer_file(run, number, when, *lines):
+  """Answers to held-out prompts: (id, asked, answer, tokens)."""
+  said = [
+    Conversation(
+      id,
+      (
+        Message("user", "Hello"),
+        Message("assistant", "", (ToolCall("", "look", '{"at": 1}'),)),
+        Message("tool", asked),
+        Message("assistant", answer, thinking=f"of {number}", response_tokens=tokens),
+      ),
+      Source(LOG, "user/held_out.jsonl"),
+    )
+    for id, asked, answer, tokens in lines
+  ]
+  write_jsonl(run / f"round_{number}/user/held_out_{when}.jsonl", said)
+
+
+def test_answers_to_the_same_prompt_stand_side_by_side(run):
+  limit = records.read(run).config["deployment.max_response_tokens"]
+  for number in (1, 2):
+    before = "at first" if number == 1 else "then"
+    answer_file(run, number, "before", ("a-0", f"lamp {EVIL}", f"{before} {EVIL}", limit - 1))
+    after = "then" if number == 1 else "at last"
+    more = [("b-0", "sofa", "", limit), ("b-0", "desk", "x" * 9000, 3)][number - 1]
+    answer_file(run, number, "after", ("a-0", f"lamp {EVIL}", after, 5), more)
+  found = records.read(run)
+  cases = answers_lib.cases(found)
+  assert [[name for name, _ in case] for case in cases] == [
+    ["Base model", "After round 1", "After round 2"],
+    ["After round 1"],
+    ["After round 2"],  # the same id, another prompt
+  ]
+  assert [said.messages[-1].content for _, said in cases[0]] == [
+    f"at first {EVIL}",
+    "then",
+    "at last",
+  ]
+  items = tuple(Item(f"{text} {EVIL}", "c1", 1, 1) for text in ("Desk: A", "Lamp: B"))
+  origins = provenance.placed(provenance.gather([Knowledge(items)], [], {}), [Knowledge(items)])
+  provenance.write(run / "round_2/user/items.jsonl", origins)
+  text = answers_lib.answers(records.read(run))
+  seen = Seen(text)
+  assert not {tag for tag, _ in seen.tags} & {"script"}
+  words = " ".join(seen.text.split())
+  assert "The first prompt of 3 held-out conversations" in words and 'look({"at": 1})' in words
+  assert "2 earlier messages" in words and "After round 2" in words and "of 2" in words
+  assert "Of the knowledge, most words in common: Lamp: B" in words and "no answer" in words
+  assert text.count(">cut</span>") == 1 and "x" * 1500 + "…" in text and "x" * 1501 not in text
+  report.write(run)
+  assert "Held-out prompts, before and after" in page_of(run)
+
+
+def test_without_answers_there_is_no_such_part(run):
+  report.write(run)
+  assert "Held-out prompts, before and after" not in page_of(run)

@@ -6,6 +6,7 @@ the punctuation around them do not count. Wordings that differ otherwise are dif
 with a support of its own.
 """
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -139,6 +140,18 @@ def shared(text: str, conversation: Conversation) -> tuple[int, ...]:
     missing -= held[number]
     found.append(number + 1)
   return tuple(sorted(found))
+
+
+def related(origins: Sequence[Origin], said: str) -> Origin | None:
+  """The item with most words in common with a text, a word that n of the items have counting as the
+  n-th part of one; of several the first, None where no item has any.
+  """
+  held = [_words(_untagged(origin.text)) for origin in origins]
+  having = collections.Counter(word for words in held for word in words)
+  asked = _words(said)
+  weights = [sum(1 / having[word] for word in sorted(words & asked)) for words in held]
+  best = max(range(len(origins)), key=weights.__getitem__, default=None)
+  return origins[best] if best is not None and weights[best] else None
 
 
 def gather(

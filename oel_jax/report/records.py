@@ -110,6 +110,7 @@ class Run:
     knowledge: (name, text) pairs by round.
     items: what stands behind the items of a round; absent by an earlier version.
     said: by id, the conversations that they came from.
+    answers: by round, answers to some held-out prompts of logs, before the round and after it.
   """
 
   name: str
@@ -123,6 +124,7 @@ class Run:
   knowledge: dict[int, list[tuple[str, str]]]
   items: dict[int, list[Origin]]
   said: dict[str, Conversation]
+  answers: dict[int, tuple[list[Conversation], list[Conversation]]]
 
   @property
   def tasks(self) -> tuple[str, ...]:
@@ -157,7 +159,7 @@ def read(workdir: pathlib.Path) -> Run:
   if (workdir / "config.json").exists():
     config = read_config(workdir / "config.json")
   evaluations, costs, games, knowledge = {}, [], {}, {}
-  items, said = {}, {}
+  items, said, answers = {}, {}, {}
   for number, folder in sorted(folders.items()):
     Manifest(folder).verify()
     if (folder / "evaluation.json").exists():
@@ -169,6 +171,9 @@ def read(workdir: pathlib.Path) -> Run:
       costs += read_costs(folder / "cost.json", number)
     if (folder / "user" / "evaluation.jsonl").exists():
       games[number] = read_conversations(folder / "user" / "evaluation.jsonl")
+    kept = [folder / "user" / f"held_out_{when}.jsonl" for when in ("before", "after")]
+    if all(path.exists() for path in kept):
+      answers[number] = tuple(map(read_conversations, kept))
     if texts := sorted((folder / "knowledge").glob("[0-9]*.md")):
       knowledge[number] = [(path.stem, files.read_text(path)) for path in texts]
     if origins := provenance.read(folder / "user" / "items.jsonl"):
@@ -192,6 +197,7 @@ def read(workdir: pathlib.Path) -> Run:
     knowledge,
     items,
     said,
+    answers,
   )
 
 
