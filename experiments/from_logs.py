@@ -31,7 +31,8 @@ def get_config(size: str = "qwen2.5-1.5b") -> ml_collections.ConfigDict:
       wording="conversations", trajectories=30, use=30, max_response_tokens=128
     )
     config.extraction.max_knowledge_tokens = 2048
-    # There is nothing to play: whether knowledge helps is for evaluation.tasks to say.
+    # There is nothing to play: whether knowledge helps is for tasks of one's own to say.
     config.consolidation.update(gate_episodes=0, learning_rate=1e-5, steps=40, batch_size=32)
-    config.evaluation.update(episodes=64, in_context=False)
+    config.evaluation.update(episodes=64, in_context=False, retention=256)
+    config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
   return config

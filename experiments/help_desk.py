@@ -47,4 +47,6 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       wording="conversations", max_knowledge_tokens=2048, max_response_tokens=128
     )
     config.evaluation.episodes = 256
+    config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
+    config.evaluation.retention = 256
   return config

@@ -15,6 +15,7 @@ from test_loop import short_config
 
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import Message, Prompt
+from oel_jax.evaluation.instruction_kinds import KINDS
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.runtime import files, schema
 from oel_jax.runtime.metrics import Metrics
@@ -160,6 +161,19 @@ def test_a_task_of_ones_own_is_measured_again_where_its_file_was_edited(
   file.write_text(f"{task}0.5\n")
   with pytest.raises(ValueError, match="config.evaluation.tasks: odd returns 0.5: .*Count"):
     evaluate(make_run(**changes), 0, Player(), Player(), [])
+
+
+def test_instructions_are_measured_where_nothing_is_played(make_run, tmp_path):
+  task = "oel_jax.evaluation.instructions:instructions"
+  changes = dict(evaluation__tasks=(task,), evaluation__retention=40, deployment__environment="")
+  this, player = make_run(**changes), Player()
+  evaluate(this, 0, player, player, [])
+  found = json.loads((tmp_path / "round_0/evaluation.json").read_text())["retention"]
+  # It says "[up]" or the like whatever it is asked.
+  assert (found["instructions"]["hits"], found["instructions"]["of"]) == (0, 40)
+  assert len(found["instructions"]["categories"]) == len(KINDS) and player.asked == 40
+  [cost] = json.loads((tmp_path / "round_0/cost.json").read_text())["stages"]
+  assert (cost["stage"], cost["tokens"]) == ("evaluate", 40)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
     "consolidation.gate_episodes": 0,
     "consolidation.log_probe": 0,  # the held-out prompts have a probe of their own
     "evaluation.episodes": 4,
+    "evaluation.retention": 0,
   }
   config.update_from_flattened_dict(few)
   later = tmp_path / "logs/2"

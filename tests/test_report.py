@@ -19,6 +19,7 @@ from oel_jax.extraction.knowledge import Item, Knowledge
 from oel_jax.report import answers as answers_lib
 from oel_jax.report import games, page, plots, records
 from oel_jax.report import items as items_lib
+from oel_jax.report import results as results_lib
 from oel_jax.runtime.workdir import open_workdir
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
@@ -433,6 +434,27 @@ def test_a_task_of_the_users_own_is_shown_where_it_was_measured(tmp_path):
   assert "Spelling" in Seen(page_of(tmp_path)).text
 
 
+def test_a_task_with_parts_shows_them_round_by_round(tmp_path):
+  def kept(a: int, b: int) -> dict:
+    return {
+      "orders": count(a + b, 8) | {"categories": {"one_word": count(a, 4), "<b>": count(b, 4)}}
+    }
+
+  for number, found in enumerate((kept(4, 3), kept(1, 2))):
+    (tmp_path / f"round_{number}").mkdir()
+    found = {"schema": 1, "round": number, "without": play(5, 10, 50.0), "retention": found}
+    (tmp_path / f"round_{number}/evaluation.json").write_text(json.dumps(found))
+  run = records.read(tmp_path)
+  results = results_lib.summarize(run)
+  assert results["base_retention"]["orders_categories"]["one_word"]["passed"] == 1.0
+  parts = results["rounds"][0]["retention"]["orders_categories"]
+  assert {name: part["passed"] for name, part in parts.items()} == {"one_word": 0.25, "<b>": 0.5}
+  assert [row["orders"] for row in results_lib.rows(results)] == ["87.5", "37.5"]
+  text = Seen(page.render(run, {}, {})).text
+  assert "Orders, part by part" in text and "One word100.0%" in text
+  assert "<b>" in text  # as text, not as print
+
+
 def test_games_are_counted_by_what_the_environment_calls_them(tmp_path):
   for number, hits in enumerate((1, 4)):
     parts = {"desk": count(hits, 6), "form <b>": count(1, 4)}
@@ -488,6 +510,10 @@ def test_rows_of_a_finished_round(run):
     (
       lambda value: value["retention"]["other"].update(interval=[0.9, 0.1]),
       "retention.other.interval is [0.9, 0.1]",
+    ),
+    (
+      lambda value: value["retention"]["other"].update(categories={"one": count(3, 200)}),
+      "retention.other.categories is 3: it must be 193 hits in all, as retention.other says",
     ),
     (
       lambda value: value["without"]["response_tokens"].update(mean="<b>"),

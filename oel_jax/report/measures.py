@@ -35,6 +35,15 @@ def read_mean(value: Any, where: str) -> Measure:
   return _measure(value, "mean")
 
 
+def read_categories(value: dict[str, Any], where: str) -> dict[str, Measure]:
+  """Returns the shares in `value["categories"]` by name, checked; {} if there are none."""
+  categories = value.get("categories", {})
+  schema.need(isinstance(categories, dict), f"{where}.categories", categories, "an object")
+  return {
+    name: read_share(share, f"{where}.categories.{name}") for name, share in categories.items()
+  }
+
+
 def _measure(value: Any, name: str) -> Measure:
   number, interval = value[name], value.get("interval")
   return Measure(number, value["of"], tuple(interval) if interval and number is not None else None)

@@ -10,6 +10,7 @@ from oel_jax.report.answers import answers
 from oel_jax.report.games import ENDED_WORDS, games
 from oel_jax.report.gates import Gate, GateText
 from oel_jax.report.items import items
+from oel_jax.report.kept import kept
 from oel_jax.report.parts import (
   NONE,
   document,
@@ -133,7 +134,7 @@ def _rounds(run: Run) -> str:
     "Turns a game",
     "Leaks",
   )
-  lines, retained = [], []
+  lines = []
   for number in range(run.rounds + 1):
     name, evaluation = label(number), run.evaluations.get(number)
     if evaluation is None:
@@ -165,22 +166,7 @@ def _rounds(run: Run) -> str:
         share_cell(play.leaks),
       ]
     )
-    retained.append(
-      [f"<td>{name}</td>", *(share_cell(evaluation.retention.get(task)) for task in run.tasks)]
-    )
-  return (
-    table(head, lines)
-    + _meanings()
-    + "<h3>What else the model can do</h3>"
-    + (
-      table(
-        ("Round", *(escape(task.capitalize()) for task in run.tasks)),
-        retained,
-      )
-      if run.tasks
-      else note("Not measured.")
-    )
-  )
+  return table(head, lines) + _meanings() + kept(run)
 
 
 def _held_out(run: Run) -> str:

@@ -16,7 +16,7 @@ from oel_jax.extraction import provenance
 from oel_jax.extraction.provenance import Origin
 from oel_jax.report import gates
 from oel_jax.report.gates import Gate
-from oel_jax.report.measures import Measure, read_mean, read_share
+from oel_jax.report.measures import Measure, read_categories, read_mean, read_share
 from oel_jax.runtime import files, metrics, schema
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.schema import get, need, whole
@@ -68,6 +68,7 @@ class Evaluation:
     recovered: (after − before the round) / (in context − before the round).
     made_from: what was measured → a digest of it; {} by an earlier version.
     held_out: where logs are learned from.
+    retention_categories: of those of the tasks that have parts, the share of each.
   """
 
   round: int
@@ -81,6 +82,7 @@ class Evaluation:
   gate: Gate | None
   made_from: dict[str, str]
   held_out: HeldOut | None = None
+  retention_categories: dict[str, dict[str, Measure]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +278,18 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     gates.parse(gate) if gate is not None else None,
     made_from,
     value.get("held_out") and _held_out(value["held_out"]),
+    {task: parts for task, share in retention.items() if (parts := _parts(share, task))},
   )
+
+
+def _parts(share: Any, task: str) -> dict[str, Measure]:
+  """The shares of the parts that a task's share is made up of; {} if it has none."""
+  where = f"retention.{task}"
+  parts = read_categories(share, where)
+  for count in ("hits", "of") if parts else ():
+    total, right = sum(getattr(part, count) for part in parts.values()), share[count]
+    need(total == right, f"{where}.categories", total, f"{right} {count} in all, as {where} says")
+  return parts
 
 
 def _held_out(value: Any) -> HeldOut:
@@ -294,15 +307,14 @@ def _held_out(value: Any) -> HeldOut:
 
 def _play(value: Any, where: str) -> Play:
   ended = get(value, "ended", where)
-  categories = value.get("categories", {})
-  need(isinstance(categories, dict), f"{where}.categories", categories, "an object")
+  categories = read_categories(value, where)
   play = Play(
     read_share(get(value, "passed", where), f"{where}.passed"),
     read_mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
     read_mean(get(value, "moves", where), f"{where}.moves"),
     {name: whole(ended, name, f"{where}.ended") for name in ENDED},
     read_share(get(value, "leaks", where), f"{where}.leaks"),
-    {name: read_share(share, f"{where}.categories.{name}") for name, share in categories.items()},
+    categories,
   )
   games, turns = play.passed.of, play.response_tokens.of
   for field, count, right in (
@@ -311,7 +323,7 @@ def _play(value: Any, where: str) -> Play:
     ("leaks.of", play.leaks.of or turns, turns),
     (
       "categories",
-      sum(part.of for part in play.categories.values()) if categories else games,
+      sum(part.of for part in categories.values()) if categories else games,
       games,
     ),
   ):

@@ -14,7 +14,7 @@ from typing import Any
 from oel_jax.report import distilled, page
 from oel_jax.report.gates import Gate
 from oel_jax.report.measures import Measure
-from oel_jax.report.records import Evaluation, Play, Run, read
+from oel_jax.report.records import Evaluation, Run, read
 from oel_jax.runtime import files, schema
 
 SCHEMA = 1
@@ -156,7 +156,7 @@ def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     play = getattr(evaluation, name)
     entry.update(_numbers(name, play and play.passed))
     if play and play.categories:
-      entry[f"{name}_categories"] = _categories(play)
+      entry[f"{name}_categories"] = _shares(play.categories)
   entry["recovered"] = evaluation.recovered
   if away := evaluation.held_out:
     entry["held_out"] = {
@@ -202,19 +202,21 @@ def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:
     key: value
     for name, measure in measured.items()
     for key, value in _numbers(name, measure).items()
-  } | {"ended": play.ended, "categories": _categories(play)}
+  } | {"ended": play.ended, "categories": _shares(play.categories)}
 
 
-def _categories(play: Play) -> dict[str, Any]:
+def _shares(categories: dict[str, Measure]) -> dict[str, Any]:
   """By category, the share passed with count and interval."""
-  return {name: _numbers("passed", share) for name, share in play.categories.items()}
+  return {name: _numbers("passed", share) for name, share in categories.items()}
 
 
 def _retention(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
   found = evaluation.retention if evaluation else {}
-  return {
+  numbers = {
     key: value for task in run.tasks for key, value in _numbers(task, found.get(task)).items()
   }
+  parts = evaluation.retention_categories if evaluation else {}
+  return numbers | {f"{task}_categories": _shares(parts[task]) for task in parts}
 
 
 def _numbers(name: str, measure: Measure | None) -> dict[str, Any]:

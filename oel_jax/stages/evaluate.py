@@ -96,8 +96,10 @@ def _measure(
       for step, given in curve.items()
     ]
     meter.policy = policy
+    limit, thinking = run.config.deployment.max_response_tokens, run.config.policy.thinking
+    examinee = tasks.Examinee(meter, run.sampling("evaluation"), limit, thinking)
     seed = derive(run.config.seed, "retention")
-    found["retention"] = tasks.measure(kept, meter, config.retention, seed=seed, advance=advance)
+    found["retention"] = tasks.measure(kept, examinee, config.retention, seed=seed, advance=advance)
   return found
 
 

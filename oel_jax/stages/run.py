@@ -108,6 +108,7 @@ class Run:
           "flops": meter.flops,
         }
       )
+      path.parent.mkdir(exist_ok=True)  # where nothing is played, the base model's has no file yet
       files.write_sealed(path, {"schema": 1, "stages": spent})
 
 
