@@ -85,7 +85,7 @@ def test_a_summary_counts_games_turns_and_tokens():
     trajectory("turn_limit", 70, thinking="The experience given to me says so."),
     trajectory("invalid", 80, answer="As the lessons above say: [up]"),
   ]
-  found = episodes.play_summary(games)
+  found = episodes.play_summary(games, 60)
   assert (found["passed"]["hits"], found["passed"]["of"]) == (2, 5)
   # A turn, not a game.
   assert (
@@ -94,6 +94,7 @@ def test_a_summary_counts_games_turns_and_tokens():
   assert found["moves"]["mean"] == pytest.approx(8 / 5) and found["moves"]["of"] == 5
   assert found["ended"] == {"passed": 2, "lost": 1, "invalid": 1, "turn_limit": 1}
   assert (found["leaks"]["hits"], found["leaks"]["of"]) == (2, 8)
+  assert found["cut"] == statistics.count(3, 8) and "cut" not in episodes.play_summary(games)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,12 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
   for entry in results["rounds"]:
     away = entry["held_out"]
     assert entry["passed_count"] == 0 and away["prompts"] >= 4
+    counts = {name: share["cut_count"] for name, share in entry["cut"].items()}
+    assert counts == {
+      "consolidation": 8,
+      "held_out_before": away["prompts"],
+      "held_out_after": away["prompts"],
+    }
     assert np.isfinite([away["kl_before"], away["kl_after"]]).all() and away["kl_before"] >= -1e-6
   page = (tmp_path / "run/report/index.html").read_text()
   assert "Held-out conversations" in page

@@ -161,6 +161,7 @@ def write_steps(root: pathlib.Path, number: int, steps: int = 20) -> None:
         "response_tokens": 400 - 4 * step - 60 * number + 9 * rng.random(),
         "student_entropy": 0.5 - 0.01 * step + 0.02 * rng.random(),
         "teacher_entropy": None if step == 7 else 0.35,
+        "cut": (step % 4) / 4,
         "topk_mass": 0.999,
         "probe_kl": 0.1,
         "seconds": 3.0,
@@ -255,6 +256,43 @@ def test_results_are_the_inputs_with_count_and_interval(run):
     results["config"]["consolidation.learning_rate"] == 1e-6
     and results["config"]["policy.weights"] is None
   )
+
+
+def test_responses_that_the_limit_cut_are_counted_wherever_there_are_any(run):
+  """In results.json and on the page; what an earlier version did not count is not shown."""
+  assert results_lib.summarize(records.read(run))["base"]["cut"] == {}
+  change_evaluation(run, 0, lambda found: found["without"].update(cut=count(7, 384)))
+  away = {"prompts": 32, "kl_before": 0.5, "kl_after": 0.25, "closer": 0.5}
+  away |= {f"response_tokens_{when}": mean(20, 32) for when in ("before", "after")}
+
+  def later(found):
+    found["in_context"]["cut"] = count(9, 384)
+    found["deployed_cut"] = {"knowledge": count(1, 90), "prompts": count(2, 80)}
+    found["held_out"] = away | {"cut_before": count(3, 32), "cut_after": count(5, 32)}
+
+  change_evaluation(run, 1, later)
+  results = results_lib.summarize(records.read(run))
+  base, first, second = results["base"]["cut"], *(entry["cut"] for entry in results["rounds"])
+  assert {name: share["cut_count"] for name, share in base.items()} == {"without": 384}
+  size, steps = default().consolidation.batch_size, 20
+  # 20 steps with 0, 1/4, 2/4 and 3/4 in turn.
+  samples = {"cut": 3 / 8, "cut_count": size * steps, "cut_interval": None}
+  assert second == {"consolidation": samples} and first["consolidation"] == samples
+  right = {"in_context": (9, 384), "knowledge": (1, 90), "prompts": (2, 80)}
+  right |= {"held_out_before": (3, 32), "held_out_after": (5, 32)}
+  assert {name: (share["cut"], share["cut_count"]) for name, share in first.items()} == {
+    name: (hits / of, of) for name, (hits, of) in right.items()
+  } | {"consolidation": (3 / 8, size * steps)}
+  text = " ".join(Seen(page.render(records.read(run), {}, {})).text.split())
+  assert "Responses that the limit cut" in text
+  assert "9 of 384" in text and "5 of 32" in text and "Round 1’s knowledge, after" in text
+
+
+def change_evaluation(root, number, change):
+  path = root / f"round_{number}" / "evaluation.json"
+  value = json.loads(path.read_text())
+  change(value)
+  path.write_text(json.dumps(value))
 
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(run):
@@ -840,10 +878,8 @@ def test_answers_to_the_same_prompt_stand_side_by_side(run):
   assert "2 earlier messages" in words and "After round 2" in words and "of 2" in words
   assert "Of the knowledge, most words in common: Lamp: B" in words and "no answer" in words
   assert text.count(">cut</span>") == 1 and "x" * 1500 + "…" in text and "x" * 1501 not in text
-  report.write(run)
-  assert "Held-out prompts, before and after" in page_of(run)
+  assert "Held-out prompts, before and after" in page.render(records.read(run), {}, {})
 
 
 def test_without_answers_there_is_no_such_part(run):
-  report.write(run)
-  assert "Held-out prompts, before and after" not in page_of(run)
+  assert "Held-out prompts, before and after" not in page.render(records.read(run), {}, {})

@@ -25,9 +25,10 @@ def leaks(text: str) -> bool:
   return LEAK.search(text) is not None
 
 
-def play_summary(games: Sequence[Conversation]) -> dict[str, Any]:
-  """Passed, response tokens a turn, turns a game, how games ended, and responses that leak; with
-  counts and intervals. Where games say of which category they are, passed ones of each, too.
+def play_summary(games: Sequence[Conversation], limit: int | None = None) -> dict[str, Any]:
+  """Passed, response tokens a turn, turns a game, how games ended, responses that leak, and those
+  that a limit of tokens cut if one is given; with counts and intervals. Where games say of which
+  category they are, passed ones of each, too.
   """
   answers = [answer for game in games for answer in game.answers]
   found = {
@@ -39,6 +40,7 @@ def play_summary(games: Sequence[Conversation]) -> dict[str, Any]:
       sum(leaks(f"{answer.thinking}\n{answer.content}") for answer in answers), len(answers)
     ),
   }
+  found |= {"cut": cut(games, limit)} if limit else {}
   categories = sorted({game.source.category for game in games} - {None})
   return found | ({"categories": _by_category(games, categories)} if categories else {})
 
@@ -55,5 +57,4 @@ def cut(games: Sequence[Conversation], limit: int) -> dict[str, Any]:
   came to its own end with just so many counts, too.
   """
   answers = [answer for game in games for answer in game.answers]
-  share = statistics.count(sum(one.response_tokens >= limit for one in answers), len(answers))
-  return share if answers else share | {"rate": None, "interval": None}
+  return statistics.count(sum(one.response_tokens >= limit for one in answers), len(answers))

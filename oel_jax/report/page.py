@@ -7,6 +7,7 @@ they are given.
 from oel_jax.conversations.schema import ENDED
 from oel_jax.report import appendix
 from oel_jax.report.answers import answers
+from oel_jax.report.cuts import cuts
 from oel_jax.report.games import ENDED_WORDS, games
 from oel_jax.report.gates import Gate, GateText
 from oel_jax.report.items import items
@@ -59,6 +60,7 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
     section("Held-out conversations", _held_out(run)),
     section("How games ended", _ended(run)),
     *(section("By category", found) for found in [_categories(run)] if found),
+    section("Responses that the limit cut", cuts(run)),
     section("Does the knowledge help in context?", _gates(run)),
     section("Held-out games, before and after", games(run)),
     *(section("Held-out prompts, before and after", found) for found in [answers(run)] if found),

@@ -28,7 +28,8 @@ SCHEMA = 1
 @dataclasses.dataclass(frozen=True)
 class Play:
   """Held-out games played one way. `response_tokens` is a mean over turns, `moves` over games;
-  `leaks` counts answers; `categories` has the games passed of each category, {} if there are none.
+  `leaks` counts answers; `categories` has the games passed of each category, {} if there are none;
+  `cut`, the responses that the limit of tokens ended, is None by an earlier version.
   """
 
   passed: Measure
@@ -37,13 +38,15 @@ class Play:
   ended: dict[str, int]
   leaks: Measure
   categories: dict[str, Measure]
+  cut: Measure | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
   """How far the policy is from the one that has the knowledge in its prompt, on `prompts` prompts
   of conversations that nothing was learned from (`stages.held_out`): before the round and after, in
-  nats a token, and the share of the first that is gone.
+  nats a token, and the share of the first that is gone; and answers that the limit cut, None by an
+  earlier version.
   """
 
   prompts: int
@@ -52,6 +55,8 @@ class HeldOut:
   closer: float | None
   response_tokens_before: Measure
   response_tokens_after: Measure
+  cut_before: Measure | None = None
+  cut_after: Measure | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Evaluation:
     made_from: what was measured → a digest of it; {} by an earlier version.
     held_out: where logs are learned from.
     retention_categories: of those of the tasks that have parts, the share of each.
+    deployed_cut: responses of the round's deployed games that the limit of tokens ended, of those
+      for "knowledge" and those for "prompts"; {} without games, or by an earlier version.
   """
 
   round: int
@@ -83,6 +90,7 @@ class Evaluation:
   made_from: dict[str, str]
   held_out: HeldOut | None = None
   retention_categories: dict[str, dict[str, Measure]] = dataclasses.field(default_factory=dict)
+  deployed_cut: dict[str, Measure] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +287,7 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     made_from,
     value.get("held_out") and _held_out(value["held_out"]),
     {task: parts for task, share in retention.items() if (parts := _parts(share, task))},
+    _shares(value, "deployed_cut"),
   )
 
 
@@ -292,6 +301,13 @@ def _parts(share: Any, task: str) -> dict[str, Measure]:
   return parts
 
 
+def _shares(value: Any, name: str) -> dict[str, Measure]:
+  """An object of shares; {} where it is absent."""
+  shares = value.get(name, {})
+  need(isinstance(shares, dict), name, shares, "an object")
+  return {what: read_share(share, f"{name}.{what}") for what, share in shares.items()}
+
+
 def _held_out(value: Any) -> HeldOut:
   numbers = {name: get(value, name, "held_out") for name in ("kl_before", "kl_after")}
   numbers["closer"] = value.get("closer")
@@ -302,7 +318,12 @@ def _held_out(value: Any) -> HeldOut:
     name: read_mean(get(value, name, "held_out"), f"held_out.{name}")
     for name in ("response_tokens_before", "response_tokens_after")
   }
-  return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means)
+  cuts = {
+    name: read_share(value[name], f"held_out.{name}")
+    for name in ("cut_before", "cut_after")
+    if name in value
+  }
+  return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means, **cuts)
 
 
 def _play(value: Any, where: str) -> Play:
@@ -315,12 +336,14 @@ def _play(value: Any, where: str) -> Play:
     {name: whole(ended, name, f"{where}.ended") for name in ENDED},
     read_share(get(value, "leaks", where), f"{where}.leaks"),
     categories,
+    read_share(value["cut"], f"{where}.cut") if "cut" in value else None,
   )
   games, turns = play.passed.of, play.response_tokens.of
   for field, count, right in (
     ("ended", sum(play.ended.values()), games),
     ("moves.of", play.moves.of, games),
     ("leaks.of", play.leaks.of or turns, turns),
+    ("cut.of", play.cut.of if play.cut else turns, turns),
     (
       "categories",
       sum(part.of for part in categories.values()) if categories else games,

@@ -11,7 +11,7 @@ import os
 import pathlib
 from typing import Any
 
-from oel_jax.report import distilled, page
+from oel_jax.report import cuts, distilled, page
 from oel_jax.report.gates import Gate
 from oel_jax.report.measures import Measure
 from oel_jax.report.records import Evaluation, Run, read
@@ -140,7 +140,7 @@ def summarize(run: Run) -> dict[str, Any]:
   base = run.evaluations.get(0)
   return {
     "schema": SCHEMA,
-    "base": _play_numbers(base) if base else None,
+    "base": _play_numbers(run, base) if base else None,
     "rounds": [
       _round_numbers(run, evaluation)
       for number, evaluation in sorted(run.evaluations.items())
@@ -151,7 +151,7 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
-  entry = {"round": evaluation.round, **_play_numbers(evaluation)}
+  entry = {"round": evaluation.round, **_play_numbers(run, evaluation)}
   for name in ("in_context", "after_in_context", "first_knowledge"):
     play = getattr(evaluation, name)
     entry.update(_numbers(name, play and play.passed))
@@ -195,14 +195,16 @@ def _gate_numbers(gate: Gate) -> dict[str, Any]:
   return entry
 
 
-def _play_numbers(evaluation: Evaluation) -> dict[str, Any]:
+def _play_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
   play = evaluation.without
   measured = {name: getattr(play, name) for name in ("passed", "response_tokens", "moves", "leaks")}
-  return {
+  found = {
     key: value
     for name, measure in measured.items()
     for key, value in _numbers(name, measure).items()
-  } | {"ended": play.ended, "categories": _shares(play.categories)}
+  }
+  cut = {name: _numbers("cut", share) for name, share in cuts.measured(run, evaluation).items()}
+  return found | {"ended": play.ended, "categories": _shares(play.categories), "cut": cut}
 
 
 def _shares(categories: dict[str, Measure]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and held-out conversations, where logs are learned from.
 from collections.abc import Sequence
 from typing import Any
 
+from oel_jax.conversations.jsonl import read_conversations
 from oel_jax.evaluation import episodes, statistics, tasks
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.report import records
@@ -13,7 +14,7 @@ from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import extract, held_out, knowledge, play
-from oel_jax.stages.run import EVALUATION, Run, made_from
+from oel_jax.stages.run import DEPLOYED, EVALUATION, PROMPT_GAMES, Run, made_from
 
 
 def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
@@ -75,13 +76,14 @@ def _measure(
   curve = {step: extract.texts_after(run, step, before) for step in steps}
   kept = tasks.read_tasks(config.tasks)
   total = config.episodes * (len(plays) + len(curve)) + config.retention * len(kept)
-  found = {"without": episodes.play_summary([])}  # what no environment can say
+  limit = run.config.deployment.max_response_tokens
+  found = {"without": episodes.play_summary([], limit)}  # what no environment can say
   with run.stage(number, "evaluate", policy, total) as (meter, advance):
 
     def summary(name: str, player: Policy, given: Sequence[str]) -> dict[str, Any]:
       meter.policy = player
       games = play.held_out(run, number, name, given)
-      return episodes.play_summary(play.play(run, number, games, meter, advance))
+      return episodes.play_summary(play.play(run, number, games, meter, advance), limit)
 
     for name, (player, given) in plays.items():
       found[name] = summary(name, player, given)
@@ -96,10 +98,23 @@ def _measure(
       for step, given in curve.items()
     ]
     meter.policy = policy
-    limit, thinking = run.config.deployment.max_response_tokens, run.config.policy.thinking
+    thinking = run.config.policy.thinking
     examinee = tasks.Examinee(meter, run.sampling("evaluation"), limit, thinking)
     seed = derive(run.config.seed, "retention")
     found["retention"] = tasks.measure(kept, examinee, config.retention, seed=seed, advance=advance)
+  found["deployed_cut"] = _deployed_cut(run, number)
+  return found
+
+
+def _deployed_cut(run: Run, number: int) -> dict[str, Any]:
+  """The share of responses that the limit cut of the games that the round deployed; of logs nobody
+  knows it.
+  """
+  names = {} if run.config.logs.path else {"knowledge": DEPLOYED, "prompts": PROMPT_GAMES}
+  found, limit = {}, run.config.deployment.max_response_tokens
+  for what, name in names.items():
+    if (path := run.round(number) / name).exists():
+      found[what] = episodes.cut(read_conversations(path, max_damaged=0.0), limit)
   return found
 
 
@@ -110,8 +125,10 @@ def _log(run: Run, number: int, found: dict[str, Any]) -> None:
   scalars |= {f"retention_{name}": share["rate"] for name, share in found["retention"].items()}
   if played:
     scalars["response_tokens"] = found["without"]["response_tokens"]["mean"]
+    scalars["cut"] = found["without"]["cut"]["rate"]
   if away := found.get("held_out"):
     scalars |= {f"held_out_{name}": away[name] for name in ("kl_before", "kl_after")}
+    scalars |= {f"held_out_{name}": away[name]["rate"] for name in ("cut_before", "cut_after")}
   # A task that had no examples has no share.
   scalars = {name: value for name, value in scalars.items() if value is not None}
   if scalars:

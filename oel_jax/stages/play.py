@@ -104,10 +104,10 @@ def held_out(run: Run, number: int, name: str, texts: Sequence[str]) -> Games:
 
 
 def log(run: Run, number: int, stage: str, played: Sequence[Conversation]) -> None:
-  """The share passed and the mean length of a response, as the stage's numbers."""
-  summary = episodes_lib.play_summary(played)
+  """The share passed, the mean length of a response and the share cut, as the stage's numbers."""
+  summary = episodes_lib.play_summary(played, run.config.deployment.max_response_tokens)
   passed, tokens = summary["passed"]["rate"], summary["response_tokens"]["mean"]
-  run.log(number, stage, passed=passed, response_tokens=tokens)
+  run.log(number, stage, passed=passed, response_tokens=tokens, cut=summary["cut"]["rate"])
 
 
 def settings(config: Any, *, all_of_it: bool = False) -> str:
