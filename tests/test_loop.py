@@ -225,11 +225,15 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
     for name in ("passed", "response_tokens"):
       low, high = entry[f"{name}_interval"]
       assert low <= entry[name] <= high
+    cut = entry["cut"]["without"]
+    assert cut["cut"] == pytest.approx(sum(n >= limit for n in tokens) / len(tokens))
 
+  limit = read_json(run / "config.json")["config"]["deployment"]["max_response_tokens"]
   check(results["base"], held_out(0))
   assert [entry["round"] for entry in results["rounds"]] == [1, 2]
   for entry in results["rounds"]:
     check(entry, held_out(entry["round"]))
+    assert {"knowledge", "prompts", "consolidation", "in_context"} < set(entry["cut"])
     in_context = held_out(entry["round"], "evaluation_in_context")
     assert (
       entry["in_context"] == pytest.approx(sum(game["reward"] >= 1 for game in in_context) / 4)
@@ -237,6 +241,10 @@ def test_the_results_have_their_counts_and_say_what_the_games_say(run):
     )
     low, high = entry["in_context_interval"]
     assert low <= entry["in_context"] <= high
+    by_text = entry["in_context_texts"]
+    assert sum(text["passed_count"] for text in by_text) == 4
+    passed = sum(text["passed"] * text["passed_count"] for text in by_text)
+    assert passed == pytest.approx(4 * entry["in_context"])
     for name in ("extraction", "worlds", "symmetric", "other"):
       kept = entry["retention"]
       low, high = kept[f"{name}_interval"]

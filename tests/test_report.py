@@ -267,6 +267,8 @@ def test_responses_that_the_limit_cut_are_counted_wherever_there_are_any(run):
 
   def later(found):
     found["in_context"]["cut"] = count(9, 384)
+    texts = [{"text": 2 * i, "passed": count(i, 64), "cut": count(30 + i, 192)} for i in (0, 1)]
+    found["in_context"]["texts"] = texts
     found["deployed_cut"] = {"knowledge": count(1, 90), "prompts": count(2, 80)}
     found["held_out"] = away | {"cut_before": count(3, 32), "cut_after": count(5, 32)}
 
@@ -283,8 +285,14 @@ def test_responses_that_the_limit_cut_are_counted_wherever_there_are_any(run):
   assert {name: (share["cut"], share["cut_count"]) for name, share in first.items()} == {
     name: (hits / of, of) for name, (hits, of) in right.items()
   } | {"consolidation": (3 / 8, size * steps)}
+  by_text = results["rounds"][0]["in_context_texts"]
+  assert [(one["text"], one["passed"], one["cut"]) for one in by_text] == [
+    (0, 0, 30 / 192),
+    (2, 1 / 64, 31 / 192),
+  ]
   text = " ".join(Seen(page.render(records.read(run), {}, {})).text.split())
-  assert "Responses that the limit cut" in text
+  assert "Responses that the limit cut" in text and "31 of 192" in text
+  assert text.count("text by text, held-out games in context") == 1
   assert "9 of 384" in text and "5 of 32" in text and "Round 1’s knowledge, after" in text
 
 

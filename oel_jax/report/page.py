@@ -307,7 +307,8 @@ def _gates(run: Run) -> str:
   )
   head = ("Round", "Without knowledge", "With knowledge", "Cut, without", "Cut, with", "Decision")
   cut = note("Cut: responses that the limit of tokens ended, deployment.max_response_tokens.")
-  return about + table(head, lines, left=["Decision"]) + cut + "".join(_by_text(run))
+  by_text = "".join(_by_text(run)) + _in_context_by_text(run)
+  return about + table(head, lines, left=["Decision"]) + cut + by_text
 
 
 def _gate(gate: Gate) -> tuple[str, ...]:
@@ -344,6 +345,23 @@ def _by_text(run: Run) -> list[str]:
       )
     )
   return blocks
+
+
+def _in_context_by_text(run: Run) -> str:
+  """The held-out games that each text of a round was given to, folded; with a gate or without."""
+  blocks = []
+  for number, evaluation in sorted(run.evaluations.items()):
+    texts = evaluation.in_context.texts if evaluation.in_context else ()
+    rows = [
+      [f"<td>{name:02d}</td>", share_cell(passed), share_cell(cut)] for name, passed, cut in texts
+    ]
+    if rows:
+      blocks.append(
+        f"<details><summary>Round {number}, text by text, held-out games in context</summary>"
+        + table(("Text", "Passed", "Cut"), rows)
+        + "</details>"
+      )
+  return "".join(blocks)
 
 
 def _text_cells(text: GateText) -> list[str]:

@@ -11,34 +11,19 @@ from typing import Any
 from absl import logging
 
 from oel_jax.conversations.jsonl import read_conversations
-from oel_jax.conversations.schema import ENDED, Conversation
+from oel_jax.conversations.schema import Conversation
 from oel_jax.extraction import provenance
 from oel_jax.extraction.provenance import Origin
 from oel_jax.report import gates
 from oel_jax.report.gates import Gate
 from oel_jax.report.measures import Measure, read_categories, read_mean, read_share
+from oel_jax.report.plays import Play, read_play
 from oel_jax.runtime import files, metrics, schema
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.schema import get, need, whole
 from oel_jax.runtime.workdir import read_config
 
 SCHEMA = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Play:
-  """Held-out games played one way. `response_tokens` is a mean over turns, `moves` over games;
-  `leaks` counts answers; `categories` has the games passed of each category, {} if there are none;
-  `cut`, the responses that the limit of tokens ended, is None by an earlier version.
-  """
-
-  passed: Measure
-  response_tokens: Measure
-  moves: Measure
-  ended: dict[str, int]
-  leaks: Measure
-  categories: dict[str, Measure]
-  cut: Measure | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +235,7 @@ def _evaluation(value: Any, number: int) -> Evaluation:
   for field, right in (("schema", SCHEMA), ("round", number)):
     need(get(value, field, schema.TOP) == right, field, value[field], str(right))
   plays = {
-    name: _play(value[name], name)
+    name: read_play(value[name], name)
     for name in ("in_context", "after_in_context", "first_knowledge")
     if value.get(name) is not None
   }
@@ -276,7 +261,7 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     need(schema.is_number(value["recovered"]), "recovered", value["recovered"], "a number or null")
   return Evaluation(
     number,
-    _play(get(value, "without", schema.TOP), "without"),
+    read_play(get(value, "without", schema.TOP), "without"),
     plays.get("in_context"),
     plays.get("after_in_context"),
     plays.get("first_knowledge"),
@@ -324,34 +309,6 @@ def _held_out(value: Any) -> HeldOut:
     if name in value
   }
   return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means, **cuts)
-
-
-def _play(value: Any, where: str) -> Play:
-  ended = get(value, "ended", where)
-  categories = read_categories(value, where)
-  play = Play(
-    read_share(get(value, "passed", where), f"{where}.passed"),
-    read_mean(get(value, "response_tokens", where), f"{where}.response_tokens"),
-    read_mean(get(value, "moves", where), f"{where}.moves"),
-    {name: whole(ended, name, f"{where}.ended") for name in ENDED},
-    read_share(get(value, "leaks", where), f"{where}.leaks"),
-    categories,
-    read_share(value["cut"], f"{where}.cut") if "cut" in value else None,
-  )
-  games, turns = play.passed.of, play.response_tokens.of
-  for field, count, right in (
-    ("ended", sum(play.ended.values()), games),
-    ("moves.of", play.moves.of, games),
-    ("leaks.of", play.leaks.of or turns, turns),
-    ("cut.of", play.cut.of if play.cut else turns, turns),
-    (
-      "categories",
-      sum(part.of for part in categories.values()) if categories else games,
-      games,
-    ),
-  ):
-    need(count == right, f"{where}.{field}", count, f"{right} in all, as the other counts say")
-  return play
 
 
 def _costs(value: Any, number: int) -> list[Cost]:

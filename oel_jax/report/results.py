@@ -157,6 +157,11 @@ def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     entry.update(_numbers(name, play and play.passed))
     if play and play.categories:
       entry[f"{name}_categories"] = _shares(play.categories)
+    if play and play.texts:
+      entry[f"{name}_texts"] = [
+        {"text": number, **_numbers("passed", passed), **_numbers("cut", cut)}
+        for number, passed, cut in play.texts
+      ]
   entry["recovered"] = evaluation.recovered
   if away := evaluation.held_out:
     entry["held_out"] = {

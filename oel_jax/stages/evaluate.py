@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from oel_jax.conversations.jsonl import read_conversations
+from oel_jax.conversations.schema import Conversation
 from oel_jax.evaluation import episodes, statistics, tasks
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.report import records
@@ -83,7 +84,11 @@ def _measure(
     def summary(name: str, player: Policy, given: Sequence[str]) -> dict[str, Any]:
       meter.policy = player
       games = play.held_out(run, number, name, given)
-      return episodes.play_summary(play.play(run, number, games, meter, advance), limit)
+      played = play.play(run, number, games, meter, advance)
+      result = episodes.play_summary(played, limit)
+      if name == "in_context":
+        result["texts"] = _by_text(run, number, play.by_text(run, number, games, played))
+      return result
 
     for name, (player, given) in plays.items():
       found[name] = summary(name, player, given)
@@ -104,6 +109,23 @@ def _measure(
     found["retention"] = tasks.measure(kept, examinee, config.retention, seed=seed, advance=advance)
   found["deployed_cut"] = _deployed_cut(run, number)
   return found
+
+
+def _by_text(
+  run: Run, number: int, groups: Sequence[Sequence[Conversation]]
+) -> list[dict[str, Any]]:
+  """What each text's games show, by its number; of those that were played at all."""
+  out, limit = knowledge.left_out(run, number), run.config.deployment.max_response_tokens
+  names = [name for name in knowledge.numbers(run, number) if name not in out]
+  return [
+    {
+      "text": name,
+      "passed": statistics.count(sum(bool(game.passed) for game in games), len(games)),
+      "cut": episodes.cut(games, limit),
+    }
+    for name, games in zip(names, groups, strict=True)
+    if games
+  ]
 
 
 def _deployed_cut(run: Run, number: int) -> dict[str, Any]:

@@ -56,14 +56,14 @@ def _measure(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> Non
       played[name] = play.play(run, number, games, meter, advance)
   passed = {name: _passed(found) for name, found in played.items()}
   cut = {name: episodes.cut(found, limit) for name, found in played.items()}
-  given = play.dealt(run.config.seed, number, games)
+  groups = play.by_text(run, number, games, played["with"])
   names = knowledge.numbers(run, number)
-  by_text = _by_text(played["with"], passed["without"], given, names, limit)
+  by_text = _by_text(groups, passed["without"], names, limit)
   found = {**passed, "cut": cut, "texts": by_text}
   out = {entry["text"] for entry in by_text if entry["left_out"]}
   if out:
-    pairs = zip(played["with"], given, strict=True)
-    found["kept"] = _passed([game for game, text in pairs if names[text] not in out])
+    pairs = zip(groups, names, strict=True)
+    found["kept"] = _passed([game for group, name in pairs if name not in out for game in group])
   scalars = {f"passed_{name}": share["rate"] for name, share in passed.items()}
   scalars |= {f"cut_{name}": share["rate"] for name, share in cut.items()}
   run.log(number, "gate", **scalars)
@@ -72,24 +72,21 @@ def _measure(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> Non
 
 
 def _by_text(
-  played: Sequence[Conversation],
+  groups: Sequence[Sequence[Conversation]],
   without: dict[str, Any],
-  given: Sequence[int],
   names: Sequence[int],
   limit: int,
 ) -> list[dict[str, Any]]:
   """Of each text that was played: its number, what its games show, and whether it is left out.
 
   Args:
-    played: the games with knowledge.
+    groups: the games with each text (`play.by_text`).
     without: the share passed of those without.
-    given: which text each game was given, a place in `names`.
     names: the texts' numbers.
     limit: tokens of a response.
   """
   found = []
-  for place, name in enumerate(names):
-    games = [game for game, text in zip(played, given, strict=True) if text == place]
+  for games, name in zip(groups, names, strict=True):
     if not games:  # none was dealt this text
       continue
     passed = _passed(games)

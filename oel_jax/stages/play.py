@@ -139,6 +139,15 @@ def dealt(seed: int, number: int, games: Games) -> list[int]:
   return [_draw(seed, number, games, "text", i) % len(games.texts) for i in range(games.count)]
 
 
+def by_text(
+  run: Run, number: int, games: Games, played: Sequence[Conversation]
+) -> list[list[Conversation]]:
+  """The games that each of `games.texts` was given to."""
+  given = dealt(run.config.seed, number, games)
+  pairs = list(zip(played, given, strict=True))
+  return [[game for game, text in pairs if text == place] for place in range(len(games.texts))]
+
+
 def _draw(seed: int, number: int, games: Games, what: str, i: int) -> int:
   """The draw of this name for game i."""
   place = (games.stage,) if games.held_out else (number, games.stage)
