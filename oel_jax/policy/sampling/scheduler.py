@@ -238,9 +238,10 @@ class Scheduler:
     # There were as many steps as the longest has ids; each wrote a column in every slot.
     self.table.behind += lengths.max() - lengths
     for row, i in list(self.seated.items()):
-      self.responses[i].extend(ids[row, : lengths[row]].tolist())
-      # The id drawn last is not in the cache yet.
-      self.table.write(row, [*self.prompts[i], *self.responses[i]][:-1])
+      response, before = self.responses[i], len(self.responses[i])
+      response.extend(ids[row, : lengths[row]].tolist())
+      # Of these, the first was drawn before; the id drawn last is not in the cache yet.
+      self.table.append(row, response[before - 1 : -1])
       if not active[row]:
         del self.seated[row]
         if self.replies:

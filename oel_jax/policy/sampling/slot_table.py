@@ -70,11 +70,11 @@ class SlotTable:
     self.tokens[row, : len(prompt)] = prompt
     self.count[row], self.behind[row] = len(prompt), 0
 
-  def write(self, row: int, tokens: Sequence[int]) -> None:
-    """The slot now holds these tokens; they begin with those that it held."""
+  def append(self, row: int, tokens: Sequence[int]) -> None:
+    """The slot holds these tokens, too, behind those that it held."""
     held = self.count[row]
-    self.tokens[row, held : len(tokens)] = tokens[held:]
-    self.count[row] = len(tokens)
+    self.tokens[row, held : held + len(tokens)] = tokens
+    self.count[row] += len(tokens)
 
   def grow(self, columns: int) -> None:
     """More columns. What was overwritten stays so, although it would fit now."""
