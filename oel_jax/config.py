@@ -199,8 +199,8 @@ def default() -> ml_collections.ConfigDict:
       # who samples the responses: "student" (on-policy) or "teacher" (off-policy, knowledge in its
       # prompt)
       data="student",
-      # "reverse_kl" | "forward_kl" | "jsd" | "imitation" (negative log-likelihood of the sampled
-      # tokens)
+      # a name in `consolidation.divergences.DIVERGENCES`, or "imitation": negative log-likelihood
+      # of the sampled tokens
       kind="reverse_kl",
       # "full" (exact) | "topk" (the paper's, student's top k, no tail) | "topk_tail"
       support="full",

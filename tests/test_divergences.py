@@ -43,6 +43,19 @@ def test_slopes_are_those_of_the_terms(kind):
     np.testing.assert_allclose(entry.balanced(log_p, log_q).sum(-1), found, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_one_outcome_alike_among_others_that_differ_has_its_slope(kind):
+  """The losses differentiate `terms`: a corner at p = q has another slope there."""
+  log_p, log_q = two_sides(2)
+  rest = jnp.log1p(-jnp.exp(log_p[:, :1])) + jax.nn.log_softmax(log_q[:, 1:])
+  log_q = jnp.concatenate([log_p[:, :1], rest], axis=-1)
+  entry, step = DIVERGENCES[kind], 1e-2
+  above, below = (entry.terms(log_p + h, log_q)[:, 0] for h in (step, -step))
+  found = jax.grad(lambda x: entry.terms(x, log_q).sum())(log_p)[:, 0]
+  np.testing.assert_allclose(found, (above - below) / (2 * step), atol=1e-4)
+  np.testing.assert_allclose(entry.slope(log_p, log_q)[:, 0], found, atol=1e-6)
+
+
 @pytest.mark.parametrize("support", losses.SUPPORTS)
 def test_a_new_divergence_is_one_entry(monkeypatch, support):
   """The squared Hellinger distance, 1 − Σ √(p q): known to no other file."""

@@ -33,11 +33,12 @@ from oel_jax.conversations.log_messages import (
 from oel_jax.conversations.schema import Message, ToolCall
 
 SESSIONS = ("sessionId", "session_id", "session", "conversation_id")
+LISTS = ("messages", "conversations")  # what holds a conversation's messages
 REQUESTS, RESPONSES = ("request", "input", "body"), ("response", "output", "completion")
 USERS = ("user", "user_id", "end_user", "safety_identifier", "user_api_key_end_user_id")
 # Of a record, what is read or what says nothing of the conversation; the rest is counted by name.
 KNOWN = {
-  "id", "custom_id", "messages", "conversations", "system", "instructions", "tools", "functions",
+  "id", "custom_id", "system", "instructions", "tools", "functions",
   "choices", "feedback", "outcome", "reward", "score", "metadata", "schema", "digest", "source",
   "passed", "ended", "object", "model", "created", "created_at", "timestamp", "usage", "status",
   "error", "dataset", "split", "tags", "language", "store", "n", "seed", "temperature",
@@ -47,7 +48,7 @@ KNOWN = {
   "completion_tokens", "model_map_information", "model_id", "model_group", "model_parameters",
   "api_base", "cache_hit", "cache_key", "saved_cache_cost", "request_tags", "hidden_params",
   "requester_ip_address", "error_str", "error_information", "stream", "custom_llm_provider",
-  *REQUESTS, *RESPONSES, *USERS, *SESSIONS,
+  *LISTS, *REQUESTS, *RESPONSES, *USERS, *SESSIONS,
 }  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _request(data: dict[str, Any]) -> dict[str, Any] | None:
   inner = [opened(data.get(name)) for name in REQUESTS]
   bodies = [opened(value.get("body")) for value in inner if isinstance(value, dict)]
   for value in (data, *inner, *bodies):
-    if isinstance(value, dict) and ("messages" in value or "conversations" in value):
+    if isinstance(value, dict) and any(name in value for name in LISTS):
       return value
   if "call_id" not in data and any(data.get(name) for name in RESPONSES):  # the Responses API's
     for value in (data, *inner, *bodies):
@@ -125,7 +126,7 @@ def _request(data: dict[str, Any]) -> dict[str, Any] | None:
 
 def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   seen += (("field", name) for name in data if name not in KNOWN)
-  given = opened(next(request[n] for n in ("messages", "conversations", "input") if n in request))
+  given = opened(next(request[name] for name in (*LISTS, "input") if name in request))
   if isinstance(given, dict) and "messages" in given:
     given = opened(given["messages"])
   if isinstance(given, str):
