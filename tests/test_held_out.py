@@ -3,6 +3,7 @@ known, and a divergence that is told; the real one is in test_trainer.py and tes
 """
 
 import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -17,7 +18,7 @@ from oel_jax.evaluation import statistics
 from oel_jax.pocket import load
 from oel_jax.policy.tokenizers import SentencePieceTokenizer
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.stages import held_out
+from oel_jax.stages import held_out, withdrawn
 from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
 
 LIMIT = 6
@@ -125,3 +126,20 @@ def test_without_prompts_nothing_is_measured(made, tmp_path):
   write_jsonl(tmp_path / "round_1" / HELD_OUT, [])
   assert held_out.measure(this, 1, after, before, TEXTS) is None
   assert held_out.measure(this, 2, after, before, TEXTS) is None and not before.asked
+
+
+def test_prompts_that_were_withdrawn_are_not_measured_and_counted(made, tmp_path):
+  """Also where a kill left them in the file, and where it has been written without them."""
+  this, before, after, prompts = made
+  logs = {"schema": 1, "prompts": {"prompts": 7, "held out": 20}}
+  (tmp_path / "round_1/user/logs.json").write_text(json.dumps(logs))
+  withdrawn.add(tmp_path, {"c0", "c4"})
+  for _ in range(2):
+    before.asked.clear()
+    after.asked.clear()
+    found = held_out.measure(this, 1, after, before, TEXTS)
+    left = [prompt for prompt in prompts if prompt.id[:2] not in ("c0", "c4")]
+    assert (found["prompts"], found["withdrawn"]) == (16, 4) and len(before.asked) == 16
+    kept = read_conversations(tmp_path / "round_1" / ANSWERS["after"])
+    assert [said.id for said in kept] == [prompt.id for prompt in left[::2]]
+    write_jsonl(tmp_path / "round_1" / HELD_OUT, left)

@@ -262,7 +262,7 @@ def test_responses_that_the_limit_cut_are_counted_wherever_there_are_any(run):
   """In results.json and on the page; what an earlier version did not count is not shown."""
   assert results_lib.summarize(records.read(run))["base"]["cut"] == {}
   change_evaluation(run, 0, lambda found: found["without"].update(cut=count(7, 384)))
-  away = {"prompts": 32, "kl_before": 0.5, "kl_after": 0.25, "closer": 0.5}
+  away = {"prompts": 32, "withdrawn": 4, "kl_before": 0.5, "kl_after": 0.25, "closer": 0.5}
   away |= {f"response_tokens_{when}": mean(20, 32) for when in ("before", "after")}
 
   def later(found):
@@ -293,6 +293,7 @@ def test_responses_that_the_limit_cut_are_counted_wherever_there_are_any(run):
   text = " ".join(Seen(page.render(records.read(run), {}, {})).text.split())
   assert "Responses that the limit cut" in text and "31 of 192" in text
   assert text.count("text by text, held-out games in context") == 1
+  assert "324 withdrawn" in text and results["rounds"][0]["held_out"]["withdrawn"] == 4
   assert "9 of 384" in text and "5 of 32" in text and "Round 1’s knowledge, after" in text
 
 

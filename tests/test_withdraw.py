@@ -3,6 +3,7 @@ without them. The policy is test_provenance's, no model.
 """
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -11,10 +12,15 @@ from test_provenance import Writer, fixture_make_run  # noqa: F401
 
 from oel_jax import config as config_lib
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
+from oel_jax.evaluation import statistics
 from oel_jax.extraction import provenance
+from oel_jax.pocket import load
+from oel_jax.policy.tokenizers import SentencePieceTokenizer
 from oel_jax.runtime.workdir import open_workdir
-from oel_jax.stages import knowledge, resume, withdrawn
+from oel_jax.stages import held_out, knowledge, resume, withdrawn
+from oel_jax.stages.collect import collect
 from oel_jax.stages.deploy import deploy
+from oel_jax.stages.evaluate import evaluate
 from oel_jax.stages.extract import extract, texts_after
 from oel_jax.tasks import withdraw
 
@@ -136,7 +142,10 @@ def test_a_user_and_a_conversation_of_no_round(played, tmp_path, capsys):
   asked(played, "user:ann,nobody")
   told = capsys.readouterr().out
   assert "in no round so far: user:ann" in told and "in no round so far: nobody" in told
-  assert bits(tmp_path / "round_1") == before and withdrawn.read(tmp_path) == {"nobody"}
+  assert bits(tmp_path / "round_1") == before and withdrawn.read(tmp_path) == {
+    "nobody",
+    "user:ann",
+  }
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   write_jsonl(path, [line | {"user": "ann"} for line in lines[:2]] + lines[2:])
   played.manifest(1).record(
@@ -144,8 +153,132 @@ def test_a_user_and_a_conversation_of_no_round(played, tmp_path, capsys):
   )
   asked(played, "user:ann")
   ann = {said.id for said in read_conversations(path) if said.user == "ann"}
-  assert len(ann) == 2 and withdrawn.read(tmp_path) == ann | {"nobody"}
+  assert len(ann) == 2 and withdrawn.read(tmp_path) == ann | {"nobody", "user:ann"}
   assert not conversations(played)[0] & ann
+
+
+def said(user, number):
+  """A conversation of a log, with a first and a second answer."""
+  asked = f"case {number}: {'abcdefghij'[number % 10] * 9} of {number}"
+  pairs = ((asked, "one"), ("and then?", f"two {number}"))
+  roles = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+  messages = [{"role": role, "content": text} for role, text in roles]
+  return {"id": f"case{number}", "user": user, "messages": messages}
+
+
+def reader():
+  """A policy that renders prompts."""
+  player = Writer()
+  player.tokenizer = SentencePieceTokenizer((load.DATA / load.TOKENIZER).read_bytes())
+  return player
+
+
+@pytest.fixture(name="collected")
+def fixture_collected(make_run, tmp_path, tmp_path_factory):
+  """A round that began from logs, of users whom redaction renames; its evaluation is there."""
+  this, folder = make_run(), tmp_path_factory.mktemp("logs")
+  users = [f"user{i}@example.com" for i in range(20)]
+  lines = [said(user, 20 * again + i) for again in (0, 1) for i, user in enumerate(users)]
+  (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  this.config.update_from_flattened_dict(
+    {
+      "logs.path": str(folder),
+      "logs.held_out": 0.4,
+      "deployment.environment": "",
+      "deployment.episodes": 100,
+      "extraction.trajectories": 5,
+      "evaluation.episodes": 100,
+    }
+  )
+  open_workdir(this.config, tmp_path)
+  collect(this, 1, reader())
+  for name in ("evaluation.json", "user/held_out_before.jsonl", "user/held_out_after.jsonl"):
+    (tmp_path / "round_1" / name).write_text("measured")
+  (tmp_path / "round_1/checkpoints/4").mkdir(parents=True)
+  return this, {user: {f"case{i}", f"case{20 + i}"} for i, user in enumerate(users)}
+
+
+def of_users(folder, name):
+  return {prompt.id.rpartition("-")[0] for prompt in read_prompts(folder / "round_1" / name)}
+
+
+def test_held_out_prompts_go_and_what_was_measured_on_them(collected, tmp_path, capsys):
+  """Nothing was learned from them: the weights stay. The user is named as in the logs."""
+  this, cases = collected
+  folder, before = tmp_path / "round_1", of_users(tmp_path, "user/held_out.jsonl")
+  sides = {user: bool(ids & before) for user, ids in cases.items()}
+  gone = min(user for user, out in sides.items() if out)
+  assert before == set().union(*(cases[user] for user, out in sides.items() if out))
+  files = bits(folder)
+  asked(this, f"user:{gone}")
+  assert of_users(tmp_path, "user/held_out.jsonl") == before - cases[gone]
+  assert (
+    f"round 1: 4 prompts went from those that are measured on, {2 * len(before) - 4} are left"
+    in capsys.readouterr().out
+  )
+  assert (folder / "checkpoints").is_dir() and (folder / "prompts.jsonl").read_bytes() == (
+    files["prompts.jsonl"]
+  )
+  for name in ("evaluation.json", "user/held_out_before.jsonl", "user/held_out_after.jsonl"):
+    [aside] = folder.glob(f"{name}.replaced-*")
+    assert not (folder / name).exists() and aside.read_bytes() == files[name]
+  [aside] = folder.glob("user/held_out.jsonl.replaced-*")
+  assert aside.read_bytes() == files["user/held_out.jsonl"]
+  assert gone not in (tmp_path / "withdrawn.json").read_text()  # only as redaction left it
+  this.manifest(1).verify()
+  # Again, it finds nothing more.
+  now = bits(tmp_path)
+  asked(this, f"user:{gone}")
+  assert bits(tmp_path) == now
+
+
+def test_prompts_go_by_their_user_and_later_rounds_leave_him_out(collected, tmp_path):
+  this, cases = collected
+  out = of_users(tmp_path, "user/held_out.jsonl")
+  gone = max(user for user, ids in cases.items() if not ids & out)
+  before = of_users(tmp_path, "prompts.jsonl")
+  assert cases[gone] <= before
+  asked(this, f"user:{gone},user:nobody@example.com")
+  assert of_users(tmp_path, "prompts.jsonl") == before - cases[gone]
+  assert of_users(tmp_path, "user/held_out.jsonl") == out  # measured anew, for the weights go
+  assert not (tmp_path / "round_1/checkpoints").exists()
+  # Later logs hold new conversations of both.
+  path = pathlib.Path(this.config.logs.path) / "log.jsonl"
+  names = (gone, "nobody@example.com", "ann@example.com")
+  path.write_text("\n".join(json.dumps(said(user, 70 + i)) for i, user in enumerate(names)))
+  this.config.logs.held_out = 0.0
+  collect(this, 2, reader())
+  assert {prompt.id[:6] for prompt in read_prompts(tmp_path / "round_2/prompts.jsonl")} == {
+    "case72"
+  }
+
+
+def test_an_evaluation_of_other_held_out_prompts_is_measured_again(
+  collected, tmp_path, monkeypatch, caplog
+):
+  this, _ = collected
+  measured, player = [], Writer()
+  away = {f"kl_{when}": 0.5 for when in ("before", "after")} | {"prompts": 1, "closer": 0.0}
+  away |= {f"response_tokens_{when}": statistics.mean([1]) for when in ("before", "after")}
+  away |= {f"cut_{when}": statistics.count(0, 1) for when in ("before", "after")}
+  measure = lambda run, number, *_: measured.append(number) or away
+  monkeypatch.setattr(held_out, "measure", measure)
+  (tmp_path / "round_1/evaluation.json").unlink()
+  (tmp_path / "round_1/gate.json").unlink(missing_ok=True)
+  again = lambda: evaluate(this, 1, player, player, ["text"])
+  again()
+  again()
+  assert measured == [1]
+  path = tmp_path / "round_1/user/held_out.jsonl"
+  write_jsonl(path, read_prompts(path)[1:])
+  again()
+  assert measured == [1, 1] and "it was measured with other user/held_out.jsonl" in caplog.text
+  # An earlier version did not say which prompts: what it measured stays.
+  found = json.loads((tmp_path / "round_1/evaluation.json").read_text())
+  del found["made_from"]["user/held_out.jsonl"], found["digest"]
+  (tmp_path / "round_1/evaluation.json").write_text(json.dumps(found))
+  again()
+  assert measured == [1, 1]
 
 
 def test_the_server_side_alone(played, tmp_path, tmp_path_factory):

@@ -179,7 +179,7 @@ def _held_out(run: Run) -> str:
   lines = [
     [
       f"<td>{label(number)}</td>",
-      f"<td>{away.prompts}</td>",
+      f"<td>{away.prompts}{_gone(away.withdrawn)}</td>",
       f"<td>{away.kl_before:.4f}</td>",
       f"<td>{away.kl_after:.4f}</td>",
       NONE if away.closer is None else f"<td>{minus(f'{100 * away.closer:.0f}')}%</td>",
@@ -193,6 +193,10 @@ def _held_out(run: Run) -> str:
     "KL from the model to the one that the round began with and that has the knowledge in its "
     "prompt, in nats a token of the model’s own answers. Closer: the share of it that is gone."
   )
+
+
+def _gone(withdrawn: int) -> str:
+  return f"<small>{withdrawn} withdrawn</small>" if withdrawn else ""
 
 
 def _meanings() -> str:

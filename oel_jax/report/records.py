@@ -30,8 +30,8 @@ SCHEMA = 1
 class HeldOut:
   """How far the policy is from the one that has the knowledge in its prompt, on `prompts` prompts
   of conversations that nothing was learned from (`stages.held_out`): before the round and after, in
-  nats a token, and the share of the first that is gone; and answers that the limit cut, None by an
-  earlier version.
+  nats a token, and the share of the first that is gone; answers that the limit cut, None by an
+  earlier version; and how many prompts were `withdrawn` since the logs were read.
   """
 
   prompts: int
@@ -42,6 +42,7 @@ class HeldOut:
   response_tokens_after: Measure
   cut_before: Measure | None = None
   cut_after: Measure | None = None
+  withdrawn: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +309,8 @@ def _held_out(value: Any) -> HeldOut:
     for name in ("cut_before", "cut_after")
     if name in value
   }
-  return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means, **cuts)
+  gone = whole({"withdrawn": 0} | value, "withdrawn", "held_out")
+  return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means, **cuts, withdrawn=gone)
 
 
 def _costs(value: Any, number: int) -> list[Cost]:

@@ -166,6 +166,7 @@ def _round_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
   if away := evaluation.held_out:
     entry["held_out"] = {
       "prompts": away.prompts,
+      "withdrawn": away.withdrawn,
       "kl_before": away.kl_before,
       "kl_after": away.kl_after,
       "closer": away.closer,

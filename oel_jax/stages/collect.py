@@ -8,6 +8,7 @@ redacted before they are written.
 
 import dataclasses
 import heapq
+import itertools
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +26,7 @@ from oel_jax.policy.tokenizers import leave_out
 from oel_jax.runtime import files, schema
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import withdrawn
-from oel_jax.stages.run import DEPLOYED, HELD_OUT, LOGS, PROMPTS, Run
+from oel_jax.stages.run import DEPLOYED, HELD_OUT, LOGS, PROMPTS, USERS, Run
 
 
 def collect(run: Run, number: int, policy: Policy) -> None:
@@ -77,7 +78,10 @@ def collect(run: Run, number: int, policy: Policy) -> None:
   (run.round(number) / "user").mkdir(parents=True, exist_ok=True)
   _tell(number, folder, counts, redact)
   found = {"logs": counts.as_json(), "redacted": dict(redact.counts)}
+  found["prompts"] = {name: len(kept) for name, kept in prompts.items()}
   files.write_sealed(run.round(number) / LOGS, {"schema": 1, **found})
+  users = {said.id: said.user for said in itertools.chain(*redacted.values()) if said.user}
+  files.write_sealed(run.round(number) / USERS, {"schema": 1, "users": users})
   run.log(number, "collect", conversations=counts.conversations, prompts=len(prompts["prompts"]))
   made_from = {"logs": schema.digest([each.id for each in redacted["knowledge"]])}
   for name, records in (

@@ -15,7 +15,7 @@ from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import extract, held_out, knowledge, play
-from oel_jax.stages.run import DEPLOYED, EVALUATION, PROMPT_GAMES, Run, made_from
+from oel_jax.stages.run import DEPLOYED, EVALUATION, HELD_OUT, PROMPT_GAMES, Run, made_from
 
 
 def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
@@ -43,8 +43,13 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     "base": schema.digest(base),
     "settings": play.settings(run.config, all_of_it=True),
   }
+  if (prompts := run.round(number) / HELD_OUT).exists():
+    inputs[HELD_OUT] = files.sha256(prompts)[:16]
   if path.exists():
-    changed = differing(records.read_evaluation(path, number).made_from, inputs)
+    measured_from = records.read_evaluation(path, number).made_from
+    # Earlier versions do not say from which prompts: they stay as they are.
+    told = [name for name in inputs if name != HELD_OUT or name in measured_from]
+    changed = differing(measured_from, {name: inputs[name] for name in told})
     if not changed:
       return
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")

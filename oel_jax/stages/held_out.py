@@ -27,7 +27,7 @@ from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files, finite
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import withdrawn
-from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
+from oel_jax.stages.run import ANSWERS, HELD_OUT, LOGS, Run
 
 BATCH = 32  # prompts at a time
 KEPT = 8  # conversations whose first prompt has its answers kept
@@ -53,16 +53,20 @@ def measure(
     texts: the round's knowledge.
 
   Returns:
-    "prompts"; "kl_before" and "kl_after", nats a token; "closer", the share of the first that is
-    gone, None if the knowledge changes nothing; "response_tokens_before" and
-    "response_tokens_after", each a mean (`statistics.mean`); "cut_before" and "cut_after", the
-    shares of answers that the limit ended (`statistics.count`). None without held-out prompts.
+    "prompts", and how many were "withdrawn" from them; "kl_before" and "kl_after", nats a token;
+    "closer", the share of the first that is gone, None if the knowledge changes nothing;
+    "response_tokens_before" and "response_tokens_after", each a mean (`statistics.mean`);
+    "cut_before" and "cut_after", the shares of answers that the limit ended (`statistics.count`).
+    None without held-out prompts.
 
   Raises:
     NotFiniteError: a divergence is not finite.
   """
   path = run.round(number) / HELD_OUT
-  prompts = read_prompts(path, max_damaged=0.0) if path.exists() else []
+  found = read_prompts(path, max_damaged=0.0) if path.exists() else []
+  # A kill of --stage=withdraw may have left some in the file.
+  gone = withdrawn.read(run.folder)
+  prompts = [prompt for prompt in found if withdrawn.conversation_of(prompt) not in gone]
   if not prompts or not texts:
     return None
   config = run.config
@@ -97,11 +101,21 @@ def measure(
     numbers[f"cut_{when}"] = statistics.count(cut, len(sizes))
   return {
     "prompts": len(prompts),
+    "withdrawn": _drawn(run, number, len(prompts)) - len(prompts),
     "kl_before": kl["before"],
     "kl_after": kl["after"],
     "closer": 1 - kl["after"] / kl["before"] if kl["before"] > NOTHING else None,
     **numbers,
   }
+
+
+def _drawn(run: Run, number: int, left: int) -> int:
+  """How many prompts the round had when its logs were read; `left` by an earlier version, which did
+  not say.
+  """
+  path = run.round(number) / LOGS
+  prompts = files.read_json(path).get("prompts", {}) if path.exists() else {}
+  return prompts.get("held out", left)
 
 
 def _scored(

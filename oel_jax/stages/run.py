@@ -22,6 +22,7 @@ from oel_jax.runtime.metrics import Metrics
 DEPLOYED = "user/trajectories.jsonl"  # games that the knowledge is drawn from
 PROMPT_GAMES = "user/prefix_trajectories.jsonl"  # games that the prompts are cut from
 LOGS = "user/logs.json"  # what was found in the logs that the round began from
+USERS = "user/users.json"  # whose conversations the round's logs gave it
 HELD_OUT = "user/held_out.jsonl"  # prompts of conversations that are measured on alone
 ANSWERS = {  # to the first of these, by what the round began with and by what it made
   "before": "user/held_out_before.jsonl",

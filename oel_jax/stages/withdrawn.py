@@ -1,5 +1,5 @@
 """Conversations that were withdrawn from a run, DIR/withdrawn.json: no later round learns from
-them.
+them, or is measured on them.
 """
 
 import pathlib
@@ -11,10 +11,12 @@ from oel_jax.runtime import files, schema
 
 NAME = "withdrawn.json"
 SCHEMA = 1
+USER = "user:"
 
 
 def read(folder: pathlib.Path) -> frozenset[str]:
-  """The ids of all conversations that were withdrawn from the run in `folder`.
+  """The ids of all conversations that were withdrawn from the run in `folder`, and USER + the name
+  of each user whose conversations all were.
 
   Raises:
     ValueError: the file is damaged.
@@ -24,7 +26,7 @@ def read(folder: pathlib.Path) -> frozenset[str]:
 
 
 def add(folder: pathlib.Path, conversations: Collection[str]) -> None:
-  """Adds conversations to those that were withdrawn."""
+  """Adds conversations, or users as `read` has them, to those that were withdrawn."""
   ids = sorted(read(folder) | set(conversations))
   files.write_sealed(folder / NAME, {"schema": SCHEMA, "conversations": ids})
 
@@ -32,7 +34,8 @@ def add(folder: pathlib.Path, conversations: Collection[str]) -> None:
 def left(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Conversation]:
   """The conversations without those that were withdrawn."""
   gone = read(folder)
-  return [conversation for conversation in conversations if conversation.id not in gone]
+  user = lambda said: f"{USER}{said.user}" if said.user else said.id
+  return [said for said in conversations if not {said.id, user(said)} & gone]
 
 
 def prompts(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Prompt]:

@@ -1,45 +1,57 @@
 """Takes conversations out of a run: `python -m oel_jax.main --stage=withdraw
 --config.withdraw=ID,user:NAME ...`.
 
-Their items leave the knowledge, their prompts leave prompts.jsonl, and DIR/withdrawn.json keeps
-later rounds from them. What was built on them is set aside, the weights first, and the same command
-as before makes it again without them. Nothing is deleted: what is printed says what lies where.
+Their items leave the knowledge, their prompts leave prompts.jsonl and user/held_out.jsonl, and
+DIR/withdrawn.json keeps later rounds from them. What was built on them is set aside, the weights
+first, and the same command as before makes it again without them; where they were only measured on,
+it measures again. Nothing is deleted: what is printed says what lies where.
+
+A name that redaction changed is found as the logs have it, and as the files in user/ do.
 
 An item that the extractor wrote of another conversation, when it had a withdrawn one's before it,
 stays. So does what the run's logs and user/ hold.
 """
 
+import dataclasses
 import pathlib
 import re
+import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import ml_collections
+from absl import logging
+
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
+from oel_jax.conversations.schema import LOG, Conversation, Prompt, Source
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction import provenance
 from oel_jax.extraction import state as extraction_state
 from oel_jax.extraction.extract import orders
-from oel_jax.runtime import files
+from oel_jax.runtime import files, schema
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.workdir import locked, read_config
-from oel_jax.stages import withdrawn
+from oel_jax.stages import collect, withdrawn
 from oel_jax.stages.run import (
+  ANSWERS,
   CHECKPOINTS,
   DEPLOYED,
   EVALUATION,
   GATE,
+  HELD_OUT,
   ITEMS,
   KNOWLEDGE,
   OLD_PROMPTS,
   PROMPT_GAMES,
   PROMPTS,
+  USERS,
 )
 
 MAX_SHOWN = 20  # items that are printed, of those that went
 STATE = "user/extraction.jsonl"
 # What a round built on its knowledge and prompts, in the order in which it is set aside.
-BUILT = (CHECKPOINTS, EVALUATION, GATE, "user/gate_with.jsonl")
+BUILT = (CHECKPOINTS, EVALUATION, GATE, "user/gate_with.jsonl", *ANSWERS.values())
 
 
 def run(config: Any, workdir: str) -> None:
@@ -66,17 +78,19 @@ def run(config: Any, workdir: str) -> None:
     raise ValueError(f"{folder}: not a run directory: it has no config.json")
   with locked(folder):
     own = read_config(folder / "config.json")["config"]
-    _withdraw(folder, named, own.get("extraction", {}).get("min_support", 1))
+    _withdraw(folder, named, own)
 
 
-def _withdraw(folder: pathlib.Path, named: Collection[str], min_support: int) -> None:
-  rounds = _rounds(folder)
+def _withdraw(folder: pathlib.Path, named: Sequence[str], own: dict[str, Any]) -> None:
+  """`own` is the run's configuration."""
+  rounds, min_support = _rounds(folder), own.get("extraction", {}).get("min_support", 1)
   for path in rounds.values():
     Manifest(path).verify()
-  ids, unknown = _resolve(rounds, named)
-  withdrawn.add(folder, ids)
+  written = _as_written(own, named)
+  ids, unknown = _resolve(rounds, written)
+  withdrawn.add(folder, ids | {forms[-1] for forms in written.values()})
   held = {n: _held(path, ids, min_support) for n, path in rounds.items()}
-  touched = [n for n, (items, prompts) in held.items() if items or prompts]
+  touched = [n for n, found in held.items() if found.items or found.prompts]
   print(f"withdrawn: {', '.join(sorted(ids)) or 'no conversation'}", flush=True)
   for name in unknown:
     print(f"in no round so far: {name}; later ones leave it out", flush=True)
@@ -87,10 +101,11 @@ def _withdraw(folder: pathlib.Path, named: Collection[str], min_support: int) ->
     # The weights first: whatever a kill leaves undone is then found again, and never trained on.
     aside += [_aside(rounds[n]) for n in sorted(rounds) if n > first]
     aside += [_aside(rounds[first] / name) for name in BUILT if (rounds[first] / name).exists()]
-    _tell(first, *held[first], weights)
+    _tell(first, held[first], weights)
   for n, path in rounds.items():
     if path.exists():
-      aside += _rebuild(path, ids, min_support, *held[n])
+      aside += _rebuild(path, ids, min_support, held[n])
+      aside += _leave_unmeasured(n, path, ids, held[n])
   _tell_what_is_left(folder, aside, touched)
 
 
@@ -102,7 +117,29 @@ def _rounds(folder: pathlib.Path) -> dict[int, pathlib.Path]:
   return dict(sorted(found.items()))
 
 
-def _resolve(rounds: dict[int, pathlib.Path], named: Collection[str]) -> tuple[set[str], list[str]]:
+def _as_written(own: dict[str, Any], named: Sequence[str]) -> dict[str, tuple[str, ...]]:
+  """Each name → the forms that it may have in the run's files: as given, and last as redaction of
+  logs leaves it.
+  """
+  if not own.get("logs", {}).get("path"):
+    return {name: (name,) for name in named}
+  try:
+    redact = collect.redactor(ml_collections.ConfigDict(own))
+  except (OSError, ValueError) as error:  # on the server side, where its file of names is not
+    logging.warning("names are taken as they are given, not as redaction left them: %s", error)
+    return {name: (name,) for name in named}
+
+  def redacted(name: str) -> str:
+    user = name.removeprefix(withdrawn.USER)
+    said = redact(Conversation(name, (), Source(LOG, ""), user=user))
+    return said.id if user == name else f"{withdrawn.USER}{said.user}"
+
+  return {name: tuple(dict.fromkeys((name, redacted(name)))) for name in named}
+
+
+def _resolve(
+  rounds: dict[int, pathlib.Path], written: dict[str, tuple[str, ...]]
+) -> tuple[set[str], list[str]]:
   """The conversations that are named, by themselves or by their user; and those names that no
   round knows.
   """
@@ -112,12 +149,30 @@ def _resolve(rounds: dict[int, pathlib.Path], named: Collection[str]) -> tuple[s
     for name in (DEPLOYED, PROMPT_GAMES):
       for said in read_conversations(path / name) if (path / name).exists() else ():
         known.add(said.id)
-        users.setdefault(f"user:{said.user}", set()).add(said.id)
+        users.setdefault(f"{withdrawn.USER}{said.user}", set()).add(said.id)
+    for id, user in _users(path).items():
+      users.setdefault(f"{withdrawn.USER}{user}", set()).add(id)
     known |= {item.trajectory for text in _texts(path) for item in text.items}
-    known |= {withdrawn.conversation_of(prompt) for prompt in _prompts(path)}
-  ids = {name for name in named if not name.startswith("user:")}
-  ids |= {id for name in named for id in users.get(name, ())}
-  return ids, [name for name in named if name not in known and name not in users]
+    files_of_prompts = (_prompt_file(path), path / HELD_OUT)
+    known |= {withdrawn.conversation_of(one) for file in files_of_prompts for one in _prompts(file)}
+  known |= set().union(*users.values()) | set(users)
+  forms = [form for each in written.values() for form in each]
+  ids = {form for form in forms if not form.startswith(withdrawn.USER) and form in known}
+  ids |= {id for form in forms for id in users.get(form, ())}
+  return ids, [name for name, each in written.items() if not known & set(each)]
+
+
+def _users(path: pathlib.Path) -> dict[str, str]:
+  """Conversation → user, of the logs that the round began from; {} by an earlier version."""
+  file = path / USERS
+  return files.read_json(file, _parse_users) if file.exists() else {}
+
+
+def _parse_users(value: Any) -> dict[str, str]:
+  users = schema.get(value, "users", schema.TOP, dict)
+  right = all(type(user) is str for user in users.values())
+  schema.need(right, "users", users, "an object of texts")
+  return users
 
 
 def _texts(path: pathlib.Path) -> list[knowledge_lib.Knowledge]:
@@ -132,8 +187,7 @@ def _prompt_file(path: pathlib.Path) -> pathlib.Path:
   return path / (OLD_PROMPTS if (path / OLD_PROMPTS).exists() else PROMPTS)
 
 
-def _prompts(path: pathlib.Path) -> list[Any]:
-  file = _prompt_file(path)
+def _prompts(file: pathlib.Path) -> list[Prompt]:
   return read_prompts(file, max_damaged=0.0) if file.exists() else []
 
 
@@ -146,23 +200,34 @@ def _goes(path: pathlib.Path, ids: Collection[str], min_support: int) -> Any:
   return lambda item: item.trajectory in ids or provenance.normalised(item.text) in weak
 
 
-def _held(path: pathlib.Path, ids: Collection[str], min_support: int) -> tuple[list[str], int]:
-  """The items that go from a round's texts, each once, and how many prompts do."""
+@dataclasses.dataclass(frozen=True)
+class _Held:
+  """What goes from a round: items of its texts, each once, and how many prompts, of those that are
+  trained on and of those that are measured on.
+  """
+
+  items: list[str]
+  prompts: int
+  held_out: int
+
+
+def _held(path: pathlib.Path, ids: Collection[str], min_support: int) -> _Held:
   goes = _goes(path, ids, min_support)
   items = [item.text for text in _texts(path) for item in text.items if goes(item)]
-  prompts = sum(withdrawn.conversation_of(prompt) in ids for prompt in _prompts(path))
-  return list(dict.fromkeys(items)), prompts
+  files_of_prompts = (_prompt_file(path), path / HELD_OUT)
+  count = lambda file: sum(withdrawn.conversation_of(one) in ids for one in _prompts(file))
+  return _Held(list(dict.fromkeys(items)), *map(count, files_of_prompts))
 
 
 def _rebuild(
-  path: pathlib.Path, ids: Collection[str], min_support: int, items: list[str], prompts: int
+  path: pathlib.Path, ids: Collection[str], min_support: int, held: _Held
 ) -> list[pathlib.Path]:
   """Writes the round's files without what came from these conversations; returns what is kept
   aside.
   """
   manifest, goes, aside = Manifest(path), _goes(path, ids, min_support), []
   aside += _forget(path, ids)
-  if items:
+  if held.items:
     texts = [
       knowledge_lib.Knowledge(tuple(item for item in text.items if not goes(item)))
       for text in _texts(path)
@@ -180,14 +245,41 @@ def _rebuild(
     if made_from is not None:
       manifest.record(names, made_from)
     files.write_text(path / KNOWLEDGE, "")
-  if prompts:
+  if held.prompts:
     file = _prompt_file(path)
-    kept = [prompt for prompt in _prompts(path) if withdrawn.conversation_of(prompt) not in ids]
+    kept = [prompt for prompt in _prompts(file) if withdrawn.conversation_of(prompt) not in ids]
     made_from = manifest.made_from(file.name)
     aside.append(_aside(file))
     write_jsonl(file, kept)
     if made_from is not None:
       manifest.record([file.name], made_from)
+  return aside
+
+
+def _leave_unmeasured(
+  number: int, path: pathlib.Path, ids: Collection[str], held: _Held
+) -> list[pathlib.Path]:
+  """Takes prompts out of those that the round is measured on, and sets aside what it measured on
+  them; returns what is kept aside.
+  """
+  if not held.held_out:
+    return []
+  names = (EVALUATION, *ANSWERS.values())
+  aside = [_aside(path / name) for name in names if (path / name).exists()]
+  file, manifest = path / HELD_OUT, Manifest(path)
+  kept = [prompt for prompt in _prompts(file) if withdrawn.conversation_of(prompt) not in ids]
+  # A copy: there is no moment without the file, for nothing makes it again.
+  aside.append(_name_aside(file))
+  shutil.copy2(file, aside[-1])
+  made_from = (manifest.made_from(HELD_OUT) or {}) | {"withdrawn": schema.digest(sorted(ids))}
+  manifest.announce(HELD_OUT, made_from)
+  write_jsonl(file, kept)
+  manifest.record([HELD_OUT], made_from)
+  print(
+    f"round {number}: {held.held_out} prompts went from those that are measured on, {len(kept)} "
+    "are left: what was measured is set aside, and the same command as before measures again",
+    flush=True,
+  )
   return aside
 
 
@@ -219,13 +311,18 @@ def _forget(path: pathlib.Path, ids: Collection[str]) -> list[pathlib.Path]:
 
 def _aside(path: pathlib.Path) -> pathlib.Path:
   """Renames a file or a folder to NAME.replaced-TIME; returns where it is."""
-  there = path.with_name(f"{path.name}.replaced-{time.time_ns() // 10**6}")
+  there = _name_aside(path)
   path.rename(there)
   return there
 
 
-def _tell(first: int, items: list[str], prompts: int, weights: list[int]) -> None:
-  print(f"round {first}: {len(items)} items went from knowledge/, and {prompts} prompts")
+def _name_aside(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f"{path.name}.replaced-{time.time_ns() // 10**6}")
+
+
+def _tell(first: int, held: _Held, weights: list[int]) -> None:
+  items = held.items
+  print(f"round {first}: {len(items)} items went from knowledge/, and {held.prompts} prompts")
   for text in items[:MAX_SHOWN]:
     print(f"  {text}")
   if len(items) > MAX_SHOWN:
