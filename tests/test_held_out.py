@@ -8,15 +8,17 @@ import logging
 
 import numpy as np
 import pytest
+import tool_families
+from test_chat_tools import TOOLS
 from test_loop import short_config
 
 from oel_jax.consolidation import placement, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.conversations.jsonl import read_conversations, write_jsonl
-from oel_jax.conversations.schema import Message, Prompt
+from oel_jax.conversations.schema import Message, Prompt, ToolCall
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import load
-from oel_jax.policy.tokenizers import SentencePieceTokenizer
+from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import held_out, withdrawn
 from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
@@ -143,3 +145,26 @@ def test_prompts_that_were_withdrawn_are_not_measured_and_counted(made, tmp_path
     kept = read_conversations(tmp_path / "round_1" / ANSWERS["after"])
     assert [said.id for said in kept] == [prompt.id for prompt in left[::2]]
     write_jsonl(tmp_path / "round_1" / HELD_OUT, left)
+
+
+def test_an_answer_that_calls_a_tool_is_kept_as_a_call(made, tmp_path):
+  """Only where tools were offered: elsewhere JSON may be what was asked for."""
+  this, _, _, _ = made
+  this.config.deployment.max_response_tokens = 60
+  tokenizer = HuggingFaceTokenizer(tool_families.tokenizer("qwen3"))
+  call = '{"name": "clock", "arguments": {"zone": "UTC"}}'
+
+  class Caller(Fixed):
+    def sample(self, prompts, seeds, **how):
+      return [[*tokenizer.encode(call), tokenizer.eos_ids[0]] for _ in prompts]
+
+  asked = (Message("user", "What time is it?"),)
+  prompts = [Prompt("a-0", asked, TOOLS), Prompt("b-0", asked)]
+  write_jsonl(tmp_path / "round_1" / HELD_OUT, prompts)
+  before, after = (Caller(tokenizer, weights, ()) for weights in (1, 2))
+  held_out.measure(this, 1, after, before, TEXTS)
+  with_tools, without = read_conversations(tmp_path / "round_1" / ANSWERS["after"])
+  answer = with_tools.messages[-1]
+  assert answer.tool_calls == (ToolCall("", "clock", '{"zone": "UTC"}'),) and not answer.content
+  assert with_tools.tools == TOOLS
+  assert without.messages[-1].content == call and not without.messages[-1].tool_calls

@@ -9,7 +9,7 @@ from test_chat_tools import SAID, TOOLS, ours, theirs
 
 from oel_jax.conversations.schema import Message, ToolCall
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer
-from oel_jax.policy.tokenizers.tool_calls import parse, read_response
+from oel_jax.policy.tokenizers.tool_calls import offered, parse, read_response
 
 NAMES = ("clock", "desks")
 CLOCK = ToolCall("", "clock", '{"zone": "UTC"}')
@@ -93,6 +93,13 @@ def test_what_the_template_writes_for_a_call_is_read_back(family):
   )
   said = (SAID[0], found, *SAID[2:])
   assert ours(family).chat(said, tools=TOOLS) == ours(family).chat(SAID, tools=TOOLS)
+
+
+def test_the_names_of_tools_that_are_offered():
+  """A provider's own tool may have no name, or no function."""
+  odd = ('{"type": "web_search"}', '{"type": "function", "function": {}}', '{"function": "clock"}')
+  assert offered((*odd, *TOOLS)) == offered(TOOLS) and "clock" in offered(TOOLS)
+  assert offered(odd) == ()
 
 
 def test_a_call_behind_thinking():

@@ -61,9 +61,12 @@ def _case(run: Run, case: Case) -> str:
 
 
 def _message(message: Message) -> str:
+  return f'<p class="label">{escape(message.role)}</p><pre>{escape(_short(_text(message)))}</pre>'
+
+
+def _text(message: Message) -> str:
   calls = [f"{call.name}({call.arguments})" for call in message.tool_calls]
-  text = "\n".join(filter(None, [message.content, *calls]))
-  return f'<p class="label">{escape(message.role)}</p><pre>{escape(_short(text))}</pre>'
+  return "\n".join(filter(None, [message.content.strip(), *calls]))
 
 
 def _answer(run: Run, name: str, answer: Message) -> str:
@@ -71,7 +74,7 @@ def _answer(run: Run, name: str, answer: Message) -> str:
   pill = ' <span class="pill off">cut</span>' if limit and tokens >= limit else ""
   thinking = answer.thinking.strip()
   thought = f'<div class="said thinking">{escape(_short(thinking))}</div>' if thinking else ""
-  content = answer.content.strip()
+  content = _text(answer)
   said = f'<div class="said">{escape(_short(content))}</div>' if content else note("no answer")
   facts = f'<p class="label">{tokens:,} tokens</p>'
   return f'<div class="game"><h4>{name}{pill}</h4>{facts}{thought}{said}</div>'

@@ -17,13 +17,13 @@ from oel_jax.conversations.jsonl import read_prompts, write_jsonl
 from oel_jax.conversations.schema import (
   LOG,
   Conversation,
-  Message,
   Prompt,
   Source,
   knowledge_message,
 )
 from oel_jax.evaluation import statistics
 from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.policy.tokenizers import tool_calls
 from oel_jax.runtime import files, finite
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import withdrawn
@@ -164,9 +164,8 @@ def _keep(
   kept = []
   for place in list(firsts.values())[:KEPT]:
     prompt, ids = prompts[place], responses[place]
-    split = student.tokenizer.split_response
-    thought, content = split(ids, thinking=run.config.policy.thinking)
-    answer = Message("assistant", content, thinking=thought, response_tokens=len(ids))
+    names, thinking = tool_calls.offered(prompt.tools), run.config.policy.thinking
+    answer = tool_calls.read_response(student.tokenizer, ids, names, thinking=thinking)
     source = Source(LOG, HELD_OUT, line=place + 1)
     said = (*prompt.messages, answer)
     kept.append(Conversation(prompt.id, said, source, tools=prompt.tools))

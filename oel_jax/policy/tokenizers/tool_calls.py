@@ -34,6 +34,13 @@ def read_response(
   return Message("assistant", content, calls, thinking=thought, response_tokens=len(ids))
 
 
+def offered(tools: Sequence[str]) -> tuple[str, ...]:
+  """The names of the functions among definitions of tools, as `schema.Prompt` has them."""
+  functions = [json.loads(tool).get("function") for tool in tools]
+  names = [function.get("name") for function in functions if isinstance(function, dict)]
+  return tuple(name for name in names if isinstance(name, str))
+
+
 def parse(answer: str, names: Collection[str] = ()) -> tuple[str, tuple[ToolCall, ...]]:
   """(what is said beside the calls, the calls) of an answer; (the answer, none) where a call is
   broken or cut off.
