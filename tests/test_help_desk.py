@@ -234,7 +234,7 @@ def test_orders_are_looked_up_before_the_case_is_decided():
 def test_a_correction_is_answered_once_more_and_changes_no_verdict():
   desk, _ = find("ask")
   first = desk.step("DESK: Rowan FORM: 11")
-  assert not first.done and first.observation == f"Back office: {desk.rule.correction()}"
+  assert not first.done and first.observation == f"Back office: {desk.rule.text()}"
   last = desk.step(f"DESK: {desk.rule.values[1]}")
   assert last.done and last.reward == 0.0 and last.outcome
   desk, _ = find("desk", complaint=1.0, second_answer=False)
@@ -274,7 +274,7 @@ def test_feedback_tells_the_rule_of_its_case_and_no_other():
     for answer in ("DESK: Rowan FORM: 5", "No idea.", "CODE: none"):
       _, said = episode(spec, seed, lambda said: answer)
       heard = "\n".join(said[::2])
-      assert f"Back office: {desk.rule.correction()}" in heard
+      assert f"Back office: {desk.rule.text()}" in heard
       told = {
         word for word in secrets if re.search(rf"\b{word}\b", heard.split("Customer: ", 1)[1])
       }
@@ -335,7 +335,7 @@ def test_a_period_changes_the_rules_that_it_names_and_no_others():
     fixed = HelpDesk(rules_seed=seed, period=3, change=0.0, kinds=["desk", "form"]).rules
     assert not any(found.changed for found in fixed)
   weeks = {
-    int(re.search(r"week (\d+)\n", HelpDesk(period=2).reset(seed))[1]) for seed in range(300)
+    int(re.search(r"week (\d+)\)", HelpDesk(period=2).reset(seed))[1]) for seed in range(300)
   }
   assert weeks == set(range(21, 31))
 

@@ -20,16 +20,13 @@ from oel_jax.environments.api import Step
 from oel_jax.runtime.seeds import derive
 
 MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
-# The same in all cases, so that their prompts begin alike. Desks are not listed: a small model,
-# told the rules, mostly named one and the same desk of the list.
+# The same in all cases, so that their prompts begin alike. What rules there are is not said: told of
+# desks, forms and codes, a small model named one of each. Nor what can be looked up, or it did.
 ASK = (
-  "You work at the help desk of Orsa, who sell coffee machines by post. The house has a rule for "
-  "each kind of case: a desk that it goes to, a form or a code for the customer, or something to "
-  "say or to ask. Answer in one or two short sentences: name the kind of case, then do what its "
-  "rule says.\n"
+  "You work at the help desk of Orsa, who sell coffee machines by post. Choose from what is known "
+  "the kind of case that fits what the customer says, name it, and tell the customer in one short "
+  "sentence what is right for it.\n"
 )
-# With the number in it: asked for "LOOK UP: and the number of the order", it wrote just that.
-LOOKUP = "To read the order first: LOOK UP: {order}\n"
 NUDGES = {
   "discount": "Do I get a discount?",
   "replacement": "Will there be a replacement?",
@@ -90,7 +87,7 @@ class HelpDesk:
     if type(second_answer) is not bool:
       raise ValueError(f"second_answer is {second_answer!r}: it must be True or False")
     self.rules = rules.table(kinds, topics, desks, period, rules_seed, change)
-    self._tool = LOOKUP if "lookup" in kinds else ""
+    self._looks_up = "lookup" in kinds
     self._period, self._second_answer = period, second_answer
     self._vague, self._complaint, self._silence = vague, complaint, silence
 
@@ -111,8 +108,8 @@ class HelpDesk:
     week = rules.WEEKS * self._period + draw.randrange(1, rules.WEEKS + 1)
     self._fortune, self._thanks = draw.random(), draw.choice(THANKS)
     self._lookups, self._read, self._asked, self._verdict = 0, "", False, None
-    tool = self._tool.format(order=self._order)
-    return f"{ASK}\nOrder {self._order}, week {week}\n{tool}Customer: {said}"
+    # Behind the customer's words: before them, a small model took the order for the kind of case.
+    return f"{ASK}\nCustomer: {said}\n(Order {self._order}, week {week})"
 
   def step(self, action: str) -> Step:
     """Takes an answer, all of it; one that tells the case, looks up or asks decides nothing yet."""
@@ -121,7 +118,7 @@ class HelpDesk:
       return self._say(f"Customer: {said}")
     if self._verdict is not None:
       return self._after_second(action)
-    number = rules.looked_up(action) if self._tool else ""
+    number = rules.looked_up(action) if self._looks_up else ""
     if number and self._lookups < MAX_LOOKUPS:
       return self._look_up(number)
     if not self._asked and self.rule.asks(action):
@@ -144,7 +141,7 @@ class HelpDesk:
     if self._verdict:
       return self._end(self._thanks)
     corrected = self._fortune >= self._silence + self._complaint
-    said = f"Back office: {self.rule.correction()}" if corrected else _complaint(answer)
+    said = f"Back office: {self.rule.text()}" if corrected else _complaint(answer)
     return self._say(said) if self._second_answer else self._end(said)
 
   def _after_second(self, answer: str) -> Step:

@@ -10,7 +10,7 @@ class Topic:
   """One kind of case.
 
   Attributes:
-    title: what the back office calls it; completes "a case of this kind, …".
+    title: what the back office calls it; completes "cases of the kind '…'".
     training: a customer's words, in whole sentences.
     held_out: other words for the same.
   """
@@ -22,7 +22,7 @@ class Topic:
 
 TOPICS = (
   Topic(
-    "a parcel that is late",
+    "late parcel",
     (
       "My parcel is still not here.",
       "I have waited two weeks for my delivery.",
@@ -34,14 +34,14 @@ TOPICS = (
       "The courier was to come on Friday, but nobody came.",
     ),
     (
-      "I keep looking out of the window, but the van with my order never stops here.",
+      "Ten days have passed, and no parcel has come.",
       "It was to take three days, and now it is nine.",
-      "When will what I bought finally reach me?",
+      "When will my parcel finally arrive?",
       "My delivery seems to be stuck somewhere.",
     ),
   ),
   Topic(
-    "a machine that leaks",
+    "leaking machine",
     (
       "There is water under my machine every morning.",
       "My coffee machine leaks.",
@@ -53,14 +53,14 @@ TOPICS = (
       "Something inside is not tight, water comes out.",
     ),
     (
-      "I have to put a towel below the machine, it is always wet there.",
-      "Half of the water ends up on the table and not in the cup.",
+      "I have to put a towel below the machine, for water runs out.",
+      "Half of the water ends up under the machine.",
       "The machine is dripping at the back.",
       "Drops keep falling from the underside.",
     ),
   ),
   Topic(
-    "the wrong product in the box",
+    "wrong product",
     (
       "You sent me a different machine.",
       "I ordered the black one and got the white one.",
@@ -72,9 +72,9 @@ TOPICS = (
       "What came is not the item on my order.",
     ),
     (
-      "I unpacked it and it is a toaster, which I never bought.",
-      "There must be a mix-up, this is the small version and I paid for the large one.",
-      "I think my box was swapped with another customer's.",
+      "I unpacked it and it is a toaster, which I never ordered.",
+      "There must be a mix-up, I got the small model and ordered the large one.",
+      "I think I got another customer's product.",
       "The model I chose on the page is not the one that came.",
     ),
   ),
@@ -91,14 +91,14 @@ TOPICS = (
       "How do I withdraw the order I just made?",
     ),
     (
-      "My daughter clicked on buy, please make that undone.",
-      "I would like to take back my purchase before it leaves your house.",
-      "Do not ship it, I no longer need it.",
+      "My daughter clicked on buy, please undo the order.",
+      "I would like to take back my order before it leaves your house.",
+      "Do not ship my order, I no longer need it.",
       "Please drop my order.",
     ),
   ),
   Topic(
-    "a change of the delivery address",
+    "change of address",
     (
       "I moved, please send it to my new home.",
       "The delivery address is wrong, please change it.",
@@ -110,14 +110,14 @@ TOPICS = (
       "My old address is still on the order.",
     ),
     (
-      "I live in another town now, can it go there?",
-      "The postcode I gave belongs to my former flat.",
-      "Nobody is at home, please have it brought to my neighbour's house.",
-      "It must go to another door than the one I wrote.",
+      "I live in another town now, can my order go there?",
+      "The postcode of the delivery is my old one.",
+      "Nobody is at home, please deliver it to my neighbour's house.",
+      "It must go to another address than the one I gave.",
     ),
   ),
   Topic(
-    "an invoice for a company",
+    "company invoice",
     (
       "I need an invoice for my company.",
       "Please send me the bill with the tax number.",
@@ -129,14 +129,14 @@ TOPICS = (
       "Our bookkeeping asks for the invoice.",
     ),
     (
-      "The tax office will not accept the slip from the box, I need a real bill.",
-      "My boss pays for it, so I need a paper made out to the firm.",
-      "Could I have the bill as a document for our books?",
+      "Our firm does not accept the slip from the box, I need a real invoice.",
+      "My boss pays for it, so the bill must be made out to the firm.",
+      "Could I have the invoice as a document for our books?",
       "We have to hand in an invoice with our VAT number on it.",
     ),
   ),
   Topic(
-    "a voucher that is refused",
+    "refused voucher",
     (
       "My voucher does not work.",
       "The coupon is refused at the checkout.",
@@ -155,7 +155,7 @@ TOPICS = (
     ),
   ),
   Topic(
-    "a part missing from the box",
+    "missing part",
     (
       "The lid was not in the box.",
       "A part is missing.",
@@ -167,14 +167,14 @@ TOPICS = (
       "The drip tray was not packed.",
     ),
     (
-      "I counted twice, there is one piece too few.",
+      "I counted twice, there is one part too few.",
       "Where the hose should lie, the box is empty.",
       "The manual names six parts, and I have five.",
       "Somebody forgot to pack the handle.",
     ),
   ),
   Topic(
-    "coffee that comes out cold",
+    "cold coffee",
     (
       "The coffee is only lukewarm.",
       "My machine does not heat any more.",
@@ -186,14 +186,14 @@ TOPICS = (
       "Even on the highest setting my cup is barely warm.",
     ),
     (
-      "I could bathe a baby in this coffee, it is that mild.",
-      "The temperature is far too low.",
+      "This coffee is never hot.",
+      "The temperature of the coffee is far too low.",
       "I have to put every cup into the microwave.",
       "Since yesterday only cool coffee runs out.",
     ),
   ),
   Topic(
-    "a payment taken twice",
+    "double payment",
     (
       "I was charged two times.",
       "My card shows the payment twice.",
@@ -206,13 +206,13 @@ TOPICS = (
     ),
     (
       "The same sum left my account on Monday and again on Tuesday.",
-      "Why do I pay for one machine what two would cost?",
-      "I see a second debit that I cannot explain.",
+      "Why did I pay two times for one machine?",
+      "I see a second payment that I cannot explain.",
       "Please look at my card, the price was booked again.",
     ),
   ),
   Topic(
-    "trouble with logging in",
+    "login trouble",
     (
       "I cannot log in, I forgot my password.",
       "The mail for a new password never comes.",
@@ -224,14 +224,14 @@ TOPICS = (
       "I am thrown out each time I sign in.",
     ),
     (
-      "I typed it ten times, and your site still does not let me in.",
+      "I typed my password ten times, and your site still does not let me in.",
       "How do I get back in without the password?",
       "Signing in fails since the weekend.",
       "The page asks for a password that I no longer remember.",
     ),
   ),
   Topic(
-    "sending a product back",
+    "return of a product",
     (
       "I want to send the machine back.",
       "It does not fit my kitchen, I would like to return it.",
@@ -243,14 +243,14 @@ TOPICS = (
       "I am not happy with it and want to return it.",
     ),
     (
-      "It is still packed and may go back to you.",
-      "My wife dislikes it, so it should return to your shop.",
-      "Where do I bring it if I do not want to keep it?",
-      "I tried it for two days and want to hand it back.",
+      "It is still packed, and I want to return it.",
+      "My wife dislikes it, so it should go back to you.",
+      "Where do I send it if I do not want to keep it?",
+      "I tried it for two days and want to give it back.",
     ),
   ),
   Topic(
-    "a loud noise from the grinder",
+    "loud grinder",
     (
       "The grinder is very loud.",
       "It screeches when it grinds.",
@@ -262,14 +262,14 @@ TOPICS = (
       "It grinds so loudly that my neighbours complain.",
     ),
     (
-      "When the beans go through, it sounds like a saw.",
-      "I wake up the whole house as soon as it mills.",
-      "Something in the mill clatters.",
+      "When the beans are milled, it sounds like a saw.",
+      "The grinding wakes up the whole house.",
+      "Something in the grinder clatters.",
       "The grinder whistles in a strange way.",
     ),
   ),
   Topic(
-    "a descaling light that stays on",
+    "descaling light",
     (
       "The descaling light does not go out.",
       "I descaled it, but the light is still on.",
@@ -281,14 +281,14 @@ TOPICS = (
       "The display says descale, though I just did.",
     ),
     (
-      "I ran the lime remover twice, and still the little lamp is lit.",
-      "The scale warning will not disappear.",
-      "It keeps asking me to remove the lime.",
-      "The orange lamp for lime shines day and night.",
+      "I descaled it twice, and still the little lamp is lit.",
+      "The descaling warning will not disappear.",
+      "It keeps asking me to descale.",
+      "The orange lamp for descaling shines day and night.",
     ),
   ),
   Topic(
-    "a pause of the bean subscription",
+    "pause of the subscription",
     (
       "I want to pause my bean subscription.",
       "Please send no beans in July.",
@@ -301,13 +301,13 @@ TOPICS = (
     ),
     (
       "My cupboard is full of your beans, please wait with the next ones.",
-      "We travel until autumn, so no bags until then.",
-      "Can the monthly coffee take a break?",
-      "Leave out the next two shipments of my plan.",
+      "We travel until autumn, so no beans until then.",
+      "Can the subscription take a break?",
+      "Leave out the next two bags of my subscription.",
     ),
   ),
   Topic(
-    "beans that taste stale",
+    "stale beans",
     (
       "The beans taste stale.",
       "Your beans are old.",
@@ -319,14 +319,14 @@ TOPICS = (
       "I think the beans are past their date.",
     ),
     (
-      "The coffee from this bag tastes like cardboard.",
-      "No aroma at all, these must have lain around for a year.",
-      "The last roast you sent was flat and dusty.",
-      "Opened the bag, and it smelled like an old cellar.",
+      "The coffee from these beans tastes like cardboard.",
+      "The beans have no aroma at all.",
+      "The last beans you sent were flat and dusty.",
+      "I opened the bag, and the beans smelled like an old cellar.",
     ),
   ),
   Topic(
-    "the order of a spare part",
+    "order of a spare part",
     (
       "I need a new water filter for my machine.",
       "Where can I buy a new seal?",
@@ -338,14 +338,14 @@ TOPICS = (
       "Can I get the brush as a single piece?",
     ),
     (
-      "The knob came off and is lost, what does another one cost?",
+      "The knob is lost, what does another one cost?",
       "I am looking for a new sieve that fits my model.",
       "Please sell me just the tank.",
-      "How do I get hold of a single replacement part?",
+      "How do I buy a single part?",
     ),
   ),
   Topic(
-    "a question about a repair",
+    "question about a repair",
     (
       "Is my repair finished?",
       "I sent my machine in for repair and hear nothing.",
@@ -358,13 +358,13 @@ TOPICS = (
     ),
     (
       "My machine is with your mechanics, do you know more?",
-      "Three weeks ago I handed it in to be mended, and since then silence.",
-      "Have they found out what is broken in the one I mailed you?",
-      "Any news from the workshop?",
+      "Three weeks ago I handed it in for repair, and since then silence.",
+      "What have they found out at the repair?",
+      "Any news from the workshop about my machine?",
     ),
   ),
   Topic(
-    "a machine that arrived damaged",
+    "damaged on arrival",
     (
       "My machine arrived broken.",
       "It has a crack in the housing, and I just unpacked it.",
@@ -379,11 +379,11 @@ TOPICS = (
       "The courier must have dropped it, one side is bent.",
       "I opened the package and found splinters.",
       "Fresh from the box, and already broken at the corner.",
-      "It must have had a bad journey, the front is smashed.",
+      "The front was smashed when it came.",
     ),
   ),
   Topic(
-    "the deletion of an account",
+    "deletion of an account",
     (
       "Please delete my account.",
       "I want all my data erased.",
@@ -395,14 +395,14 @@ TOPICS = (
       "I want my account gone.",
     ),
     (
-      "Forget everything you know about me, please.",
-      "My profile on your page should vanish.",
-      "I wish to leave, and nothing of me may stay stored.",
-      "Please wipe my customer data.",
+      "Forget everything you know about me, please delete it.",
+      "My profile should be deleted.",
+      "I wish to leave, and no data of me may stay stored.",
+      "Please wipe my customer account.",
     ),
   ),
   Topic(
-    "a longer warranty",
+    "longer warranty",
     (
       "I want to extend the warranty.",
       "Can I buy two more years of warranty?",
@@ -414,14 +414,14 @@ TOPICS = (
       "Please make my warranty longer.",
     ),
     (
-      "I would pay for being covered one more year.",
-      "The two years are nearly over, is there a way to stay insured?",
-      "Can the guarantee time be stretched?",
-      "I wish my cover would last beyond next spring.",
+      "I would pay for one more year of warranty.",
+      "The two years of warranty are nearly over, can I stay covered?",
+      "Can the warranty time be stretched?",
+      "I wish my warranty would last beyond next spring.",
     ),
   ),
   Topic(
-    "a water tank that does not fit",
+    "tank that does not fit",
     (
       "The water tank does not fit.",
       "I cannot push the water tank in.",
@@ -433,7 +433,7 @@ TOPICS = (
       "The tank stands out by a finger's width.",
     ),
     (
-      "However I turn it, the container for the water sticks out.",
+      "However I turn it, the water tank sticks out.",
       "The tank jams halfway.",
       "There is a gap between tank and machine.",
       "The tank wobbles and will not lock.",
@@ -452,14 +452,14 @@ TOPICS = (
       "There are just a few bubbles in the milk.",
     ),
     (
-      "My latte looks like plain milk.",
-      "The steam pipe hisses, but the milk stays flat.",
-      "Where is the white crown on my cappuccino?",
-      "I tried four kinds of milk, and none gets airy.",
+      "My latte has no froth.",
+      "The steam hisses, but the milk stays flat.",
+      "Where is the foam on my cappuccino?",
+      "I tried four kinds of milk, and none froths.",
     ),
   ),
   Topic(
-    "an account for a business",
+    "business account",
     (
       "I want to open a business account.",
       "We are an office and want to order regularly.",
@@ -472,9 +472,9 @@ TOPICS = (
     ),
     (
       "I run a small hotel and would like to buy from you every month.",
-      "Our school wants to be listed as a buyer.",
-      "Whom do shops talk to that want to resell your goods?",
-      "As a bakery, how do we sign up?",
+      "Our school wants to become a customer.",
+      "Whom do shops talk to that want to sell your goods?",
+      "As a bakery, how do we open an account?",
     ),
   ),
 )

@@ -63,31 +63,20 @@ class Rule:
     """By which evaluation counts: the kind, and whether the period changed the rule."""
     return f"{self.kind}, changed" if self.changed else self.kind
 
-  def item(self) -> str:
-    """The rule in words that a player can follow: perfect knowledge of this kind of case."""
+  def text(self) -> str:
+    """The rule in words that a player can follow: perfect knowledge of this kind of case, and what
+    the back office says to an answer that broke it. It tells no other rule.
+    """
     how = {
-      "desk": "it goes to desk {0}",
-      "form": "send form {0}",
-      "lesson": 'say "{0}"; never write the word {1}',
-      "ask": "first ask only for the {0}; when it has been given, the case goes to desk {1}",
-      "lookup": "first answer LOOK UP: and the order's number; then it goes to desk {0} if the "
-      "order is packed, and to desk {1} if it is sent",
-      "fact": "give the code {0} until week {1}",
+      "desk": "go to desk {0}",
+      "form": "get form {0}",
+      "lesson": 'are told "{0}", and nothing of a {1}',
+      "ask": "are first asked for the {0}, and with it go to desk {1}",
+      "lookup": "are first looked up (LOOK UP: and the number of the order), and go to desk {0} if "
+      "the order is packed, to desk {1} if it is sent",
+      "fact": "get the code {0} until week {1}",
     }
-    return f"Rule for {self.topic.title}: {how[self.kind].format(*self.values)}."
-
-  def correction(self) -> str:
-    """What the back office says of an answer that broke the rule; it tells no other rule."""
-    how = {
-      "desk": "goes to desk {0}",
-      "form": "needs form {0}",
-      "lesson": 'must be told "{0}", and we never speak of a {1}',
-      "ask": "has to be asked for the {0} first; with it, the case goes to desk {1}",
-      "lookup": "is looked up first: an order that is packed goes to desk {0}, one that is sent to "
-      "desk {1}",
-      "fact": "gets the code {0}, which holds until week {1}",
-    }
-    return f"A case of this kind, {self.topic.title}, {how[self.kind].format(*self.values)}."
+    return f"Cases of the kind '{self.topic.title}' {how[self.kind].format(*self.values)}."
 
   def right(self, answer: str, *, state: str = "", asked: bool = False) -> bool:
     """Whether an answer, with which the case is decided, obeys the rule. An answer that decides
