@@ -37,7 +37,16 @@ def logged(monkeypatch):
     (f"{MARK} go to G", [f"{MARK} go to G"]),
     (f"Here it is:\n  {MARK} one  \r\n\n{MARK} two\nDone.", [f"{MARK} one", f"{MARK} two"]),
     (f"{MARK}\n{MARK}   \n{MARK} x", [f"{MARK} x"]),  # empty items say nothing
-    (f"{MARK.lower()} x\n* EXPERIENCE ITEM: x\n**{MARK} x**\nso {MARK} x", []),
+    # As Qwen2.5-Coder-1.5B wrote it.
+    (
+      "EXPERIENCE ITEM: a\n* EXPERIENCE ITEM: b\n- Experience Item: c",
+      [f"{MARK} {x}" for x in "abc"],
+    ),
+    (
+      "- **EXPERIENCE ITEM:** a\n**EXPERIENCE ITEM**: b\n-  EXPERIENCE ITEM:c",
+      [f"{MARK} {x}" for x in "abc"],
+    ),
+    (f"so {MARK} x\n1. {MARK} x\nEXPERIENCE ITEMS: x\nAn EXPERIENCE ITEM: x", []),
     (f"{MARK} a\x0cb\u2028c", [f"{MARK} a\x0cb\u2028c"]),  # only a newline ends an item
   ],
 )

@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 from absl import logging
@@ -15,6 +16,9 @@ from oel_jax.runtime import schema
 from oel_jax.runtime.files import read_text, write_text
 
 SCHEMA = 1
+_MARKED = re.compile(
+  r"(?:[-*\u2022]\s*)?(?:\*\*)?experience item(?:\*\*)?:(?:\*\*)?\s*(\S.*)", re.I | re.S
+)
 CARRIED = -1  # the step of an item that an earlier round wrote
 
 
@@ -71,17 +75,19 @@ def parse_items(answer: str, form: str) -> list[str]:
 
   Args:
     answer: text after the thinking; "" if the response never got there.
-    form: "items": each line that begins with ITEM_MARK, case and all, and says something after it;
-      other lines are left out. "text": the whole answer is one item.
+    form: "items": each line that begins with ITEM_MARK and says something after it; other lines are
+      left out. Real models write the mark without its dash, with a star, in bold or in small
+      letters: those count. "text": the whole answer is one item.
 
   Returns:
-    Item texts without surrounding white space, in order; none if the answer holds none.
+    Item texts without surrounding white space, in order; structured ones begin with ITEM_MARK. None
+    if the answer holds none.
   """
   if form == "text":
     return [answer.strip()] if answer.strip() else []
   # Not splitlines: a form feed inside an item does not end it.
-  lines = (line.strip() for line in answer.split("\n"))
-  return [line for line in lines if line.startswith(ITEM_MARK) and line != ITEM_MARK]
+  found = (_MARKED.fullmatch(line.strip()) for line in answer.split("\n"))
+  return [f"{ITEM_MARK} {item[1]}" for item in found if item]
 
 
 def longest_end(knowledge: Knowledge, fits: Callable[[Knowledge], bool]) -> Knowledge:
