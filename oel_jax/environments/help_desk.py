@@ -20,8 +20,9 @@ from oel_jax.environments.api import Step
 from oel_jax.runtime.seeds import derive
 
 MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
-# The same in all cases, so that their prompts begin alike. It names no kinds of rules: a small model,
-# told of desks, forms and codes, named one of each. Nor what can be looked up: then it always did.
+# The same in all cases, so that their prompts begin alike. It names no kinds of rules: a small
+# model, told of desks, forms and codes, named one of each. Nor does it name the tool, which that
+# model then always used.
 ASK = (
   "You work at the help desk of Orsa, who sell coffee machines by post. Choose from what is known "
   "the kind of case that fits what the customer says, name it, and tell the customer in one short "
