@@ -191,14 +191,20 @@ BY_HAND = [
   (
     checks.json_object,
     dict(keys=("name", "size")),
-    ['{"name": "sea", "size": "large"}', '\n{\n "size": "large",\n "name": "sea"\n}\n'],
+    [
+      '{"name": "sea", "size": "large"}',
+      '\n{\n "size": "large",\n "name": "sea"\n}\n',
+      '```json\n{"name": "sea", "size": "large"}\n```\n',
+      '```\n{"name": "sea",\n"size": "large"}\n```',
+    ],
     [
       '{"name": "sea"}',
       '{"name": "sea", "size": 3}',
       '{"name": "sea", "size": ""}',
       '{"name": "sea", "size": "large", "use": "none"}',
       '{"name": "sea", "size": "large", "size": "small"}',
-      '```json\n{"name": "sea", "size": "large"}\n```',
+      '```json\n{"name": "sea", "size": "large"}\n```\nThis is the sea.',
+      'JSON:\n```json\n{"name": "sea", "size": "large"}\n```',
       '[{"name": "sea", "size": "large"}]',
       '[["name", "sea"], ["size", "large"]]',
       "{'name': 'sea', 'size': 'large'}",
@@ -232,12 +238,6 @@ BY_HAND = [
     dict(wanted="49"),
     ["49", " 49.\n"],
     ["46 + 3 = 49", "49 apples", "490", "4 9", ""],
-  ),
-  (
-    checks.spelled,
-    dict(wanted="ninety-four"),
-    ["ninety-four", "Ninety four."],
-    ["94", "ninetyfour", "ninety and four", "four ninety", ""],
   ),
   (
     checks.exactly,
@@ -275,7 +275,9 @@ def follow(prompt: str) -> str:
     return many("salt", " ", numbers[0])
   if has("at most"):
     return many("salt", " ", numbers[1])
-  if has("short sentences"):
+  if has("in this form"):
+    return re.sub("thing", "rain", after)
+  if has("exactly", "short sentences"):
     return many("It rains.", " ", numbers[0])
   if has("poem"):
     return many("It rains", "\n", numbers[0])
@@ -304,8 +306,6 @@ def follow(prompt: str) -> str:
     return f"{before}Rain{after}"
   if has("alphabetical"):
     return ", ".join(sorted(after.split(", ")))
-  if has("on one line, with"):
-    return many("rain", quoted[0], numbers[0])
   if has("different words"):
     return ", ".join(quoted[0] + end for end in "abcd"[: numbers[0]])
   if has("three lines"):
@@ -322,18 +322,15 @@ def follow(prompt: str) -> str:
     return json.dumps([f"rain {i}" for i in range(numbers[0])])
   if has("yes or no"):
     return "yes" if numbers[0] > numbers[1] else "no"
-  if has("plus"):
+  if has("What is", " + "):
     return str(numbers[0] + numbers[1])
-  if has("minus"):
+  if has("What is", " - "):
     return str(numbers[0] - numbers[1])
   if has("in digits"):
     ten, unit = quoted[0].split("-")
     return str(TENS[ten] + UNITS.index(unit))
-  if has("English words"):
-    [ten] = [name for name, value in TENS.items() if value == numbers[0] // 10 * 10]
-    return f"{ten}-{UNITS[numbers[0] % 10]}"
-  if has("backwards"):
-    return "".join(reversed(quoted[0]))
+  if has("reverse order"):
+    return " ".join(reversed(after.split()))
   if has("order's number"):
     return str(numbers[0])
   if has("On which day"):

@@ -2,9 +2,9 @@
 the rule says.
 
 White space at the two ends of an answer is forgiven, and so are empty lines between lines that are
-counted, and where `alone` compares an answer of a word or two, its case and one full stop behind
-it. Nothing else is: a comment, a code fence or bold print around an answer is wrong where the
-instruction wants nothing else.
+counted, a code block around JSON, and where `alone` compares an answer of a few words, its case and
+one full stop behind it. Nothing else is: a comment or bold print around an answer is wrong where
+the instruction wants nothing else.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # "don't" and "well-known" are one word each
 END = re.compile(r"[.!?]+(?=\s|$)")  # of a sentence; the point in "3.5" ends none
+BLOCK = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
 MIN_WORDS = 5  # of a sentence that is asked for: "Yes." says nothing
 
 
@@ -35,11 +36,6 @@ def lines(answer: str) -> list[str]:
 def alone(answer: str, wanted: str) -> bool:
   """Whether the answer is `wanted` and nothing else, in any case, with a full stop or without."""
   return answer.strip().removesuffix(".").casefold() == wanted.casefold()
-
-
-def spelled(answer: str, wanted: str) -> bool:
-  """What `alone` says; a hyphen may be a space."""
-  return alone(answer.replace("-", " "), wanted.replace("-", " "))
 
 
 def exactly(answer: str, wanted: str) -> bool:
@@ -182,10 +178,11 @@ def json_texts(answer: str, count: int) -> bool:
 
 
 def _json(answer: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-  """What the JSON text holds; None if it is none. `pairs` makes an object of its keys and values,
-  of which a dictionary would forget those that come twice.
+  """What the JSON text holds, in a code block or in none; None if it is no JSON. `pairs` makes an
+  object of its keys and values, of which a dictionary would forget those that come twice.
   """
   try:
-    return json.loads(answer, object_pairs_hook=pairs)
+    block = BLOCK.fullmatch(answer.strip())
+    return json.loads(block[1] if block else answer, object_pairs_hook=pairs)
   except (ValueError, RecursionError):
     return None

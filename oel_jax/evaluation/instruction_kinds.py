@@ -84,13 +84,13 @@ def word_count(rng: random.Random) -> tuple[str, Check]:
 def at_most_words(rng: random.Random) -> tuple[str, Check]:
   most, about = rng.randint(10, 16), rng.choice(SUBJECTS)
   least = checks.MIN_WORDS
-  told = f"Describe {about}. Use at least {least} and at most {most} words in all."
+  told = f"What is special about {about}? Answer with at least {least} and at most {most} words."
   return told, partial(checks.word_count, least=least, most=most)
 
 
 def sentence_count(rng: random.Random) -> tuple[str, Check]:
   count, about = rng.randint(2, 4), rng.choice(SUBJECTS)
-  told = f"Describe {about} in exactly {count} short sentences, without abbreviations."
+  told = f"Write exactly {count} short sentences about {about}, without abbreviations."
   return told, partial(checks.sentence_count, count=count)
 
 
@@ -116,12 +116,12 @@ def last_word(rng: random.Random) -> tuple[str, Check]:
 
 def upper(rng: random.Random) -> tuple[str, Check]:
   told = f"Write {SENTENCE} about {rng.choice(SUBJECTS)}. "
-  return told + "USE CAPITAL LETTERS ONLY, for every word of your answer.", checks.upper
+  return told + "WRITE ALL OF IT IN CAPITAL LETTERS, LIKE THIS.", checks.upper
 
 
 def lower(rng: random.Random) -> tuple[str, Check]:
   told = f"Write {SENTENCE} about {rng.choice(SUBJECTS)}. "
-  told += "Use small letters only: no capital letter may stand anywhere, not even at the beginning."
+  told += "write all of it in small letters, like this, the first letter too."
   return told, checks.lower
 
 
@@ -139,7 +139,7 @@ def without_letter(rng: random.Random) -> tuple[str, Check]:
 
 
 def without_commas(rng: random.Random) -> tuple[str, Check]:
-  told = f"Describe {rng.choice(SUBJECTS)} in two long sentences. Do not use any comma."
+  told = f"Describe {rng.choice(SUBJECTS)} in two short sentences. Do not use any comma."
   return told, partial(checks.without_text, text=",")
 
 
@@ -156,8 +156,8 @@ def question(rng: random.Random) -> tuple[str, Check]:
 
 
 def quoted(rng: random.Random) -> tuple[str, Check]:
-  told = f"Write one sentence about {rng.choice(SUBJECTS)}. Put your whole answer in double quotes "
-  told += 'like "this", and use no other quotes.'
+  told = f"Write one sentence about {rng.choice(SUBJECTS)}. Put double quotes around your answer: "
+  told += 'its first character must be ", its last one too, and no other quotes may stand in it.'
   return told, partial(checks.wrapped, before='"', after='"')
 
 
@@ -171,8 +171,11 @@ def wrapped(rng: random.Random) -> tuple[str, Check]:
 
 def separated(rng: random.Random) -> tuple[str, Check]:
   count, separator = rng.randint(3, 5), rng.choice((";", "|", "/"))
-  told = f"Name {count} things that have to do with {rng.choice(SUBJECTS)}, on one line, with "
-  told += f'"{separator}" between them and nothing else.'
+  told = (
+    f"Name {count} things that have to do with {rng.choice(SUBJECTS)}. Write all of them on one "
+  )
+  form = f" {separator} ".join(["thing"] * count)
+  told += f"line, with {separator} between them and nothing else, in this form: {form}"
   return told, partial(checks.separated, separator=separator, count=count)
 
 
@@ -213,14 +216,14 @@ def json_object(rng: random.Random) -> tuple[str, Check]:
   keys = rng.sample(("name", "colour", "place", "use", "size", "season"), rng.randint(2, 3))
   listed = " and ".join(f'"{key}"' for key in keys)
   told = f"Describe {rng.choice(SUBJECTS)} as one JSON object with exactly the keys {listed}; each "
-  told += "value is a text. Your answer must be the JSON alone, without a code block."
+  told += "value is a text. Write nothing but the JSON."
   return told, partial(checks.json_object, keys=tuple(keys))
 
 
 def json_texts(rng: random.Random) -> tuple[str, Check]:
   count, about = rng.randint(3, 5), rng.choice(SUBJECTS)
   told = f"Name {count} things that have to do with {about} as a JSON array of {count} texts. "
-  told += "Your answer must be the JSON alone, without a code block."
+  told += "Write nothing but the JSON."
   return told, partial(checks.json_texts, count=count)
 
 
@@ -231,9 +234,9 @@ def yes_or_no(rng: random.Random) -> tuple[str, Check]:
 
 
 def arithmetic(rng: random.Random) -> tuple[str, Check]:
-  a, b, sign = rng.randint(21, 79), rng.randint(3, 19), rng.choice(("plus", "minus"))
+  a, b, sign = rng.randint(21, 79), rng.randint(2, 9), rng.choice("+-")
   told = f"What is {a} {sign} {b}? Answer with the number in digits and nothing else."
-  return told, partial(checks.alone, wanted=str(a + b if sign == "plus" else a - b))
+  return told, partial(checks.alone, wanted=str(a + b if sign == "+" else a - b))
 
 
 def in_digits(rng: random.Random) -> tuple[str, Check]:
@@ -242,23 +245,20 @@ def in_digits(rng: random.Random) -> tuple[str, Check]:
   return told, partial(checks.alone, wanted=str(ten + unit))
 
 
-def in_words(rng: random.Random) -> tuple[str, Check]:
-  ten, unit = rng.choice(list(TENS)), rng.randint(1, 9)
-  told = f"Write the number {ten + unit} in English words, without digits. Answer with the number "
-  return told + "and nothing else.", partial(checks.spelled, wanted=f"{TENS[ten]}-{UNITS[unit]}")
-
-
 def alphabetical(rng: random.Random) -> tuple[str, Check]:
-  given = rng.sample(THINGS, 4)
+  given = rng.sample(THINGS, 3)
   told = "Put these words in alphabetical order. Answer with the words on one line, with a comma "
   told += f"and a space between them, and nothing else: {', '.join(given)}"
   return told, partial(checks.alone, wanted=", ".join(sorted(given)))
 
 
 def backwards(rng: random.Random) -> tuple[str, Check]:
-  word = rng.choice(SHORT)
-  told = f'Write the word "{word}" backwards, the last letter first. Answer with the letters, '
-  return told + "without spaces, and nothing else.", partial(checks.alone, wanted=word[::-1])
+  given = rng.sample(SHORT, 3)
+  told = (
+    "Write these words in reverse order, the last one first. Answer with the words on one line, "
+  )
+  told += f"with spaces between them, and nothing else: {' '.join(given)}"
+  return told, partial(checks.alone, wanted=" ".join(reversed(given)))
 
 
 def extract(rng: random.Random) -> tuple[str, Check]:
@@ -332,7 +332,6 @@ _KINDS = (
   yes_or_no,
   arithmetic,
   in_digits,
-  in_words,
   alphabetical,
   backwards,
   extract,
