@@ -8,10 +8,13 @@ What is read, left out and redacted is told and stands in round_1/user/logs.json
 --config.logs.path='logs/{round}' --config.rounds=2.
 """
 
+import pathlib
+
 import ml_collections
 
 from oel_jax import config as config_lib
 
+HERE = pathlib.Path(__file__).parent
 SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-1.7b", "qwen3-4b")
 
 
@@ -35,4 +38,5 @@ def get_config(size: str = "qwen2.5-1.5b") -> ml_collections.ConfigDict:
     config.consolidation.update(gate_episodes=0, learning_rate=1e-5, steps=40, batch_size=32)
     config.evaluation.update(episodes=64, in_context=False, retention=256)
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
+    config.evaluation.unrelated = str(HERE / "data/unrelated.txt")
   return config

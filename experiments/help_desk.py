@@ -9,11 +9,14 @@ oel_jax/environments/help_desk.py explains all arguments. What a run's customers
     python -m oel_jax.conversations.exporters runs/desk/round_1/user/trajectories.jsonl log.jsonl
 """
 
+import pathlib
+
 import ml_collections
 
 from oel_jax import config as config_lib
 from oel_jax.environments import help_desk_rules
 
+HERE = pathlib.Path(__file__).parent
 GAME_ARGS = {
   "all": dict(kinds=help_desk_rules.KINDS, topics=24, vague=0.2),
   "desk": dict(kinds=("desk",), topics=12, vague=0.0),  # where a case goes and nothing else
@@ -49,4 +52,5 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
     config.evaluation.episodes = 256
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
     config.evaluation.retention = 256
+    config.evaluation.unrelated = str(HERE / "data/unrelated.txt")
   return config

@@ -253,6 +253,10 @@ def default() -> ml_collections.ConfigDict:
       # lost
       tasks=(),
       retention=0,  # examples of each of those tasks; 0: none
+      # prompts (.txt, .jsonl or .json, `conversations/importers.py`) that have nothing to do with
+      # what is learned: on them is measured how far the model has moved from the one that the run
+      # began with (`stages/unrelated.py`); "": not measured
+      unrelated="",
     )
   )
   # Devices on each axis; -1: all that are left.

@@ -19,7 +19,7 @@ from oel_jax.conversations.schema import Message
 from oel_jax.policy import load as load_lib
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer
 from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.tasks import export
+from oel_jax.tasks import export, stage
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 SAYS = "- EXPERIENCE ITEM: H is a hole [down]"  # knowledge to the extractor, a move to the game
@@ -181,7 +181,8 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
     "consolidation.gate_episodes": 0,
     "consolidation.log_probe": 0,  # the held-out prompts have a probe of their own
     "evaluation.episodes": 4,
-    "evaluation.retention": 0,
+    "evaluation.retention": 0,  # what is forgotten has a test of its own
+    "evaluation.unrelated": "",
   }
   config.update_from_flattened_dict(few)
   later = tmp_path / "logs/2"
@@ -223,3 +224,42 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
   shutil.rmtree(tmp_path / "logs/1")
   assert loop.run(config, tmp_path / "run") == results
   assert (tmp_path / "run/round_1/prompts.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_is_forgotten_is_measured_before_and_after_every_round(folder, tmp_path):
+  """On a real tokenizer and chat template, from logs, where nothing is played; and again by the one
+  stage alone, which reads the base from where it was.
+  """
+  lines = [said_by(f"user{i}", i) for i in range(12)]
+  (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  config = load("from_logs", "qwen3-1.7b")
+  few = {name: value for name, value in FEWER.items() if not name.startswith("deployment.")}
+  few |= {
+    "rounds": 1,
+    "policy.weights": str(folder),
+    "logs.path": str(tmp_path / "log.jsonl"),
+    "logs.near": 2.0,
+    "deployment.max_response_tokens": 32,
+    "extraction.texts": 2,
+    "consolidation.gate_episodes": 0,
+    "consolidation.log_probe": 0,
+    "consolidation.learning_rate": 0.1,  # so bent a head hardly moves
+    "evaluation.retention": 33,
+  }
+  config.update_from_flattened_dict(few)
+  results = loop.run(config, tmp_path / "run")
+  kept = [results["base_retention"], *(entry["retention"] for entry in results["rounds"])]
+  assert [entry["instructions_count"] for entry in kept] == [33] * 2
+  assert all(len(entry["instructions_categories"]) == 33 for entry in kept)
+  moved = [results["base"]["unrelated"], *(entry["unrelated"] for entry in results["rounds"])]
+  assert [entry["prompts"] for entry in moved] == [60] * 2
+  kl = [entry["kl"] for entry in moved]
+  assert abs(kl[0]) < 1e-6 and kl[1] > 1e-4
+  page = (tmp_path / "run/report/index.html").read_text()
+  assert "Instructions, part by part" in page and "KL to the base" in page
+  measured = tmp_path / "run/round_1/evaluation.json"
+  before = json.loads(measured.read_text())["unrelated"]
+  measured.unlink()
+  stage.run(config, str(tmp_path / "run"), stage="evaluate", number=1)
+  assert json.loads(measured.read_text())["unrelated"] == before

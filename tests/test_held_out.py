@@ -20,7 +20,7 @@ from oel_jax.evaluation import statistics
 from oel_jax.pocket import load
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.stages import held_out, withdrawn
+from oel_jax.stages import divergence, held_out, withdrawn
 from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
 
 LIMIT = 6
@@ -64,7 +64,7 @@ def fixture_made(tmp_path, monkeypatch):
   ]
   (tmp_path / "round_1/user").mkdir(parents=True)
   write_jsonl(tmp_path / "round_1" / HELD_OUT, prompts)
-  monkeypatch.setattr(held_out, "BATCH", 8)
+  monkeypatch.setattr(divergence, "BATCH", 8)
   monkeypatch.setattr(placement, "prepare_teacher", lambda *_: None)
   monkeypatch.setattr(samples, "place", lambda batch, *_: batch)
   probe = lambda params, teacher, batch: {"kl": params["w"][0] + len(batch.mask)}

@@ -44,6 +44,7 @@ NEW = (
   ("extraction", "min_support"),
   ("extraction", "newest_wins"),
   ("evaluation", "tasks"),
+  ("evaluation", "unrelated"),
 )
 
 

@@ -502,6 +502,26 @@ def test_a_task_with_parts_shows_them_round_by_round(tmp_path):
   assert "<b>" in text  # as text, not as print
 
 
+def test_the_divergence_from_the_base_stands_in_every_row_that_has_one(tmp_path):
+  for number, kl in enumerate((-2e-8, 0.03126, None)):
+    (tmp_path / f"round_{number}").mkdir()
+    found = {"schema": 1, "round": number, "without": play(5, 10, 50.0), "retention": {}}
+    away = {"prompts": 60, "kl": kl, "response_tokens": mean(21.0, 60)}
+    found |= {"unrelated": None if kl is None else away}
+    (tmp_path / f"round_{number}/evaluation.json").write_text(json.dumps(found))
+  run = records.read(tmp_path)
+  results = results_lib.summarize(run)
+  assert results["base"]["unrelated"]["kl"] == -2e-8
+  away = results["rounds"][0]["unrelated"]
+  assert (away["kl"], away["prompts"], away["response_tokens"]) == (0.03126, 60, 21.0)
+  assert results["rounds"][1]["unrelated"] is None
+  told = [row.get("KL to the base") for row in results_lib.rows(results)]
+  assert told == ["0.0000", "0.0313", None]
+  text = Seen(page.render(run, {}, {})).text
+  assert "Unrelated prompts" in text and "Base model600.000021.0" in text
+  assert "Round 1600.031321.0" in text
+
+
 def test_games_are_counted_by_what_the_environment_calls_them(tmp_path):
   for number, hits in enumerate((1, 4)):
     parts = {"desk": count(hits, 6), "form <b>": count(1, 4)}
@@ -561,6 +581,10 @@ def test_rows_of_a_finished_round(run):
     (
       lambda value: value["retention"]["other"].update(categories={"one": count(3, 200)}),
       "retention.other.categories is 3: it must be 193 hits in all, as retention.other says",
+    ),
+    (
+      lambda value: value.update(unrelated={"prompts": 3, "kl": "0"}),
+      "unrelated.kl is '0': it must be a number",
     ),
     (
       lambda value: value["without"]["response_tokens"].update(mean="<b>"),

@@ -114,6 +114,33 @@ def make_task(
   return Task(encoded, knowledge, skips, given, seed, round, ids)
 
 
+def plain_task(
+  tokenizer: Any,
+  prompts: Sequence[Prompt],
+  *,
+  seed: int,
+  round: int,
+  thinking: bool,
+  limit: int,
+) -> Task:
+  """Returns the task in which the teacher reads nothing before any prompt; arguments as
+  `make_task`'s.
+
+  Raises:
+    ValueError: a prompt is over `limit`.
+  """
+  encode = functools.partial(prompt_lib.ids, tokenizer, thinking=thinking)
+  encoded = tuple(tuple(encode(prompt.messages, tools=prompt.tools)) for prompt in prompts)
+  for prompt, ids in zip(prompts, encoded, strict=True):
+    if len(ids) > limit:
+      raise ValueError(
+        f"config.policy.max_prompt_tokens is {limit}, but prompt {prompt.id} has {len(ids)} "
+        "tokens: raise it, or shorten the prompt"
+      )
+  given, names = (range(1),) * len(encoded), tuple(prompt.id for prompt in prompts)
+  return Task(encoded, ((),), (0,), given, seed, round, names)
+
+
 def _beginning(prompt: Prompt) -> tuple[Message | None, tuple[str, ...]]:
   """What a prompt's knowledge prefix goes by: its own system message, or none, and its tools."""
   first = prompt.messages[0]

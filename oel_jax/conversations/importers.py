@@ -1,4 +1,5 @@
-"""Files that others wrote and config.distill names; logs of conversations are `logs.py`'s.
+"""Files that others wrote and config.distill or config.evaluation names; logs of conversations are
+`logs.py`'s.
 
 They are a text, prompts in every usual form, and a check of answers. Nothing in them is changed or
 left out in silence. A text is UTF-8, with or without a byte order mark; its lines end with a
@@ -29,30 +30,30 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def read_text(path: str, field: str) -> str:
-  """The text of the file that config.distill.`field` names, its lines ended by newlines alone.
+def read_text(path: str, field: str, group: str = "distill") -> str:
+  """The text of the file that config.`group`.`field` names, its lines ended by newlines alone.
 
   Raises:
     ValueError: the field is not set or names another store; the file is compressed or not UTF-8.
     OSError: there is no such file.
   """
   if not path:
-    raise ValueError(f"config.distill.{field} is not set: it must be the path of a file")
-  file = files.local(path, f"config.distill.{field}")
+    raise ValueError(f"config.{group}.{field} is not set: it must be the path of a file")
+  file = files.local(path, f"config.{group}.{field}")
   if file.suffix.lower() in COMPRESSED:
     raise ValueError(
-      f"config.distill.{field} is {path!r}, which is compressed: it must be unpacked"
+      f"config.{group}.{field} is {path!r}, which is compressed: it must be unpacked"
     )
   try:
     text = file.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    told = f"config.distill.{field}: {path} is not a text in UTF-8 ({error})"
+    told = f"config.{group}.{field}: {path} is not a text in UTF-8 ({error})"
     raise ValueError(told) from error
   return text.replace("\r\n", "\n")
 
 
-def read_prompts(path: str, field: str) -> list[Prompt]:
-  """The prompts in the file that config.distill.`field` names, in its order, every one of them.
+def read_prompts(path: str, field: str, group: str = "distill") -> list[Prompt]:
+  """The prompts in the file that config.`group`.`field` names, in its order, every one of them.
 
   A conversation is an object with `messages` as OpenAI writes them (system, user and assistant, the
   last one the user's), and with an `id` if it likes. Empty lines are none.
@@ -62,13 +63,14 @@ def read_prompts(path: str, field: str) -> list[Prompt]:
       .jsonl, .ndjson or .jsonlines: one conversation a line; .json: an array of conversations, or
       one a line.
     field: for errors, and for the ids of prompts that have none.
+    group: of the configuration, for errors.
 
   Raises:
     ValueError: the field is not set; the file has another suffix or holds no prompts; or it holds
       what is no conversation or would be lost: names file and line, or the place in the array.
     OSError: there is no such file.
   """
-  text, suffix = read_text(path, field), pathlib.Path(path).suffix.lower()
+  text, suffix = read_text(path, field, group), pathlib.Path(path).suffix.lower()
   name = lambda number: f"{field}-{number}"
   if suffix in TEXT:
     found = []
@@ -81,11 +83,11 @@ def read_prompts(path: str, field: str) -> list[Prompt]:
     found = [_conversation(value, place, name(number)) for number, place, value in values]
   else:
     raise ValueError(
-      f"config.distill.{field} is {path!r}: the name must end in {' or '.join(TEXT)} (one user "
+      f"config.{group}.{field} is {path!r}: the name must end in {' or '.join(TEXT)} (one user "
       f"message a line), {', '.join(LINES)} (one conversation a line) or .json (an array of them)"
     )
   if not found:
-    raise ValueError(f"config.distill.{field}: {path} holds no prompts")
+    raise ValueError(f"config.{group}.{field}: {path} holds no prompts")
   return found
 
 

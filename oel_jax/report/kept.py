@@ -1,22 +1,51 @@
 """What the model kept of what it could do before, on the page: shares of the tasks that a
-configuration names, and of their parts.
+configuration names, and of their parts; how far it is from the base where nothing was to be
+learned.
 """
 
-from oel_jax.report.parts import escape, label, note, share_cell, table
+from oel_jax.report.parts import escape, label, mean_cell, minus, note, share_cell, table
 from oel_jax.report.records import Run
 
 
 def kept(run: Run) -> str:
-  """HTML of each round's tasks, and folded of the parts that they are made up of."""
-  title = "<h3>What else the model can do</h3>"
+  """HTML of each round's tasks, folded of the parts that they are made up of, and of the divergence
+  from the base.
+  """
+  return "<h3>What else the model can do</h3>" + _tasks(run) + _unrelated(run)
+
+
+def _tasks(run: Run) -> str:
   if not run.tasks:
-    return title + note("Not measured.")
+    return note("Not measured.")
   lines = [
     [f"<td>{label(number)}</td>", *(share_cell(found.retention.get(task)) for task in run.tasks)]
     for number, found in sorted(run.evaluations.items())
   ]
   head = ("Round", *(escape(task.capitalize()) for task in run.tasks))
-  return title + table(head, lines) + "".join(_parts(run, task) for task in run.tasks)
+  return table(head, lines) + "".join(_parts(run, task) for task in run.tasks)
+
+
+def _unrelated(run: Run) -> str:
+  """How far each round's model is from the base; "" if it was not measured."""
+  lines = [
+    [
+      f"<td>{label(number)}</td>",
+      f"<td>{away.prompts}</td>",
+      f"<td>{minus(f'{away.kl:z.4f}')}</td>",
+      mean_cell(away.response_tokens, "answers"),
+    ]
+    for number, found in sorted(run.evaluations.items())
+    if (away := found.unrelated)
+  ]
+  if not lines:
+    return ""
+  about = note(
+    "KL from the model to the one that the run began with, neither with knowledge in its prompt, "
+    "in nats a token of the model’s own answers to prompts that have nothing to do with what was "
+    "learned: 0 is no change."
+  )
+  head = ("Round", "Prompts", "KL to the base", "Tokens an answer")
+  return "<h3>Unrelated prompts</h3>" + table(head, lines) + about
 
 
 def _parts(run: Run, task: str) -> str:

@@ -14,9 +14,10 @@ from oel_jax.conversations.jsonl import read_conversations
 from oel_jax.conversations.schema import Conversation
 from oel_jax.extraction import provenance
 from oel_jax.extraction.provenance import Origin
-from oel_jax.report import gates
+from oel_jax.report import divergences, gates
+from oel_jax.report.divergences import HeldOut, Unrelated
 from oel_jax.report.gates import Gate
-from oel_jax.report.measures import Measure, read_categories, read_mean, read_share
+from oel_jax.report.measures import Measure, read_categories, read_share
 from oel_jax.report.plays import Play, read_play
 from oel_jax.runtime import files, metrics, schema
 from oel_jax.runtime.manifest import Manifest
@@ -24,25 +25,6 @@ from oel_jax.runtime.schema import get, need, whole
 from oel_jax.runtime.workdir import read_config
 
 SCHEMA = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-  """How far the policy is from the one that has the knowledge in its prompt, on `prompts` prompts
-  of conversations that nothing was learned from (`stages.held_out`): before the round and after, in
-  nats a token, and the share of the first that is gone; answers that the limit cut, None by an
-  earlier version; and how many prompts were `withdrawn` since the logs were read.
-  """
-
-  prompts: int
-  kl_before: float
-  kl_after: float
-  closer: float | None
-  response_tokens_before: Measure
-  response_tokens_after: Measure
-  cut_before: Measure | None = None
-  cut_after: Measure | None = None
-  withdrawn: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +42,7 @@ class Evaluation:
     made_from: what was measured → a digest of it; {} by an earlier version.
     held_out: where logs are learned from.
     retention_categories: of those of the tasks that have parts, the share of each.
+    unrelated: where config.evaluation.unrelated has prompts.
     deployed_cut: responses of the round's deployed games that the limit of tokens ended, of those
       for "knowledge" and those for "prompts"; {} without games, or by an earlier version.
   """
@@ -76,6 +59,7 @@ class Evaluation:
   made_from: dict[str, str]
   held_out: HeldOut | None = None
   retention_categories: dict[str, dict[str, Measure]] = dataclasses.field(default_factory=dict)
+  unrelated: Unrelated | None = None
   deployed_cut: dict[str, Measure] = dataclasses.field(default_factory=dict)
 
 
@@ -271,8 +255,9 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     value.get("recovered"),
     gates.parse(gate) if gate is not None else None,
     made_from,
-    value.get("held_out") and _held_out(value["held_out"]),
+    value.get("held_out") and divergences.held_out(value["held_out"]),
     {task: parts for task, share in retention.items() if (parts := _parts(share, task))},
+    value.get("unrelated") and divergences.unrelated(value["unrelated"]),
     _shares(value, "deployed_cut"),
   )
 
@@ -292,25 +277,6 @@ def _shares(value: Any, name: str) -> dict[str, Measure]:
   shares = value.get(name, {})
   need(isinstance(shares, dict), name, shares, "an object")
   return {what: read_share(share, f"{name}.{what}") for what, share in shares.items()}
-
-
-def _held_out(value: Any) -> HeldOut:
-  numbers = {name: get(value, name, "held_out") for name in ("kl_before", "kl_after")}
-  numbers["closer"] = value.get("closer")
-  for name, number in numbers.items():
-    known = schema.is_number(number) or (name == "closer" and number is None)
-    need(known, f"held_out.{name}", number, "a number")
-  means = {
-    name: read_mean(get(value, name, "held_out"), f"held_out.{name}")
-    for name in ("response_tokens_before", "response_tokens_after")
-  }
-  cuts = {
-    name: read_share(value[name], f"held_out.{name}")
-    for name in ("cut_before", "cut_after")
-    if name in value
-  }
-  gone = whole({"withdrawn": 0} | value, "withdrawn", "held_out")
-  return HeldOut(whole(value, "prompts", "held_out"), **numbers, **means, **cuts, withdrawn=gone)
 
 
 def _costs(value: Any, number: int) -> list[Cost]:

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from oel_jax.report import cuts, distilled, page
+from oel_jax.report.divergences import Unrelated
 from oel_jax.report.gates import Gate
 from oel_jax.report.measures import Measure
 from oel_jax.report.records import Evaluation, Run, read
@@ -57,8 +58,8 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
     What results.json holds: "base" and, for each evaluated round, an entry of "rounds"; of a run of
     `tasks.distill` what `distilled.summarize` returns. A share or mean NAME stands beside
     NAME_count, the cases that it rests on, and NAME_interval, 95%; all three are None where it was
-    not measured. Shares and "recovered" are fractions. "choices" is what the machine decided
-    (`choices.choose`), None if the run did not say.
+    not measured. Shares and "recovered" are fractions; "kl" is in nats a token. "choices" is what
+    the machine decided (`choices.choose`), None if the run did not say.
 
   Raises:
     ValueError: not a run directory, or a damaged file in it; names the file, the field, the value
@@ -129,6 +130,8 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
       closer = away["closer"]
       row["closer to the teacher"] = None if closer is None else f"{100 * closer:.0f}%"
       row["response tokens"] = away["response_tokens_after"]
+    if moved := entry["unrelated"]:
+      row["KL to the base"] = f"{moved['kl']:z.4f}"  # 0 of the base, but for rounding
     kept = entry["retention"]
     row.update({name: _percent(kept[name]) for name in kept if f"{name}_interval" in kept})
     table.append(row)
@@ -210,7 +213,14 @@ def _play_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     for key, value in _numbers(name, measure).items()
   }
   cut = {name: _numbers("cut", share) for name, share in cuts.measured(run, evaluation).items()}
-  return found | {"ended": play.ended, "categories": _shares(play.categories), "cut": cut}
+  found |= {"ended": play.ended, "categories": _shares(play.categories), "cut": cut}
+  moved = evaluation.unrelated
+  return found | {"unrelated": _unrelated_numbers(moved) if moved else None}
+
+
+def _unrelated_numbers(moved: Unrelated) -> dict[str, Any]:
+  numbers = _numbers("response_tokens", moved.response_tokens)
+  return {"prompts": moved.prompts, "kl": moved.kl, **numbers}
 
 
 def _shares(categories: dict[str, Measure]) -> dict[str, Any]:

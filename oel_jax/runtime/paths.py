@@ -18,6 +18,7 @@ FILES = (
   "distill.prompts",
   "distill.held_out",
   "distill.unrelated",
+  "evaluation.unrelated",
 )
 FUNCTIONS = (
   "distill.obeys",

@@ -87,12 +87,12 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Field → 16 hexadecimal digits, of each file or folder that the configuration names and that is
   there.
 
-  The fields are policy.weights, deployment.environment, evaluation.tasks and extraction.edit, where
-  they name a file, and those of `distill`. Up to 64 MiB a file's digest is of all its bytes; of a
-  larger one it is of its size, its first MiB (where safetensors and GGUF list their tensors), its
-  last, and 256 blocks of 64 KiB spread evenly between. A folder's is of the names and digests of
-  the files in it that end as WEIGHTS says; that of one part of a split GGUF file is of all its
-  parts.
+  The fields are policy.weights, deployment.environment, evaluation.tasks, evaluation.unrelated and
+  extraction.edit, where they name a file, and those of `distill`. Up to 64 MiB a file's digest is
+  of all its bytes; of a larger one it is of its size, its first MiB (where safetensors and GGUF
+  list their tensors), its last, and 256 blocks of 64 KiB spread evenly between. A folder's is of
+  the names and digests of the files in it that end as WEIGHTS says; that of one part of a split
+  GGUF file is of all its parts.
   """
   weights = (config.policy.weights or "") if "policy" in config else ""
   found_at = {"policy.weights": _python_file(weights) or weights}
@@ -101,6 +101,7 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
     # The server side has none, and runs none.
     found_at["deployment.environment"] = str(named.found(environment) or "")
   found_at["extraction.edit"] = _python_file(config.get("extraction", {}).get("edit", ""))
+  found_at["evaluation.unrelated"] = config.get("evaluation", {}).get("unrelated", "")
   if "distill" in config:
     found_at |= {
       f"distill.{name}": config.distill[name]

@@ -38,7 +38,7 @@ def begin(
   knowledge = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
   chosen = choices.choose(config, policy, devices, **knowledge, exact=False)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
-    run = Run(config, folder, metrics, devices)
+    run = Run(config, folder, metrics, devices, policy)
     resume.check(run, policy)
     choices.tell(folder, chosen)  # a run that is refused changes no file
     yield run, policy

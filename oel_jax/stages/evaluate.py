@@ -14,7 +14,7 @@ from oel_jax.runtime import files, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.seeds import derive
-from oel_jax.stages import extract, held_out, knowledge, play
+from oel_jax.stages import extract, held_out, knowledge, play, unrelated
 from oel_jax.stages.run import DEPLOYED, EVALUATION, HELD_OUT, PROMPT_GAMES, Run, made_from
 
 
@@ -45,6 +45,8 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
   }
   if (prompts := run.round(number) / HELD_OUT).exists():
     inputs[HELD_OUT] = files.sha256(prompts)[:16]
+  if run.config.evaluation.unrelated:
+    inputs["base's weights"] = fingerprint(run.base.params)
   if path.exists():
     measured_from = records.read_evaluation(path, number).made_from
     # Earlier versions do not say from which prompts: they stay as they are.
@@ -100,6 +102,7 @@ def _measure(
     if number and run.config.logs.path:
       meter.policy = policy
       found["held_out"] = held_out.measure(run, number, policy, before, texts)
+    found["unrelated"] = unrelated.measure(run, policy)
     found["accumulation"] = [
       {
         "trajectories": step,
@@ -156,6 +159,8 @@ def _log(run: Run, number: int, found: dict[str, Any]) -> None:
   if away := found.get("held_out"):
     scalars |= {f"held_out_{name}": away[name] for name in ("kl_before", "kl_after")}
     scalars |= {f"held_out_{name}": away[name]["rate"] for name in ("cut_before", "cut_after")}
+  if moved := found["unrelated"]:
+    scalars["unrelated_kl"] = moved["kl"]
   # A task that had no examples has no share.
   scalars = {name: value for name, value in scalars.items() if value is not None}
   if scalars:

@@ -3,16 +3,10 @@ conversations, where there is no environment to play. A few of the answers are k
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from oel_jax.consolidation import placement, samples
-from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
-from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.conversations.jsonl import read_prompts, write_jsonl
 from oel_jax.conversations.schema import (
   LOG,
@@ -24,12 +18,11 @@ from oel_jax.conversations.schema import (
 from oel_jax.evaluation import statistics
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import tool_calls
-from oel_jax.runtime import files, finite
+from oel_jax.runtime import files
 from oel_jax.runtime.checksum import fingerprint
-from oel_jax.stages import withdrawn
+from oel_jax.stages import divergence, withdrawn
 from oel_jax.stages.run import ANSWERS, HELD_OUT, LOGS, Run
 
-BATCH = 32  # prompts at a time
 KEPT = 8  # conversations whose first prompt has its answers kept
 NOTHING = 1e-6  # nats a token that float32 cannot tell from none
 
@@ -80,20 +73,10 @@ def measure(
     limit=config.policy.max_prompt_tokens,
     message=functools.partial(knowledge_message, wording=config.extraction.wording),
   )
-  attn_impl = placement.attn_impl(config.consolidation, before)
-  teacher = placement.prepare_teacher(config.consolidation, task, before, run.mesh, attn_impl)
-  probe = step_lib.make_probe(
-    before.architecture,
-    k=1,
-    temperature=config.consolidation.temperature,
-    chunk=config.consolidation.chunk,
-    dtype=before.dtype,
-    attn_impl=attn_impl,
-    mesh=run.mesh,
-  )
+  score = divergence.scorer(run, task, before, HELD_OUT)
   kl, numbers = {}, {}
   for when, student in (("before", before), ("after", policy)):
-    kl[when], responses = _scored(run, task, teacher, probe, student)
+    kl[when], responses = score(student)
     _keep(run, number, ANSWERS[when], student, prompts, responses)
     sizes = [len(ids) for ids in responses]
     numbers[f"response_tokens_{when}"] = statistics.mean(sizes)
@@ -116,37 +99,6 @@ def _drawn(run: Run, number: int, left: int) -> int:
   path = run.round(number) / LOGS
   prompts = files.read_json(path).get("prompts", {}) if path.exists() else {}
   return prompts.get("held out", left)
-
-
-def _scored(
-  run: Run,
-  task: task_lib.Task,
-  teacher: teacher_lib.Teacher,
-  probe: Callable[..., Any],
-  student: Policy,
-) -> tuple[float, list[list[int]]]:
-  """The student's mean divergence a token, and its answers' ids."""
-  total, count, answers = 0.0, 0.0, []
-  # Answers of its own, whoever samples in training.
-  config = run.config.consolidation.copy_and_resolve_references()
-  config.data = "student"
-  for start in range(0, len(task.prompts), BATCH):
-    chosen = range(start, min(start + BATCH, len(task.prompts)))
-    limit = run.config.deployment.max_response_tokens
-    batch, responses = samples.sample_batch(
-      task, student, student, chosen, chosen, config, limit, "held out"
-    )
-    placed = samples.place(batch, run.mesh, BATCH)
-    kl = float(jax.device_get(probe(student.params, teacher, placed))["kl"])
-    if not math.isfinite(kl):
-      names = finite.listed([task.ids[i] for i in chosen])
-      raise finite.NotFiniteError(
-        f"{HELD_OUT}: the divergence from the teacher is {kl} on the prompts {names}: one of the "
-        "two models gives numbers that are none there"
-      )
-    tokens = float(batch.mask.sum())
-    total, count, answers = total + tokens * kl, count + tokens, answers + responses
-  return total / count, answers
 
 
 def _keep(

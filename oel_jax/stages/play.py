@@ -116,6 +116,7 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   """
   values = json.loads(config.to_json())
   evaluation = values["evaluation"]
+  unrelated = evaluation.pop("unrelated")
   if not all_of_it:
     others = ("in_context", "accumulation", "tasks", "retention")
     evaluation = {name: value for name, value in evaluation.items() if name not in others}
@@ -131,6 +132,9 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
     parts.append(values["extraction"]["wording"])
   if all_of_it and (digest := tasks_digest(config)):
     parts.append(digest)
+  if all_of_it and unrelated:
+    prompts = files.sha256(pathlib.Path(unrelated).expanduser())
+    parts.append({"unrelated": prompts, "temperature": values["consolidation"]["temperature"]})
   return schema.digest(parts)
 
 

@@ -40,12 +40,15 @@ EVALUATION = "evaluation.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run directory that is held (`runtime.workdir.opened`), and what its stages work with."""
+  """A run directory that is held (`runtime.workdir.opened`), and what its stages work with; `base`
+  is the policy that round 1 begins with.
+  """
 
   config: Any
   folder: pathlib.Path
   metrics: Metrics
   mesh: jax.sharding.Mesh
+  base: Policy | None = None
 
   def round(self, number: int) -> pathlib.Path:
     """The round's folder; round 0 is the base model's."""

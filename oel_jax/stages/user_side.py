@@ -7,7 +7,7 @@ from typing import Any
 from absl import logging
 
 from oel_jax.evaluation import tasks
-from oel_jax.stages import collect, extract
+from oel_jax.stages import collect, extract, unrelated
 from oel_jax.stages.run import PROMPTS
 
 
@@ -15,12 +15,13 @@ def check(config: Any, workdir: str | os.PathLike) -> str:
   """Returns the name of the game that is played, or of the logs that are read.
 
   Raises:
-    ValueError: it cannot be played, or a task, an edit or a function that the configuration names
-      is not there.
+    ValueError: it cannot be played; a task, an edit or a function that the configuration names is
+      not there; or the unrelated prompts are none.
     RuntimeError: the game fails, or shows its rules.
     OSError: a file is missing.
   """
   tasks.read_tasks(config.evaluation.tasks)
+  unrelated.prompts(config)
   extract.read_edit(config)
   name = _check_logs(config, pathlib.Path(workdir)) if config.logs.path else ""
   if config.deployment.environment:

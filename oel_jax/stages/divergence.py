@@ -1,0 +1,74 @@
+"""How far policies are from a teacher on answers of their own, measured as training measures it and
+without any.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+
+from oel_jax.consolidation import placement, samples
+from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import task as task_lib
+from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.runtime import finite
+from oel_jax.stages.run import Run
+
+BATCH = 32  # prompts at a time
+
+
+def scorer(
+  run: Run, task: task_lib.Task, teacher: Policy, where: str
+) -> Callable[[Policy], tuple[float, list[list[int]]]]:
+  """Makes score(student) -> the student's mean KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)) over the
+  tokens y of its own answers, nats a token, and the answers' ids.
+
+  The vocabulary is whole; the temperature, of samples and divergence, is that of
+  config.consolidation. Which knowledge and which random stream a prompt has is the same for every
+  student. The teacher's weights are kept in the type of the computation, beside the student's.
+
+  Args:
+    run: the run.
+    task: the prompts, and what the teacher reads before each.
+    teacher: the policy that reads it.
+    where: the prompts stand, for errors.
+
+  Raises:
+    NotFiniteError: by `score`, where a divergence is not finite.
+  """
+  # Answers of its own, whoever samples in training.
+  config = run.config.consolidation.copy_and_resolve_references()
+  config.data = "student"
+  attn_impl = placement.attn_impl(config, teacher)
+  prepared = placement.prepare_teacher(config, task, teacher, run.mesh, attn_impl)
+  probe = step_lib.make_probe(
+    teacher.architecture,
+    k=1,
+    temperature=config.temperature,
+    chunk=config.chunk,
+    dtype=teacher.dtype,
+    attn_impl=attn_impl,
+    mesh=run.mesh,
+  )
+  limit = run.config.deployment.max_response_tokens
+
+  def score(student: Policy) -> tuple[float, list[list[int]]]:
+    total, count, answers = 0.0, 0.0, []
+    for start in range(0, len(task.prompts), BATCH):
+      chosen = range(start, min(start + BATCH, len(task.prompts)))
+      batch, responses = samples.sample_batch(
+        task, student, student, chosen, chosen, config, limit, "held out"
+      )
+      placed = samples.place(batch, run.mesh, BATCH)
+      kl = float(jax.device_get(probe(student.params, prepared, placed))["kl"])
+      if not math.isfinite(kl):
+        names = finite.listed([task.ids[i] for i in chosen])
+        raise finite.NotFiniteError(
+          f"{where}: the divergence from the teacher is {kl} on the prompts {names}: one of the "
+          "two models gives numbers that are none there"
+        )
+      tokens = float(batch.mask.sum())
+      total, count, answers = total + tokens * kl, count + tokens, answers + responses
+    return total / count, answers
+
+  return score
