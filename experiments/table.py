@@ -1,13 +1,14 @@
 """Puts several seeds' results into one Markdown table, mean ± standard error over the runs.
 
     python experiments/table.py runs/table/0 runs/table/1 runs/table/2
+    python experiments/table.py --categories runs/desk/0 runs/desk/1 runs/desk/2
     python experiments/table.py --controls runs/controls/own runs/controls/swapped
     python experiments/table.py --distill runs/system_prompt/student-reverse_kl \\
         runs/system_prompt/teacher-forward_kl
 
-The second has a line a control, as its last round left it; the seeds' runs lie in its directory.
-`table.sh` makes them all. The third has a line for each directory of runs of
-`experiments/system_prompt.py`.
+The second has a line for each category of the environment's, the share passed. The third has a line
+a control, as its last round left it; the seeds' runs lie in its directory. `table.sh` makes those
+of Frozen Lake. The last has a line for each directory of runs of `experiments/system_prompt.py`.
 """
 
 import math
@@ -17,8 +18,8 @@ from typing import Any
 
 from oel_jax.runtime import files
 
-COLUMNS = ("passed", "in_context", "response_tokens")
-KEPT = ("extraction", "worlds", "symmetric", "other")
+COLUMNS = ("passed", "in_context", "recovered", "response_tokens")
+HEAD = ("", "passed %", "in context %", "gain recovered %", "response tokens")
 DISTILLED = (
   "obey, before %",
   "in context %",
@@ -44,22 +45,51 @@ def spread(values: list[float], percent: bool) -> str:
   return f"{scale * mean:.1f} ± {scale * error:.1f}"
 
 
-def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-  """The base model, then each round that every run has: label, COLUMNS, then KEPT."""
+def tasks(results: list[dict[str, Any]]) -> list[str]:
+  """The tasks beside the environment that all runs have a share of."""
+  kept = [result["base_retention"] for result in results]
+  return [name for name in kept[0] if all(f"{name}_interval" in shares for shares in kept)]
+
+
+def states(results: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+  """The base model, then each round that every run has: label, and the runs' entries."""
   number = min(len(result["rounds"]) for result in results)
+  base = [{**result["base"], "retention": result["base_retention"]} for result in results]
+  rounds = [(f"round {i + 1}", [result["rounds"][i] for result in results]) for i in range(number)]
+  return [("base", base), *rounds]
+
+
+def rows(results: list[dict[str, Any]], kept: list[str]) -> list[list[str]]:
+  """A line for each of `states`: label, COLUMNS, KL to the base, then the tasks `kept`."""
   table = []
-  for i in range(-1, number):
-    found = [
-      {**r["base"], "retention": r["base_retention"]} if i < 0 else r["rounds"][i] for r in results
-    ]
-    line = ["base" if i < 0 else f"round {i + 1}"]
-    line += [
-      spread([entry.get(name) for entry in found], name != "response_tokens") for name in COLUMNS
-    ]
+  for label, found in states(results):
+    moved = [(entry.get("unrelated") or {}).get("kl") for entry in found]
     table.append(
-      line + [spread([entry["retention"].get(name) for entry in found], True) for name in KEPT]
+      [label]
+      + [
+        spread([entry.get(name) for entry in found], name != "response_tokens") for name in COLUMNS
+      ]
+      + [spread(moved, True)]
+      + [spread([entry["retention"].get(name) for entry in found], True) for name in kept]
     )
   return table
+
+
+def categories(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+  """Head and lines: for each category the share passed by the base, with each round's knowledge in
+  context, and after each round.
+  """
+  head, columns = [""], []
+  for label, found in states(results):
+    if all("in_context_categories" in entry for entry in found):
+      head.append(f"in context, {label} %")
+      columns.append([entry["in_context_categories"] for entry in found])
+    head.append(f"{label} %")
+    columns.append([entry["categories"] for entry in found])
+  names = sorted({name for column in columns for shares in column for name in shares})
+  rate = lambda shares, name: shares[name]["passed"] if name in shares else None
+  share = lambda column, name: spread([rate(shares, name) for shares in column], True)
+  return head, [[name, *(share(column, name) for column in columns)] for name in names]
 
 
 def distilled(results: list[dict[str, Any]]) -> list[str]:
@@ -97,40 +127,52 @@ def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list
 
 def main(arguments: list[str]) -> None:
   """Prints the table of the runs in these directories, or of these directories of runs."""
-  kind, folders = (
-    arguments[:1],
-    [pathlib.Path(name) for name in arguments if name not in ("--controls", "--distill")],
-  )
+  kinds = ("--categories", "--controls", "--distill")
+  kind = arguments[0] if arguments[:1] and arguments[0] in kinds else ""
+  folders = [pathlib.Path(name) for name in arguments if name not in kinds]
   if not folders:
     sys.exit(
-      "usage: python experiments/table.py RUN_DIRECTORY ...  or  table.py --controls|--distill "
-      "DIRECTORY_OF_RUNS ..."
+      "usage: python experiments/table.py [--categories] RUN_DIRECTORY ...  or  "
+      "table.py --controls|--distill DIRECTORY_OF_RUNS ..."
     )
-  head = ["", "passed %", "in context %", "response tokens", *(f"{name} %" for name in KEPT)]
-  if kind in (["--controls"], ["--distill"]):
-    controls = kind == ["--controls"]
-    name, line = (
-      ("report/results.json", lambda found: rows(found)[-1][1:])
-      if controls
-      else ("results.json", distilled)
-    )
-    head = head if controls else ["", *DISTILLED]
-    groups = {
-      folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir()), name)
-      for folder in folders
-    }
-    empty = [name for name, results in groups.items() if not results]
-    if empty:
-      sys.exit(f"error: no runs in {', '.join(empty)}")
-    lines = [[name, *line(results)] for name, results in groups.items()]
-    counts = sorted({len(results) for results in groups.values()})
+  if kind in ("--controls", "--distill"):
+    head, lines, counts = _of_directories(kind, folders)
   else:
     results = load(folders)
-    lines, counts = rows(results), [len(results)]
+    counts = [len(results)]
+    if kind:
+      head, lines = categories(results)
+    else:
+      head, lines = _head(tasks(results)), rows(results, tasks(results))
   print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
   for line in lines:
     print(f"| {' | '.join(line)} |")
   print(f"\n{' or '.join(map(str, counts))} runs a line, mean ± standard error over runs.")
+
+
+def _head(kept: list[str]) -> list[str]:
+  return [*HEAD, "KL to the base × 100", *(f"{name} %" for name in kept)]
+
+
+def _of_directories(
+  kind: str, folders: list[pathlib.Path]
+) -> tuple[list[str], list[list[str]], list[int]]:
+  """Head, a line for each directory of runs, and how many runs they rest on."""
+  name = "report/results.json" if kind == "--controls" else "results.json"
+  groups = {
+    folder.name: load(sorted(path for path in folder.glob("[0-9]*") if path.is_dir()), name)
+    for folder in folders
+  }
+  empty = [name for name, results in groups.items() if not results]
+  if empty:
+    sys.exit(f"error: no runs in {', '.join(empty)}")
+  if kind == "--distill":
+    head, line = ["", *DISTILLED], distilled
+  else:
+    kept = tasks([result for results in groups.values() for result in results])
+    head, line = _head(kept), lambda found: rows(found, kept)[-1][1:]
+  lines = [[name, *line(results)] for name, results in groups.items()]
+  return head, lines, sorted({len(results) for results in groups.values()})
 
 
 if __name__ == "__main__":

@@ -14,13 +14,20 @@ _spec.loader.exec_module(table)
 
 
 def _results(passed, rounds=1):
-  kept = dict.fromkeys(table.KEPT, 0.5)
-  entry = {"passed": passed, "in_context": None, "response_tokens": 40.0, "retention": kept}
-  return {
-    "base": {"passed": 0.0, "response_tokens": 50.0},
-    "base_retention": kept,
-    "rounds": [{"round": i + 1, **entry} for i in range(rounds)],
+  kept = {"worlds": 0.5, "worlds_count": 8, "worlds_interval": [0.2, 0.8]}
+  kept |= {"worlds_categories": {"odd": {"passed": 0.5}}}
+  share = lambda rate: {"desk": {"passed": rate, "passed_count": 9, "passed_interval": [0, 1]}}
+  entry = {"passed": passed, "in_context": None, "recovered": passed, "response_tokens": 40.0}
+  entry |= {"unrelated": {"kl": 0.02}, "retention": kept, "categories": share(passed)}
+  base = {
+    "passed": 0.0,
+    "response_tokens": 50.0,
+    "unrelated": {"kl": 0.0},
+    "categories": share(0.1),
   }
+  rounds_of = [{"round": i + 1, **entry} for i in range(rounds)]
+  rounds_of[0]["in_context_categories"] = share(0.9) | {"form": {"passed": 0.3}}
+  return {"base": base, "base_retention": kept, "rounds": rounds_of}
 
 
 def test_mean_and_standard_error_by_hand():
@@ -36,9 +43,22 @@ def test_only_rounds_that_all_runs_have_are_in_the_table(tmp_path, capsys):
     (tmp_path / str(i) / "report" / "results.json").write_text(json.dumps(result))
   table.main([str(tmp_path / "0"), str(tmp_path / "1")])
   lines = capsys.readouterr().out.splitlines()
-  assert lines[2].startswith("| base | 0.0 ± 0.0 | – | 50.0 ± 0.0 | 50.0")
-  assert lines[3].startswith("| round 1 | 60.0 ± 10.0 | – | 40.0 ± 0.0 |")
+  assert lines[0].endswith("| response tokens | KL to the base × 100 | worlds % |")
+  assert lines[2] == "| base | 0.0 ± 0.0 | – | – | 50.0 ± 0.0 | 0.0 ± 0.0 | 50.0 ± 0.0 |"
+  after = "| 60.0 ± 10.0 | – | 60.0 ± 10.0 | 40.0 ± 0.0 | 2.0 ± 0.0 | 50.0 ± 0.0 |"
+  assert lines[3] == f"| round 1 {after}"
   assert not any("round 2" in line for line in lines)
+
+
+def test_a_line_a_category(tmp_path, capsys):
+  for i, rate in enumerate((0.5, 0.7)):
+    (tmp_path / str(i) / "report").mkdir(parents=True)
+    (tmp_path / str(i) / "report/results.json").write_text(json.dumps(_results(rate)))
+  table.main(["--categories", str(tmp_path / "0"), str(tmp_path / "1")])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == "|  | base % | in context, round 1 % | round 1 % |"
+  assert lines[2] == "| desk | 10.0 ± 0.0 | 90.0 ± 0.0 | 60.0 ± 10.0 |"
+  assert lines[3] == "| form | – | 30.0 ± 0.0 | – |"
 
 
 def test_a_run_without_a_report_is_told(tmp_path):
@@ -63,9 +83,9 @@ def test_a_line_a_control_as_its_last_round_left_it(tmp_path, capsys):
     (tmp_path / control / "0.log").write_text("")
   table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "swapped")])
   lines = capsys.readouterr().out.splitlines()
-  assert lines[2].startswith("| own | 60.0 ± 10.0 | – | 40.0") and lines[3].startswith(
-    "| swapped | 5.0 ± 5.0 |"
-  )
+  assert lines[2].startswith("| own | 60.0 ± 10.0 | – | 60.0 ± 10.0 | 40.0") and lines[
+    3
+  ].startswith("| swapped | 5.0 ± 5.0 |")
   (tmp_path / "topk").mkdir()
   with pytest.raises(SystemExit, match="no runs in topk"):
     table.main(["--controls", str(tmp_path / "own"), str(tmp_path / "topk")])
