@@ -914,5 +914,33 @@ def test_answers_to_the_same_prompt_stand_side_by_side(run):
   assert "Held-out prompts, before and after" in page.render(records.read(run), {}, {})
 
 
+def test_a_run_without_games_says_so_and_speaks_of_held_out_prompts(run):
+  away = {"prompts": 32, "kl_before": 0.5, "kl_after": 0.2, "closer": 0.6}
+  away |= {"response_tokens_before": mean(50, 32), "response_tokens_after": mean(40, 32)}
+  nothing = {
+    "passed": {"rate": None, "hits": 0, "of": 0, "interval": None},
+    "response_tokens": {"mean": None, "of": 0, "interval": None},
+    "moves": {"mean": None, "of": 0, "interval": None},
+    "ended": dict.fromkeys(("passed", "lost", "invalid", "turn_limit"), 0),
+    "leaks": {"rate": None, "hits": 0, "of": 0, "interval": None},
+  }
+  for number in range(3):
+    change_evaluation(
+      run,
+      number,
+      lambda found: found.update(
+        without=nothing, in_context=None, held_out=away if found["round"] else None
+      ),
+    )
+  found = records.read(run)
+  assert page.summary(found) == (
+    "No games were played. After round 2, on 32 held-out prompts of logs, the model without "
+    "knowledge in its prompt is 60% nearer to the one that has it there, than before the round. An "
+    "answer went from 50.0 to 40.0 tokens. Not evaluated yet: round 3."
+  )
+  text = page.render(found, {}, {})
+  assert "How games ended" not in text and "Held-out games, before and after" not in text
+
+
 def test_without_answers_there_is_no_such_part(run):
   assert "Held-out prompts, before and after" not in page.render(records.read(run), {}, {})

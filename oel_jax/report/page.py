@@ -9,7 +9,7 @@ from oel_jax.report import appendix
 from oel_jax.report.answers import answers
 from oel_jax.report.cuts import cuts
 from oel_jax.report.games import ENDED_WORDS, games
-from oel_jax.report.gates import Gate, GateText
+from oel_jax.report.in_context import in_context
 from oel_jax.report.items import items
 from oel_jax.report.kept import kept
 from oel_jax.report.parts import (
@@ -36,11 +36,6 @@ FOOTER = (
   "counts, are in results.json beside this page. The page shows games as they were played: treat "
   "it as you treat your users’ data."
 )
-_DECISIONS = {
-  "train": "knowledge helps in context: trained on it",
-  "warn": "no clear gain in context: trained on it all the same, with a warning",
-  "skip": "no clear gain in context: not trained on it",
-}
 
 
 def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
@@ -54,15 +49,16 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
   model, own = run.config.get("policy.architecture"), run.config.get("deployment.environment")
   game = run.config.get("deployment.game") if own in (None, "textarena") else own
   subtitle = " · ".join(str(part) for part in (game, model, _planned(run)) if part)
+  with_games = _games_played(run) or not run.evaluations
   sections = [
     section("Rounds", _rounds(run)),
     section("Curves", _plots(run, light, dark)),
     section("Held-out conversations", _held_out(run)),
-    section("How games ended", _ended(run)),
+    *([section("How games ended", _ended(run))] if with_games else []),
     *(section("By category", found) for found in [_categories(run)] if found),
     section("Responses that the limit cut", cuts(run)),
-    section("Does the knowledge help in context?", _gates(run)),
-    section("Held-out games, before and after", games(run)),
+    section("Does the knowledge help in context?", in_context(run)),
+    *([section("Held-out games, before and after", games(run))] if with_games else []),
     *(section("Held-out prompts, before and after", found) for found in [answers(run)] if found),
     section("Knowledge", appendix.knowledge(run) + items(run)),
     section("Cost", appendix.costs(run)),
@@ -81,6 +77,8 @@ def summary(run: Run) -> str:
   )
   if base is None and last is None:
     return "Nothing has been measured yet: neither the base model nor any round has an evaluation."
+  if not _games_played(run):
+    return _summary_of_logs(run, last)
   text = []
   if base is not None:
     text.append(f"Without knowledge in its prompt, the base model passed {_spoken(base)}.")
@@ -102,11 +100,34 @@ def summary(run: Run) -> str:
         f"A response went from {show_tokens(a)} to {show_tokens(b)} tokens a turn "
         f"({signed(100 * (b / a - 1))}%)."
       )
-  if missing := [number for number in range(1, run.rounds + 1) if number not in run.evaluations]:
+  return " ".join([*text, *_missing(run)])
+
+
+def _games_played(run: Run) -> bool:
+  return any(evaluation.without.passed.of for evaluation in run.evaluations.values())
+
+
+def _summary_of_logs(run: Run, last: int | None) -> str:
+  """What happened where no games were played; `last` is the last evaluated round."""
+  text, away = ["No games were played."], last and run.evaluations[last].held_out
+  if away and away.closer is not None:
+    way = "nearer to" if away.closer >= 0 else "farther from"
     text.append(
-      f"Not evaluated yet: round{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}."
+      f"After round {last}, on {away.prompts} held-out prompts of logs, the model without "
+      f"knowledge in its prompt is {100 * abs(away.closer):.0f}% {way} the one that has it there, "
+      "than before the round."
     )
-  return " ".join(text)
+  if away and away.response_tokens_before.value and away.response_tokens_after.value is not None:
+    sizes = away.response_tokens_before.value, away.response_tokens_after.value
+    text.append("An answer went from {} to {} tokens.".format(*map(show_tokens, sizes)))
+  return " ".join([*text, *_missing(run)])
+
+
+def _missing(run: Run) -> list[str]:
+  missing = [number for number in range(1, run.rounds + 1) if number not in run.evaluations]
+  plural = "s" if len(missing) > 1 else ""
+  names = ", ".join(map(str, missing))
+  return [f"Not evaluated yet: round{plural} {names}."] if missing else []
 
 
 def _planned(run: Run) -> str:
@@ -294,86 +315,3 @@ def _categories(run: Run) -> str:
     if names
     else ""
   )
-
-
-def _gates(run: Run) -> str:
-  unchecked = (*[NONE] * 4, '<td class="left none">not checked</td>')
-  lines = [
-    [f"<td>{label(number)}</td>", *(_gate(evaluation.gate) if evaluation.gate else unchecked)]
-    for number, evaluation in sorted(run.evaluations.items())
-    if number > 0
-  ]
-  if not lines:
-    return note("Not measured yet.")
-  about = note(
-    "Measured before training, on games of its own: a model that cannot use the advice has nothing "
-    "to consolidate."
-  )
-  head = ("Round", "Without knowledge", "With knowledge", "Cut, without", "Cut, with", "Decision")
-  cut = note("Cut: responses that the limit of tokens ended, deployment.max_response_tokens.")
-  by_text = "".join(_by_text(run)) + _in_context_by_text(run)
-  return about + table(head, lines, left=["Decision"]) + cut + by_text
-
-
-def _gate(gate: Gate) -> tuple[str, ...]:
-  kind = {"train": "good", "warn": "warn", "skip": "off"}[gate.decision]
-  pill = f'<span class="pill {kind}">{gate.decision}</span>'
-  decision = f'<td class="left">{pill} {_DECISIONS[gate.decision]}</td>'
-  with_knowledge = share_cell(gate.kept or gate.with_knowledge)
-  cut = share_cell(gate.cut_without), share_cell(gate.cut_with)
-  return share_cell(gate.without), with_knowledge, *cut, decision
-
-
-def _by_text(run: Run) -> list[str]:
-  """Each round's knowledge texts one by one, folded; open where one was left out."""
-  blocks = []
-  for number, evaluation in sorted(run.evaluations.items()):
-    texts = evaluation.gate.texts if evaluation.gate else ()
-    if not texts:
-      continue
-    out = [f"{text.number:02d}" for text in texts if text.left_out]
-    told = f" · left out: {', '.join(out)}" if out else ""
-    rows = [_text_cells(text) for text in texts]
-    blocks.append(
-      f"<details{' open' if out else ''}><summary>Round {number}, text by text"
-      f'<span class="dim">{told}</span></summary>'
-      + table(("Text", "With it", "Cut", "p that it hurts", ""), rows, left=[""])
-      + "</details>"
-    )
-  if blocks:
-    blocks.append(
-      note(
-        "Each text’s games against all games without knowledge: p is Fisher’s exact test, "
-        "one-sided. A text with p below 5% divided by the number of texts hurts: it is left out "
-        "of training and of the round’s share with knowledge."
-      )
-    )
-  return blocks
-
-
-def _in_context_by_text(run: Run) -> str:
-  """The held-out games that each text of a round was given to, folded; with a gate or without."""
-  blocks = []
-  for number, evaluation in sorted(run.evaluations.items()):
-    texts = evaluation.in_context.texts if evaluation.in_context else ()
-    rows = [
-      [f"<td>{name:02d}</td>", share_cell(passed), share_cell(cut)] for name, passed, cut in texts
-    ]
-    if rows:
-      blocks.append(
-        f"<details><summary>Round {number}, text by text, held-out games in context</summary>"
-        + table(("Text", "Passed", "Cut"), rows)
-        + "</details>"
-      )
-  return "".join(blocks)
-
-
-def _text_cells(text: GateText) -> list[str]:
-  pill = '<span class="pill off">left out</span>' if text.left_out else ""
-  return [
-    f"<td>{text.number:02d}</td>",
-    share_cell(text.passed),
-    share_cell(text.cut),
-    f"<td>{text.p:.2g}</td>",
-    f'<td class="left">{pill}</td>',
-  ]
