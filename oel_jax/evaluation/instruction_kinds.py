@@ -121,7 +121,7 @@ def upper(rng: random.Random) -> tuple[str, Check]:
 
 def lower(rng: random.Random) -> tuple[str, Check]:
   told = f"Write {SENTENCE} about {rng.choice(SUBJECTS)}. "
-  told += "write all of it in small letters, like this, the first letter too."
+  told += "Write all of it in small letters, the first letter of the sentence, too."
   return told, checks.lower
 
 
@@ -156,8 +156,8 @@ def question(rng: random.Random) -> tuple[str, Check]:
 
 
 def quoted(rng: random.Random) -> tuple[str, Check]:
-  told = f"Write one sentence about {rng.choice(SUBJECTS)}. Put double quotes around your answer: "
-  told += 'its first character must be ", its last one too, and no other quotes may stand in it.'
+  told = f"Write one sentence about {rng.choice(SUBJECTS)}, all of it in double quotes. Write "
+  told += "nothing outside the quotes, and use no other quotes in it."
   return told, partial(checks.wrapped, before='"', after='"')
 
 
