@@ -31,9 +31,13 @@ def get_config(size: str = "qwen2.5-1.5b") -> ml_collections.ConfigDict:
     # Conversations whose turns become prompts, and those that each knowledge text reads.
     config.deployment.update(environment="", episodes=512, max_response_tokens=256)
     config.extraction.update(
-      wording="conversations", trajectories=30, use=30, max_response_tokens=128
+      trajectories=30,
+      use=30,
+      wording="conversations",
+      answered_only=True,
+      max_knowledge_tokens=2048,
+      max_response_tokens=128,
     )
-    config.extraction.max_knowledge_tokens = 2048
     # There is nothing to play: whether knowledge helps is for tasks of one's own to say.
     config.consolidation.update(gate_episodes=0, learning_rate=1e-5, steps=40, batch_size=32)
     config.evaluation.update(episodes=64, in_context=False, retention=256)

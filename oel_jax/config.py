@@ -172,6 +172,9 @@ def default() -> ml_collections.ConfigDict:
       # in whose words the extractor is asked and the knowledge told: "games" or "conversations"
       wording="games",
       see_previous=True,  # whether the extractor sees the knowledge so far
+      # whether to leave out conversations in which nobody said anything to what the policy said:
+      # silence teaches nothing, unless somebody better spoke in the policy's place
+      answered_only=False,
       # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
       start_from="nothing",
       # "extracted"; controls: "trajectories" (raw), "empty" (wrapper only)

@@ -15,7 +15,7 @@ import pytest
 from absl import logging
 from fakes import game_of, turn_of
 
-from oel_jax.conversations.schema import transcript
+from oel_jax.conversations.schema import Conversation, Message, Source, transcript
 from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledge, state
 from oel_jax.runtime.files import write_sealed
 from oel_jax.runtime.seeds import derive
@@ -191,6 +191,24 @@ def test_the_words_of_conversations_speak_of_no_game():
       asked = prompt.replace(transcript(read_by(prompt)), "")
       assert "conversation" in asked and "game" not in asked and "board" not in asked
       assert asked.count(MARK) == len(shown_items(asked)) + 1  # and the form that is asked for
+
+
+@pytest.mark.parametrize("answered", ["", "feedback", "outcome", "user", "tool"])
+def test_what_nobody_answered_is_left_out_if_asked_to(answered, caplog):
+  caplog.set_level("WARNING")
+  said = [Message("user", "My parcel is late."), Message("assistant", "Desk Alder.")]
+  said += [Message(answered, "Desk Rowan it is.")] if answered in ("user", "tool") else []
+  words = {answered: "Desk Rowan it is."} if answered in ("feedback", "outcome") else {}
+  alone = Conversation("alone", tuple(said), Source("log", "f"), **words)
+  policy = lambda: Policy(answer=lambda prompt, seed: f"{MARK} {seed}")
+  texts = run(policy(), [alone, *GAMES], answered_only=True)
+  read = {item.trajectory for text in texts for item in text.items}
+  assert read == {game.id for game in GAMES} | ({"alone"} if answered else set())
+  assert ("in 1 nobody answered" in caplog.text) == (not answered)
+  assert run(policy(), [alone])[0].items
+  if not answered:
+    with pytest.raises(ValueError, match="all 1 are left out.*answered_only = False reads it"):
+      run(policy(), [alone], answered_only=True)
 
 
 def test_free_text():

@@ -23,6 +23,10 @@ from oel_jax.runtime.seeds import derive
 if TYPE_CHECKING:
   from oel_jax.policy.sampling.sampler import Sampling
 
+UNANSWERED = (
+  "nobody said anything to what the policy said (config.extraction.answered_only = False reads it "
+  "all the same)"
+)
 MAX_NAMED = 20  # trajectories left out that the log names, of those that it counts
 Encode = Callable[[Conversation, Knowledge], list[int]]
 
@@ -42,6 +46,7 @@ def extract(
   round: int,
   thinking: bool = True,
   wording: str = "games",
+  answered_only: bool = False,
   start: Sequence[Knowledge] | None = None,
   state_path: pathlib.Path | None = None,
   weights: str = "",
@@ -56,8 +61,9 @@ def extract(
 
   A step costs the same however many went before: the prompt is made of the newest items that fit,
   found among those that fitted at the step before and the new ones, and the step's items are added
-  to the file. A trajectory that no prompt has room for, and an answer that cannot be read, add
-  nothing at their step; they are counted and named in the log and in the step's line.
+  to the file. A trajectory that no prompt has room for or that nobody said anything to, and an
+  answer that cannot be read, add nothing at their step; they are counted and named in the log and
+  in the step's line.
 
   Args:
     policy: π_extract; its `tokenizer` and `sample` are used.
@@ -74,6 +80,8 @@ def extract(
     round: the round, from 1.
     thinking: whether the chat template opens a thinking block.
     wording: "games" or "conversations": the words in which the extractor is asked.
+    answered_only: whether to leave out trajectories in which nobody said anything to what the
+      policy said.
     start: e_0 of each text, the previous round's knowledge; None: empty.
     state_path: partial file (`extraction.state`), added to after every step and resumed from if it
       is there. When complete, nothing is sampled any more.
@@ -87,7 +95,7 @@ def extract(
     after n trajectories, within the limit.
 
   Raises:
-    ValueError: no trajectory, or none that a prompt has room for; `start` with another number of
+    ValueError: no trajectory, or all are left out; `start` with another number of
       texts; a partial file that is damaged or of another extraction. All before anything is
       sampled.
   """
@@ -102,7 +110,7 @@ def extract(
   how = _Settings(
     policy=policy,
     encode=encode,
-    unfit=_find_unfit(encode, trajectories, max_prompt_tokens),
+    unfit=_find_unfit(encode, trajectories, max_prompt_tokens, answered_only),
     form=form,
     see_previous=see_previous,
     sampling=sampling,
@@ -124,6 +132,8 @@ def extract(
     }
     if wording != "games":  # the only one that files of before were made with
       made_from["wording"] = wording
+    if answered_only:
+      made_from["answered_only"] = True
     named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
     identity = {**named, "trajectories": ids, "made_from": made_from}
     done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in reads])
@@ -292,10 +302,13 @@ def _prompt(
 
 
 def _find_unfit(
-  encode: Encode, trajectories: Sequence[Conversation], max_prompt_tokens: int
+  encode: Encode,
+  trajectories: Sequence[Conversation],
+  max_prompt_tokens: int,
+  answered_only: bool,
 ) -> dict[str, str]:
-  """Trajectories that no prompt has room for or can hold, by id, and why; found before anything is
-  sampled.
+  """Trajectories that no prompt has room for or can hold, or that teach nothing, by id, and why;
+  found before anything is sampled.
 
   Raises:
     ValueError: there is no trajectory, or all are left out.
@@ -304,6 +317,9 @@ def _find_unfit(
     raise ValueError("extraction has 0 trajectories to read: it needs at least 1")
   unfit = {}
   for trajectory in trajectories:
+    if answered_only and not _has_answer(trajectory):
+      unfit[trajectory.id] = UNANSWERED
+      continue
     try:
       tokens = len(encode(trajectory, Knowledge()))
     except ValueError as error:
@@ -314,7 +330,8 @@ def _find_unfit(
         f"its extraction prompt has {tokens} tokens without any knowledge, over "
         f"policy.max_prompt_tokens ({max_prompt_tokens})"
       )
-  for name, why in list(unfit.items())[:MAX_NAMED]:
+  broken = [(name, why) for name, why in unfit.items() if why != UNANSWERED]
+  for name, why in broken[:MAX_NAMED]:
     logging.warning("extraction: trajectory %s left out: %s", name, why)
   if len(unfit) == len(trajectories):
     name, why = next(iter(unfit.items()))
@@ -323,6 +340,17 @@ def _find_unfit(
       f"{name}: {why}"
     )
   if unfit:
-    told = "extraction: %d of %d trajectories are left out of every text"
-    logging.warning(told, len(unfit), len(trajectories))
+    told = "extraction: %d of %d trajectories are left out of every text; in %d nobody answered"
+    logging.warning(told, len(unfit), len(trajectories), len(unfit) - len(broken))
   return unfit
+
+
+def _has_answer(trajectory: Conversation) -> bool:
+  """Whether anybody said anything to what the policy said. Else there are only its own words, which
+  an extractor takes for right.
+  """
+  if trajectory.outcome or trajectory.feedback:
+    return True
+  roles = [message.role for message in trajectory.messages]
+  first = roles.index("assistant") if "assistant" in roles else len(roles)
+  return any(role in ("user", "tool") for role in roles[first:])

@@ -18,15 +18,17 @@ _TASK = {
     "Speak of symbols and rules, not of places on this board. Prefer what is not yet known.\n"
   ),
   "conversations": (
-    "What does this record teach that will help with later cases of this kind, whoever asks? "
-    "Name the kind of case and what is right for it, as the replies and the feedback show. "
-    "Leave out names, numbers and whatever belongs to this one case.\n"
+    "Write down, for everyone who will work on such cases, what the replies or the feedback say "
+    "about cases of this kind. Keep the names and numbers that are needed for it, and leave out "
+    "who asked.\n"
   ),
 }
-_FORM = {
-  "items": f"Answer with one or two lines, each of which begins with {ITEM_MARK}",
-  "text": "Answer with a few plain sentences.",
+_ITEMS = {
+  "games": f"Answer with one or two lines, each of which begins with {ITEM_MARK}",
+  # Asked for one or two, a small model filled the second line with whatever came to its mind.
+  "conversations": f"Answer with one line that begins with {ITEM_MARK}",
 }
+_TEXT = "Answer with a few plain sentences."
 
 
 def extraction_message(
@@ -42,5 +44,5 @@ def extraction_message(
     wording: "games" or "conversations".
   """
   known = f"{_KNOWN[wording]}\n{knowledge}\n\n" if knowledge else ""
-  asked = f"{_TASK[wording]}{_FORM[form]}"
+  asked = _TASK[wording] + (_ITEMS[wording] if form == "items" else _TEXT)
   return Message("user", f"{_OPENING[wording]}\n\n{known}Record:\n{transcript}\n\n{asked}")

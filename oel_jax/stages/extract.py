@@ -122,6 +122,7 @@ def _accumulate(
     round=number,
     thinking=run.config.policy.thinking,
     wording=config.wording,
+    answered_only=config.answered_only,
     start=knowledge.carried(run, number - 1) if _carries(run, number) else None,
     state_path=state,
     weights=fingerprint(policy.params),
