@@ -201,6 +201,7 @@ def test_it_reads_which_letter_is_what(policy):
   assert probes.binding(policy, 64, seed=11).hits <= 2
 
 
+@pytest.mark.slow
 def test_on_the_real_game_it_does_what_it_is_told(policy):
   """With the roles as they are it wins; with the roles exchanged it walks into the holes
   (pocket.md, 1: the only test that tells).

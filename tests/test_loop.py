@@ -780,6 +780,7 @@ def test_a_round_without_gain_leaves_the_weights_as_they_are(make_run, monkeypat
   ]
 
 
+@pytest.mark.slow
 def test_weights_from_a_file_and_an_off_policy_round(tmp_path):
   """consolidation.data = "teacher" with imitation, on a small policy from a file that knows
   nothing: only the way is tested.

@@ -468,7 +468,7 @@ def test_gradient_does_not_depend_on_the_devices(shape, micro_tokens):
   "kind, tied, micro_tokens",
   [
     ("reverse_kl", True, 19),
-    ("imitation", False, None),
+    pytest.param("imitation", False, None, marks=pytest.mark.slow),
     pytest.param("reverse_kl", False, None, marks=pytest.mark.slow),
     pytest.param("reverse_kl", False, 19, marks=pytest.mark.slow),
     pytest.param("imitation", True, 19, marks=pytest.mark.slow),
