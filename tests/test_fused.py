@@ -421,12 +421,12 @@ make_mesh = lambda *shape: jax.make_mesh(shape, AXES, axis_types=(jax.sharding.A
     ("reverse_kl", "full", (2, 2, 2), ("tensor", "fsdp")),
     ("forward_kl", "topk", (1, 8, 1), ("fsdp",)),
     ("jsd", "full", (1, 1, 8), ("tensor",)),
-    ("reverse_kl", "topk", (4, 2, 1), ("tensor", "fsdp")),
+    pytest.param("reverse_kl", "topk", (4, 2, 1), ("tensor", "fsdp"), marks=pytest.mark.slow),
     ("jsd", "topk_tail", (2, 2, 2), ("fsdp", "tensor")),
-    ("forward_kl", "full", (2, 4, 1), ("fsdp",)),
+    pytest.param("forward_kl", "full", (2, 4, 1), ("fsdp",), marks=pytest.mark.slow),
     ("reverse_kl", "topk_tail", (1, 2, 4), ("tensor", "fsdp")),
-    ("jsd", "topk", (1, 1, 8), ("tensor",)),
-    ("forward_kl", "topk_tail", (1, 8, 1), ("fsdp",)),
+    pytest.param("jsd", "topk", (1, 1, 8), ("tensor",), marks=pytest.mark.slow),
+    pytest.param("forward_kl", "topk_tail", (1, 8, 1), ("fsdp",), marks=pytest.mark.slow),
   ],
 )
 def test_tokens_and_vocabulary_spread_over_devices_give_the_same(kind, support, shape, axes):

@@ -81,7 +81,7 @@ def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
   # One device, unlike conftest's eight; and what runs for so short a time need not be compiled
   # well.
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache))
-  env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
+  env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
   command = [
     sys.executable,

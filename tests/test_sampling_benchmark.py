@@ -93,6 +93,7 @@ def test_mixed_lengths_are_compared_with_equal_ones_of_the_same_sum(monkeypatch)
   assert {slots for _, slots in given} == {64}
 
 
+@pytest.mark.slow
 def test_episodes_are_played_and_counted():
   found, again = sampling.episodes(2, repeats=1), sampling.episodes(2, repeats=1)
   assert (

@@ -563,6 +563,7 @@ def test_teacher_survives_a_donating_step():
   assert not np.array_equal(np.array(state.params["norm"]["scale"]), before["norm"]["scale"])
 
 
+@pytest.mark.slow
 def test_exported_weights_have_moved_after_steps_at_1e_6(tmp_path):
   """Weights as large as a language model's, 0.02, lie 6e-5 apart in bfloat16: 60 steps add up to
   that, and each alone is rounded away.
@@ -597,7 +598,10 @@ def _one_device():
   return ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1))
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize(
+  "kind",
+  ["reverse_kl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("forward_kl", "jsd"))],
+)
 def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):
   optimizer, batch, teacher = (
     optax.adamw(3e-3),

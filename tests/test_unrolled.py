@@ -119,12 +119,12 @@ def _compare_with_the_loop(name, remat, with_prefix):
 @pytest.mark.parametrize(
   "name, remat, with_prefix",
   [
-    ("qwen3", "none", False),
+    pytest.param("qwen3", "none", False, marks=pytest.mark.slow),
     ("qwen3", "dots", True),
     ("qwen3", "full", False),
     ("qwen2", "none", True),
-    ("qwen2", "dots", False),
-    ("llama3", "dots", False),
+    pytest.param("qwen2", "dots", False, marks=pytest.mark.slow),
+    pytest.param("llama3", "dots", False, marks=pytest.mark.slow),
     ("llama3", "full", True),
   ],
 )
