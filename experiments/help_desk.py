@@ -46,7 +46,7 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
     config.deployment.game_args = ml_collections.ConfigDict(
       GAME_ARGS[size] | dict(period=0, rules_seed=0, complaint=0.2, silence=0.2)
     )
-    # Nearly greedy: at 0.7 a model of 1.5B lost more than half of what it had been told.
+    # Nearly greedy: what a small model writes down at 0.7 is often not what it was told.
     config.extraction.update(
       trajectories=100,
       use=100,

@@ -52,7 +52,11 @@ def tasks(results: list[dict[str, Any]]) -> list[str]:
 
 
 def states(results: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-  """The base model, then each round that every run has: label, and the runs' entries."""
+  """The base model, then each round that every run has: label, and the runs' entries. Ends the
+  process if a run has no base.
+  """
+  if not all(result["base"] for result in results):
+    sys.exit("error: a run's base is not evaluated yet: run the same command again")
   number = min(len(result["rounds"]) for result in results)
   base = [{**result["base"], "retention": result["base_retention"]} for result in results]
   rounds = [(f"round {i + 1}", [result["rounds"][i] for result in results]) for i in range(number)]
@@ -85,8 +89,10 @@ def categories(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
       head.append(f"in context, {label} %")
       columns.append([entry["in_context_categories"] for entry in found])
     head.append(f"{label} %")
-    columns.append([entry["categories"] for entry in found])
+    columns.append([entry.get("categories") or {} for entry in found])
   names = sorted({name for column in columns for shares in column for name in shares})
+  if not names:
+    sys.exit("error: the environment of these runs has no categories, or there is none")
   rate = lambda shares, name: shares[name]["passed"] if name in shares else None
   share = lambda column, name: spread([rate(shares, name) for shares in column], True)
   return head, [[name, *(share(column, name) for column in columns)] for name in names]

@@ -61,6 +61,20 @@ def test_a_line_a_category(tmp_path, capsys):
   assert lines[3] == "| form | – | 30.0 ± 0.0 | – |"
 
 
+@pytest.mark.parametrize(
+  "changed, flags, told",
+  [
+    ({"base": None}, [], "a run's base is not evaluated yet"),
+    ({"base": {"passed": 0.0}, "rounds": []}, ["--categories"], "has no categories"),
+  ],
+)
+def test_what_a_table_wants_is_told(tmp_path, changed, flags, told):
+  (tmp_path / "report").mkdir()
+  (tmp_path / "report/results.json").write_text(json.dumps(_results(0.5) | changed))
+  with pytest.raises(SystemExit, match=f"error: .*{told}"):
+    table.main([*flags, str(tmp_path)])
+
+
 def test_a_run_without_a_report_is_told(tmp_path):
   with pytest.raises(SystemExit, match="has no report yet"):
     table.main([str(tmp_path)])

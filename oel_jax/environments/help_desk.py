@@ -46,7 +46,8 @@ class HelpDesk:
   """One customer's case, an `environments.api.Environment`.
 
   Args:
-    kinds: of `help_desk_rules.KINDS`, those that there are rules of. "lookup" brings the tool.
+    kinds: of `help_desk_rules.KINDS`, those that there are rules of. "lookup" brings the tool,
+      of which only its rules tell.
     topics: kinds of case, dealt to the kinds of rules in turn.
     desks: that a case can go to.
     period: counts from 0. As one begins all facts expire, and a share of the other rules changes.

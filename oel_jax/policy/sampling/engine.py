@@ -30,7 +30,7 @@ from oel_jax.policy import attention, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import kv_cache, model, slot_state
 from oel_jax.policy.sampling.slot_state import Slots
-from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, lowest, sample_token
+from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
 
 
 class Shared(NamedTuple):
@@ -356,7 +356,7 @@ def _draw(
     active_B,
   )
   # `sample_token` takes -inf for a mask; here nothing is masked: it is no number to draw from.
-  token = jnp.where(lowest(logits) > -jnp.inf, token, NOT_FINITE)
+  token = jnp.where(logits.min(-1) > -jnp.inf, token, NOT_FINITE)
   if not logprobs:
     return token, ()
   return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)

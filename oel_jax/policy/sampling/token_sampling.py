@@ -56,7 +56,7 @@ def sample_token(
   model. A probability is right to about 2^-23 of its group's, and that to about 2^-23 of all.
   """
   logits = filter_logits(logits_BxV, sampling, active_B)
-  width = _square(logits.shape[1])
+  width = math.isqrt(logits.shape[1] - 1) + 1
   groups = _groups(logits, width)
   top, random = logits.max(-1)[:, None], jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
   mass = jnp.exp(groups - top[..., None]).sum(-1)
@@ -69,17 +69,6 @@ def sample_token(
   # few masses tell of the whole row, without another pass over the vocabulary. The maximum does
   # not: XLA's on a CPU passes over NaN.
   return jnp.where(jnp.isfinite(mass).all(-1), token, NOT_FINITE)
-
-
-def lowest(logits_BxV: Float[Array, "B V"]) -> Float[Array, "B"]:
-  """Each row's smallest logit, in the groups of `sample_token`: XLA then makes one pass of both."""
-  groups = _groups(logits_BxV, _square(logits_BxV.shape[1]), fill=jnp.inf)
-  return groups.min(-1).min(-1)
-
-
-def _square(V: int) -> int:
-  """The least width of groups that are no more than it is wide."""
-  return math.isqrt(V - 1) + 1
 
 
 def _first_above(mass_BxN: Float[Array, "B N"], share_Bx1: Float[Array, "B 1"]) -> Int[Array, "B"]:
@@ -182,6 +171,7 @@ def group_maxima(x_CxV: Float[Array, "C V"], k: int) -> Float[Array, "C G"]:
   return _groups(x_CxV, group_width(x_CxV.shape[1], k)).max(-1)
 
 
-def _groups(x, width, fill=-jnp.inf):
-  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % width)), constant_values=fill)
-  return x.reshape(x.shape[0], -1, width)
+def _groups(x, width):
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % width)), constant_values=-jnp.inf).reshape(
+    x.shape[0], -1, width
+  )
