@@ -5,6 +5,7 @@ place.
 import re
 
 import flax
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import safetensors.numpy
 
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.weights import huggingface, native
+from oel_jax.policy.weights import huggingface, native, place
 from oel_jax.runtime import finite
 
 TINY = Architecture(16, 8, 2, 2, 1, 4, 12, qk_norm=False, tied_head=False)
@@ -78,13 +79,38 @@ def test_a_file_of_ours_with_a_number_that_is_none_is_refused(tmp_path):
     native.load(path, TINY)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype, value", [(np.float32, np.nan), (ml_dtypes.bfloat16, np.inf)])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_a_folder_with_a_number_that_is_none_is_refused(tmp_path, dtype, name):
+def test_a_folder_with_a_number_that_is_none_is_refused(tmp_path, dtype, value, name):
   params = flax.traverse_util.unflatten_dict(_params(), sep="/")
   huggingface.save(tmp_path, params, TINY, dtype=dtype)
   tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-  tensors[name][2, 1] = np.inf
+  tensors[name][2, 1] = value
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-  with pytest.raises(ValueError, match=rf"{name} holds inf at \[2, 1\], which is not finite"):
+  with pytest.raises(ValueError, match=rf"{name} holds {value} at \[2, 1\], which is not finite"):
     huggingface.load(tmp_path, TINY)
+
+
+def test_a_number_beyond_float32_is_refused_in_a_folder_of_float64(tmp_path):
+  huggingface.save(tmp_path, flax.traverse_util.unflatten_dict(_params(), sep="/"), TINY)
+  name = "model.layers.0.mlp.down_proj.weight"
+  tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  tensors[name] = tensors[name].astype(np.float64)
+  safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+  found = huggingface.load(tmp_path, TINY)["layers"]["feedforward"]["down"]["kernel"][0]
+  np.testing.assert_array_equal(found, tensors[name].T.astype(np.float32))
+  tensors[name][1, 2] = 1e300
+  safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match=rf"{name} holds 1e\+300 at \[1, 2\], which is not finite"):
+    huggingface.load(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_number_that_is_none_is_seen_on_a_device(device, dtype):
+  numbers = np.random.default_rng(0).standard_normal((65, 33)).astype(dtype)
+  numbers[0] = -numbers[0] * 0
+  for value in (1.0, np.nan, -np.nan, np.inf, -np.inf):
+    numbers[40, 7] = value
+    _, finite_there = jax.jit(place.plain)(jax.device_put(numbers, jax.devices(device)[0]))
+    assert finite_there == np.isfinite(value)

@@ -194,14 +194,14 @@ def test_a_type_gives_the_logits_of_transformers_reading_the_file(kind, tmp_path
   )
 
 
-def test_parameters_come_in_the_type_and_place_asked_for(tmp_path, monkeypatch):
-  write(tmp_path / "model.gguf", make("smollm2", WIDE), "Q8_0")
+def test_parameters_come_in_the_type_and_place_asked_for(tmp_path):
+  # Blocks that can be divided over two devices, of 512 numbers, and those that cannot, of 256.
+  write(tmp_path / "model.gguf", make("smollm2", WIDE), "Q4_K")
   file = gguf.read(tmp_path / "model.gguf")
   shape = gguf.read_architecture(file)
   devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=2, tensor=2)))
   places = mesh.param_shardings(devices, transformer.abstract(shape))
   whole = gguf.load(file, shape)
-  monkeypatch.setattr(gguf_file, "SLICE", 1000)  # several slices of rows, the last one shorter
   found = gguf.load(file, shape, dtype=jnp.bfloat16, shardings=places)
   for leaf, place, right in zip(*map(jax.tree.leaves, (found, places, whole)), strict=True):
     assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -245,6 +245,35 @@ def test_a_tensor_of_each_type_has_the_packages_numbers(kind, tmp_path, monkeypa
   assert tensors["matrix"].shape == right.shape == (7, 512) and tensors["vector"].shape == (512,)
   np.testing.assert_array_equal(tensors["matrix"].values(), right)
   np.testing.assert_array_equal(tensors["vector"].values(), right[0])
+
+
+def test_blocks_and_floats_stay_in_the_file_until_a_device_has_them(tmp_path):
+  for kind in ("F16", "BF16", "Q4_K", "Q8_0"):
+    write(tmp_path / f"{kind}.gguf", make("smollm2", WIDE), kind)
+    tensor = gguf.read(tmp_path / f"{kind}.gguf").tensors["token_embd.weight"]
+    assert np.shares_memory(tensor.mapped(), tensor.data)
+
+
+@pytest.mark.parametrize("kind", ["Q6_K", "TQ2_0"])  # dequantised on the device, and on the host
+def test_parameters_are_the_packages_numbers_turned(kind, tmp_path):
+  write(tmp_path / "model.gguf", make("qwen2.5", WIDE), kind)
+  file = gguf.read(tmp_path / "model.gguf")
+  assert (file.tensors["token_embd.weight"].mapped() is None) == (kind == "TQ2_0")
+  found = gguf.load(file, gguf.read_architecture(file))
+  right = lambda name: package.dequantize(
+    file.tensors[name].data, package.GGMLQuantizationType[kind]
+  )
+  same = np.testing.assert_array_equal
+  same(found["embed"]["embedding"], right("token_embd.weight"))
+  for layer in range(2):
+    same(
+      found["layers"]["feedforward"]["down"]["kernel"][layer],
+      right(f"blk.{layer}.ffn_down.weight").T,
+    )
+    same(
+      found["layers"]["attention"]["q"]["kernel"][layer].reshape(256, 256),
+      right(f"blk.{layer}.attn_q.weight").T,
+    )
 
 
 def test_a_block_of_q5_0_by_hand():

@@ -5,12 +5,12 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.parameters import Parameter
+from oel_jax.policy.weights import place
 
 
 def names(
@@ -31,8 +31,7 @@ def names(
 
 def assemble(
   complaint: str,
-  shapes: dict[str, tuple[int, ...]],
-  read: Callable[[str], Any],
+  tensors: dict[str, place.Tensor],
   architecture: Architecture,
   name_of: Callable[[Parameter], str],
   *,
@@ -44,8 +43,7 @@ def assemble(
 
   Args:
     complaint: how an error begins.
-    shapes: of every tensor there, by its name; matrices are [out, in].
-    read: name → tensor.
+    tensors: all that are there, by name, best in the file's order.
     architecture: what the tensors should make.
     name_of: as in `names`.
     dtype: of the parameters returned.
@@ -55,30 +53,42 @@ def assemble(
     The parameter tree of `parameters.init`, layers stacked.
 
   Raises:
-    ValueError: tensors are missing, unknown or misshaped: one error lists them all.
+    ValueError: tensors are missing, unknown or misshaped: one error lists them all; or one holds a
+      number that is not finite in float32.
   """
-  _check(complaint, shapes, architecture, name_of)
+  _check(complaint, {name: one.shape for name, one in tensors.items()}, architecture, name_of)
+  held = names(architecture, name_of)
   places = flax.traverse_util.flatten_dict(shardings, sep="/") if shardings is not None else {}
-  flat = {}
+  matrices = [
+    (place.Place(*held[name]), one) for name, one in tensors.items() if len(one.shape) > 1
+  ]
+  flat = place.matrices(matrices, architecture, dtype=dtype, shardings=places)
   for path, parameter in parameters.of(architecture).items():
-    name, whole = name_of(parameter), places.get(path)
-    # Cast on the devices: on the host a float32 copy of a bfloat16 tensor would be twice its size.
-    if not parameter.stacked:
-      found = parameter.from_stored(read(name), architecture)
-      flat[path] = jax.block_until_ready(jax.device_put(found, whole)).astype(dtype)
-      continue
-    layer_sharding = whole and NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
-    shape = parameter.sizes(architecture)
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=whole)()
-    # In place, unlike a scatter.
-    update = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, x.astype(dtype), i, 0)
-    place = jax.jit(update, donate_argnums=0, out_shardings=whole)
-    for layer in range(architecture.layers):
-      found = parameter.from_stored(read(name.format(layer)), architecture)
-      # Waits: one tensor at a time on the host.
-      stack = place(stack, jax.block_until_ready(jax.device_put(found, layer_sharding)), layer)
-    flat[path] = stack
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
+    if path not in flat:
+      found = _vectors(parameter, tensors, architecture, name_of, dtype)
+      flat[path] = jax.device_put(found, places.get(path))
+  ordered = {path: flat[path] for path in parameters.of(architecture)}
+  return flax.traverse_util.unflatten_dict(ordered, sep="/")
+
+
+def _vectors(
+  parameter: Parameter,
+  tensors: dict[str, place.Tensor],
+  architecture: Architecture,
+  name_of: Callable[[Parameter], str],
+  dtype: Any,
+) -> np.ndarray:
+  """A leaf of vectors, made on the host: all layers' are smaller than one matrix."""
+  layers = range(architecture.layers) if parameter.stacked else (None,)
+  found = []
+  for layer in layers:
+    tensor = tensors[name_of(parameter).format(layer)]
+    numbers = tensor.checked()
+    if tensor.interleaved:
+      numbers = place.halves_apart(numbers, tensor.interleaved)
+    found.append(parameter.from_stored(numbers, architecture))
+  leaf = np.stack(found) if parameter.stacked else found[0]
+  return leaf.astype(dtype)  # which copies: the leaf must not share the file's mapped pages
 
 
 def _check(

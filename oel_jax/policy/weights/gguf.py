@@ -7,6 +7,7 @@ import operator
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 try:
@@ -18,7 +19,7 @@ from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
 from oel_jax.policy.tokenizers import import_transformers
-from oel_jax.policy.weights import assemble
+from oel_jax.policy.weights import assemble, dequantize, gguf_file, place
 from oel_jax.policy.weights.gguf_file import File, read  # noqa: F401  (read is called as gguf.read)
 from oel_jax.runtime import finite
 
@@ -206,27 +207,46 @@ def load(
     ValueError: tensors are missing, unknown or misshaped: one error lists them all; or one holds
       numbers that are not finite.
   """
-  held = assemble.names(architecture, _name_of)
-  interleaves = file.metadata["general.architecture"] == "llama"
-
-  def take(name: str) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # a scale that is no number is told of next
-      found = finite.checked(file.path, name, file.tensors[name].values(dtype))
-    if not (interleaves and held[name][0].rotated):
-      return found
+  turned = {
+    name
+    for name, (parameter, _) in assemble.names(architecture, _name_of).items()
+    if parameter.rotated and file.metadata["general.architecture"] == "llama"
+  }
+  left = dict(file.tensors)
+  if architecture.rope_scaling:
+    del left[ROPE_FACTORS]
+  if architecture.tied_head:
+    left.pop(HEAD, None)  # the embedding once more
+  tensors = {
     # llama.cpp rotates neighbouring rows of a llama's heads against each other, we the two halves
     # of a head.
-    pairs = found.reshape(-1, architecture.head_size // 2, 2, *found.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(found.shape)
-
-  shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-  if architecture.rope_scaling:
-    del shapes[ROPE_FACTORS]
-  if architecture.tied_head:
-    shapes.pop(HEAD, None)  # the embedding once more
+    name: _to_place(file.path, tensor, architecture.head_size if name in turned else 0)
+    for name, tensor in left.items()
+  }
   complaint = f"{file.path}: the tensors do not fit the metadata"
   return assemble.assemble(
-    complaint, shapes, take, architecture, _name_of, dtype=dtype, shardings=shardings
+    complaint, tensors, architecture, _name_of, dtype=dtype, shardings=shardings
+  )
+
+
+def _to_place(path: pathlib.Path, tensor: gguf_file.Tensor, interleaved: int) -> place.Tensor:
+  def checked() -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # a scale that is no number is told of next
+      return finite.checked(path, tensor.name, tensor.values())
+
+  mapped = tensor.mapped()
+  if mapped is None:  # of a type that only the gguf package reads
+    raw, raw_type = tensor.values, jax.ShapeDtypeStruct(tensor.shape, np.float32)
+  else:
+    raw, raw_type = lambda: mapped, jax.ShapeDtypeStruct(mapped.shape, mapped.dtype)
+  in_blocks = tensor.kind in dequantize.TYPES
+  return place.Tensor(
+    shape=tensor.shape,
+    checked=checked,
+    raw=raw,
+    raw_type=raw_type,
+    decode=dequantize.decoder(tensor.kind) if in_blocks else place.plain,
+    interleaved=interleaved,
   )
 
 

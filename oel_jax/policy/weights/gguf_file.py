@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 try:
@@ -23,7 +24,7 @@ from gguf import GGML_QUANT_SIZES as BLOCKS
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 
-from oel_jax.policy.weights import native
+from oel_jax.policy.weights import dequantize, native
 from oel_jax.runtime import files
 
 VERSIONS = (2, 3)
@@ -32,6 +33,7 @@ NUMBERS = {
   Value.INT32: "i", Value.FLOAT32: "f", Value.BOOL: "?", Value.UINT64: "Q", Value.INT64: "q",
   Value.FLOAT64: "d",
 }  # fmt: skip
+FLOATS = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: ml_dtypes.bfloat16}
 SLICE = 2**22  # numbers at a time: the float32 copy of a large embedding is a small model's size
 
 
@@ -58,9 +60,19 @@ class Tensor:
       rows = slice(start, min(start + step, len(self.data)))
       yield rows, gguf.dequantize(self.data[rows], self.kind)
 
-  def values(self, dtype: Any = np.float32) -> np.ndarray:
-    """Returns all numbers, in `dtype` and of `shape`."""
-    found = np.empty((len(self.data), self.shape[-1]), dtype)
+  def mapped(self) -> np.ndarray | None:
+    """Returns a view of the file: the numbers of floats, of `shape`; the blocks of a type that
+    `dequantize` has, uint8 [..., blocks, bytes of a block]; None for other types.
+    """
+    if self.kind in FLOATS:
+      return self.data.view(FLOATS[self.kind]).reshape(self.shape)
+    if self.kind in dequantize.TYPES:
+      return self.data.reshape(*self.shape[:-1], -1, BLOCKS[self.kind][1])
+    return None
+
+  def values(self) -> np.ndarray:
+    """Returns all numbers, in float32 and of `shape`."""
+    found = np.empty((len(self.data), self.shape[-1]), np.float32)
     for rows, numbers in self.slices():
       found[rows] = numbers
     return found.reshape(self.shape)
@@ -69,8 +81,15 @@ class Tensor:
     """Returns whether `other` has the same shape and numbers; stops at the first that differ."""
     if self.shape != other.shape:
       return False
+    if self.kind == other.kind and self._has_the_bytes_of(other):
+      return True
     pairs = zip(self.slices(), other.slices(), strict=True)
     return all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pairs)
+
+  def _has_the_bytes_of(self, other: "Tensor") -> bool:
+    step = max(1, SLICE // self.data.shape[-1])
+    parts = [slice(start, start + step) for start in range(0, len(self.data), step)]
+    return all(np.array_equal(self.data[part], other.data[part]) for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +185,8 @@ def _read_one(path: pathlib.Path) -> File:
       "Hugging Face model"
     )
   try:
-    return _parse(path, np.memmap(path, np.uint8, "r"))
+    # As a plain array: each slice of a memmap is a memmap, which costs more than a small slice.
+    return _parse(path, np.asarray(np.memmap(path, np.uint8, "r")))
   except (ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
     hint = native.pointer_hint(path)
     said = f"{type(error).__name__}: {error}"

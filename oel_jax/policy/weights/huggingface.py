@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.weights import assemble
+from oel_jax.policy.weights import assemble, place
 from oel_jax.policy.weights.huggingface_config import (  # noqa: F401  (the first is read from here)
   read_architecture,
   write_config,
@@ -27,6 +28,7 @@ from oel_jax.policy.weights.safetensors_folder import (
   HEAD,
   INDEX,
   SINGLE,
+  Tensor,
   open_folder,
 )
 from oel_jax.runtime import files, finite
@@ -71,16 +73,28 @@ def load(
   if wrong:
     shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
     raise ValueError(f"{folder}: {shown}: quantised or packed; only {', '.join(FLOATS)} are read")
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  read = lambda name: finite.checked(folder, name, tensors[name].read())
   return assemble.assemble(
     f"{folder}: the weights do not fit config.json",
-    shapes,
-    read,
+    {name: _to_place(folder, name, tensor) for name, tensor in tensors.items()},
     architecture,
     _name_of,
     dtype=dtype,
     shardings=shardings,
+  )
+
+
+def _to_place(folder: pathlib.Path, name: str, tensor: Tensor) -> place.Tensor:
+  kind = np.float32 if tensor.kind == "F64" else FLOATS[tensor.kind]  # float64 goes to no device
+
+  def raw() -> np.ndarray:
+    with np.errstate(over="ignore"):  # beyond float32 is infinite in it, which is told later
+      return tensor.numbers.astype(kind, copy=False)
+
+  return place.Tensor(
+    shape=tensor.shape,
+    checked=lambda: finite.checked(folder, name, tensor.numbers),
+    raw=raw,
+    raw_type=jax.ShapeDtypeStruct(tensor.shape, kind),
   )
 
 

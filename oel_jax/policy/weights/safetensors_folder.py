@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -14,49 +15,34 @@ from oel_jax.policy.weights import native
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING = parameters.BY_PATH["embed/embedding"].huggingface
 HEAD = parameters.BY_PATH["head/kernel"].huggingface
-FLOATS = ("F16", "BF16", "F32", "F64")
+FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
 SLICE = 2**22  # numbers compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor of an opened file, its numbers still on disk.
+  """A tensor of a file, its numbers still on disk.
 
   Attributes:
-    file: the open file.
-    name: of the tensor there.
+    kind: the type of its numbers, as safetensors writes it.
+    shape: its sizes; [out, in] for a matrix.
+    numbers: of that type and shape, mapped from the file; None if the type is not one of `FLOATS`.
   """
 
-  file: Any
-  name: str
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Its sizes; [out, in] for a matrix."""
-    return tuple(self.file.get_slice(self.name).get_shape())
-
-  @property
-  def kind(self) -> str:
-    """The type of its numbers, as safetensors writes it."""
-    return self.file.get_slice(self.name).get_dtype()
-
-  def read(self) -> np.ndarray:
-    """Returns its numbers, in their own type."""
-    return self.file.get_tensor(self.name)
+  kind: str
+  shape: tuple[int, ...]
+  numbers: np.ndarray | None = dataclasses.field(repr=False)
 
   def holds_what(self, other: "Tensor") -> bool:
     """Returns whether two matrices have the same shape and numbers; compares by slices of rows."""
     if self.shape != other.shape or len(self.shape) != 2:
       return False
-    if not {self.kind, other.kind} <= set(FLOATS):
+    if self.numbers is None or other.numbers is None:
       return False
     rows, columns = self.shape
     step = max(1, SLICE // max(1, columns))
     slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    return all(np.array_equal(self._rows(part), other._rows(part)) for part in slices)
-
-  def _rows(self, part: slice) -> np.ndarray:
-    return self.file.get_slice(self.name)[part]
+    return all(np.array_equal(self.numbers[part], other.numbers[part]) for part in slices)
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -85,22 +71,40 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     if not (folder / name).is_file():
       raise FileNotFoundError(f"{folder / name}: no such file, but {INDEX} names it: get it, too")
     try:
-      # Straight from the file: the flax face would visit the default device.
-      opened[name] = safetensors.safe_open(folder / name, framework="np")
+      with safetensors.safe_open(folder / name, framework="np"):  # which checks the whole header
+        opened[name] = _mapped(folder / name)
     except safetensors.SafetensorError as error:
       hint = native.pointer_hint(folder / name)
       raise ValueError(f"{folder / name}: not a whole safetensors file ({error}){hint}") from error
-  found = {tensor: file for file in opened.values() for tensor in file.keys()}
-  held = {name: set(file.keys()) for name, file in opened.items()}
-  lacking = [tensor for tensor, name in listed.items() if tensor not in held[name]]
+  found = {name: tensor for file in opened.values() for name, tensor in file.items()}
+  lacking = [tensor for tensor, name in listed.items() if tensor not in opened[name]]
   if lacking:
     raise ValueError(
       f"{folder / INDEX}: {lacking[0]} should lie in {listed[lacking[0]]}, which does not hold it"
       + (f"; nor {len(lacking) - 1} more" if lacking[1:] else "")
       + ": index and shards are not of one model"
     )
-  found |= {tensor: opened[name] for tensor, name in listed.items()}
-  return _with_usual_names(folder, {name: Tensor(file, name) for name, file in found.items()})
+  found |= {tensor: opened[name][tensor] for tensor, name in listed.items()}
+  return _with_usual_names(folder, found)
+
+
+def _mapped(path: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of a whole file, in its order, by the header's word: eight bytes with its size, and
+  JSON.
+  """
+  content = np.asarray(np.memmap(path, np.uint8, "r"))
+  start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+  header = json.loads(content[8:start].tobytes())
+  header.pop("__metadata__", None)
+  found = {}
+  for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    kind, shape = entry["dtype"], tuple(entry["shape"])
+    numbers = None
+    if kind in FLOATS:
+      first, last = entry["data_offsets"]
+      numbers = content[start + first : start + last].view(FLOATS[kind]).reshape(shape)
+    found[name] = Tensor(kind, shape, numbers)
+  return found
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
