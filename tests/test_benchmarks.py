@@ -36,11 +36,13 @@ def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, ar
 
 
 def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path):
-  script("loading").main(["--architecture=pocket-tiny", f"--json={tmp_path / 'found.json'}"])
+  arguments = ["--architecture=pocket-tiny", "--repeats=1", f"--json={tmp_path / 'found.json'}"]
+  script("loading").main(arguments)
   (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
   assert (
     row["s"] > 0 and row["host GiB"] > 0 and row["model GiB"] > 2 * row["largest tensor GiB"] > 0
   )
+  assert row["of plain"] == row["plain s"] / row["s"] > 0
 
 
 def test_conversations_are_read_and_extracted_from_at_any_number(script, tmp_path):
