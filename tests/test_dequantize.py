@@ -30,10 +30,11 @@ def decoder(kind):
   return jax.jit(dequantize.decoder(kind))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", dequantize.TYPES, ids=lambda kind: kind.name)
-def test_blocks_have_the_packages_numbers_bit_for_bit(kind):
+def test_blocks_have_the_packages_numbers_bit_for_bit(kind, device):
   data = blocks(kind, 64, 12)
-  found, finite = decoder(kind)(data)
+  found, finite = decoder(kind)(jax.device_put(data, jax.devices(device)[0]))
   right = package.dequantize(data.reshape(64, -1), kind)
   assert found.dtype == np.float32 and finite and np.isfinite(right).all()
   np.testing.assert_array_equal(

@@ -39,6 +39,29 @@ def read_prompts(path):
   return file, tokenizer, [tokenizer.chat((Message("user", text),)) for text in QUESTIONS]
 
 
+def differing(path):
+  """The tensors of a file whose parameters are not the `gguf` package's numbers, bit for bit."""
+  import flax
+  import gguf as package
+  import jax
+  import numpy as np
+
+  from oel_jax.policy.weights import assemble, gguf
+
+  file = gguf.read(path)
+  shape = gguf.read_architecture(file)
+  found = flax.traverse_util.flatten_dict(gguf.load(file, shape), sep="/")
+  bits = lambda numbers: np.ascontiguousarray(numbers).view(np.uint32)
+  wrong = []
+  for name, (parameter, layer) in assemble.names(shape, lambda one: one.gguf).items():
+    tensor, leaf = file.tensors[name], found[parameter.path]
+    right = package.dequantize(tensor.data, tensor.kind).reshape(tensor.shape)
+    each = jax.device_get(leaf if layer is None else leaf[layer])
+    if not np.array_equal(bits(each), bits(parameter.from_stored(right, shape))):
+      wrong.append(name)
+  return wrong
+
+
 def ours(path):
   from oel_jax.policy.sampling import sampler as generate
   from oel_jax.policy.weights import gguf
@@ -73,24 +96,36 @@ def theirs(path):
   return [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts, strict=True)]
 
 
+def in_a_process(name, what):
+  """What one of the functions above returns, for a file of `FOLDER`."""
+  path = pathlib.Path(FOLDER).expanduser() / name
+  if not path.is_file():
+    pytest.skip(f"{path}: no such file")
+  places = os.environ | {"PYTHONPATH": ROOT}
+  done = subprocess.run(
+    [sys.executable, __file__, what, path], capture_output=True, text=True, env=places
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FOLDER, reason="needs OEL_MODELS=FOLDER, a folder with the real weights")
 @pytest.mark.parametrize("name", FILES)
 def test_a_real_model_continues_as_in_transformers(name):
   pytest.importorskip("torch")
-  path = pathlib.Path(FOLDER).expanduser() / name
-  if not path.is_file():
-    pytest.skip(f"{path}: no such file")
-  found = {}
-  for side in ("ours", "theirs"):
-    command = [sys.executable, __file__, side, path]
-    places = os.environ | {"PYTHONPATH": ROOT}
-    done = subprocess.run(command, capture_output=True, text=True, env=places)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found[side] = json.loads(done.stdout.splitlines()[-1])
+  found = {side: in_a_process(name, side) for side in ("ours", "theirs")}
   assert found["ours"] == found["theirs"]
   assert all(len(ids) > 3 for ids in found["ours"])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDER, reason="needs OEL_MODELS=FOLDER, a folder with the real weights")
+@pytest.mark.parametrize("name", FILES)
+def test_the_parameters_of_a_real_model_are_the_packages_numbers(name):
+  assert in_a_process(name, "differing") == []
+
+
 if __name__ == "__main__":
-  print(json.dumps({"ours": ours, "theirs": theirs}[sys.argv[1]](pathlib.Path(sys.argv[2]))))
+  sides = {"ours": ours, "theirs": theirs, "differing": differing}
+  print(json.dumps(sides[sys.argv[1]](pathlib.Path(sys.argv[2]))))
