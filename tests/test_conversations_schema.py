@@ -92,6 +92,13 @@ def test_an_environment_that_said_nothing_at_the_end_leaves_no_line():
   assert transcript(quiet) == OLD_TRANSCRIPT.removesuffix("\nEnd of game:\nThe end.")
 
 
+def test_a_game_is_told_as_a_conversation_where_the_words_are_of_conversations():
+  told = transcript(GAME, "conversations")
+  chat = dataclasses.replace(GAME, source=Source("log", "shop.jsonl"))
+  assert told == transcript(chat) != transcript(GAME)
+  assert told.endswith("\nOutcome:\nThe end.") and "User: " in told and "Assistant: " in told
+
+
 SORTED = dataclasses.replace(GAME, source=Source("game", "desk", 7, category="desk"))
 
 

@@ -20,6 +20,7 @@ from oel_jax.extraction import Item, Knowledge, extract, knowledge, raw_knowledg
 from oel_jax.runtime.files import write_sealed
 from oel_jax.runtime.seeds import derive
 
+extract_lib = sys.modules["oel_jax.extraction.extract"]  # the package's name is the function's
 MARK = "- EXPERIENCE ITEM:"
 K, N = 3, 5
 SAMPLING = object()
@@ -100,7 +101,8 @@ def run(policy, games=GAMES, **changes):
 
 def read_by(prompt):
   """Which game the prompt shows; fails unless exactly one whole record is in it."""
-  shown = [g for g in GAMES if transcript(g) in prompt]
+  ways = ("games", "conversations")
+  shown = [g for g in GAMES if any(transcript(g, way) in prompt for way in ways)]
   assert len(shown) == 1
   return shown[0]
 
@@ -157,6 +159,17 @@ def test_without_previous_knowledge():
   assert all(len(text.items) == 1 + 2 * N for text in texts)
 
 
+def test_steps_that_see_nothing_of_each_other_are_one_batch(tmp_path, monkeypatch):
+  found = {}
+  for at_once, calls in ((1, N), (2 * K + 1, (N + 1) // 2), (N * K, 1)):
+    monkeypatch.setattr(extract_lib, "AT_ONCE", at_once)
+    policy, file = Policy(), tmp_path / f"{at_once}.jsonl"
+    texts = run(policy, see_previous=False, state_path=file)
+    assert len(policy.calls) == calls
+    found[at_once] = texts, file.read_bytes()
+  assert found[1] == found[2 * K + 1] == found[N * K]
+
+
 def test_carried_over_knowledge_comes_first_and_is_shown():
   start = [Knowledge((Item(f"old {k}", f"r1-deploy-0000{k}", k + 1, 1),)) for k in range(K)]
   policy = Policy()
@@ -188,7 +201,7 @@ def test_the_words_of_conversations_speak_of_no_game():
   run(policy, wording="conversations")
   for prompts, _ in policy.calls:
     for prompt in prompts:
-      asked = prompt.replace(transcript(read_by(prompt)), "")
+      asked = prompt.replace(transcript(read_by(prompt), "conversations"), "")
       assert "conversation" in asked and "game" not in asked and "board" not in asked
       assert asked.count(MARK) == len(shown_items(asked)) + 1  # and the form that is asked for
 
@@ -402,7 +415,8 @@ def files(directory, texts):
 
 @pytest.mark.parametrize("see_previous", [True, False])
 @pytest.mark.parametrize("carried", [True, False])
-def test_interrupted_anywhere_gives_the_same_files(tmp_path, see_previous, carried):
+def test_interrupted_anywhere_gives_the_same_files(tmp_path, monkeypatch, see_previous, carried):
+  monkeypatch.setattr(extract_lib, "AT_ONCE", K)  # a step a batch in either case
   start = [Knowledge((Item(f"old {k}", "x", 2, 1),)) for k in range(K)] if carried else None
   changes = dict(see_previous=see_previous, start=start, max_knowledge_tokens=150)
   whole = files(tmp_path / "whole", run(Policy(), **changes))
@@ -625,6 +639,19 @@ def test_raw_trajectories_in_the_order_of_extraction():
   size = len(transcript(GAMES[0]))  # all are of one length
   limited = knowledge.as_of(raw, 4, max_tokens=2 * size + 1, count_tokens=len)
   assert [[item.step for item in text.items] for text in limited] == [[3, 4]] * K
+
+
+def test_raw_trajectories_leave_out_what_extraction_leaves_out():
+  silent = dataclasses.replace(GAMES[1], outcome="", messages=GAMES[1].messages[:2])
+  games = [GAMES[0], silent, GAMES[2]]
+  how = dict(texts=1, seed=0, round=1)
+  [told] = raw_knowledge(games, answered_only=True, wording="conversations", **how)
+  [every] = raw_knowledge(games, **how)
+  assert [i.trajectory for i in told.items] == [
+    i.trajectory for i in every.items if i.trajectory != silent.id
+  ]
+  assert [i.step for i in every.items] == [1, 2, 3]
+  assert all("Outcome:" in i.text and "End of game" not in i.text for i in told.items)
 
 
 def test_extraction_never_imports_deployment():

@@ -170,11 +170,11 @@ def cut_prompts(conversation: Conversation) -> list[Prompt]:
   ]
 
 
-def transcript(conversation: Conversation) -> str:
+def transcript(conversation: Conversation, wording: str = "games") -> str:
   """The conversation as plain text for the extractor, without thinking: what was said and how it
-  ended.
+  ended. A game is told as one unless `wording`, config.extraction.wording, is "conversations".
   """
-  game = conversation.source.kind == GAME
+  game = conversation.source.kind == GAME and wording == "games"
   lines = [_game_line(message) if game else _line(message) for message in conversation.messages]
   if conversation.outcome:  # nobody may have said anything
     lines.append(f"{'End of game' if game else 'Outcome'}:\n{conversation.outcome}")

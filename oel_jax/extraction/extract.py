@@ -7,7 +7,7 @@ Runs on the user side, where the trajectories are, and reads nothing but them an
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ UNANSWERED = (
   "nobody said anything to what the policy said (config.extraction.answered_only = False reads it "
   "all the same)"
 )
+AT_ONCE = 256  # prompts that are sampled together, where steps do not wait for one another
 MAX_NAMED = 20  # trajectories left out that the log names, of those that it counts
 Encode = Callable[[Conversation, Knowledge], list[int]]
 
@@ -56,8 +57,9 @@ def extract(
   own (OEL section 3).
 
   The accumulation is one after another by nature, the texts are not: each step samples all of them
-  in one batch. Which step reads which trajectory and how its answer is sampled derive from (seed,
-  round, text, step), so a resumed run goes on as if never stopped.
+  in one batch; where the extractor does not see what it wrote before, many steps are one batch.
+  Which step reads which trajectory and how its answer is sampled derive from (seed, round, text,
+  step), so a resumed run goes on as if never stopped.
 
   A step costs the same however many went before: the prompt is made of the newest items that fit,
   found among those that fitted at the step before and the new ones, and the step's items are added
@@ -83,7 +85,7 @@ def extract(
     answered_only: whether to leave out trajectories in which nobody said anything to what the
       policy said.
     start: e_0 of each text, the previous round's knowledge; None: empty.
-    state_path: partial file (`extraction.state`), added to after every step and resumed from if it
+    state_path: partial file (`extraction.state`), added to after every batch and resumed from if it
       is there. When complete, nothing is sampled any more.
     weights: names the policy's weights (`runtime.checksum.fingerprint`); a partial file of others
       is refused.
@@ -128,7 +130,7 @@ def extract(
     state_path = pathlib.Path(state_path)
     made_from = {
       "weights": weights,
-      "transcripts": schema.digest([transcript(trajectory) for trajectory in trajectories]),
+      "transcripts": schema.digest([transcript(each, wording) for each in trajectories]),
     }
     if wording != "games":  # the only one that files of before were made with
       made_from["wording"] = wording
@@ -144,21 +146,23 @@ def extract(
   for number, answers in enumerate(done, start=1):
     _add(found, answers, [ids[order[number - 1]] for order in reads], number, round)
   shown = [_newest(how, items) for items in found]
-  for number in range(len(done) + 1, len(trajectories) + 1):
-    read = [trajectories[order[number - 1]] for order in reads]
-    answers, left_out = _ask(how, number, read, shown)
-    new = _add(found, answers, [trajectory.id for trajectory in read], number, round)
-    # What does not fit beside the items of before fits no better beside more: the newest that fit
-    # are among those that did, and the new ones.
-    shown = [_newest(how, (*text.items, *items)) for text, items in zip(shown, new, strict=True)]
-    told = "extraction step %d of %d: %d items from %d texts, %d answers without one"
-    items = sum(map(len, answers))
-    empty = sum(not answer for answer in answers) - len(left_out)
-    logging.info(told, number, len(trajectories), items, texts, empty)
-    if state_path is not None:
-      state.append(state_path, number, answers, left_out)
-    if advance is not None:
-      advance(1)
+  at_once = 1 if see_previous else max(1, AT_ONCE // texts)
+  for first in range(len(done) + 1, len(trajectories) + 1, at_once):
+    numbers = range(first, min(first + at_once, len(trajectories) + 1))
+    read = {number: [trajectories[order[number - 1]] for order in reads] for number in numbers}
+    for number, (answers, left_out) in _ask(how, read, shown).items():
+      new = _add(found, answers, [each.id for each in read[number]], number, round)
+      # What does not fit beside the items of before fits no better beside more: the newest that fit
+      # are among those that did, and the new ones.
+      shown = [_newest(how, (*text.items, *items)) for text, items in zip(shown, new, strict=True)]
+      told = "extraction step %d of %d: %d items from %d texts, %d answers without one"
+      items = sum(map(len, answers))
+      empty = sum(not answer for answer in answers) - len(left_out)
+      logging.info(told, number, len(trajectories), items, texts, empty)
+      if state_path is not None:
+        state.append(state_path, number, answers, left_out)
+      if advance is not None:
+        advance(1)
   return [Knowledge(tuple(items)) for items in found]
 
 
@@ -183,35 +187,39 @@ class _Settings:
 
 
 def _ask(
-  how: _Settings, number: int, read: Sequence[Conversation], shown: Sequence[Knowledge]
-) -> tuple[state.Step, list[dict[str, Any]]]:
-  """Samples step `number` of all texts in one batch: the items of each answer, and what is left
-  out, as `state.append` takes it.
+  how: _Settings, read: Mapping[int, Sequence[Conversation]], shown: Sequence[Knowledge]
+) -> dict[int, tuple[state.Step, list[dict[str, Any]]]]:
+  """Samples steps of all texts in one batch. Returns of each, by its number, the items of each
+  answer, and what is left out, as `state.append` takes it.
+
+  Args:
+    read: what each text reads, by the step's number.
+    shown: of each text, what the extractor sees of it.
   """
-  answers: state.Step = [[] for _ in read]
-  left_out = [
-    {"text": text, "trajectory": trajectory.id, "why": how.unfit[trajectory.id]}
-    for text, trajectory in enumerate(read)
-    if trajectory.id in how.unfit
-  ]
-  asked = [text for text, trajectory in enumerate(read) if trajectory.id not in how.unfit]
+  found, asked = {}, []
+  for number, each in read.items():
+    unfit = [(text, it.id) for text, it in enumerate(each) if it.id in how.unfit]
+    left_out = [dict(text=text, trajectory=id, why=how.unfit[id]) for text, id in unfit]
+    found[number] = [[] for _ in each], left_out
+    asked += [(number, text) for text, it in enumerate(each) if it.id not in how.unfit]
   if not asked:
-    return answers, left_out
+    return found
   responses = how.policy.sample(
-    [_prompt(how.encode, read[text], shown[text], how.max_prompt_tokens) for text in asked],
-    [derive(how.seed, how.round, "extract", text, number) for text in asked],
+    [_prompt(how.encode, read[n][text], shown[text], how.max_prompt_tokens) for n, text in asked],
+    [derive(how.seed, how.round, "extract", text, number) for number, text in asked],
     sampling=how.sampling,
     max_new_tokens=how.max_response_tokens,
   )
-  for text, response in zip(asked, responses, strict=True):
+  for (number, text), response in zip(asked, responses, strict=True):
+    answers, left_out = found[number]
     try:
       answers[text] = _items_of(how, response)
     except ValueError as error:
-      name, why = read[text].id, f"the answer cannot be read: {error}"
-      left_out.append({"text": text, "trajectory": name, "why": why})
+      name, why = read[number][text].id, f"the answer cannot be read: {error}"
+      left_out.append(dict(text=text, trajectory=name, why=why))
       told = "extraction step %d, text %d: trajectory %s left out: %s"
       logging.warning(told, number, text, name, why)
-  return answers, left_out
+  return found
 
 
 def _items_of(how: _Settings, response: Sequence[int]) -> list[str]:
@@ -244,13 +252,19 @@ def _newest(how: _Settings, items: Sequence[Item]) -> Knowledge:
 
 
 def raw_knowledge(
-  trajectories: Sequence[Conversation], *, texts: int, seed: int, round: int
+  trajectories: Sequence[Conversation],
+  *,
+  texts: int,
+  seed: int,
+  round: int,
+  wording: str = "games",
+  answered_only: bool = False,
 ) -> list[Knowledge]:
   """The control without extraction: whole transcripts are the items (OEL Table 1, "raw
   trajectories").
 
-  Text k reads the trajectories in the order in which `extract` reads them for its text k, so the
-  two differ in nothing else.
+  Text k reads the trajectories in the order in which `extract` reads them for its text k, and
+  leaves out those that it leaves out with `answered_only`, so the two differ in nothing else.
 
   Returns:
     `texts` whole accumulations, as from `extract`: `as_of` limits them, the oldest whole
@@ -259,8 +273,9 @@ def raw_knowledge(
   return [
     Knowledge(
       tuple(
-        Item(transcript(trajectories[i]), trajectories[i].id, step, round)
+        Item(transcript(trajectories[i], wording), trajectories[i].id, step, round)
         for step, i in enumerate(order, start=1)
+        if not answered_only or _has_answer(trajectories[i])
       )
     )
     for order in orders(len(trajectories), texts, seed, round)
@@ -278,7 +293,8 @@ def orders(count: int, texts: int, seed: int, round: int) -> list[list[int]]:
 def _encode(
   tokenizer, trajectory: Conversation, knowledge: Knowledge, *, thinking: bool, **words: str
 ) -> list[int]:
-  asked = extraction_message(transcript(trajectory), knowledge.text, **words)
+  told = transcript(trajectory, words["wording"])
+  asked = extraction_message(told, knowledge.text, **words)
   return tokenizer.chat([asked], thinking=thinking)
 
 
