@@ -188,6 +188,9 @@ def default() -> ml_collections.ConfigDict:
       # of items about one case ("CASE: ANSWER") that say different things, only that of the latest
       # conversation enters
       newest_wins=False,
+      # whether an item stands in a text as often as it was given (the paper); False: once, where it
+      # was given last
+      repeats=True,
       max_knowledge_tokens=8192,  # over it, the oldest whole items go
       max_response_tokens=1024,  # an answer of the extractor, thinking included
       temperature=0.7,  # sampling of the answers
@@ -360,7 +363,7 @@ def _check_together(config: Any) -> None:
   _need(config, "withdraw", not config.withdraw, "'', but for --stage=withdraw")
   _need(config, "extraction.use", extraction.use <= extraction.trajectories, f"at most {read}")
   items = (extraction.source, extraction.form) == ("extracted", "items")
-  for field, off in (("min_support", 1), ("newest_wins", False)):
+  for field, off in (("min_support", 1), ("newest_wins", False), ("repeats", True)):
     _need(
       config,
       f"extraction.{field}",

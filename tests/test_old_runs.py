@@ -43,6 +43,7 @@ NEW = (
   ("withdraw",),
   ("extraction", "min_support"),
   ("extraction", "newest_wins"),
+  ("extraction", "repeats"),
   ("evaluation", "tasks"),
   ("evaluation", "unrelated"),
 )

@@ -330,11 +330,23 @@ def test_the_newest_wins_in_the_texts_and_in_the_next_round(make_run, tmp_path):
   assert out and all(origin.superseded_by in said for origin in out)
 
 
-@pytest.mark.parametrize("field, value", [("min_support", 2), ("newest_wins", True)])
+def test_without_repeats_an_item_stands_once_where_it_was_given_last(make_run, tmp_path):
+  stage.extract(make_run(), 1, Writer())
+  often = items_of(make_run())
+  assert all(len(set(items)) < len(items) for items in often)
+  (tmp_path / "round_1/knowledge/whole").unlink()
+  stage.extract(make_run(repeats=False), 1, Writer())
+  once = items_of(make_run())
+  assert once == [list(dict.fromkeys(reversed(items)))[::-1] for items in often]
+
+
+@pytest.mark.parametrize(
+  "field, value", [("min_support", 2), ("newest_wins", True), ("repeats", False)]
+)
 @pytest.mark.parametrize("other", [{"form": "text"}, {"source": "trajectories"}])
 def test_texts_and_transcripts_have_no_cases(make_run, field, value, other):
   config = make_run(**{field: value}, **other).config
   with pytest.raises(ValueError, match=f"config.extraction.{field} is {value}: it must be"):
     config_lib.validate(config)
-  config.extraction[field] = type(value)(value - 1)
+  config.extraction[field] = config_lib.default().extraction[field]
   config_lib.validate(config)

@@ -113,6 +113,26 @@ def test_what_is_made_anew_is_made_without_them(played, tmp_path):
   assert not gone & set(header["trajectories"]) and len(header["trajectories"]) == 5
 
 
+def test_an_item_that_stands_once_stays_as_anothers(make_run, tmp_path, capsys):
+  this = make_run(min_support=2, repeats=False)
+  open_workdir(this.config, tmp_path)
+  play_a_round(this, Writer())
+  before = knowledge.texts(this, 1)
+  gone = next(item.trajectory for text in knowledge.read(this, 1) for item in text.items)
+  support = {
+    o.text: o.support for o in provenance.read(tmp_path / "round_1/user/items.jsonl").values()
+  }
+  asked(this, gone)
+  told = [item for text in knowledge.read(this, 1) for item in text.items]
+  assert gone not in {item.trajectory for item in told}
+  origins = provenance.read(tmp_path / "round_1/user/items.jsonl")
+  gave = {one.text: {seen.conversation for seen in one.seen} for one in origins.values()}
+  assert all(item.trajectory in gave[item.text] for item in told)
+  weak = {text for text in support if len(gave.get(text, ())) < 2}
+  left = [[line for line in text.split("\n") if line not in weak] for text in before]
+  assert [text.split("\n") for text in knowledge.texts(this, 1)] == left
+
+
 def test_the_same_command_again_finds_nothing_more_or_does_the_rest(played, tmp_path, monkeypatch):
   name = min(conversations(played)[0])
   asked(played, name)

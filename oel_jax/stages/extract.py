@@ -105,7 +105,14 @@ def _accumulate(
   if not state.exists():  # one that is there has nothing of those that were withdrawn since
     games = withdrawn.left(run.folder, games)
   if config.source == "trajectories":
-    return raw_knowledge(games, texts=config.texts, seed=run.config.seed, round=number)
+    return raw_knowledge(
+      games,
+      texts=config.texts,
+      seed=run.config.seed,
+      round=number,
+      wording=config.wording,
+      answered_only=config.answered_only,
+    )
   if config.source == "empty":
     return [knowledge_lib.Knowledge()] * config.texts
   return accumulate(
@@ -142,8 +149,9 @@ def _limited(
   policy: Policy,
   games: Sequence[Conversation],
 ) -> tuple[Texts, provenance.Origins]:
-  """The accumulations as they stood after `step` trajectories: without what min_support and
-  newest_wins leave out, within max_knowledge_tokens, and edited if config.extraction.edit says so.
+  """The accumulations as they stood after `step` trajectories: without what min_support,
+  newest_wins and repeats leave out, within max_knowledge_tokens, and edited if
+  config.extraction.edit says so.
   And what stands behind their items, by the words that would cross.
   """
   config, edit = run.config.extraction, _edit(run.config)
@@ -159,7 +167,8 @@ def _limited(
       newest_wins=config.newest_wins,
     )
     _tell(number, origins)
-    texts = [_sifted(*pair, origins) for pair in zip(texts, said, strict=True)]
+    how = dict(origins=origins, repeats=config.repeats)
+    texts = [_sifted(*pair, **how) for pair in zip(texts, said, strict=True)]
   texts = knowledge_lib.as_of(
     texts,
     step,
@@ -171,12 +180,20 @@ def _limited(
 
 
 def _sifted(
-  text: knowledge_lib.Knowledge, said: knowledge_lib.Knowledge, origins: provenance.Origins
+  text: knowledge_lib.Knowledge,
+  said: knowledge_lib.Knowledge,
+  origins: provenance.Origins,
+  repeats: bool,
 ) -> knowledge_lib.Knowledge:
-  """The items of `text` that are not left out, by what they are once edited, `said`."""
-  pairs = zip(text.items, said.items, strict=True)
-  stays = lambda item: not origins[provenance.normalised(item.text)].left_out
-  return knowledge_lib.Knowledge(tuple(item for item, edited in pairs if stays(edited)))
+  """The items of `text` that are not left out, by what they are once edited, `said`; without
+  `repeats` each once, the last of it.
+  """
+  names = [provenance.normalised(item.text) for item in said.items]
+  last = {name: place for place, name in enumerate(names)}
+  stays = lambda place, name: not origins[name].left_out and (repeats or last[name] == place)
+  return knowledge_lib.Knowledge(
+    tuple(text.items[place] for place, name in enumerate(names) if stays(place, name))
+  )
 
 
 def _tell(number: int, origins: provenance.Origins) -> None:

@@ -17,7 +17,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -83,13 +83,13 @@ def run(config: Any, workdir: str) -> None:
 
 def _withdraw(folder: pathlib.Path, named: Sequence[str], own: dict[str, Any]) -> None:
   """`own` is the run's configuration."""
-  rounds, min_support = _rounds(folder), own.get("extraction", {}).get("min_support", 1)
+  rounds, rules = _rounds(folder), own.get("extraction", {})
   for path in rounds.values():
     Manifest(path).verify()
   written = _as_written(own, named)
   ids, unknown = _resolve(rounds, written)
   withdrawn.add(folder, ids | {forms[-1] for forms in written.values()})
-  held = {n: _held(path, ids, min_support) for n, path in rounds.items()}
+  held = {n: _held(path, ids, rules) for n, path in rounds.items()}
   touched = [n for n, found in held.items() if found.items or found.prompts]
   print(f"withdrawn: {', '.join(sorted(ids)) or 'no conversation'}", flush=True)
   for name in unknown:
@@ -104,7 +104,7 @@ def _withdraw(folder: pathlib.Path, named: Sequence[str], own: dict[str, Any]) -
     _tell(first, held[first], weights)
   for n, path in rounds.items():
     if path.exists():
-      aside += _rebuild(path, ids, min_support, held[n])
+      aside += _rebuild(path, ids, rules, held[n])
       aside += _leave_unmeasured(n, path, ids, held[n])
   _tell_what_is_left(folder, aside, touched)
 
@@ -191,19 +191,38 @@ def _prompts(file: pathlib.Path) -> list[Prompt]:
   return read_prompts(file, max_damaged=0.0) if file.exists() else []
 
 
-def _goes(path: pathlib.Path, ids: Collection[str], min_support: int) -> Any:
-  """The rule by which an item of the round's texts goes: it came from one of these conversations,
-  or without them too few are left.
+def _left(
+  path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]
+) -> Callable[[knowledge_lib.Item], knowledge_lib.Item | None]:
+  """What is left of an item of the round's texts. None: it came from one of these conversations, or
+  without them too few gave it. One that stands for all that gave it (extraction.repeats, of the
+  run's `rules`, is off) stays, and counts as the latest other's.
   """
-  origins = provenance.without(provenance.read(path / ITEMS), ids, min_support)
-  weak = {name for name, origin in origins.items() if origin.left_out == provenance.SUPPORT}
-  return lambda item: item.trajectory in ids or provenance.normalised(item.text) in weak
+  origins = _origins(path, ids, rules)
+
+  def left(item: knowledge_lib.Item) -> knowledge_lib.Item | None:
+    origin = origins.get(provenance.normalised(item.text))
+    if origin and origin.left_out == provenance.SUPPORT:
+      return None
+    if item.trajectory not in ids:
+      return item
+    if origin is None or rules.get("repeats", True):
+      return None
+    return dataclasses.replace(item, trajectory=origin.seen[-1].conversation)
+
+  return left
+
+
+def _origins(
+  path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]
+) -> provenance.Origins:
+  return provenance.without(provenance.read(path / ITEMS), ids, rules.get("min_support", 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-  """What goes from a round: items of its texts, each once, and how many prompts, of those that are
-  trained on and of those that are measured on.
+  """What goes from a round: items of its texts, each once, be it that another conversation gave the
+  same, and how many prompts, of those that are trained on and of those that are measured on.
   """
 
   items: list[str]
@@ -211,32 +230,31 @@ class _Held:
   held_out: int
 
 
-def _held(path: pathlib.Path, ids: Collection[str], min_support: int) -> _Held:
-  goes = _goes(path, ids, min_support)
-  items = [item.text for text in _texts(path) for item in text.items if goes(item)]
+def _held(path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]) -> _Held:
+  left = _left(path, ids, rules)
+  items = [item.text for text in _texts(path) for item in text.items if left(item) != item]
   files_of_prompts = (_prompt_file(path), path / HELD_OUT)
   count = lambda file: sum(withdrawn.conversation_of(one) in ids for one in _prompts(file))
   return _Held(list(dict.fromkeys(items)), *map(count, files_of_prompts))
 
 
 def _rebuild(
-  path: pathlib.Path, ids: Collection[str], min_support: int, held: _Held
+  path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any], held: _Held
 ) -> list[pathlib.Path]:
   """Writes the round's files without what came from these conversations; returns what is kept
   aside.
   """
-  manifest, goes, aside = Manifest(path), _goes(path, ids, min_support), []
+  manifest, left, aside = Manifest(path), _left(path, ids, rules), []
   aside += _forget(path, ids)
   if held.items:
     texts = [
-      knowledge_lib.Knowledge(tuple(item for item in text.items if not goes(item)))
-      for text in _texts(path)
+      knowledge_lib.Knowledge(tuple(filter(None, map(left, text.items)))) for text in _texts(path)
     ]
     made_from = manifest.made_from("knowledge/00.jsonl")
     aside.append(_aside(path / "knowledge"))
     for i, text in enumerate(texts):
       knowledge_lib.write(path / "knowledge", i, text)
-    origins = provenance.without(provenance.read(path / ITEMS), ids, min_support)
+    origins = _origins(path, ids, rules)
     names = [f"knowledge/{i:02d}.{kind}" for i in range(len(texts)) for kind in ("jsonl", "md")]
     if (path / ITEMS).exists():
       aside.append(_aside(path / ITEMS))
