@@ -19,7 +19,8 @@ from oel_jax.environments import help_desk_rules
 HERE = pathlib.Path(__file__).parent
 GAME_ARGS = {
   "all": dict(kinds=help_desk_rules.KINDS, topics=24, vague=0.2),
-  "desk": dict(kinds=("desk",), topics=12, vague=0.0),  # where a case goes and nothing else
+  # Where a case goes and nothing else, and one answer a case.
+  "desk": dict(kinds=("desk",), topics=12, vague=0.0, second_answer=False),
 }
 SIZES = tuple(GAME_ARGS)
 
@@ -46,7 +47,9 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
     config.deployment.game_args = ml_collections.ConfigDict(
       GAME_ARGS[size] | dict(period=0, rules_seed=0, complaint=0.2, silence=0.2)
     )
-    # Nearly greedy: what a small model writes down at 0.7 is often not what it was told.
+    # Nearly greedy: what a small model writes down at 0.7 is often not what it was told. Two
+    # conversations must have given an item: of those in which nobody told what was right it makes
+    # rules of its own, never the same twice.
     config.extraction.update(
       trajectories=100,
       use=100,
@@ -54,9 +57,12 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       see_previous=False,
       answered_only=True,
       temperature=0.1,
+      min_support=2,
+      repeats=False,
       max_knowledge_tokens=2048,
       max_response_tokens=64,
     )
+    config.consolidation.update(learning_rate=1e-5, steps=60)
     config.evaluation.episodes = 256
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
     config.evaluation.retention = 256

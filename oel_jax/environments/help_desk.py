@@ -24,9 +24,8 @@ MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
 # model, told of desks, forms and codes, named one of each. Nor does it name the tool, which that
 # model then always used.
 ASK = (
-  "You work at the help desk of Orsa, who sell coffee machines by post. Choose from what is known "
-  "the kind of case that fits what the customer says, name it, and tell the customer in one short "
-  "sentence what is right for it.\n"
+  "You work at the help desk of Orsa, who sell coffee machines by post. Say which kind of case "
+  "this is and what cases of the kind need, in one short sentence to the customer.\n"
 )
 NUDGES = {
   "discount": "Do I get a discount?",

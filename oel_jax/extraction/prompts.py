@@ -18,9 +18,9 @@ _TASK = {
     "Speak of symbols and rules, not of places on this board. Prefer what is not yet known.\n"
   ),
   "conversations": (
-    "Write down, for everyone who will work on such cases, what the replies or the feedback say "
-    "about cases of this kind. Keep the names and numbers that are needed for it, and leave out "
-    "who asked.\n"
+    "Write down, for everyone who will work on such cases, what the last words of the record or "
+    "its feedback say about cases of this kind. Keep their names and numbers, and leave out who "
+    "asked.\n"
   ),
 }
 _ITEMS = {
