@@ -63,7 +63,7 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       max_response_tokens=64,
     )
     config.consolidation.update(learning_rate=1e-5, steps=60)
-    config.evaluation.episodes = 256
+    config.evaluation.update(episodes=256, temperature=0.1)
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
     config.evaluation.retention = 256
     config.evaluation.unrelated = str(HERE / "data/unrelated.txt")
