@@ -7,6 +7,7 @@ import re
 import flax
 import jax
 import jax.numpy as jnp
+import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import safetensors.numpy
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.weights import huggingface, native, place
-from oel_jax.runtime import finite
+from oel_jax.runtime import finite, mesh
 
 TINY = Architecture(16, 8, 2, 2, 1, 4, 12, qk_norm=False, tied_head=False)
 
@@ -89,6 +90,18 @@ def test_a_folder_with_a_number_that_is_none_is_refused(tmp_path, dtype, value, 
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match=rf"{name} holds {value} at \[2, 1\], which is not finite"):
     huggingface.load(tmp_path, TINY)
+
+
+def test_a_number_that_is_none_is_told_of_on_a_mesh(tmp_path):
+  huggingface.save(tmp_path, flax.traverse_util.unflatten_dict(_params(), sep="/"), TINY)
+  tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  name = "model.layers.1.mlp.down_proj.weight"
+  tensors[name][7, 11] = np.nan  # on the last device only
+  safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+  devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=2, fsdp=4, tensor=1)))
+  places = mesh.param_shardings(devices, transformer.abstract(TINY))
+  with pytest.raises(ValueError, match=rf"{name} holds nan at \[7, 11\], which is not finite"):
+    huggingface.load(tmp_path, TINY, shardings=places)
 
 
 def test_a_number_beyond_float32_is_refused_in_a_folder_of_float64(tmp_path):
