@@ -161,9 +161,11 @@ def _put(tensor: Tensor, sharding: Any) -> Array:
 
 
 def _ahead(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-  """Yields (item, what the function makes of it); a thread makes the next one meanwhile."""
+  """Yields (item, what the function makes of it), of one or more; a thread makes the next one
+  meanwhile.
+  """
   with futures.ThreadPoolExecutor(1) as pool:
-    made = pool.submit(function, items[0]) if items else None
+    made = pool.submit(function, items[0])
     for item, following in zip(items, [*items[1:], None], strict=True):
       found = made.result()
       made = None if following is None else pool.submit(function, following)
@@ -206,7 +208,7 @@ def matrices(
   ]
   stacked = {job[0].parameter.path: job[2].found for job in jobs if job[2].stacked}
   found: dict[str, Array] = {}
-  waiting: tuple[Tensor, Array] | None = None
+  waiting: tuple[Place, Tensor, Array] | None = None
   with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     different = dict.fromkeys(program for _, _, program in jobs)
     programs = {program: pool.submit(_compiled, program) for program in different}
@@ -224,12 +226,19 @@ def matrices(
       del raw
       # The one before: the devices work on this one while the next is read.
       _check(waiting)
-      waiting = tensor, finite
+      waiting = place, tensor, finite
   _check(waiting)
   return found
 
 
-def _check(pair: tuple[Tensor, Array] | None) -> None:
-  if pair is not None and not pair[1]:
-    pair[0].checked()
-    raise ValueError("numbers that are finite on the host are not on the device")
+def _check(done: tuple[Place, Tensor, Array] | None) -> None:
+  """Raises ValueError, which names the tensor, if a device found a number that is not finite."""
+  if done is None or done[2]:
+    return
+  place, tensor, _ = done
+  tensor.checked()
+  layer = "" if place.layer is None else f" of layer {place.layer}"
+  raise ValueError(
+    f"{place.parameter.path}{layer}: a device finds a number that is not finite, the host finds "
+    "none in the file: try again on another device"
+  )
