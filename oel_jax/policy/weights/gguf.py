@@ -230,19 +230,19 @@ def load(
 
 
 def _to_place(path: pathlib.Path, tensor: gguf_file.Tensor, interleaved: int) -> place.Tensor:
-  def checked() -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # a scale that is no number is told of next
-      return finite.checked(path, tensor.name, tensor.values())
+  def values() -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # a scale that is no number is told of by who checks
+      return tensor.values()
 
   mapped = tensor.mapped()
   if mapped is None:  # of a type that only the gguf package reads
-    raw, raw_type = tensor.values, jax.ShapeDtypeStruct(tensor.shape, np.float32)
+    raw, raw_type = values, jax.ShapeDtypeStruct(tensor.shape, np.float32)
   else:
     raw, raw_type = lambda: mapped, jax.ShapeDtypeStruct(mapped.shape, mapped.dtype)
   in_blocks = tensor.kind in dequantize.TYPES
   return place.Tensor(
     shape=tensor.shape,
-    checked=checked,
+    checked=lambda: finite.checked(path, tensor.name, values()),
     raw=raw,
     raw_type=raw_type,
     decode=dequantize.decoder(tensor.kind) if in_blocks else place.plain,
