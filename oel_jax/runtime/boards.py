@@ -134,7 +134,7 @@ def import_wandb(project: str) -> Any:
   """Returns the module wandb.
 
   Raises:
-    ImportError: it is not installed; `project` is for the error.
+    ImportError: it, or what it needs, is not installed; `project` is for the error.
   """
   try:
     import wandb
@@ -142,8 +142,8 @@ def import_wandb(project: str) -> Any:
     wandb.init  # a folder of that name can be imported, too
   except (ImportError, AttributeError) as error:
     raise ImportError(
-      f"config.wandb_project is {project!r}, but Weights & Biases is not installed: pip install "
-      'wandb, or leave the field ""'
+      f"config.wandb_project is {project!r}, but Weights & Biases cannot be imported: pip install "
+      f'wandb, or leave the field "" ({error})'
     ) from error
   return wandb
 

@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 try:
   from gguf import GGMLQuantizationType as Type
 except ImportError as error:
-  raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
+  raise ImportError(
+    f'GGUF files need the extra "hf": pip install "oel_jax[hf]" ({error})'
+  ) from error
 
 Blocks = UInt8[Array, "*shape bytes"]
 Numbers = Float[Array, "*shape numbers"]

@@ -13,7 +13,9 @@ import numpy as np
 try:
   import tokenizers
 except ImportError as error:
-  raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
+  raise ImportError(
+    f'GGUF files need the extra "hf": pip install "oel_jax[hf]" ({error})'
+  ) from error
 
 from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture, Llama3Scaling

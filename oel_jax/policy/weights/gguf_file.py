@@ -19,7 +19,9 @@ import numpy as np
 try:
   import gguf
 except ImportError as error:
-  raise ImportError('GGUF files need the extra "hf": pip install "oel_jax[hf]"') from error
+  raise ImportError(
+    f'GGUF files need the extra "hf": pip install "oel_jax[hf]" ({error})'
+  ) from error
 from gguf import GGML_QUANT_SIZES as BLOCKS
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
