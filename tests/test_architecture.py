@@ -10,6 +10,8 @@ import subprocess
 import sys
 import textwrap
 
+from processes import python_path
+
 import oel_jax
 
 PACKAGE = pathlib.Path(oel_jax.__file__).parent
@@ -118,7 +120,7 @@ def test_a_new_field_is_three_files_and_every_run_obeys_it(tmp_path):
       assert text.count(old) == 1, f"{name} holds {text.count(old)} times: {old}"
       text = text.replace(old, new)
     (tmp_path / "oel_jax" / name).write_text(text, encoding="utf-8")
-  env = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+  env = os.environ | {"PYTHONPATH": python_path(tmp_path), "JAX_PLATFORMS": "cpu"}
   script = textwrap.dedent(OBEYS)
   run = subprocess.run(
     [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True

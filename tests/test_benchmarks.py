@@ -6,6 +6,7 @@ import importlib
 import json
 import pathlib
 import sys
+import types
 
 import pytest
 
@@ -35,7 +36,10 @@ def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, ar
   assert "of limit" in capsys.readouterr().out
 
 
-def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path):
+def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path, monkeypatch):
+  # What dependencies come by there counts in that process, too.
+  (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!r}, 'w')")
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
   arguments = ["--architecture=pocket-tiny", "--repeats=1", f"--json={tmp_path / 'found.json'}"]
   script("loading").main(arguments)
   (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
@@ -43,6 +47,22 @@ def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path):
     row["s"] > 0 and row["host GiB"] > 0 and row["model GiB"] > 2 * row["largest tensor GiB"] > 0
   )
   assert row["of plain"] == row["plain s"] / row["s"] > 0
+  assert (tmp_path / "seen").exists()
+
+
+def test_an_older_checkout_is_told_from_one_whose_dependencies_are_missing(script, monkeypatch):
+  loading, folder = script("loading"), pathlib.Path("folder")
+  monkeypatch.delitem(sys.modules, "oel_jax.policy.weights.huggingface", raising=False)
+  with monkeypatch.context() as without:
+    without.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match="import of safetensors"):
+      loading.reader(folder)
+  older = types.SimpleNamespace(
+    read_architecture=lambda path: "its shape", load=lambda path, shape: (path, shape)
+  )
+  monkeypatch.setitem(sys.modules, "oel_jax.policy.weights", None)
+  monkeypatch.setitem(sys.modules, "oel_jax.policy.huggingface", older)
+  assert loading.reader(folder)() == (folder, "its shape")
 
 
 def test_conversations_are_read_and_extracted_from_at_any_number(script, tmp_path):

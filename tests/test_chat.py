@@ -14,6 +14,7 @@ import sys
 import families
 import pytest
 import transformers
+from processes import python_path
 
 from oel_jax.conversations.schema import Message, knowledge_message
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer
@@ -352,7 +353,7 @@ def test_that_there_is_no_pytorch_is_not_told(start, tmp_path):
     ],
     capture_output=True,
     text=True,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()},
   )
   told = done.stderr.splitlines()
   assert len(told) == 1 and ("PyTorch was not found" in told[0]) == (start != AS_MAIN), told

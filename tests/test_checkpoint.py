@@ -5,7 +5,6 @@ that takes no more.
 import fractions
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import ROOT, python_path
 
 from oel_jax.runtime import checksum
 from oel_jax.runtime.checkpoint import Checkpoints
@@ -29,7 +29,7 @@ SCRIPT = """
 import sys, jax, jax.numpy as jnp, ml_collections, numpy as np
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
-from tests.test_checkpoint import OPTIMIZER
+from test_checkpoint import OPTIMIZER
 
 def init(seed):
   embedding = jnp.sin(jnp.arange(64 * 16.0) * seed).reshape(64, 16)
@@ -66,7 +66,7 @@ def run(script: str, *args, devices: int = 1) -> subprocess.CompletedProcess:
     os.environ,
     XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
     JAX_PLATFORMS="cpu",
-    PYTHONPATH=str(pathlib.Path(__file__).parents[1]),
+    PYTHONPATH=python_path(ROOT, ROOT / "tests"),
   )
   return subprocess.run(
     [sys.executable, "-c", script, *map(str, args)],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import python_path
 
 ROOT = pathlib.Path(__file__).parents[1]
 # tensorboardX imports torch where that is installed.
@@ -29,7 +30,7 @@ CORE = ("losses", "fused", "divergences", "step", "batch", "teacher")
 def loaded(code: str) -> set[str]:
   """Top-level modules that are there when the code has run in an interpreter of its own."""
   code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()}
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
   )

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import textarena
 from fakes import Tokenizer, game_of, in_turns, turn_of
+from processes import python_path
 
 from oel_jax import choices, main
 from oel_jax import loop as loop_lib
@@ -80,7 +81,7 @@ def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
   """
   # One device, unlike conftest's eight; and what runs for so short a time need not be compiled
   # well.
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), OEL_JAX_CACHE=str(cache))
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=python_path(), OEL_JAX_CACHE=str(cache))
   env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
   command = [

@@ -10,6 +10,7 @@ import textwrap
 import types
 
 import pytest
+from processes import python_path
 
 from oel_jax import main
 
@@ -87,7 +88,7 @@ def fixture_start(tmp_path):
     env = dict(
       os.environ,
       JAX_PLATFORMS="cpu",
-      PYTHONPATH=str(pathlib.Path(__file__).parents[1]),
+      PYTHONPATH=python_path(),
       OEL_JAX_CACHE=str(tmp_path / "cache"),
     )
     flags = [f"--config={tmp_path}/config.py{size}", f"--workdir={tmp_path}/run", *flags]
@@ -258,7 +259,7 @@ def test_an_error_of_this_package_is_one_line():
       except ValueError as error:
         print(main._is_told_in_one_line(error))
   """)
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=python_path())
   out = subprocess.run(
     [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60
   )

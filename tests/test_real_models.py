@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import python_path
 
 FILES = ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")
 QUESTIONS = (
@@ -25,7 +26,6 @@ QUESTIONS = (
   "Translate to German: Good morning, my friend.",
 )
 TOKENS = 24
-ROOT = str(pathlib.Path(__file__).parents[1])
 FOLDER = os.environ.get("OEL_MODELS", "")
 
 
@@ -101,7 +101,7 @@ def in_a_process(name, what):
   path = pathlib.Path(FOLDER).expanduser() / name
   if not path.is_file():
     pytest.skip(f"{path}: no such file")
-  places = os.environ | {"PYTHONPATH": ROOT}
+  places = os.environ | {"PYTHONPATH": python_path()}
   done = subprocess.run(
     [sys.executable, __file__, what, path], capture_output=True, text=True, env=places
   )

@@ -3,17 +3,15 @@ lost.
 """
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import threading
 
 import pytest
+from processes import python_path
 
 from oel_jax.runtime import signals
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 # A process that waits for its signal inside a thread pool, as sampling on a CPU does.
 WAITING = """
@@ -47,7 +45,7 @@ def _sent(script, *numbers):
   """
   process = subprocess.Popen(
     [sys.executable, "-c", script],
-    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    env=dict(os.environ, PYTHONPATH=python_path()),
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

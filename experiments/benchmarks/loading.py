@@ -41,11 +41,14 @@ def anonymous() -> int:
 
 
 def reader(path: pathlib.Path) -> Callable[[], Any]:
-  """What reads the parameters."""
+  """What reads the parameters, also by an older checkout, which has no folder `weights`."""
   name = "gguf" if path.suffix == ".gguf" else "huggingface"
+  folder = "oel_jax.policy.weights"
   try:
-    module = importlib.import_module(f"oel_jax.policy.weights.{name}")
-  except ImportError:  # of an older checkout
+    module = importlib.import_module(f"{folder}.{name}")
+  except ModuleNotFoundError as error:
+    if error.name not in (folder, f"{folder}.{name}"):
+      raise
     module = importlib.import_module(f"oel_jax.policy.{name}")
   source = module.read(path) if path.suffix == ".gguf" else path
   shape = module.read_architecture(source)
@@ -89,8 +92,10 @@ def measured(call: Callable[[], Any]) -> dict[str, float]:
 
 def in_a_process(path: pathlib.Path, how: str, checkout: pathlib.Path) -> dict[str, float]:
   """What `measured` gives in a new process that has the code of a checkout."""
-  # This process has its share of the device already.
-  env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(checkout)}
+  env = os.environ | {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has its share of the device already
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH")))),
+  }
   env.pop("JAX_COMPILATION_CACHE_DIR", None)
   command = [sys.executable, __file__, f"--weights={path}", f"--only={how}"]
   done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -162,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     path = pathlib.Path(args.weights or folder).resolve()
     row["model GiB"] = sum(file.stat().st_size for file in files(path)) / 2**30
     row |= compared(path, args.against, args.repeats)
-  import measure
+  import measure  # which an older checkout's code would not let a measured process import
 
   measure.report([row], "reading weights", args.json)
 

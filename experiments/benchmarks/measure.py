@@ -95,10 +95,9 @@ def peer(path: str | None, call: str) -> list[dict[str, Any]]:
   if path is None:
     return []
   code = f"import peer_torch; peer_torch.{call}"
-  env = {
-    **os.environ,
-    "PYTHONPATH": f"{pathlib.Path(path).resolve().parent}:{os.environ.get('PYTHONPATH', '')}",
-  }
+  folder = str(pathlib.Path(path).resolve().parent)
+  search = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+  env = os.environ | {"PYTHONPATH": search}
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
   if done.returncode:
     print(f"the peer failed: {done.stderr[-300:]}", file=sys.stderr)
