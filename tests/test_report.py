@@ -137,6 +137,8 @@ def write_round(root: pathlib.Path, number: int) -> None:
     {"stage": stage, "seconds": 61.5 * i, "tokens": 120000 * i, "flops": 3.1e15 * i}
     for i, stage in enumerate(stages, start=1)
   ]
+  for entry in cost if number else ():  # an earlier version counted no programs
+    entry |= {"programs": 7, "compile_seconds": 20.5}
   (folder / "cost.json").write_text(json.dumps({"schema": 1, "stages": cost}))
   if number:
     (folder / "knowledge").mkdir()
@@ -318,6 +320,16 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(run):
     "consolidation.png",
   }
   assert all(data.startswith(b"\x89PNG") for name, data in first.items() if name.endswith(".png"))
+
+
+def test_costs_with_programs_where_they_were_counted(run):
+  costs = report.write(run)["costs"]
+  [base] = [cost for cost in costs if cost["round"] == 0]
+  assert base["stage"] == "evaluate" and base["programs"] is base["compile_seconds"] is None
+  later = [cost for cost in costs if cost["round"]]
+  assert later and all(cost["programs"] == 7 for cost in later)
+  cells = re.findall(r"<td>All rounds</td>.*?</tr>", page_of(run), re.DOTALL)
+  assert f"<td>{7 * len(later)}</td>" in cells[0]
 
 
 def test_the_page_says_the_numbers_in_words(run):

@@ -48,6 +48,7 @@ def costs(run: Run) -> str:
   for cost in run.costs:
     by_stage[cost.stage].append(cost)
   head = ("Stage", "Seconds", "Share of time", "Tokens", "Tokens a second", "FLOPs", "FLOP/s")
+  head += ("Programs", "Seconds to compile")
   whole = sum(cost.seconds for cost in run.costs)
   total = _cost_cells("All rounds", run.costs, whole)
   lines = [_cost_cells(stage, costs, whole) for stage, costs in by_stage.items() if costs]
@@ -59,7 +60,10 @@ def costs(run: Run) -> str:
       if cost.round == number
     ]
   return (
-    note("Tokens are those sampled or trained on.")
+    note(
+      "Tokens are those sampled or trained on; programs those that were compiled, or fetched from "
+      "the compilation cache."
+    )
     + table(head, [*lines, total], total=True)
     + f"<details><summary>By round</summary>{table(head, each)}</details>"
   )
@@ -85,6 +89,10 @@ def _cost_cells(name: str, costs: Sequence[Cost], whole: float) -> list[str]:
       f"<td>{show_si(amount)}</td>",
       f"<td>{show_si(amount / time_taken)}</td>" if time_taken else NONE,
     ]
+  programs = [cost.programs for cost in costs if cost.programs is not None]
+  compiling = [cost.compile_seconds for cost in costs if cost.compile_seconds is not None]
+  cells.append(f"<td>{sum(programs)}</td>" if programs else NONE)
+  cells.append(f"<td>{show_seconds(sum(compiling))}</td>" if compiling else NONE)
   return cells
 
 

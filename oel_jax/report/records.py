@@ -25,6 +25,7 @@ from oel_jax.runtime.schema import get, need, whole
 from oel_jax.runtime.workdir import read_config
 
 SCHEMA = 1
+COUNTED = ("tokens", "flops", "programs", "compile_seconds")  # of a `Cost`, where they are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a stage of a round took. `tokens` were sampled or trained on; None where it was not
-  counted.
+  """What a stage of a round took; None where it was not counted.
+
+  Attributes:
+    tokens: sampled or trained on.
+    programs: compiled, or fetched from the compilation cache.
+    compile_seconds: of the compiler for them, which may work on several at a time.
   """
 
   round: int
@@ -74,6 +79,8 @@ class Cost:
   seconds: float
   tokens: float | None
   flops: float | None
+  programs: float | None = None
+  compile_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,15 +301,14 @@ def _costs(value: Any, number: int) -> list[Cost]:
       entry["stage"],
       "a stage's name",
     )
-    for name in ("seconds", "tokens", "flops"):
+    for name in ("seconds", *COUNTED):
       known = entry.get(name)
       ok = (schema.is_number(known) and known >= 0) or (name != "seconds" and known is None)
       need(ok, f"{where}.{name}", known, "a number, 0 or more")
-    before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0))
-    tokens, flops = _sum(before.tokens, entry.get("tokens")), _sum(before.flops, entry.get("flops"))
-    result[entry["stage"]] = Cost(
-      number, entry["stage"], before.seconds + entry["seconds"], tokens, flops
-    )
+    before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0, 0, 0.0))
+    counted = {name: _sum(getattr(before, name), entry.get(name)) for name in COUNTED}
+    seconds = before.seconds + entry["seconds"]
+    result[entry["stage"]] = Cost(number, entry["stage"], seconds, **counted)
   return list(result.values())
 
 

@@ -7,6 +7,7 @@ are there must be whole. The page shows games, so it stays on the user side.
     python -m oel_jax.report WORKDIR
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -59,7 +60,8 @@ def write(workdir: str | os.PathLike) -> dict[str, Any]:
     `tasks.distill` what `distilled.summarize` returns. A share or mean NAME stands beside
     NAME_count, the cases that it rests on, and NAME_interval, 95%; all three are None where it was
     not measured. Shares and "recovered" are fractions; "kl" is in nats a token. "choices" is what
-    the machine decided (`choices.choose`), None if the run did not say.
+    the machine decided (`choices.choose`), None if the run did not say; "costs", of a run of
+    rounds, what each stage took (`records.Cost`).
 
   Raises:
     ValueError: not a run directory, or a damaged file in it; names the file, the field, the value
@@ -150,6 +152,7 @@ def summarize(run: Run) -> dict[str, Any]:
       if number > 0
     ],
     "base_retention": _retention(run, base),
+    "costs": [dataclasses.asdict(cost) for cost in run.costs],
   }
 
 

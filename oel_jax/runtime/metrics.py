@@ -27,15 +27,20 @@ class CompileCounter:
 
   A count that grows at every step shows shapes that change at every step. Call the object for the
   count; `close` stops it.
+
+  Attributes:
+    seconds: that the compiler worked on them, or that they took to fetch, all added up.
   """
 
   def __init__(self):
-    self._count = 0
+    self._count, self.seconds = 0, 0.0
     self._listening = True
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
   def _listen(self, event: str, duration: float, **_: Any) -> None:
-    self._count += event == _COMPILE_EVENT
+    if event == _COMPILE_EVENT:
+      self._count += 1
+      self.seconds += duration
 
   def __call__(self) -> int:
     return self._count

@@ -96,6 +96,8 @@ class Run:
     process that came to its end.
     """
     meter, started = Meter(policy), time.monotonic()
+    compiles = self.metrics.compiles
+    programs, compiling = compiles(), compiles.seconds
     title = f"round {number}: {name}" if number else f"base: {name}"
     # The first games, and each round's training step, are programs that no stage before has made.
     first = "compiling" if not number or name == "consolidate" else ""
@@ -110,6 +112,8 @@ class Run:
           "seconds": time.monotonic() - started,
           "tokens": meter.tokens,
           "flops": meter.flops,
+          "programs": compiles() - programs,
+          "compile_seconds": compiles.seconds - compiling,
         }
       )
       path.parent.mkdir(exist_ok=True)  # where nothing is played, the base model's has no file yet
