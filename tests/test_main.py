@@ -1,18 +1,19 @@
 """The command line: what it starts, and one clear line for each mistake."""
 
+import json
 import logging
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-import textwrap
 import types
 
 import pytest
 from processes import python_path
 
 from oel_jax import main
+from oel_jax.runtime import files
 
 CONFIG = """
 import ml_collections
@@ -78,33 +79,87 @@ runpy.run_module("oel_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
+# Forks itself for each line of its input, which tells the flags and where the output goes; answers
+# with the exit status. What takes two seconds of each start, importing JAX, is done once; the child
+# runs and ends as a process that was started with these flags.
+SERVER = """
+import json, os, sys, warnings
+import absl.app, jax, ml_collections
+from ml_collections import config_flags
+
+for line in sys.stdin:
+  order = json.loads(line)
+  with warnings.catch_warnings():
+    # JAX has no threads yet, of which they warn: nothing has been computed.
+    warnings.filterwarnings("ignore", ".*fork")
+    child = os.fork()
+  if not child:
+    break
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+  os._exit(0)
+for number, name in enumerate((os.devnull, order["out"], order["err"])):
+  os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+os.environ["OEL_JAX_CACHE"] = order["cache"]
+sys.argv = order["argv"]
+with open(sys.argv[0]) as file:
+  exec(compile(file.read(), sys.argv[0], "exec"), {"__name__": "driver"})
+"""
+
+
+def environment(cache: pathlib.Path) -> dict[str, str]:
+  own = dict(JAX_PLATFORMS="cpu", PYTHONPATH=python_path(), OEL_JAX_CACHE=str(cache))
+  return os.environ | own
+
+
+@pytest.fixture(scope="module", name="server")
+def fixture_server(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("server")
+  (folder / "server.py").write_text(SERVER)
+  with subprocess.Popen(
+    [sys.executable, str(folder / "server.py")],
+    env=environment(folder),
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    yield process
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
 @pytest.fixture(name="start")
-def fixture_start(tmp_path):
+def fixture_start(tmp_path, server):
+  """`alone`: in an interpreter of its own, as users start it."""
   (tmp_path / "config.py").write_text(CONFIG)
   (tmp_path / "driver.py").write_text(DRIVER)
   (tmp_path / "models/mine").mkdir(parents=True)
 
-  def start(*flags: str, size: str = "") -> subprocess.CompletedProcess:
-    env = dict(
-      os.environ,
-      JAX_PLATFORMS="cpu",
-      PYTHONPATH=python_path(),
-      OEL_JAX_CACHE=str(tmp_path / "cache"),
-    )
-    flags = [f"--config={tmp_path}/config.py{size}", f"--workdir={tmp_path}/run", *flags]
-    return subprocess.run(
-      [sys.executable, str(tmp_path / "driver.py"), *flags],
-      env=env,
-      capture_output=True,
-      text=True,
-      timeout=60,
-    )
+  def start(*flags: str, size: str = "", alone: bool = False) -> subprocess.CompletedProcess:
+    argv = [str(tmp_path / "driver.py"), f"--config={tmp_path}/config.py{size}"]
+    argv += [f"--workdir={tmp_path}/run", *flags]
+    if alone:
+      return subprocess.run(
+        [sys.executable, *argv],
+        env=environment(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+      )
+    out, err = tmp_path / "out", tmp_path / "err"
+    out.write_text("")
+    err.write_text("")
+    order = dict(argv=argv, out=str(out), err=str(err), cache=str(tmp_path / "cache"))
+    print(json.dumps(order), file=server.stdin, flush=True)
+    status = int(server.stdout.readline())
+    return subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
 
   return start
 
 
 def test_starts_the_loop_with_the_overrides(start, tmp_path):
-  done = start("--config.seed=4", "--config.group.weights=pocket", "--resume_anyway")
+  flags = "--config.seed=4", "--config.group.weights=pocket", "--resume_anyway"
+  done = start(*flags, alone=True)
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines() == [
     f"loop 4 3 pocket {tmp_path}/run True True",
@@ -232,7 +287,7 @@ def test_what_else_nobody_can_catch_is_shown(monkeypatch):
 
 
 def test_an_unknown_size_is_one_line(start):
-  done = start(size=":huge")
+  done = start(size=":huge", alone=True)
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
   assert (
     "config.py:huge" in done.stderr and "size 'huge': it must be small or pretrain" in done.stderr
@@ -246,21 +301,10 @@ def test_debug_and_errors_that_are_bugs_keep_their_traceback(start):
   assert done.returncode == 1 and "Traceback" in done.stderr and "reshape" in done.stderr
 
 
-def test_an_error_of_this_package_is_one_line():
-  script = textwrap.dedent("""
-      from oel_jax import main
-      from oel_jax.runtime import files
-      try:
-        files.write_json("x", float("nan"))
-      except ValueError as error:
-        print(main._is_told_in_one_line(error))
-      try:
-        raise ValueError("elsewhere")
-      except ValueError as error:
-        print(main._is_told_in_one_line(error))
-  """)
-  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=python_path())
-  out = subprocess.run(
-    [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60
-  )
-  assert out.stdout.split() == ["True", "False"], out.stderr
+def test_an_error_of_this_package_is_one_line(tmp_path):
+  with pytest.raises(ValueError) as ours:
+    files.write_json(tmp_path / "x", float("nan"))
+  with pytest.raises(ValueError) as anothers:
+    int("elsewhere")
+  assert main._is_told_in_one_line(ours.value)
+  assert not main._is_told_in_one_line(anothers.value)
