@@ -5,6 +5,7 @@ that takes no more.
 import fractions
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,9 +63,10 @@ print(len(jax.devices()), "devices: done")
 
 
 def run(script: str, *args, devices: int = 1) -> subprocess.CompletedProcess:
+  count = "--xla_force_host_platform_device_count="
   env = dict(
     os.environ,
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    XLA_FLAGS=re.sub(rf"{count}\d+", f"{count}{devices}", os.environ["XLA_FLAGS"]),
     JAX_PLATFORMS="cpu",
     PYTHONPATH=python_path(ROOT, ROOT / "tests"),
   )

@@ -23,6 +23,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 BARE = pathlib.Path(sys.prefix + "-hf")
 # Imported only where the configuration asks for it, with one sentence where it is not installed.
 BY_THE_USER = {"wandb"}
+# As conftest.py has them, if XLA there knows them, too.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if any(BARE.glob("lib/python*/site-packages/jaxlib-0.10.*")):
+  FAST += " --xla_cpu_use_fusion_emitters=false"
 INSTALLED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "oel_jax")
 
 
@@ -138,7 +142,7 @@ def test_a_bare_environment_plays_trains_and_exports(stage, python, wheel, tmp_p
     "OEL_JAX_CACHE": str(BARE / "compiled"),
     "JAX_COMPILATION_CACHE_DIR": str(BARE / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": FAST,
   }
   status, output = run(
     python, ROOT / "tests/bare.py", stage, tmp_path / "work", env=environment, cwd=tmp_path
