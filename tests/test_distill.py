@@ -36,21 +36,25 @@ def fixture_one_device(monkeypatch):
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
 
 
-@pytest.fixture(name="config")
-def fixture_config(tmp_path, one_device):
-  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the
-  prompts.
-  """
+@pytest.fixture(scope="module", name="prefixes")
+def fixture_prefixes():
   spec = game_spec(config_lib.default().deployment)
   boards = [
     board
     for board in (Game(spec, seed).observation for seed in range(600))
     if "|  P  |  H  |" in board
   ][:96]
-  prefixes = [
+  return [
     Prompt(f"p{i}", (first_message(board, player=spec.player, actions=spec.actions),))
     for i, board in enumerate(boards)
   ]
+
+
+@pytest.fixture(name="config")
+def fixture_config(tmp_path, one_device, prefixes):
+  """On the embedded policy: the knowledge of Frozen Lake as the text, first turns of games as the
+  prompts.
+  """
   write_jsonl(tmp_path / "prompts.jsonl", prefixes[:64])
   write_jsonl(tmp_path / "held_out.jsonl", prefixes[64:])
   (tmp_path / "unrelated.txt").write_text("Repeat: ABC\n\nSort: CAB\n")
@@ -81,12 +85,14 @@ def fixture_config(tmp_path, one_device):
   return config
 
 
-def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
+def test_what_is_measured_is_what_is_kept(config, prefixes, tmp_path, capsys):
+  write_jsonl(tmp_path / "held_out.jsonl", prefixes[64:80])
+  config.consolidation.batch_size = 4
   result = distill.run(config, tmp_path / "run")
   for name in ("base", "in_context", "after"):
     kept = json.loads((tmp_path / f"run/{name}.json").read_text())
     obeying = sum(answer["answer"] == "[down]" for answer in kept["answers"])
-    assert (result[name]["obeys"]["hits"], result[name]["obeys"]["of"]) == (obeying, 32)
+    assert (result[name]["obeys"]["hits"], result[name]["obeys"]["of"]) == (obeying, 16)
   assert result["in_context"]["obeys"]["rate"] > result["base"]["obeys"]["rate"]
   assert result["in_context"]["response_tokens"]["mean"] < result["base"]["response_tokens"]["mean"]
   gain = result["in_context"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]
@@ -100,7 +106,7 @@ def test_what_is_measured_is_what_is_kept(config, tmp_path, capsys):
     == (result["unrelated_kl"])
   )
   page = (tmp_path / "run/report/index.html").read_text()
-  assert f"{100 * result['after']['obeys']['rate']:.1f}% of 32 answers" in page
+  assert f"{100 * result['after']['obeys']['rate']:.1f}% of 16 answers" in page
   out = capsys.readouterr().out
   assert f"report: {tmp_path}/run/report/index.html" in out
   assert "recovered" in out and out.count("chosen: ") == 1
