@@ -24,15 +24,18 @@ import pytest
 HEAVY = (
   "test_loop",
   "test_step",
-  "test_installed",
-  "test_distill",
   "test_fused",
-  "test_huggingface",
   "test_sampler",
   "test_unrolled",
-  "test_load",
-  "test_gguf",
-  "test_architecture",
+  "test_distill",
+  "test_installed",
+  "test_huggingface",
+  "test_trainer",
+  "test_sharded",
+  "test_experiments",
+  "test_sampler_conversations",
+  "test_token_sampling",
+  "test_report",
 )
 
 
