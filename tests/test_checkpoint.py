@@ -2,6 +2,7 @@
 that takes no more.
 """
 
+import collections
 import fractions
 import json
 import os
@@ -286,6 +287,20 @@ def test_a_background_error_is_one_clear_error_and_the_checkpoint_before_stays(t
   )
   assert str(tmp_path) in told[0] and "Traceback" not in result.stderr
   assert "left: 1" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mib, saves, saved", [(11, 9, 0), (7.3, 2, 0), (3.7, 1, 0), (3.7, 9, 2)])
+def test_room_for_one_more_than_are_kept(tmp_path, monkeypatch, mib, saves, saved):
+  state = {"a": jnp.zeros((1 << 18, 2)), "b": jnp.zeros((1 << 20,), jnp.bfloat16)}  # 4 MiB
+  usage = collections.namedtuple("usage", "free")
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in range(saved):
+      checkpoints.save(step, state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(int(mib * 2**20)))
+    checkpoints.need_room(state, saves)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(int((mib - 0.5) * 2**20)))
+    with pytest.raises(OSError, match=r"GiB free, and [123] more checkpoints of up to 0.0 GiB"):
+      checkpoints.need_room(state, saves)
 
 
 def test_restores_onto_a_placement_across_devices(tmp_path):

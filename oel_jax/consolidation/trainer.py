@@ -67,6 +67,7 @@ def consolidate(
     ValueError: the checkpoints hold more steps than config.steps, or numbers that are not finite.
     NotFiniteError: a step gave a number that is not finite. Its line in metrics.jsonl says which;
       no checkpoint is written any more, and those before it are kept.
+    OSError: the disk has no room for the checkpoints, or one could not be written.
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
   optimizer = restore.make_optimizer(config)
@@ -83,6 +84,7 @@ def consolidate(
       advance(first)
     if first == config.steps:
       return state.params, cost
+    checkpoints.need_room(abstract, -(-(config.steps - first) // config.checkpoint_every))
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     training = _prepare(

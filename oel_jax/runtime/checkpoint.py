@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from jax.experimental import multihost_utils
 from oel_jax.runtime import schema
 from oel_jax.runtime.checksum import checksums
 
+PACKED = 0.9  # what Orbax's compression leaves of random float32 numbers, at least
 ARRAYS = "arrays"  # the field of `extra` that is ours: path → kind and checksum of each array
 
 
@@ -91,6 +93,7 @@ class Checkpoints:
       keep: how many of the latest checkpoints stay. With 1, damage to the only one loses the run.
     """
     self.directory = pathlib.Path(directory).absolute()
+    self._keep = keep
     self._saving: int | None = None  # the step that may still be on its way to the disk
     logging.get_absl_logger().addFilter(_not_a_traceback_of_orbax)
     with self._explained("open the checkpoints"):
@@ -113,6 +116,28 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """The steps that have a checkpoint, ascending; one that is still being written counts."""
     return sorted(self._manager.all_steps())
+
+  def need_room(self, abstract_state: Any, saves: int) -> None:
+    """Looks, before hours of training, whether the disk has room for what is to be saved: one more
+    than are kept, for the oldest goes when the newest is whole.
+
+    Args:
+      abstract_state: pytree of arrays or ShapeDtypeStructs, as it will be saved.
+      saves: how many times.
+
+    Raises:
+      OSError: it has not.
+    """
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
+    count = min(saves, self._keep + 1 - len(self.steps()))
+    free = shutil.disk_usage(self.directory).free
+    if free < PACKED * count * each:
+      told = (
+        f"{self.directory}: the disk has {free / 2**30:.1f} GiB free, and {count} more checkpoints "
+        f"of up to {each / 2**30:.1f} GiB will stand there at a time: free some space and run the "
+        "same command again"
+      )
+      raise OSError(errno.ENOSPC, told)
 
   def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
     """Copies the state to the host and writes it in the background; the device buffers may be
