@@ -61,9 +61,9 @@ SHORT = {
   "extraction.max_knowledge_tokens": 60,
   "extraction.top_p": 1.0,
   "extraction.top_k": 0,
-  "consolidation.steps": 2,
+  "consolidation.steps": 4,
   "consolidation.batch_size": 4,
-  "consolidation.checkpoint_every": 1,
+  "consolidation.checkpoint_every": 2,
   "consolidation.gate_episodes": 4,
   "consolidation.log_probe": 4,
   "consolidation.on_no_gain": "warn",
@@ -79,9 +79,10 @@ def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
   """Starts `python -m oel_jax.main` on one CPU device; what it prints lies in WORKDIR.out and
   WORKDIR.err.
   """
+  # One device, unlike conftest's eight; and what runs for so short a time need not be compiled
+  # well.
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=python_path(), OEL_JAX_CACHE=str(cache))
-  # One device, unlike conftest's eight.
-  env["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", env["XLA_FLAGS"])
+  env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
   command = [
     sys.executable,
@@ -188,7 +189,7 @@ def test_the_run_directory_is_as_designed(run):
       assert (folder / name).is_file(), f"round {number}: {name}"
     assert sorted(
       int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()
-    ) == [1, 2]
+    ) == [2, 4]
     assert len((folder / "user/trajectories.jsonl").read_text().splitlines()) == 4
     assert {entry["stage"] for entry in read_json(folder / "cost.json")["stages"]} == set(STAGES)
   assert (
@@ -200,7 +201,7 @@ def test_the_run_directory_is_as_designed(run):
   for path in run.rglob("*.jsonl"):
     assert all("schema" in json.loads(line) for line in path.read_text().splitlines()), path
   told = pathlib.Path(f"{run}.out").read_text()
-  assert str(run / "report/index.html") in told and "round 2: consolidate: 2 of 2" in told
+  assert str(run / "report/index.html") in told and "round 2: consolidate: 4 of 4" in told
 
 
 def test_the_results_have_their_counts_and_say_what_the_games_say(run):
@@ -267,7 +268,7 @@ def test_the_metrics_have_one_line_a_step(run):
     and gate["passed_with"] == read_json(run / "round_1/gate.json")["with"]["rate"]
   )
   trained = [(line["round"], line["step"]) for line in lines if line["stage"] == "consolidate"]
-  assert trained == [(number, step) for number in (1, 2) for step in range(3)]
+  assert trained == [(number, step) for number in (1, 2) for step in range(5)]
   for line in lines:
     if line["stage"] == "consolidate":
       measured = {"kl", "student_entropy", "teacher_entropy"}
@@ -276,7 +277,9 @@ def test_the_metrics_have_one_line_a_step(run):
         if line["step"]
         else set()
       )
-      names |= {f"probe_{name}" for name in (*measured, "topk_mass")}
+      names |= (
+        {f"probe_{name}" for name in (*measured, "topk_mass")} if line["step"] % 2 == 0 else set()
+      )
       assert names <= line.keys() and all(np.isfinite(line[name]) for name in names), line
 
 
@@ -427,7 +430,7 @@ LAST_FILES = (
   "prompts.jsonl",
   "knowledge/whole",
   "gate.json",
-  "checkpoints/2",
+  "checkpoints/4",
   "evaluation.json",
 )
 ORDER = [("evaluate", "round_0/evaluation.json")] + [
@@ -460,7 +463,7 @@ def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random, **chan
   stage cut off, None if there was none.
   """
   name, number = ORDER[stage][0], (stage + 5) // 6
-  steps = rng.randint(0, 1) if name == "consolidate" else 0
+  steps = rng.randint(0, 3) if name == "consolidate" else 0
   process = start(cache, workdir, **changes)
   while process.poll() is None and (
     at(workdir) < stage or (at(workdir) == stage and steps_done(workdir, number) < steps)
