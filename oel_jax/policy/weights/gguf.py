@@ -21,7 +21,7 @@ from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
 from oel_jax.policy.attention import frequencies
 from oel_jax.policy.tokenizers import import_transformers
-from oel_jax.policy.weights import assemble, dequantize, gguf_file, place
+from oel_jax.policy.weights import assemble, gguf_blocks, gguf_file, place
 from oel_jax.policy.weights.gguf_file import File, read  # noqa: F401  (read is called as gguf.read)
 from oel_jax.runtime import finite
 
@@ -241,13 +241,13 @@ def _to_place(path: pathlib.Path, tensor: gguf_file.Tensor, interleaved: int) ->
     raw, raw_type = values, jax.ShapeDtypeStruct(tensor.shape, np.float32)
   else:
     raw, raw_type = lambda: mapped, jax.ShapeDtypeStruct(mapped.shape, mapped.dtype)
-  in_blocks = tensor.kind in dequantize.TYPES
+  in_blocks = tensor.kind in gguf_blocks.TYPES
   return place.Tensor(
     shape=tensor.shape,
     checked=lambda: finite.checked(path, tensor.name, values()),
     raw=raw,
     raw_type=raw_type,
-    decode=dequantize.decoder(tensor.kind) if in_blocks else place.plain,
+    decode=gguf_blocks.decoder(tensor.kind) if in_blocks else place.plain,
     interleaved=interleaved,
   )
 

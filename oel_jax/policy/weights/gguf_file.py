@@ -26,7 +26,7 @@ from gguf import GGML_QUANT_SIZES as BLOCKS
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 
-from oel_jax.policy.weights import dequantize, native
+from oel_jax.policy.weights import gguf_blocks, native
 from oel_jax.runtime import files
 
 VERSIONS = (2, 3)
@@ -64,11 +64,11 @@ class Tensor:
 
   def mapped(self) -> np.ndarray | None:
     """Returns a view of the file: the numbers of floats, of `shape`; the blocks of a type that
-    `dequantize` has, uint8 [..., blocks, bytes of a block]; None for other types.
+    `gguf_blocks` has, uint8 [..., blocks, bytes of a block]; None for other types.
     """
     if self.kind in FLOATS:
       return self.data.view(FLOATS[self.kind]).reshape(self.shape)
-    if self.kind in dequantize.TYPES:
+    if self.kind in gguf_blocks.TYPES:
       return self.data.reshape(*self.shape[:-1], -1, BLOCKS[self.kind][1])
     return None
 

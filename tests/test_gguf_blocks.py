@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from oel_jax.policy.weights import dequantize
+from oel_jax.policy.weights import gguf_blocks
 
 # Halves that a scale may be: zeros of both signs, the least and the largest subnormal, the least
 # normal, the largest, ordinary ones of both signs.
@@ -20,18 +20,18 @@ def blocks(kind, rows, count, seed=0):
   """Random bytes, [rows, count, bytes of a block], whose scales are one of `HALVES`."""
   rng = np.random.default_rng(seed)
   found = rng.integers(0, 256, (rows, count, package.GGML_QUANT_SIZES[kind][1]), np.uint8)
-  for at in dequantize.TYPES[kind][1]:
+  for at in gguf_blocks.TYPES[kind][1]:
     found[..., at : at + 2] = rng.choice(HALVES, (rows, count, 1)).view(np.uint8)
   return found
 
 
 @functools.cache
 def decoder(kind):
-  return jax.jit(dequantize.decoder(kind))
+  return jax.jit(gguf_blocks.decoder(kind))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kind", dequantize.TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", gguf_blocks.TYPES, ids=lambda kind: kind.name)
 def test_blocks_have_the_packages_numbers_bit_for_bit(kind, device):
   data = blocks(kind, 64, 12)
   found, finite = decoder(kind)(jax.device_put(data, jax.devices(device)[0]))
@@ -42,9 +42,9 @@ def test_blocks_have_the_packages_numbers_bit_for_bit(kind, device):
   )
 
 
-@pytest.mark.parametrize("kind", dequantize.TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", gguf_blocks.TYPES, ids=lambda kind: kind.name)
 def test_a_scale_that_is_not_finite_is_told(kind):
-  for at in dequantize.TYPES[kind][1]:
+  for at in gguf_blocks.TYPES[kind][1]:
     for bits in (0x7C00, 0xFC00, 0x7E01):  # both infinities, a NaN
       data = blocks(kind, 64, 12)
       data[1, 1, at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
