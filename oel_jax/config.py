@@ -177,6 +177,9 @@ def default() -> ml_collections.ConfigDict:
       answered_only=False,
       # "nothing": e_0 is empty in each round (the paper); "previous_round": items are carried over
       start_from="nothing",
+      # Another model that writes the knowledge down, as policy.weights names one; "": the policy
+      # itself (OEL Table 2: knowledge of one's own against that of a larger or a smaller model)
+      weights="",
       # "extracted"; controls: "trajectories" (raw), "empty" (wrapper only)
       source="extracted",
       # MODULE:NAME or FILE.py:NAME, a function (text of a new item) -> text, which the round's
@@ -296,6 +299,14 @@ def policy(config: Any) -> Any:
   """Returns config.policy with a short name of POLICIES written out, as `policy.load` takes it."""
   copy = config.policy.copy_and_resolve_references()
   copy.weights = POLICIES.get(copy.weights, copy.weights)
+  return copy
+
+
+def extractor(config: Any) -> Any:
+  """Returns the config.policy of the model that config.extraction.weights names."""
+  copy = config.policy.copy_and_resolve_references()
+  weights = config.extraction.weights
+  copy.weights, copy.architecture = POLICIES.get(weights, weights), "auto"
   return copy
 
 

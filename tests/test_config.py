@@ -317,8 +317,10 @@ def test_the_edges_are_inside(edge):
 
 SIZES = (*experiment("frozen_lake").POCKET, *experiment("frozen_lake").PAPER)
 CHOICES = [("frozen_lake", size) for size in SIZES]
-CHOICES += [("controls", name) for name in experiment("controls").CONTROLS] + [
-  ("sokoban", "qwen3-4b-instruct")
+CHOICES += [
+  *(("controls", name) for name in experiment("controls").CONTROLS),
+  *(("help_desk_controls", name) for name in experiment("help_desk_controls").CONTROLS),
+  ("sokoban", "qwen3-4b-instruct"),
 ]
 
 
@@ -375,7 +377,7 @@ def test_the_papers_settings(name, size, numbers, thinking, form, sees):
   assert (c.evaluation.episodes, c.evaluation.top_p, c.evaluation.top_k) == (128, 0.8, 20)
 
 
-@pytest.mark.parametrize("name", ["frozen_lake", "controls"])
+@pytest.mark.parametrize("name", ["frozen_lake", "controls", "help_desk_controls"])
 def test_an_unknown_size_is_refused_with_the_known_ones(name):
   module = experiment(name)
   known = SIZES if name == "frozen_lake" else module.CONTROLS
@@ -386,6 +388,14 @@ def test_an_unknown_size_is_refused_with_the_known_ones(name):
     and "'huge'" in str(error.value)
     and ", ".join(known) in str(error.value)
   )
+
+
+def test_a_control_of_the_help_desk_differs_in_what_it_says():
+  module = experiment("help_desk_controls")
+  table = leaves(experiment("help_desk").get_config("desk")) | {"rounds": 1}
+  for name, changes in module.CONTROLS.items():
+    other = leaves(module.get_config(name))
+    assert {field: other[field] for field in other if other[field] != table[field]} == changes, name
 
 
 def test_a_control_differs_from_the_own_round_in_what_it_says():

@@ -44,6 +44,7 @@ NEW = (
   ("extraction", "min_support"),
   ("extraction", "newest_wins"),
   ("extraction", "repeats"),
+  ("extraction", "weights"),
   ("evaluation", "tasks"),
   ("evaluation", "unrelated"),
 )

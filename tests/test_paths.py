@@ -39,6 +39,7 @@ def resolved(field, value, places, *given, **how):
     ("distill.obeys", "check.py:short", 0, "check.py:short"),
     ("deployment.environment", "check.py:Game", 0, "check.py:Game"),
     ("policy.weights", "both.txt", 0, "both.txt"),
+    ("extraction.weights", "a.txt", 0, "a.txt"),
   ],
 )
 def test_what_the_file_sets_is_beside_it_or_in_the_working_directory(

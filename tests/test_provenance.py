@@ -17,6 +17,7 @@ from oel_jax.extraction.knowledge import CARRIED, Item, Knowledge
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import extract as stage
 from oel_jax.stages import knowledge
+from oel_jax.stages.deploy import play_for_knowledge
 from oel_jax.stages.run import Run
 
 MARK = "- EXPERIENCE ITEM:"
@@ -328,6 +329,32 @@ def test_the_newest_wins_in_the_texts_and_in_the_next_round(make_run, tmp_path):
   assert {one.round for origin in found.values() for one in origin.seen} == {1, 2}
   out = [origin for origin in found.values() if origin.left_out == lib.NEWER]
   assert out and all(origin.superseded_by in said for origin in out)
+
+
+def test_another_model_writes_the_knowledge_down(make_run, tmp_path, monkeypatch):
+  class Other(Writer):
+    def answer(self, prompt):
+      return f"{MARK} the other's word"
+
+  asked, other = [], Other(weights=7)
+
+  def load_policy(config, devices, **how):
+    asked.append((config.weights, config.architecture, how["field"]))
+    return other
+
+  monkeypatch.setattr(stage.load, "load_policy", load_policy)
+  player, run = Writer(), make_run(weights="folder")
+  run.config.policy.architecture = "qwen3-1.7b"
+  play_for_knowledge(run, 1, player)
+  played = player.asked
+  stage.extract(run, 1, player)
+  assert player.asked == played and other.asked > 0
+  assert asked == [("folder", "auto", "extraction.weights")]
+  assert {text for items in items_of(run) for text in items} == {f"{MARK} the other's word"}
+  made_from = run.manifest(1).made_from("knowledge/00.jsonl")
+  assert made_from["extractor"] != made_from["weights"]
+  assert stage.extract(run, 1, player) == knowledge.texts(run, 1)  # its games are its own
+  assert len(asked) == 1
 
 
 def test_without_repeats_an_item_stands_once_where_it_was_given_last(make_run, tmp_path):

@@ -27,7 +27,11 @@ Read = Callable[..., Any]
 
 
 def load_policy(
-  config: Any, devices: jax.sharding.Mesh, *, response_tokens: int | None = None
+  config: Any,
+  devices: jax.sharding.Mesh,
+  *,
+  response_tokens: int | None = None,
+  field: str = "policy.weights",
 ) -> Policy:
   """Returns the policy that config.policy names, its parameters in float32 and placed as training
   leaves them.
@@ -36,6 +40,7 @@ def load_policy(
     config: config.policy; its `weights` are one of FORMS.
     devices: the mesh.
     response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
+    field: of the configuration, that its weights came from: errors name it.
 
   Raises:
     ValueError: no such weights, or damaged ones; or they are of another architecture than
@@ -47,22 +52,22 @@ def load_policy(
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   dtype = jnp.dtype(dtype)
-  architecture, tokenizer, read = _source(config, dtype)
-  _agree(config, architecture, tokenizer)
+  architecture, tokenizer, read = _source(config, dtype, f"config.{field}")
+  _agree(config, architecture, tokenizer, f"config.{field}")
   if response_tokens is not None:
     _check_context(config, architecture.max_positions, response_tokens)
   params = read(shardings=mesh.param_shardings(devices, parameters.abstract(architecture)))
   return Policy(architecture, params, tokenizer, dtype)
 
 
-def _source(config: Any, dtype: jnp.dtype) -> tuple[Architecture, Any, Read]:
+def _source(config: Any, dtype: jnp.dtype, field: str) -> tuple[Architecture, Any, Read]:
   """The architecture, the tokenizer and what reads the parameters, which takes longest."""
   if config.weights is None:
-    raise ValueError(f"config.policy.weights is not set: it must be {FORMS}")
+    raise ValueError(f"{field} is not set: it must be {FORMS}")
   if named.is_name(config.weights):
-    policy = _made(config.weights, dtype)
+    policy = _made(config.weights, dtype, field)
     return policy.architecture, policy.tokenizer, functools.partial(_place, policy.params)
-  path = files.local(config.weights, "config.policy.weights")
+  path = files.local(config.weights, field)
   if path.is_dir():
     architecture = huggingface.read_architecture(path)
     tokenizer = HuggingFaceTokenizer.from_folder(path)
@@ -74,24 +79,22 @@ def _source(config: Any, dtype: jnp.dtype) -> tuple[Architecture, Any, Read]:
     architecture = gguf.read_architecture(file)
     tokenizer = HuggingFaceTokenizer(gguf.tokenizer(file), gguf.eos_ids(file))
     return architecture, tokenizer, functools.partial(gguf.load, file, architecture)
-  return _own_file(config, path)
+  return _own_file(config, path, field)
 
 
-def _made(text: str, dtype: jnp.dtype) -> Policy:
+def _made(text: str, dtype: jnp.dtype, field: str) -> Policy:
   """What the user's function makes."""
-  field = "config.policy.weights"
   policy = named.called(text, field, named.function(text, field), dtype)
   if not isinstance(policy, Policy):
     raise ValueError(f"{field} is {text!r}: it returns {reprlib.repr(policy)}: it must be a Policy")
   return policy
 
 
-def _own_file(config: Any, path: pathlib.Path) -> tuple[Architecture, Any, Read]:
+def _own_file(config: Any, path: pathlib.Path, field: str) -> tuple[Architecture, Any, Read]:
   """A .safetensors file of ours, and the vocabulary beside it."""
   if not path.is_file():
     raise ValueError(
-      f"config.policy.weights is {config.weights!r}: there is no such file or folder; it must be "
-      f"{FORMS}"
+      f"{field} is {config.weights!r}: there is no such file or folder; it must be {FORMS}"
     )
   name = config.architecture
   if name == "auto":
@@ -104,7 +107,7 @@ def _own_file(config: Any, path: pathlib.Path) -> tuple[Architecture, Any, Read]
   vocabulary = path.with_name(TOKENIZER)
   if not vocabulary.is_file():
     raise ValueError(
-      f"config.policy.weights is {config.weights!r}: {vocabulary}, the SentencePiece model that "
+      f"{field} is {config.weights!r}: {vocabulary}, the SentencePiece model that "
       "the weights were trained with, must lie beside it"
     )
   architecture = architecture_lib.named(name)
@@ -123,7 +126,7 @@ def _place(params: Any, shardings: Any) -> Any:
   return jax.device_put(params, shardings)
 
 
-def _agree(config: Any, architecture: Architecture, tokenizer: Any) -> None:
+def _agree(config: Any, architecture: Architecture, tokenizer: Any, field: str) -> None:
   """Raises ValueError if the weights are of another architecture than the configuration names, or
   lack ids of the tokenizer.
   """
@@ -134,7 +137,7 @@ def _agree(config: Any, architecture: Architecture, tokenizer: Any) -> None:
     )
   if tokenizer.vocabulary > architecture.vocabulary:
     raise ValueError(
-      f"config.policy.weights is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids "
+      f"{field} is {config.weights!r}: its tokenizer has {tokenizer.vocabulary} ids "
       f"but its weights only {architecture.vocabulary} rows: tokenizer and weights must be of one "
       "model, with a row for each id"
     )

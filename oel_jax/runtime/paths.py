@@ -12,6 +12,7 @@ from oel_jax.runtime import files, named
 # Fields that hold a path, and those that hold FILE.py:NAME, or several of them.
 FILES = (
   "policy.weights",
+  "extraction.weights",
   "logs.path",
   "logs.redact_names",
   "distill.knowledge",

@@ -7,12 +7,14 @@ from typing import Any
 
 from absl import logging
 
+from oel_jax import config as config_lib
 from oel_jax.conversations.jsonl import read_conversations
 from oel_jax.conversations.schema import EMPTY, Conversation
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction import provenance
 from oel_jax.extraction.extract import extract as accumulate
 from oel_jax.extraction.extract import raw_knowledge
+from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files, named, schema
 from oel_jax.runtime.checksum import fingerprint
@@ -24,8 +26,8 @@ Texts = list[knowledge_lib.Knowledge]
 
 
 def extract(run: Run, number: int, policy: Policy) -> list[str]:
-  """Lets the policy write down what its deployed games teach; returns the texts of the round that
-  enter prompts, at most K.
+  """Lets the policy, or the model of config.extraction.weights, write down what the policy's
+  deployed games teach; returns the texts of the round that enter prompts, at most K.
 
   Raises:
     ValueError: what is there was made by other weights; or no text says anything.
@@ -66,7 +68,7 @@ def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
   nothing is sampled. `policy` is the one that wrote them.
   """
   games = read_conversations(run.round(1) / DEPLOYED, max_damaged=0.0)
-  whole = _accumulate(run, 1, policy, games, lambda n: None)
+  whole = _accumulate(run, 1, _writer(run, policy), games, lambda n: None)
   texts, _ = _limited(run, 1, whole, step, policy, games)
   out = knowledge.left_out(run, 1)
   return [text.text for i, text in enumerate(texts) if text.text and i not in out] or [EMPTY]
@@ -74,7 +76,8 @@ def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
 
 def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation]) -> None:
   config, folder = run.config.extraction, run.round(number) / "knowledge"
-  with run.stage(number, "extract", policy, config.trajectories) as (meter, advance):
+  writer = _writer(run, policy)
+  with run.stage(number, "extract", writer, config.trajectories) as (meter, advance):
     whole = _accumulate(run, number, meter, games, advance)
   texts, origins = _limited(run, number, whole, config.use, policy, games)
   for i, text in enumerate(texts):
@@ -83,6 +86,8 @@ def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation])
     "weights": fingerprint(policy.params),
     DEPLOYED: files.sha256(run.round(number) / DEPLOYED)[:16],
   }
+  if writer is not policy:
+    made_from["extractor"] = fingerprint(writer.params)
   if _carries(run, number):
     before = [text.text for text in knowledge.carried(run, number - 1)]
     made_from["previous knowledge"] = schema.digest(before)
@@ -93,6 +98,15 @@ def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation])
   run.manifest(number).record(names, made_from)
   run.log(number, "extract", items=sum(len(text.items) for text in texts) / len(texts))
   files.write_text(run.round(number) / KNOWLEDGE, "")
+
+
+def _writer(run: Run, policy: Policy) -> Policy:
+  """Who writes the knowledge down."""
+  config = run.config.extraction
+  if not config.weights or config.source != "extracted":
+    return policy
+  how, longest = config_lib.extractor(run.config), config.max_response_tokens
+  return load.load_policy(how, run.mesh, response_tokens=longest, field="extraction.weights")
 
 
 def _accumulate(
