@@ -40,7 +40,7 @@ def choose(
   activation = jax.ShapeDtypeStruct((), dtype)
   kernels = common.supported(activation, a.head_size)
   sampling_kernels = common.supported(activation)
-  prefill, step = model.prefill_attn_impl(dtype), kv_cache.attn_impl(a, dtype)
+  prefill, step = model.prefill_attn_impl(a, dtype), kv_cache.attn_impl(a, dtype)
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

@@ -30,7 +30,7 @@ CHOICES = {
   "consolidation.kind": (*DIVERGENCES, "imitation"),
   "consolidation.support": ("full", "topk", "topk_tail"),
   "consolidation.remat": ("none", "dots", "full"),
-  "consolidation.attention": ("auto", "xla", "cudnn", "flash"),
+  "consolidation.attention": ("auto", "xla", "cudnn", "flash", "splash"),
   "consolidation.unroll": ("auto", "yes", "no"),
   "consolidation.on_no_gain": ("warn", "skip", "stop"),
 }
@@ -232,8 +232,8 @@ def default() -> ml_collections.ConfigDict:
       # "yes": layers without a loop, on one device: faster on an NVIDIA GPU, compiled longer; "no";
       # "auto": there, in bfloat16
       unroll="auto",
-      # "xla", "cudnn" (its mask honours packing) or "flash" (needs pack=False); "auto": the fastest
-      # of them here
+      # "xla", "cudnn" (its mask honours packing), "flash" (needs pack=False) or a TPU's "splash";
+      # "auto": the fastest of them here
       attention="auto",
       chunk=512,  # tokens whose logits are live at a time
       # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run

@@ -38,9 +38,9 @@ def test_an_unknown_path_is_refused():
   zeros = jnp.zeros((1, 1, 1, 2))
   with pytest.raises(
     ValueError,
-    match="attention implementation is 'splash': it must be one of 'xla', 'cudnn', 'flash'",
+    match="attention implementation is 'triton': it must be one of 'xla', 'cudnn', 'flash', 'spl",
   ):
-    attention.attend(zeros, zeros, zeros, jnp.ones((1, 1, 1), bool), "splash")
+    attention.attend(zeros, zeros, zeros, jnp.ones((1, 1, 1), bool), "triton")
 
 
 def test_what_is_done_to_keys_for_cudnn_changes_no_softmax():

@@ -58,6 +58,16 @@ def test_a_gpu_runs_kernels_in_bfloat16_and_not_in_float32(monkeypatch):
   assert found(jnp.bfloat16, knowledge_gib=1e-9)[2:4] == ["scanned", "plain"]
 
 
+def test_a_tpu_runs_splash_attention_and_no_kernels_of_a_gpu(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  names = ("attention", "sampling_attention", "layers", "kernels", "sampling_kernels")
+  found = lambda dtype, **fields: [_chosen(dtype, **fields)[name] for name in names]
+  plain = ["scanned", "plain", "plain"]
+  assert found(jnp.bfloat16) == ["splash", "splash (prompts), xla (tokens)", *plain]
+  assert found(jnp.bfloat16, attention="xla")[0] == "xla"
+  assert found(jnp.float32) == ["xla", "xla (prompts), xla (tokens)", *plain]
+
+
 def test_an_axis_that_does_not_divide_is_told():
   chosen = _chosen(jnp.float32, _mesh(fsdp=2, tensor=4))
   assert chosen["devices"] == "8 x cpu" and chosen["mesh"] == "data 1, fsdp 2, tensor 4"

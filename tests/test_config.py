@@ -149,7 +149,7 @@ def test_every_field_is_explained_where_it_stands():
     ("extraction.use", 31, "at most extraction.trajectories (30)"),
     ("consolidation.micro_tokens", 0, "more than 0"),
     ("consolidation.remat", "all", "one of 'none', 'dots', 'full'"),
-    ("consolidation.attention", "splash", "one of 'auto', 'xla', 'cudnn', 'flash'"),
+    ("consolidation.attention", "triton", "one of 'auto', 'xla', 'cudnn', 'flash', 'splash'"),
     ("extraction.max_knowledge_tokens", 16384, "below policy.max_prompt_tokens (16384)"),
     ("evaluation.accumulation", (1, 31), "whole numbers from 1 to extraction.trajectories (30)"),
     ("evaluation.accumulation", (0,), "whole numbers from 1 to extraction.trajectories (30)"),

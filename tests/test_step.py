@@ -675,7 +675,7 @@ def test_flash_attention_has_no_loss_for_rows_of_several_samples(monkeypatch, pa
   monkeypatch.setattr(
     attention,
     "attend",
-    lambda q, k, v, mask, attn_impl: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"),
+    lambda q, k, v, mask, *_: attend(q, k, v, jnp.tril(jnp.ones_like(mask)), "xla"),
   )
   samples, params, optimizer = (
     [[prompt, [], response] for prompt, _, response in _samples()],

@@ -10,6 +10,7 @@ import numpy as np
 
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
+from oel_jax.policy.ops import splash
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -19,16 +20,27 @@ def attn_impl(config: Any, policy: Policy) -> str:
   correct here (`attention.attend`).
 
   Raises:
-    ValueError: rows may hold several samples, and "flash" would not keep them apart.
+    ValueError: rows may hold several samples, and "flash" would not keep them apart; "splash" where
+      it does not run.
   """
+  splashes = splash.supported(policy.architecture.head_size, policy.dtype)
   if config.attention == "flash" and config.pack:
     raise ValueError(
       'config.consolidation.attention is "flash", which does not keep a row\'s samples apart, and '
       "config.consolidation.pack is True: "
       'it must be False, or the attention "cudnn", "xla" or "auto"'
     )
+  if config.attention == "splash" and not splashes:
+    raise ValueError(
+      'config.consolidation.attention is "splash", which runs on TPUs, in bfloat16 and with heads '
+      f"of a multiple of {splash.LANES // 2}; here are a {jax.default_backend()}, "
+      f'{np.dtype(policy.dtype)} and heads of {policy.architecture.head_size}: it must be "auto", '
+      '"xla" or another that runs here'
+    )
   if config.attention != "auto":
     return config.attention
+  if splashes:
+    return "splash"
   if not _fast(policy):
     return "xla"
   return "cudnn" if config.pack else "flash"

@@ -60,11 +60,11 @@ def loss_sum(
   if kind != "imitation":  # the teacher first: of its pass, only these rows stay
     with jax.named_scope("teacher"):
       target = teacher_lib.teacher_hidden(
-        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl
+        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh
       )
   with jax.named_scope("student"):
     hidden = teacher_lib.student_hidden(
-      params, architecture, batch, dtype=dtype, remat=remat, attn_impl=attn_impl
+      params, architecture, batch, dtype=dtype, remat=remat, attn_impl=attn_impl, mesh=mesh
     )
   sink = params.get("head_sink")  # of fused parameters in training
   if kind == "imitation":
@@ -241,12 +241,9 @@ def make_probe(
   @jax.jit
   def probe(params, teacher, batch):
     params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
-    hidden = teacher_lib.student_hidden(
-      params, architecture, batch, dtype=dtype, remat="none", attn_impl=attn_impl
-    )
-    target = teacher_lib.teacher_hidden(
-      teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl
-    )
+    how = dict(dtype=dtype, attn_impl=attn_impl, mesh=mesh)
+    hidden = teacher_lib.student_hidden(params, architecture, batch, remat="none", **how)
+    target = teacher_lib.teacher_hidden(teacher, architecture, batch, **how)
     _, count, found = sharded.linear_divergence(
       mesh,
       hidden,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from oel_jax.consolidation import batch as batch_lib
@@ -128,6 +128,7 @@ def room(knowledge: Sequence[Sequence[int]]) -> int:
 @functools.cache
 def _read(architecture, dtype, attn_impl, shardings):
   """The jitted program that turns texts, [G, P], into keys and values, one text at a time."""
+  mesh = None if shardings is None else shardings[0].mesh
 
   def read(params, tokens_GxP, length_G):
     G, P = tokens_GxP.shape
@@ -151,6 +152,7 @@ def _read(architecture, dtype, attn_impl, shardings):
         dtype=dtype,
         attn_impl=attn_impl,
         keep_cache=True,
+        mesh=mesh,
       )
       return jax.tree.map(lambda x: x[:, 0], kv)  # [L, K, P, H]
 
@@ -167,20 +169,24 @@ def student_hidden(
   dtype: Any,
   remat: str,
   attn_impl: str,
+  mesh: Mesh | None = None,
 ) -> Float[Array, "S R D"]:
-  """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`."""
-  return _hidden(params, architecture, batch, dtype=dtype, remat=remat, attn_impl=attn_impl)
+  """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`;
+  `mesh` is None on one device.
+  """
+  how = dict(dtype=dtype, remat=remat, attn_impl=attn_impl)
+  return _hidden(params, architecture, batch, mesh, **how)
 
 
-def _hidden(params, architecture, batch, *, prefix=None, **how):
+def _hidden(params, architecture, batch, mesh, *, prefix=None, **how):
   """The last hidden states at the response positions; the form of the parameters says by which of
-  the two decoders.
+  the two decoders, of which the unrolled one is for one device.
   """
   read = batch.tokens, batch.positions, batch.segments
   if isinstance(params["layers"], tuple):
     return unrolled.forward(params, architecture, *read, batch.at, prefix=prefix, **how)
   return batch_lib.response_rows(
-    transformer.apply(params, architecture, *read, prefix=prefix, **how)[0], batch.at
+    transformer.apply(params, architecture, *read, prefix=prefix, mesh=mesh, **how)[0], batch.at
   )
 
 
@@ -191,16 +197,14 @@ def teacher_hidden(
   *,
   dtype: Any,
   attn_impl: str,
+  mesh: Mesh | None = None,
 ) -> Float[Array, "S R D"]:
   """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response);
-  no gradient flows.
+  no gradient flows. `mesh` is None on one device.
   """
+  how = dict(dtype=dtype, remat="none", attn_impl=attn_impl)
   if not teacher.keys.shape[3]:
-    return jax.lax.stop_gradient(
-      student_hidden(
-        teacher.params, architecture, batch, dtype=dtype, remat="none", attn_impl=attn_impl
-      )
-    )
+    return jax.lax.stop_gradient(_hidden(teacher.params, architecture, batch, mesh, **how))
   prefix = transformer.Prefix(
     teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots
   )
@@ -215,15 +219,7 @@ def teacher_hidden(
   if attn_impl == "flash":
     rest = to_the_end(rest, skip_SxM[:, 0])
   return jax.lax.stop_gradient(
-    _hidden(
-      teacher.params,
-      architecture,
-      rest,
-      dtype=dtype,
-      remat="none",
-      attn_impl=attn_impl,
-      prefix=prefix,
-    )
+    _hidden(teacher.params, architecture, rest, mesh, prefix=prefix, **how)
   )
 
 

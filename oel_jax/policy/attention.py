@@ -1,14 +1,16 @@
 """Attention behind one signature. The XLA form is the reference and runs everywhere; cuDNN's runs
-on NVIDIA GPUs in bfloat16.
+on NVIDIA GPUs, JAX's splash attention on TPUs, both in bfloat16.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
+from oel_jax.policy.ops import splash
 
-IMPLEMENTATIONS = ("xla", "cudnn", "flash")
+IMPLEMENTATIONS = ("xla", "cudnn", "flash", "splash")
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
 TILE = 128  # keys that cuDNN's backward pass takes at a time
 
@@ -19,14 +21,18 @@ def attend(
   v_BxKxSxH: Float[Array, "B K S H"],
   mask_BxTxS: Bool[Array, "B T S"],
   attn_impl: str = "xla",
+  segments_BxT: Int[Array, "B T"] | None = None,
+  mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
   """Softmax attention of T queries over S keys, each key-value head serving N / K query heads;
   scores and softmax in float32.
 
   Keys and values lie [batch, heads, time, size]: several times faster on a CPU than [batch, time,
-  heads, size]. `attn_impl` is "xla" or one of cuDNN's: "cudnn" gets the mask whole, so segments and
-  padding count there too; "flash" does not see it and is causal: right for rows that
-  hold one sequence, padded on the right, and S = T.
+  heads, size]. `attn_impl` is "xla", or one of cuDNN's: "cudnn" gets the mask whole, so segments
+  and padding count there too; "flash" does not see it and is causal: right for rows that
+  hold one sequence, padded on the right, and S = T. Or "splash", a TPU's, which does not see it
+  either: it is causal within `segments_BxT`, or without them as "flash", and on a mesh must be told
+  which.
 
   Raises:
     ValueError: another attention implementation.
@@ -36,6 +42,8 @@ def attend(
       f"attention implementation is {attn_impl!r}: it must be one of "
       f"{', '.join(map(repr, IMPLEMENTATIONS))}"
     )
+  if attn_impl == "splash":
+    return splash.attend(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, segments_BxT, mesh)
   if attn_impl != "xla":
     k_BxKxSxH = _centred(k_BxKxSxH)
   if attn_impl == "cudnn":
@@ -92,7 +100,7 @@ def causal(
   attn_impl: str = "xla",
 ) -> Float[Array, "B T N H"]:
   """`attend` where every query sees the keys up to its own. Padding must stand on the right: cuDNN
-  is given no mask.
+  and splash attention are given no mask.
   """
   T = q_BxTxNxH.shape[1]
   return attend(
@@ -111,14 +119,19 @@ def attend_with_prefix(
   mask_BxTxS: Bool[Array, "B T PT"],
   length_B: Int[Array, "B"],
   attn_impl: str = "xla",
+  ids: tuple[Array, Array, Array] | None = None,
+  mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
   """`attend` over the keys and values of a prefix, [B, K, P, H], and those of the tokens
   themselves, [B, K, T, H].
 
   "xla" and "cudnn" go by the mask, [B, T, P + T]. "flash" goes by length_B, how much of the prefix
-  there is: it attends to the two apart and joins them by their log-sum-exps. Not differentiable
-  there.
+  there is, "splash" by `ids` (`splash.attend_apart`): they attend to the two apart and join them by
+  their log-sum-exps. Not differentiable there.
   """
+  if attn_impl == "splash":
+    # What sees nothing of the prefix has no weight there, by its log-sum-exp.
+    return join(*splash.attend_apart(q_BxTxNxH, own, prefix, ids, mesh), jnp.bool_(True))
   if attn_impl != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
     return attend(q_BxTxNxH, k, v, mask_BxTxS, attn_impl)

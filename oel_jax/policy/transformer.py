@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
@@ -126,6 +127,15 @@ class Prefix(NamedTuple):
     filled_BxMxP = jnp.arange(P) < self.length[self.texts][..., None]
     return (chosen_BxTxM[..., None] & filled_BxMxP[:, None]).reshape(*self.slots.shape, M * P)
 
+  def ids(self) -> tuple[Int[Array, "B T"], Int[Array, "B MP"]]:
+    """The same as a number, from 1, for each token and for each place of the texts, 0 where none is
+    filled: a token attends to the places that have its own.
+    """
+    M, P = self.texts.shape[1], self.keys.shape[3]
+    filled_BxMxP = jnp.arange(P) < self.length[self.texts][..., None]
+    places_BxMxP = jnp.where(filled_BxMxP, 1 + jnp.arange(M, dtype=jnp.int32)[:, None], 0)
+    return self.slots + 1, places_BxMxP.reshape(-1, M * P)
+
 
 def of_rows(
   keys_GxKxPxH: Float[Array, "G K P H"],
@@ -161,7 +171,9 @@ def attend_rows(
   known: tuple[Array, Array] | None,
   prefix: Prefix | None,
   mask_BxTxS: Bool[Array, "B T S"],
+  ids: tuple[Array, ...],
   attn_impl: str,
+  mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, Array]]:
   """One layer's attention of whole rows: to their own tokens and, if there is one, to the prefix.
 
@@ -170,7 +182,9 @@ def attend_rows(
     known: this layer's keys and values of the prefix, [G, K, P, H].
     prefix: says which of them a row attends to.
     mask_BxTxS: for both, the prefix first.
+    ids: what the mask says, as `ids_of` says it.
     attn_impl: the attention implementation.
+    mesh: where the rows lie; None on one device.
 
   Returns:
     The output, and the rows' own keys and values, [B, K, T, H].
@@ -178,15 +192,23 @@ def attend_rows(
   q, k, v = own
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   if prefix is None:
-    return attention.attend(q, k, v, mask_BxTxS, attn_impl), (k, v)
+    return attention.attend(q, k, v, mask_BxTxS, attn_impl, *ids, mesh), (k, v)
   texts, length_B = of_rows(*known, prefix.length, prefix.texts, attn_impl)
-  return attention.attend_with_prefix(q, (k, v), texts, mask_BxTxS, length_B, attn_impl), (k, v)
+  y = attention.attend_with_prefix(q, (k, v), texts, mask_BxTxS, length_B, attn_impl, ids, mesh)
+  return y, (k, v)
 
 
 def mask_of(segments_BxT: Int[Array, "B T"], prefix: Prefix | None) -> Bool[Array, "B T S"]:
   """Which tokens of its row each token sees, behind those of the prefix."""
   own = attention.segment_mask(segments_BxT)
   return own if prefix is None else jnp.concatenate([prefix.mask(), own], axis=-1)
+
+
+def ids_of(segments_BxT: Int[Array, "B T"], prefix: Prefix | None) -> tuple[Array, ...]:
+  """The same without an array of tokens by tokens, for `ops.splash`: the segments and, with a
+  prefix, its `Prefix.ids`.
+  """
+  return (segments_BxT,) if prefix is None else (segments_BxT, *prefix.ids())
 
 
 def head(params: Params) -> Float[Array, "V D"]:
@@ -206,6 +228,7 @@ def apply(
   keep_cache: bool = False,
   attn_impl: str = "xla",
   prefix: Prefix | None = None,
+  mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Runs the decoder up to its last norm.
 
@@ -217,9 +240,11 @@ def apply(
     dtype: of the activations; parameters are cast to it where they are used.
     remat: what the backward pass recomputes: "none" keeps all, "dots" keeps products and attention,
       "full" keeps layer inputs only.
-    attn_impl: the attention implementation, "xla", "cudnn" or "flash" (`attention.attend`).
+    attn_impl: the attention implementation, "xla", "cudnn", "flash" or "splash"
+      (`attention.attend`).
     prefix: texts to attend to as well; positions then count from the text's beginning.
     keep_cache: also return the keys and values, each [L, B, K, T, H].
+    mesh: where the rows lie, which "splash" must know; None on one device.
 
   Returns:
     Hidden states [B, T, D] in `dtype`, and keys and values (or None).
@@ -230,7 +255,7 @@ def apply(
   x = embed(params["embed"]["embedding"], tokens_BxT).astype(dtype)
   # A masked NaN is still a NaN: 0 x NaN
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
-  mask = mask_of(segments_BxT, prefix)
+  mask, ids = mask_of(segments_BxT, prefix), ids_of(segments_BxT, prefix)
   cos_sin = attention.cos_sin(positions_BxT, a)
 
   def layer(x, given):
@@ -238,7 +263,7 @@ def apply(
     kept = []
 
     def attend(layer, own):
-      y, kv = attend_rows(own, known, prefix, mask, attn_impl)
+      y, kv = attend_rows(own, known, prefix, mask, ids, attn_impl, mesh)
       kept.append(kv)
       return y
 

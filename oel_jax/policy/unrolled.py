@@ -172,7 +172,7 @@ def forward(
   x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
   cos_sin = attention.cos_sin(positions_BxT.reshape(-1), a)
-  mask = transformer.mask_of(segments_BxT, prefix)
+  mask, ids = transformer.mask_of(segments_BxT, prefix), transformer.ids_of(segments_BxT, prefix)
   pick = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
     -1, x.shape[-1]
   )
@@ -180,9 +180,8 @@ def forward(
   def block(layer, x, y, known, last):
     def attend(layer, own):
       own = (checkpoint_name(z.reshape(B, T, -1, a.head_size), common.REMAT_SAVED) for z in own)
-      return transformer.attend_rows(tuple(own), known, prefix, mask, attn_impl)[0].reshape(
-        B * T, -1
-      )
+      y, _ = transformer.attend_rows(tuple(own), known, prefix, mask, ids, attn_impl)
+      return y.reshape(B * T, -1)
 
     run = _operations(a, cos_sin, attend)
     x, y = transformer.block(run, _with_sinks(layer), x, y, pick if last else None)

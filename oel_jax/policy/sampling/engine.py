@@ -112,7 +112,7 @@ def _prefill_insert(
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
   axes = {"keys": slot_state.column_axis(attn_impl), "values": 2}
-  dtype = weights["embed"]["embedding"].dtype
+  prompt_impl = model.prefill_attn_impl(architecture, weights["embed"]["embedding"].dtype)
   # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
   if shared:
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
@@ -128,14 +128,15 @@ def _prefill_insert(
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
     if shared is None:
-      return attention.causal(q, keys[-1], values[-1], model.prefill_attn_impl(dtype))
+      return attention.causal(q, keys[-1], values[-1], prompt_impl)
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
     seen = jnp.concatenate(
       [jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1
     )
-    if model.prefill_attn_impl(dtype) == "xla":
-      return kv_cache.attend_many(q, keys[-1], values[-1], seen)
-    return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
+    if prompt_impl == "cudnn":
+      return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
+    # Splash attention has no mask for columns that wrap round the end of the cache.
+    return kv_cache.attend_many(q, keys[-1], values[-1], seen)
 
   with jax.named_scope("prefill"):
     hidden = model.forward(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from oel_jax.policy import attention, transformer, unrolled
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.ops import heads, norm, small_matmul
+from oel_jax.policy.ops import heads, norm, small_matmul, splash
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
@@ -95,6 +95,10 @@ def heads_at(a: Architecture, positions: Int[Array, "B T"]) -> Callable:
   )
 
 
-def prefill_attn_impl(dtype: Any) -> str:
-  """The attention that reads prompts: "cudnn" on a GPU in bfloat16, or "xla"."""
+def prefill_attn_impl(architecture: Architecture, dtype: Any) -> str:
+  """The attention that reads prompts: in bfloat16 "cudnn" on a GPU and "splash" on a TPU, if it is
+  for such heads; or "xla".
+  """
+  if splash.supported(architecture.head_size, dtype):
+    return "splash"
   return "cudnn" if small_matmul.on_gpu() and dtype == jnp.bfloat16 else "xla"
