@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers, from the top of the repository. What can be set:
 #   PYTHON=/path/to/python3.12   makes the environments: 3.11, 3.12 or 3.13; python3 if it is not set
 #   VENV=/path/to/folder         where the environment is or will be; .venv if it is not set
@@ -48,4 +49,45 @@ clear_environment() {
   [ -e "$1/pyvenv.cfg" ] || stop "$1 is there and is no virtual environment"
   mv "$1" "$1.removed"
   rm -rf "$1.removed"
+}
+
+# What follows is for the launchers of runs.
+
+# read_arguments ARGUMENT…: sets `dry_run`, if --dry-run is among them, and `arguments`, the flags of oel_jax.main; stops without the two that every run has.
+dry_run='' arguments=()
+read_arguments() {
+  local argument
+  for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then dry_run=yes; else arguments+=("$argument"); fi
+  done
+  for argument in config workdir; do
+    [[ " ${arguments[*]-} " == *" --$argument"[=\ ]* ]] || stop "--$argument is not given: every run has --config=FILE and --workdir=FOLDER"
+  done
+}
+
+# needs NAME…: stops where a variable that the launcher reads is not set.
+needs() {
+  local name
+  for name in "$@"; do
+    [ -n "${!name-}" ] || stop "$name is not set: the first lines of $0 say what it is"
+  done
+}
+
+# act COMMAND…: runs it; in a dry run prints it, as the shell reads it, and does nothing.
+act() {
+  if [ -z "$dry_run" ]; then
+    "$@"
+  else
+    local line
+    printf -v line '%q ' "$@"
+    echo "${line% }"
+  fi
+}
+
+# files_here: names of the working tree's files, without those that git ignores, each ended by a zero byte.
+files_here() {
+  local file
+  git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+    if [ -e "$file" ]; then printf '%s\0' "$file"; fi
+  done
 }
