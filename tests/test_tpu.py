@@ -24,7 +24,7 @@ from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import named
 from oel_jax.policy.sampling import engine, kv_cache, model, slot_state
 from oel_jax.policy.sampling.token_sampling import Sampling
-from oel_jax.policy.weights import dequantize
+from oel_jax.policy.weights import gguf_blocks
 from oel_jax.runtime import checksum, finite
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -259,8 +259,8 @@ def test_the_samplers_other_programs():
   assert resize(columns=4096) == resize(_array(8)) == 0
 
 
-@pytest.mark.parametrize("kind", dequantize.TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", gguf_blocks.TYPES, ids=lambda kind: kind.name)
 def test_the_decoding_of_quantised_weights(kind):
   size = gguf.GGML_QUANT_SIZES[kind][1]
   blocks = _array(2048, 8, size, dtype=jnp.uint8)
-  assert _lowered(jax.jit(dequantize.decoder(kind)), blocks) == 0
+  assert _lowered(jax.jit(gguf_blocks.decoder(kind)), blocks) == 0
