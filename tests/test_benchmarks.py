@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 def fixture_script(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
   yield importlib.import_module
-  for name in ("conversations", "loading", "loss", "step", "measure"):
+  for name in ("cold", "conversations", "loading", "loss", "step", "measure"):
     sys.modules.pop(name, None)
 
 
@@ -82,3 +82,46 @@ def test_flops_of_a_step_are_the_published_ones(script):
   work = step.WORK["1.7b"]
   teacher, update = step.flops(work, step.architecture_lib.named(work.architecture))
   assert 1.7 < (teacher + update) / 790e12 < 2.1 and 0.2 < teacher / (teacher + update) < 0.35
+
+
+STANDS_IN = """
+import json, os, pathlib, sys
+assert os.environ["OEL_JAX_CACHE"] and not pathlib.Path(os.environ["OEL_JAX_CACHE"]).exists()
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).split("=")[1])
+if "--fail" in sys.argv:
+  sys.exit("no such game")
+lines = [{"stage": "evaluate", "step": 0}]
+took = {1: 9.0, 2: 0.2, 3: 0.3, 4: 0.4}
+lines += [{"stage": "consolidate", "step": n, "seconds": s} for n, s in took.items()]
+folder.mkdir()
+(folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+for number, stages in ((0, ["evaluate"]), (1, ["deploy", "evaluate"]), (2, ["deploy", "evaluate"])):
+  (folder / f"round_{number}").mkdir()
+  entries = [{"stage": stage, "seconds": FACTOR * (number + 1)} for stage in stages]
+  if COUNTS:
+    entries = [entry | {"programs": 3, "compile_seconds": 0.5} for entry in entries]
+  (folder / f"round_{number}/cost.json").write_text(json.dumps({"stages": entries}))
+"""
+
+
+def test_cold_runs_are_told_stage_by_stage_beside_another_checkouts(script, tmp_path, monkeypatch):
+  cold = script("cold")
+  for name, factor, counts in (("now", 0.001, True), ("before", 0.004, False)):
+    (tmp_path / name / "oel_jax").mkdir(parents=True)
+    (tmp_path / name / "oel_jax/__init__.py").touch()
+    code = STANDS_IN.replace("FACTOR", str(factor)).replace("COUNTS", str(counts))
+    (tmp_path / name / "oel_jax/main.py").write_text(code)
+  monkeypatch.setattr(cold, "HERE", tmp_path / "now")
+  file = tmp_path / "cold.json"
+  cold.main([f"--against={tmp_path / 'before'}", "--repeats=1", f"--json={file}", "--", "--x=1"])
+  rows = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+  assert rows["deploy"]["s"] == pytest.approx(0.005) and rows["deploy"]["faster"] == pytest.approx(
+    4
+  )
+  assert rows["base evaluate"]["s"] == pytest.approx(0.001)
+  assert (rows["first step"]["s"], rows["a later step"]["s"]) == (9.0, 0.3)
+  assert rows["programs"] == {"what": "programs", "s": 15} and rows["compiling"]["s"] == 2.5
+  parts = ("begin and end", "base evaluate", "deploy", "evaluate")
+  assert sum(rows[name]["s"] for name in parts) == pytest.approx(rows["whole"]["s"])
+  with pytest.raises(RuntimeError, match="now: the run failed: no such game"):
+    cold.main(["--repeats=1", "--", "--fail"])
