@@ -58,8 +58,6 @@ def choose(
 
 def tell(folder: pathlib.Path, chosen: dict[str, str]) -> None:
   """Prints one line of what was chosen, and keeps it in choices.json, which `report` reads."""
-  if jax.process_index():
-    return
   print("chosen: " + "; ".join(f"{name} {words}" for name, words in chosen.items()), flush=True)
   # A finished run that is started again changes no file.
   if _kept(folder / "choices.json") != chosen:

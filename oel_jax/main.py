@@ -16,6 +16,7 @@ if __name__ == "__main__":
   signals.install()
 
 import ast
+import json
 import logging as python_logging
 import os
 import pathlib
@@ -30,8 +31,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
+from oel_jax.runtime import distributed, watch
 from oel_jax.runtime.finite import NotFiniteError
 from oel_jax.runtime.signals import Terminated
+
+ALONE = ("export", "report", "withdraw")  # stages that run in one process
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True
@@ -58,12 +62,27 @@ _RESUME_ANYWAY = flags.DEFINE_bool(
 _GAMES = flags.DEFINE_bool(
   "games", False, "List TextArena's games, with what was tried of each, and do nothing else."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "One process of several, which JAX finds: on TPU pods, GKE, SLURM, under MPI.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator_address", None, "HOST:PORT where process 0 of several is to listen for the others."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.", 1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; 0 writes.", 0)
+_START_TIMEOUT = flags.DEFINE_float(
+  "start_timeout", 300.0, "Seconds in which all processes must have been started.", 1.0
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
 
 
 def _fail(text: str) -> NoReturn:
   """Ends the process with status 2 and `text` as one line."""
-  print("error: " + " ".join(text.split()), file=sys.stderr)
+  text = " ".join(text.split())
+  print(f"error: {text}", file=sys.stderr, flush=True)
+  watch.failed(text)
   sys.exit(2)
 
 
@@ -204,9 +223,59 @@ def _resolve_paths(config: config_dict.ConfigDict) -> None:
   )
 
 
+def _start() -> None:
+  """Makes this process one of several, if the flags say so."""
+  distributed.start(
+    detect=_DISTRIBUTED.value,
+    coordinator=_COORDINATOR.value,
+    processes=_PROCESSES.value,
+    process=_PROCESS.value,
+    timeout=_START_TIMEOUT.value,
+  )
+
+
+def _compare_processes(config: config_dict.ConfigDict) -> None:
+  """Raises ValueError unless the processes can do the run together: it is of rounds, and they have
+  the same configuration, flags, code and run directory.
+  """
+  if "task" in config or _STAGE.value in ALONE:
+    what = f"--stage={_STAGE.value}" if _STAGE.value in ALONE else f"config.task {config.task!r}"
+    raise ValueError(f"{what} runs in one process, and this is one of {distributed.count()}")
+  if config.extraction.weights and _STAGE.value not in ("deploy", "consolidate"):
+    raise ValueError(
+      f"config.extraction.weights is {config.extraction.weights!r}, and this is one process of "
+      f"{distributed.count()}: give --stage=deploy and --stage=consolidate in all of them, and the "
+      "others in one"
+    )
+  from oel_jax.runtime import files, workdir
+
+  folder = files.local(_WORKDIR.value, "--workdir").absolute()
+  flag = {
+    f"--{name}": value
+    for name, value in (
+      ("workdir", str(folder)),
+      ("stage", _STAGE.value),
+      ("round", _ROUND.value),
+      ("resume_anyway", _RESUME_ANYWAY.value),
+    )
+  }
+  fields = {
+    f"config.{name}": value for name, value in workdir.flat(json.loads(config.to_json())).items()
+  }
+  distributed.compare({"the code": distributed.code_version(), **flag, **fields})
+  distributed.check_shared(folder)
+
+
 def _run(config: config_dict.ConfigDict) -> None:
   """Does what --stage and config.task ask for; what that needs is imported here alone."""
   workdir, how = _WORKDIR.value, {"resume_anyway": _RESUME_ANYWAY.value}
+  if distributed.count() > 1:
+    _compare_processes(config)
+  if not distributed.is_writer():
+    from oel_jax.stages import begin
+
+    begin.follow(config, workdir)
+    return
   if _STAGE.value == "export":
     from oel_jax.tasks import export
 
@@ -232,6 +301,16 @@ def _run(config: config_dict.ConfigDict) -> None:
     named.function(config_lib.TASKS.get(task, task), "config.task")(config, workdir, **how)
 
 
+def _fail_in_all(error: Exception) -> None:
+  """Ends all processes of a run of several, after the traceback; returns in one of one."""
+  if distributed.count() == 1:
+    return
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    watch.explain()  # of a collective, perhaps, whose other end has gone
+  traceback.print_exception(error)
+  watch.failed(f"{type(error).__name__}: {error}".splitlines()[0], status=1)
+
+
 def main(argv: list[str]) -> None:
   del argv
   sys.unraisablehook = _unraisable
@@ -248,16 +327,21 @@ def main(argv: list[str]) -> None:
   )
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   try:
+    _start()
     _resolve_paths(config)
     _run(config)
+    distributed.finish()
   except Terminated as stopped:
     advice = "give the same command again to go on from there"
     print(f"stopped by SIGTERM: {stopped}; {advice}", file=sys.stderr)
+    distributed.finish()  # it comes in all processes, after the same step
     raise
-  except (ValueError, OSError, RuntimeError, ImportError) as error:
-    if _DEBUG.value or not _is_told_in_one_line(error):
-      raise
-    _fail(str(error))
+  except Exception as error:
+    known = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+    if known and not _DEBUG.value and _is_told_in_one_line(error):
+      _fail(str(error))
+    _fail_in_all(error)
+    raise
 
 
 if __name__ == "__main__":

@@ -78,4 +78,4 @@ def place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> batc
   padded = mesh_lib.pad_batch(
     batch, mesh, multiple=next(room for room in rooms if len(batch.mask) <= room)
   )
-  return jax.device_put(padded, mesh_lib.batch_sharding(mesh))
+  return mesh_lib.put(padded, mesh_lib.batch_sharding(mesh))

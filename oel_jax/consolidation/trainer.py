@@ -23,7 +23,7 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.metrics import BUCKETS
 from oel_jax.conversations import dataset
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import finite, signals
+from oel_jax.runtime import distributed, finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.metrics import Metrics
@@ -97,7 +97,7 @@ def consolidate(
         state, loss, tokens = training.run_step(i, state, next(batches))
         cost["tokens"] += tokens
         cost["flops"] += training.flops(tokens)
-        ending = terminated()
+        ending = distributed.anywhere(terminated(), "the end of a step")
         if training.saves(i) or ending:
           checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
         advance(1, f"loss {loss:.4g}")

@@ -223,6 +223,7 @@ def play_to_file(
   slots: int,
   advance: Callable[[int], None] | None = None,
   remote: Answering | None = None,
+  by: Callable[..., Any] | None = None,
   **how: Any,
 ) -> list[Conversation]:
   """Plays every episode and leaves them all in `path`, in the order of `episodes`; cut off at any
@@ -241,6 +242,7 @@ def play_to_file(
     path: JSON Lines file of `oel_jax.conversations.jsonl`.
     policy, spec, episodes, slots, advance, remote: as in `play`; `advance` counts kept episodes,
       too.
+    by: plays in the place of `play`, whose arguments it is given.
     **how: the other arguments of `play`, but on_finished and on_unanswered.
 
   Raises:
@@ -282,7 +284,7 @@ def play_to_file(
   for call in _calls(episodes, slots):
     missing = [episode for episode in call if episode.id not in done]
     if missing:
-      play(policy, spec, episodes=call if remote is None else missing, **how)
+      (by or play)(policy, spec, episodes=call if remote is None else missing, **how)
   missed.write()
   result = [done[episode.id] for episode in episodes if episode.id in done]
   rewards = [played.reward for played in result]

@@ -123,7 +123,7 @@ def _place(params: Any, shardings: Any) -> Any:
   """To jit, host arrays are not what training leaves: with them, every program would be compiled
   again after round 1.
   """
-  return jax.device_put(params, shardings)
+  return mesh.put(params, shardings)
 
 
 def _agree(config: Any, architecture: Architecture, tokenizer: Any, field: str) -> None:

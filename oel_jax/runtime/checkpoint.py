@@ -24,9 +24,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
-from oel_jax.runtime import schema
+from oel_jax.runtime import distributed, schema
 from oel_jax.runtime.checksum import checksums
 
 PACKED = 0.9  # what Orbax's compression leaves of random float32 numbers, at least
@@ -305,10 +304,9 @@ class Checkpoints:
       type(error).__name__,
       reason,
     )
-    if jax.process_index() == 0:
+    if distributed.is_writer():
       path.rename(aside)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"set aside {path}")
+    distributed.barrier(f"set aside {path}")
     self._manager.reload()
 
   @contextlib.contextmanager

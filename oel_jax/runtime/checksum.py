@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from oel_jax.runtime import together
+
 _BLOCK = 2**16  # elements that NumPy mixes at a time, so that they stay in the processor's cache
 
 
@@ -34,6 +36,7 @@ def checksums(tree: Any) -> dict[str, str]:
   return {path: f"{int(value):08x}" for path, value in zip(paths, sums, strict=True)}
 
 
+@together.everywhere
 def fingerprint(tree: Any) -> str:
   """Returns 16 hexadecimal digits that name the arrays of a pytree: paths, shapes, types and every
   bit.

@@ -212,6 +212,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def put(tree: Any, shardings: Any) -> Any:
+  """Places arrays of the host, the same in every process.
+
+  Args:
+    tree: pytree of arrays.
+    shardings: one for all, or a tree of them.
+
+  Returns:
+    The tree of JAX arrays, so placed; of several processes each has its part.
+  """
+  first = jax.tree.leaves(shardings)
+  if not first or first[0].is_fully_addressable:
+    return jax.device_put(tree, shardings)
+  # device_put would have the processes compare all numbers.
+  one = lambda leaf, place: jax.make_array_from_callback(
+    leaf.shape, place, np.asarray(leaf).__getitem__
+  )
+  if len(first) == 1:
+    return jax.tree.map(lambda leaf: one(leaf, first[0]), tree)
+  return jax.tree.map(one, tree, shardings)
+
+
 def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask", multiple: int = 1) -> Any:
   """Adds masked-out rows until every data shard has the same number of rows, so that 3 items run on
   8 devices.

@@ -15,10 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import ml_collections
 from absl import logging
-from jax.experimental import multihost_utils
 
 from oel_jax.runtime import files, named, paths, schema
 
@@ -57,16 +55,12 @@ def opened(
       written.
   """
   path = files.local(workdir, "--workdir").absolute()
-  if jax.process_index() == 0:
-    try:
-      path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise files.explained(error, path) from error
-  _meet(f"make {path}")
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise files.explained(error, path) from error
   with locked(path):
-    if jax.process_index() == 0:
-      _open(config, path / "config.json", resume_anyway)
-    _meet(f"open {path}")
+    _open(config, path / "config.json", resume_anyway)
     yield path
 
 
@@ -76,11 +70,6 @@ def open_workdir(
   """What `opened` does, but lets go of the directory again; returns its path."""
   with opened(config, workdir, resume_anyway) as path:
     return path
-
-
-def _meet(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -193,7 +182,7 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
       old["versions"],
       new["versions"],
     )
-  before, now = _flat(old["config"]), _flat(new["config"])
+  before, now = flat(old["config"]), flat(new["config"])
   both = [
     {"field": name, "was": before.get(name, "no such field"), "is": now.get(name, "no such field")}
     for name in sorted(before | now)
@@ -285,14 +274,14 @@ def _parse(value: Any) -> dict[str, Any]:
   return value | {"files": named}
 
 
-def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
+def flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
   """Nested fields by their dotted names; an empty group stays as a value, so that its disappearance
   shows.
   """
   found = {}
   for name, inner in value.items():
     if isinstance(inner, dict) and inner:
-      found |= _flat(inner, f"{above}{name}.")
+      found |= flat(inner, f"{above}{name}.")
     else:
       found[f"{above}{name}"] = inner
   return found
@@ -307,8 +296,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
   """
   with open(path / ".lock", "w") as file:
     try:
-      if jax.process_index() == 0:  # the others of a distributed run belong to it
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       advice = (
         "another process is running in this directory: wait for it, or choose another --workdir"

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from oel_jax import choices
 from oel_jax import config as config_lib
 from oel_jax.consolidation import placement
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import mesh
+from oel_jax.runtime import files, mesh, together
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.workdir import opened
 from oel_jax.stages import resume
@@ -31,14 +33,39 @@ def begin(
     ValueError: the configuration, the policy or what is in the directory is wrong.
     OSError: another process runs in `workdir`, or it cannot be written.
   """
-  devices = mesh.make_mesh(config.mesh)
-  longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
-  policy = load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
+  devices, policy = _policy(config)
   placement.unroll(config.consolidation, policy, devices)
   knowledge = dict(texts=config.extraction.texts, tokens=config.extraction.max_knowledge_tokens)
   chosen = choices.choose(config, policy, devices, **knowledge, exact=False)
   with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
     run = Run(config, folder, metrics, devices, policy)
-    resume.check(run, policy)
-    choices.tell(folder, chosen)  # a run that is refused changes no file
-    yield run, policy
+    with together.leading(**_shared(run)):
+      resume.check(run, policy)
+      choices.tell(folder, chosen)  # a run that is refused changes no file
+      yield run, policy
+
+
+def follow(config: Any, workdir: str | os.PathLike) -> None:
+  """What all processes but the first do: their part of what process 0 calls, until its end.
+
+  Raises:
+    ValueError: the configuration or the policy is wrong.
+    OSError: a file of the policy is missing here.
+  """
+  config_lib.validate(config)
+  devices, policy = _policy(config)
+  folder = files.local(workdir, "--workdir").absolute()
+  with Metrics(folder, config) as metrics:  # which writes nothing here
+    together.follow(**_shared(Run(config, folder, metrics, devices, policy)))
+
+
+def _policy(config: Any) -> tuple[jax.sharding.Mesh, Policy]:
+  """The mesh, and the policy that the run begins with on it."""
+  devices = mesh.make_mesh(config.mesh)
+  longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
+  return devices, load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
+
+
+def _shared(run: Run) -> dict[str, Any]:
+  """What each process has of its own, by the names that stand for it in calls."""
+  return {"run": run, "policy": run.base, "base": run.base.params}

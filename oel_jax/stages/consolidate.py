@@ -1,7 +1,7 @@
 """Consolidation, the server side: knowledge/ and prompts.jsonl in, checkpoints out."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -11,6 +11,7 @@ from oel_jax.consolidation import trainer
 from oel_jax.conversations.jsonl import read_prompts
 from oel_jax.conversations.schema import knowledge_message
 from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.runtime import together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages.run import CHECKPOINTS, Run
 
@@ -20,6 +21,17 @@ def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> 
   reads prompts.jsonl alone.
   """
   config = run.config.consolidation
+  task = _make_task(run, number, policy, list(texts))
+  with run.stage(number, "consolidate", policy, config.steps) as (meter, advance):
+    params, cost = _train(run, number, policy, task, advance)
+    meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
+  note_trained(run, number, params)
+  return params
+
+
+@together.everywhere
+def _make_task(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> task_lib.Task:
+  """What the round's steps draw from; each process reads it, for it may be large."""
   task = task_lib.make_task(
     policy.tokenizer,
     read_prompts(run.prompts(number), max_damaged=0.0),
@@ -30,20 +42,27 @@ def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> 
     limit=run.config.policy.max_prompt_tokens,
     message=functools.partial(knowledge_message, wording=run.config.extraction.wording),
   )
-  with run.stage(number, "consolidate", policy, config.steps) as (meter, advance):
-    params, cost = trainer.consolidate(
-      config,
-      task,
-      policy,
-      limit=run.config.deployment.max_response_tokens,
-      directory=run.round(number) / CHECKPOINTS,
-      mesh=run.mesh,
-      metrics=run.metrics,
-      advance=advance,
-    )
-    meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
-  note_trained(run, number, params)
-  return params
+  together.share("task", task)
+  return task
+
+
+@together.everywhere
+def _train(
+  run: Run, number: int, policy: Policy, task: task_lib.Task, advance: Callable[..., None] | None
+) -> tuple[Any, dict[str, float]]:
+  """`trainer.consolidate`; `advance` is None in all processes but the first."""
+  params, cost = trainer.consolidate(
+    run.config.consolidation,
+    task,
+    policy,
+    limit=run.config.deployment.max_response_tokens,
+    directory=run.round(number) / CHECKPOINTS,
+    mesh=run.mesh,
+    metrics=run.metrics,
+    advance=advance or (lambda n, note="": None),
+  )
+  together.share(f"{together.WEIGHTS} {number}", params)
+  return params, cost
 
 
 def note_trained(run: Run, number: int, params: Any) -> None:

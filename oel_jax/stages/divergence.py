@@ -11,7 +11,7 @@ from oel_jax.consolidation import placement, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import finite
+from oel_jax.runtime import finite, together
 from oel_jax.stages.run import Run
 
 BATCH = 32  # prompts at a time
@@ -36,6 +36,8 @@ def scorer(
   Raises:
     NotFiniteError: by `score`, where a divergence is not finite.
   """
+  if together.leads():
+    return lambda student: _score(run, task, teacher, student, where)
   # Answers of its own, whoever samples in training.
   config = run.config.consolidation.copy_and_resolve_references()
   config.data = "student"
@@ -72,3 +74,11 @@ def scorer(
     return total / count, answers
 
   return score
+
+
+@together.everywhere
+def _score(
+  run: Run, task: task_lib.Task, teacher: Policy, student: Policy, where: str
+) -> tuple[float, list[list[int]]]:
+  """In several processes: `scorer`'s score of one student."""
+  return scorer(run, task, teacher, where)(student)

@@ -20,7 +20,7 @@ from oel_jax.policy.sampling.sampler import Sampling
 from oel_jax.runtime import files, schema
 from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import tasks_digest
-from oel_jax.stages import endpoint
+from oel_jax.stages import endpoint, spread
 from oel_jax.stages.run import Meter, Run, made_from
 
 Advance = Callable[..., None]
@@ -80,7 +80,7 @@ def play(run: Run, number: int, games: Games, meter: Meter, advance: Advance) ->
   if remote and not path.exists():
     endpoint.remind(remote, number)
   episodes = _episodes(run.config.seed, number, games)
-  result = _play(run.config, path, episodes, games, meter, advance, remote)
+  result = _play(run, path, episodes, games, meter, advance, remote)
   if remote and remote.counts.requests:
     meter.tokens += remote.counts.tokens
     run.log(number, f"{games.stage}_endpoint", **endpoint.tell(remote))
@@ -170,7 +170,7 @@ def _episodes(seed: int, number: int, games: Games) -> list[Episode]:
 
 
 def _play(
-  config: Any,
+  run: Run,
   path: pathlib.Path,
   episodes: list[Episode],
   games: Games,
@@ -178,7 +178,7 @@ def _play(
   advance: Advance,
   remote: Endpoint | None,
 ) -> list[Conversation]:
-  done = 0
+  config, done = run.config, 0
 
   def tell(finished: int) -> None:
     nonlocal done
@@ -193,6 +193,7 @@ def _play(
     slots=config.deployment.slots,
     advance=tell,
     remote=remote,
+    by=spread.player(run),
     sampling=games.sampling,
     max_response_tokens=config.deployment.max_response_tokens,
     max_prompt_tokens=config.policy.max_prompt_tokens,

@@ -2,11 +2,13 @@
 it.
 """
 
+from typing import Any
+
 from oel_jax.consolidation import restore
 from oel_jax.extraction import state as extraction_state
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.report import records
-from oel_jax.runtime import files, schema
+from oel_jax.runtime import files, schema, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import knowledge
 from oel_jax.stages.run import (
@@ -52,16 +54,26 @@ def weights_before(run: Run, number: int, policy: Policy) -> Policy:
     gate = run.gate(earlier)
     if gate and gate["decision"] == "skip":
       continue
-    config, folder = run.config.consolidation, run.round(earlier) / CHECKPOINTS
-    params = restore.trained_params(config, policy, folder, run.mesh)
+    params = _trained(run, earlier, policy)
     if params is None:
+      folder, steps = run.round(earlier) / CHECKPOINTS, run.config.consolidation.steps
       raise ValueError(
-        f"{folder}: must hold step {config.steps}, for what is asked needs the weights of round "
+        f"{folder}: must hold step {steps}, for what is asked needs the weights of round "
         f"{earlier}: give --stage=consolidate --round={earlier} where its prompts are, or carry "
         f"that folder here (or {GATE}, if it says that the round is not consolidated)"
       )
     return policy.replace(params)
   return policy
+
+
+@together.everywhere
+def _trained(run: Run, number: int, policy: Policy) -> Any:
+  """The parameters that round `number` ended with; None if it has not come so far."""
+  folder = run.round(number) / CHECKPOINTS
+  params = restore.trained_params(run.config.consolidation, policy, folder, run.mesh)
+  if params is not None:
+    together.share(f"{together.WEIGHTS} {number}", params)
+  return params
 
 
 def _check_steps(run: Run, number: int) -> None:

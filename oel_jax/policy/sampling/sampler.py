@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import kv_cache, model, slot_state
+from oel_jax.policy.sampling import kv_cache, model, slot_state, spread
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -71,7 +71,15 @@ class Policy:
     max_new_tokens: int,
     reply: Reply | None = None,
   ) -> list[list[int]]:
-    """`generate` with this policy's own parts."""
+    """`generate` with this policy's own parts; where several processes have the parameters,
+    `spread.sample`.
+    """
+    if spread.is_spread(self.params):
+      if reply is None:
+        return spread.sample(self, list(prompts), list(seeds), sampling, max_new_tokens)
+      # What replies is here alone; games are shared out whole, before they come here.
+      how = dict(sampling=sampling, max_new_tokens=max_new_tokens, reply=reply)
+      return spread.own(self).sample(prompts, seeds, **how)
     return generate(
       self.params,
       self.architecture,

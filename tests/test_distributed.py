@@ -1,0 +1,323 @@
+"""Several real processes on this machine: what they tell each other, how they start and end, and a
+policy that is spread over them.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from processes import ROOT, python_path
+
+from oel_jax.policy import transformer
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.sampling.sampler import Policy, Sampling
+from oel_jax.runtime import distributed, together
+from oel_jax.runtime.checksum import fingerprint
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def launch(arguments, devices: int = 1, **changes: str) -> subprocess.Popen:
+  """Starts a Python of its own with so many CPU devices."""
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=python_path(ROOT, ROOT / "tests"))
+  env["XLA_FLAGS"] = re.sub(r"(device_count)=\d+", rf"\1={devices}", env["XLA_FLAGS"])
+  pipe = subprocess.PIPE
+  return subprocess.Popen(
+    [sys.executable, *map(str, arguments)],
+    env=env | changes,
+    cwd=ROOT,
+    stdout=pipe,
+    stderr=pipe,
+    text=True,
+  )
+
+
+def finish(processes, statuses=(0, 0)) -> list[tuple[str, str]]:
+  """Waits for all; returns what each printed, to stdout and to stderr."""
+  told = [process.communicate(timeout=600) for process in processes]
+  found = [process.returncode for process in processes]
+  assert found == list(statuses), (found, told)
+  return told
+
+
+def both(code: str, tmp_path, devices: int = 1, statuses=(0, 0)) -> list[tuple[str, str]]:
+  """Runs the code in two processes that have come together; `me` there is the process."""
+  begin = """
+import json, os, pathlib, sys, time
+from oel_jax.runtime import distributed, together
+port, me, place = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+distributed.start(
+  detect=False, coordinator=f"127.0.0.1:{port}", processes=2, process=me, timeout=120
+)
+"""
+  port = free_port()
+  started = [launch(["-c", begin + code, port, me, tmp_path], devices) for me in (0, 1)]
+  return finish(started, statuses)
+
+
+def test_processes_tell_each_other_lists_flags_and_failures(tmp_path):
+  code = """
+say = lambda value: print(json.dumps(value), flush=True)
+say(distributed.gather([[7] * n for n in range(3 * me)], "ragged ids"))
+say([distributed.anywhere(flag, "a flag") for flag in (me == 1, False)])
+say(len(distributed.gather("x" * (20 << 20), "20 MiB")[1 - me]))
+
+def fails():
+  if me == 1:
+    raise ValueError("the third prompt is empty")
+  return "done"
+
+try:
+  distributed.gather_done(fails, "work")
+except ValueError as error:
+  say(str(error))
+try:
+  distributed.compare({"config.seed": 0, "config.rounds": 3 + me})
+except ValueError as error:
+  say(str(error))
+distributed.check_shared(place / "run")
+say([path.name for path in (place / "run").iterdir()])
+try:
+  distributed.check_shared(place / f"run_of_{me}", patience=0.5)
+except ValueError as error:
+  say(str(error).replace(str(place), ""))
+if me == 0:
+  try:
+    distributed.gather(0, "games", deadline=0.1)
+  except RuntimeError as error:
+    say(str(error))
+else:
+  time.sleep(1)
+  distributed.gather(0, "games")
+distributed.finish()
+"""
+  told = [[json.loads(line) for line in out.splitlines()] for out, _ in both(code, tmp_path)]
+  for me, found in enumerate(told):
+    assert found[:3] == [[[], [[], [7], [7, 7]]], [True, False], 20 << 20]
+    assert (
+      found[3] == ["process 1 of 2: the third prompt is empty", "the third prompt is empty"][me]
+    )
+    assert found[4].startswith("config.rounds is 3 in process 0 and 4 in process 1: all processes")
+    assert me or found[5] == []
+    assert found[6].startswith(f"--workdir is '/run_of_{me}', and process 1 does not see what")
+  assert told[0][7] == "process 1 of 2 at 'games' has not come for 0.1 s"
+
+
+POLICY = """
+import jax, numpy as np, ml_collections
+from test_distributed import tiny_policy, ask
+from oel_jax.runtime import mesh
+from oel_jax.runtime.checksum import fingerprint
+devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=-1, fsdp=2, tensor=1)))
+host = tiny_policy()
+policy = host.replace(mesh.put(host.params, mesh.param_shardings(devices, host.params)))
+assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(policy.params))
+if me:
+  together.follow(policy=policy, base=policy.params)
+else:
+  with together.leading(policy=policy, base=policy.params):
+    ids = [ask(policy, count) for count in (3, 1)]
+    # Not printed, for Gloo prints, too.
+    (place / "told").write_text(json.dumps([*ids, fingerprint(policy.params)]))
+distributed.finish()
+"""
+
+
+def tiny_policy() -> Policy:
+  architecture = Architecture(32, 16, 2, 4, 2, 8, 24)
+  params = transformer.init(architecture, jax.random.key(0))
+  words = types.SimpleNamespace(vocabulary=32, eos_ids=(1,), pad_id=0)
+  return Policy(architecture, jax.tree.map(np.asarray, params), words)
+
+
+def ask(policy: Policy, count: int, token: int = 5) -> list[list[int]]:
+  """Answers to prompts of different lengths."""
+  prompts = [[3, token] * (i + 1) for i in range(count)]
+  seeds = [11 * i for i in range(count)]
+  return policy.sample(prompts, seeds, sampling=Sampling(1.0), max_new_tokens=4)
+
+
+def test_a_policy_spread_over_processes_answers_as_on_one_device(tmp_path):
+  """Three prompts over two processes are shares of two and one; one prompt, one and none."""
+  both(POLICY, tmp_path)
+  policy = tiny_policy()
+  right = [[list(map(int, ids)) for ids in ask(policy, count)] for count in (3, 1)]
+  assert json.loads((tmp_path / "told").read_text()) == [*right, fingerprint(policy.params)]
+
+
+# What is wrong with the start.
+
+
+@pytest.mark.parametrize(
+  "changes, told",
+  [
+    (dict(process=None), "^--process_id must be given, too: .*--distributed alone"),
+    (dict(process=2), "^--process_id is 2, and --num_processes 2: it must be from 0 to 1$"),
+    (dict(coordinator="here"), "^--coordinator_address is 'here': it must be HOST:PORT$"),
+    (
+      dict(process=1),
+      "^--coordinator_address is .*: nobody has listened there for 0.1 s .*refused",
+    ),
+  ],
+)
+def test_a_start_that_cannot_be_is_told_in_one_line(changes, told):
+  asked = dict(coordinator=f"127.0.0.1:{free_port()}", processes=2, process=0) | changes
+  with pytest.raises((ValueError, RuntimeError), match=told):
+    distributed.start(detect=False, timeout=0.1, **asked)
+  assert distributed.count() == 1
+
+
+def test_a_second_process_zero_is_told():
+  with socket.create_server(("127.0.0.1", 0)) as first:
+    address = f"127.0.0.1:{first.getsockname()[1]}"
+    with pytest.raises(RuntimeError, match="^--process_id is 0, and something listens at 127"):
+      distributed.start(detect=False, coordinator=address, processes=2, process=0, timeout=1)
+
+
+def test_nothing_is_started_where_nothing_is_asked_for():
+  nobody = dict(coordinator=None, processes=None, process=None, timeout=1)
+  distributed.start(detect=False, **nobody)
+  distributed.start(detect=True, **nobody | {"processes": 1})
+  assert distributed.count() == 1 and distributed.is_writer() and not together.leads()
+
+
+# The whole run.
+
+ROUND = {
+  "rounds": 1,
+  "deployment.episodes": 5,
+  "deployment.slots": 4,
+  "extraction.texts": 3,
+  "extraction.trajectories": 3,
+  "extraction.use": 3,
+  "extraction.max_knowledge_tokens": 60,
+  "consolidation.steps": 3,
+  "consolidation.batch_size": 4,
+  "consolidation.checkpoint_every": 1,
+  "consolidation.gate_episodes": 3,
+  "consolidation.log_probe": 3,
+  "consolidation.on_no_gain": "warn",
+  "evaluation.episodes": 3,
+  "evaluation.retention": 1,
+  "evaluation.accumulation": (),
+}
+
+
+def command(workdir, cache, *flags: str, **changes) -> list[str]:
+  settings = ROUND | {name.replace("__", "."): value for name, value in changes.items()}
+  return [
+    "-m",
+    "oel_jax.main",
+    "--config=experiments/frozen_lake.py:pocket",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in settings.items()),
+    *flags,
+  ]
+
+
+def joining(port: int, me: int, processes: int = 2, timeout: float = 120) -> list[str]:
+  flags = dict(coordinator_address=f"127.0.0.1:{port}", num_processes=processes, process_id=me)
+  return [f"--{name}={value}" for name, value in (flags | {"start_timeout": timeout}).items()]
+
+
+def start_both(workdir, cache, **changes) -> list[subprocess.Popen]:
+  port = free_port()
+  return [
+    launch(command(workdir, cache, *joining(port, me), **changes), OEL_JAX_CACHE=str(cache))
+    for me in (0, 1)
+  ]
+
+
+def losses(folder) -> list[float]:
+  lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+  return [line["loss"] for line in lines if line["stage"] == "consolidate" and line["step"]]
+
+
+@pytest.fixture(scope="module", name="cache")
+def fixture_cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("compilations")
+
+
+@pytest.fixture(scope="module", name="pair")
+def fixture_pair(cache, tmp_path_factory):
+  """The run directory of two processes with one device each, and what they said."""
+  workdir = tmp_path_factory.mktemp("pair") / "run"
+  return workdir, finish(start_both(workdir, cache))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one_with_as_many_devices(pair, cache, tmp_path):
+  workdir, told = pair
+  alone = tmp_path / "run"
+  finish([launch(command(alone, cache), devices=2, OEL_JAX_CACHE=str(cache))], (0,))
+  for path in sorted(alone.glob("round_*/**/*.jsonl")) + sorted(alone.glob("round_1/knowledge/*")):
+    assert (workdir / path.relative_to(alone)).read_bytes() == path.read_bytes(), path
+  np.testing.assert_allclose(losses(workdir), losses(alone), rtol=0, atol=1e-5)
+  made = lambda folder: {
+    str(path.relative_to(folder))
+    for path in folder.rglob("*")
+    if "state" not in path.parts and "events." not in path.name
+  }
+  assert len(losses(alone)) == 3 and made(alone) == made(workdir)
+  assert "round 1: deploy" in told[0][0] and told[1][0].count("\n") == told[1][0].count("[Gloo]")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_found_whole_and_stays_as_it_is(pair, cache):
+  workdir, _ = pair
+  before = {path: path.stat().st_mtime_ns for path in workdir.glob("round_*/**/*")}
+  finish(start_both(workdir, cache))
+  assert {path: path.stat().st_mtime_ns for path in workdir.glob("round_*/**/*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("stage", ["deploy", "consolidate"])
+def test_a_process_that_is_killed_ends_the_other_with_one_line_and_the_run_goes_on(
+  pair, cache, tmp_path, victim, stage
+):
+  workdir = tmp_path / "run"
+  started = start_both(workdir, cache)
+  trace = dict(
+    deploy=workdir / "round_0/evaluation.json", consolidate=workdir / "round_1/checkpoints/1"
+  )[stage]
+  while not trace.exists():
+    assert all(process.poll() is None for process in started)
+    time.sleep(0.05)
+  started[victim].kill()
+  begun = time.monotonic()
+  other = started[1 - victim]
+  _, said = other.communicate(timeout=120)
+  assert time.monotonic() - begun < 60 and other.returncode == 2
+  errors = [line for line in said.splitlines() if line.startswith("error: ")]
+  # JAX aborts the others where process 0, which serves its store, has gone.
+  right = ["JAX has aborted it, most likely", "process 1 of 2 has shown no sign of life"][victim]
+  assert len(errors) == 1 and right in errors[0]
+  started[victim].communicate()
+  finish(start_both(workdir, cache))
+  np.testing.assert_array_equal(losses(workdir), losses(pair[0]))
+
+
+@pytest.mark.slow
+def test_processes_of_different_configurations_and_of_one_id_are_told(cache, tmp_path):
+  port = free_port()
+  flags = [joining(port, me) for me in (0, 1)]
+  started = [
+    launch(command(tmp_path / "run", cache, *flags[me], seed=me), OEL_JAX_CACHE=str(cache))
+    for me in (0, 1)
+  ]
+  for _, said in finish(started, (2, 2)):
+    assert "error: config.seed is 0 in process 0 and 1 in process 1: all processes must" in said
+  assert not (tmp_path / "run").exists()
