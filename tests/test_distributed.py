@@ -186,6 +186,17 @@ def test_a_second_process_zero_is_told():
       distributed.start(detect=False, coordinator=address, processes=2, process=0, timeout=1)
 
 
+def test_a_process_that_never_comes_is_told():
+  """JAX aborts the one that waits, in many lines; the last one is ours."""
+  code = """
+from oel_jax.runtime import distributed
+distributed.start(detect=False, coordinator="127.0.0.1:PORT", processes=2, process=0, timeout=1)
+"""
+  ((_, said),) = finish([launch(["-c", code.replace("PORT", str(free_port()))])], (2,))
+  right = "error: process 0 of 2: not all processes have come together in 1 s, or two have one"
+  assert said.splitlines()[-1].startswith(right)
+
+
 def test_nothing_is_started_where_nothing_is_asked_for():
   nobody = dict(coordinator=None, processes=None, process=None, timeout=1)
   distributed.start(detect=False, **nobody)
@@ -311,7 +322,7 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line_and_the_run_goes_
 
 
 @pytest.mark.slow
-def test_processes_of_different_configurations_and_of_one_id_are_told(cache, tmp_path):
+def test_processes_of_different_configurations_are_told(cache, tmp_path):
   port = free_port()
   flags = [joining(port, me) for me in (0, 1)]
   started = [

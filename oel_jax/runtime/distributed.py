@@ -86,6 +86,10 @@ def start(
     _reach(coordinator, timeout) if process else _refuse_taken(coordinator)
   # It would take SIGTERM, which ends a run in this package's own way (`runtime.signals`).
   jax.config.update("jax_enable_preemption_service", False)
+  watch.tell_of_abort(
+    f"not all processes have come together in {timeout:g} s, or two have one --process_id: start "
+    "one with each from 0 to --num_processes less one, all with one --coordinator_address"
+  )
   try:
     jax.distributed.initialize(
       coordinator,
@@ -95,7 +99,7 @@ def start(
       shutdown_timeout_seconds=60,
     )
   except (RuntimeError, ValueError, KeyError, OSError) as error:
-    raise RuntimeError(_not_started(error, coordinator, processes, process, timeout)) from error
+    raise RuntimeError(_not_started(error, coordinator, processes, process)) from error
   if count() > 1:
     if not is_writer():
       logging.set_verbosity(logging.ERROR)  # what process 0 says, too
@@ -131,7 +135,7 @@ def _refusal(address: str) -> str | None:
 
 
 def _not_started(
-  error: Exception, coordinator: str | None, processes: int | None, process: int | None, timeout
+  error: Exception, coordinator: str | None, processes: int | None, process: int | None
 ) -> str:
   """What is wrong, in words that name the flag."""
   said = " ".join(str(error).split())
@@ -142,17 +146,6 @@ def _not_started(
     )
   if process == 0 and ("ddress already in use" in said or "Failed to start" in said):
     return TAKEN.format(coordinator)
-  if "incarnation" in said or "ALREADY_EXISTS" in said or "ABORTED" in said:
-    return (
-      f"--process_id is {process}, and another process of the {processes} has this id: each needs "
-      "one of its own"
-    )
-  if "DEADLINE_EXCEEDED" in said or "imed out" in said:
-    return (
-      f"--num_processes is {processes}, and not all of them have come to {coordinator} in "
-      f"{timeout:g} s: start one with each --process_id from 0 to {(processes or 1) - 1} "
-      f"({said:.300})"
-    )
   return f"process {process} of {processes} could not join the others at {coordinator}: {said:.300}"
 
 

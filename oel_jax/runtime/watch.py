@@ -4,7 +4,7 @@ A process that fails tells the others why (`failed`); one that is killed is miss
 seconds. A thread in each process looks for both, for the main one may wait in a collective, which
 nothing interrupts, and ends the process with one line and status 2. Where process 0 is killed, JAX
 aborts the others at once, with a stack trace, and lets nobody take part in that: the same line
-comes after it (`_tell_of_abort`).
+comes after it (`tell_of_abort`).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _on_abort = None
 
 def begin() -> None:
   """Starts the thread, once all processes are there."""
-  _tell_of_abort()
+  tell_of_abort(f"JAX has aborted it, most likely since another has ended: {AGAIN}")
   _watch.begin()
 
 
@@ -70,8 +70,8 @@ def _name(process: int | None = None) -> str:
   return f"process {own if process is None else process} of {count}"
 
 
-def _tell_of_abort() -> None:
-  """Has the process end with a line of ours, and status 2, where JAX aborts it.
+def tell_of_abort(means: str) -> None:
+  """Has the process end with a line that says what it means, and status 2, where JAX aborts it.
 
   Python's own handlers run in the main thread, which an abort never comes back to; and a callback
   of JAX's client (its missed_heartbeat_callback, JAX 0.10.2) ends in an error of its own.
@@ -79,8 +79,7 @@ def _tell_of_abort() -> None:
 
   def end(number: int) -> None:
     del number
-    told = f"JAX has aborted it, most likely since another has ended: {AGAIN}"
-    os.write(2, f"error: {_name()}: {told}\n".encode())
+    os.write(2, f"error: {_name()}: {means}\n".encode())
     os._exit(2)
 
   global _on_abort  # C holds it, which Python does not know
