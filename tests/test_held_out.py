@@ -18,6 +18,7 @@ from oel_jax.conversations.jsonl import read_conversations, write_jsonl
 from oel_jax.conversations.schema import Message, Prompt, ToolCall
 from oel_jax.evaluation import statistics
 from oel_jax.pocket import load
+from oel_jax.policy.architecture import Architecture, named
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import divergence, held_out, withdrawn
@@ -34,7 +35,7 @@ class Fixed:
   tokenizer: SentencePieceTokenizer
   weights: int
   counts: tuple[int, ...]
-  architecture: None = None
+  architecture: Architecture = named("pocket")
   dtype: type = np.float32
 
   def __post_init__(self):
