@@ -888,6 +888,11 @@ def fixture_refused(cache, tmp_path, monkeypatch, capsys):
       "_DEBUG": False,
       "_STAGE": "run",
       "_ROUND": 1,
+      "_DISTRIBUTED": False,
+      "_COORDINATOR": None,
+      "_PROCESSES": None,
+      "_PROCESS": None,
+      "_START_TIMEOUT": 300.0,
     }
     for name, value in flags.items():
       monkeypatch.setattr(main, name, types.SimpleNamespace(value=value))
