@@ -49,7 +49,7 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
     )
     # Nearly greedy: what a small model writes down at 0.7 is often not what it was told. Two
     # conversations must have given an item: of those in which nobody told what was right it makes
-    # rules of its own, never the same twice.
+    # rules of its own, seldom the same twice.
     config.extraction.update(
       trajectories=100,
       use=100,

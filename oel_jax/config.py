@@ -384,6 +384,12 @@ def _check_together(config: Any) -> None:
     )
   _need(
     config,
+    "extraction.weights",
+    not extraction.weights or extraction.source == "extracted",
+    '"" where extraction.source is not "extracted": nobody writes anything down',
+  )
+  _need(
+    config,
     "consolidation.pack",
     config.consolidation.attention != "flash" or not config.consolidation.pack,
     'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',

@@ -274,6 +274,17 @@ def test_what_an_older_version_knew_by_itself_names_the_field_that_hands_it_in(f
     config_lib.validate(config)
 
 
+def test_another_model_is_named_only_where_something_is_written_down():
+  config = config_lib.default()
+  config.extraction.weights = "pocket"
+  config_lib.validate(config)
+  found = config_lib.extractor(config)
+  assert (found.weights, found.architecture) == ("oel_jax.pocket.load:load", "auto")
+  config.extraction.source = "trajectories"
+  with pytest.raises(ValueError, match='extraction.weights is .pocket.: it must be "" where'):
+    config_lib.validate(config)
+
+
 def test_a_short_name_of_a_policy_is_written_out_in_a_copy():
   config = config_lib.default()
   for weights, means in (("pocket", "oel_jax.pocket.load:load"), ("/m", "/m"), (None, None)):

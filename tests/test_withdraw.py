@@ -118,6 +118,7 @@ def test_an_item_that_stands_once_stays_as_anothers(make_run, tmp_path, capsys):
   open_workdir(this.config, tmp_path)
   play_a_round(this, Writer())
   before = knowledge.texts(this, 1)
+  before_items = [item for text in knowledge.read(this, 1) for item in text.items]
   gone = next(item.trajectory for text in knowledge.read(this, 1) for item in text.items)
   support = {
     o.text: o.support for o in provenance.read(tmp_path / "round_1/user/items.jsonl").values()
@@ -128,9 +129,16 @@ def test_an_item_that_stands_once_stays_as_anothers(make_run, tmp_path, capsys):
   origins = provenance.read(tmp_path / "round_1/user/items.jsonl")
   gave = {one.text: {seen.conversation for seen in one.seen} for one in origins.values()}
   assert all(item.trajectory in gave[item.text] for item in told)
+  latest = {
+    one.text: max((seen.round, seen.place, seen.conversation) for seen in one.seen)[2]
+    for one in origins.values()
+  }
   weak = {text for text in support if len(gave.get(text, ())) < 2}
   left = [[line for line in text.split("\n") if line not in weak] for text in before]
   assert [text.split("\n") for text in knowledge.texts(this, 1)] == left
+  stayed = [item for item in before_items if item.text not in weak]
+  moved = [now for was, now in zip(stayed, told, strict=True) if was.trajectory == gone]
+  assert moved and all(item.trajectory == latest[item.text] for item in moved)
 
 
 def test_the_same_command_again_finds_nothing_more_or_does_the_rest(played, tmp_path, monkeypatch):

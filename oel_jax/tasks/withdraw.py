@@ -208,7 +208,8 @@ def _left(
       return item
     if origin is None or rules.get("repeats", True):
       return None
-    return dataclasses.replace(item, trajectory=origin.seen[-1].conversation)
+    latest = max(origin.seen, key=lambda one: (one.round, one.place))
+    return dataclasses.replace(item, trajectory=latest.conversation)
 
   return left
 
