@@ -208,7 +208,8 @@ def test_attention_over_the_cache(name, interpret):
 
   def plain(qkv, keys, values):
     q, k, v = jnp.split(qkv, [N, N + K], axis=1)
-    return kv_cache.attend(q, k, v, keys.swapaxes(2, 3), values, jnp.int32(column), filled - 1)
+    keys = keys.swapaxes(2, 3)
+    return kv_cache.attend(q, k, v, keys, values, jnp.int32(column), filled - 1)[0]
 
   with jax.default_matmul_precision("highest"):
     as_right(kernel, plain, qkv, keys, values)

@@ -13,17 +13,20 @@ FILLED = np.int32([1, S, 64, 65, 100])
 
 
 def by_hand(q, k, v, column, filled):
-  """Row by row: the columns are counted back from the one written last."""
+  """Row by row, the values and log-sum-exps: the columns are counted back from the one written
+  last.
+  """
   B, N, H = q.shape
   K = k.shape[1]
-  result = np.zeros((B, N, H))
+  result, logsumexp = np.zeros((B, N, H)), np.zeros((B, N))
   for b in range(B):
     columns = [(column - i) % S for i in range(filled[b])]
     for n in range(N):
       scores = k[b, n // (N // K), columns].astype(np.float64) @ q[b, n] / H**0.5
       weights = np.exp(scores - scores.max())
       result[b, n] = weights @ v[b, n // (N // K), columns] / weights.sum()
-  return result
+      logsumexp[b, n] = scores.max() + np.log(weights.sum())
+  return result, logsumexp
 
 
 def caches(rng, column):
@@ -44,7 +47,8 @@ def test_each_row_sees_what_it_fills(column):
   )
   k[:, :, column] = v[:, :, column] = 1e4  # not written yet
   given = (q, new_k, new_v, k.swapaxes(2, 3), v, np.int32(column), FILLED - 1)
-  np.testing.assert_allclose(kv_cache.attend(*map(jnp.asarray, given)), right, atol=1e-5)
+  for found, wanted in zip(kv_cache.attend(*map(jnp.asarray, given)), right, strict=True):
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_many_queries_see_what_their_mask_says():
@@ -52,16 +56,18 @@ def test_many_queries_see_what_their_mask_says():
   q, mask = rng.standard_normal((3, 6, 4, 32)), rng.random((3, 6, 9)) < 0.4
   k, v = rng.standard_normal((2, 3, 2, 9, 32))
   mask[..., 0] = True
-  right = np.zeros_like(q)
+  right, logsumexp = np.zeros_like(q), np.zeros((3, 6, 4))
   for b, t, n in np.ndindex(3, 6, 4):
     scores = k[b, n // 2, mask[b, t]] @ q[b, t, n] / 32**0.5
     weights = np.exp(scores - scores.max())
     right[b, t, n] = weights @ v[b, n // 2, mask[b, t]] / weights.sum()
+    logsumexp[b, t, n] = scores.max() + np.log(weights.sum())
   given = *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask)
-  np.testing.assert_allclose(kv_cache.attend_many(*given), right, atol=1e-5)
+  np.testing.assert_allclose(kv_cache.attend_many(*given)[0], right, atol=1e-5)
+  np.testing.assert_allclose(kv_cache.attend_many(*given)[1], logsumexp, atol=1e-5)
   half = *(x.astype(jnp.bfloat16) for x in given[:3]), given[3]
-  assert kv_cache.attend_many(*half).dtype == jnp.bfloat16
-  np.testing.assert_allclose(kv_cache.attend_many(*half).astype(jnp.float32), right, atol=0.05)
+  assert kv_cache.attend_many(*half)[0].dtype == jnp.bfloat16
+  np.testing.assert_allclose(kv_cache.attend_many(*half)[0].astype(jnp.float32), right, atol=0.05)
 
 
 # Rows are attended to whole, or in parts.
@@ -87,7 +93,7 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
   written = k.copy(), v.copy()
   written[0][:, :, column], written[1][:, :, column] = heads[:, 4:], qkv[:, 6:]
   bias = rng.standard_normal((8, 32)).astype(np.float32)
-  ours, keys, values = kv_cache.step(
+  y, keys, values, logsumexp, q = kv_cache.step(
     jnp.asarray(qkv - bias),
     jnp.asarray(bias),
     jnp.asarray(scale) if normed else None,
@@ -97,11 +103,15 @@ def test_the_kernel_norms_turns_writes_and_attends(monkeypatch, column, normed, 
     jnp.int32(column),
     jnp.asarray(FILLED),
     eps=1e-5,
+    queries=True,
     interpret=True,
   )
   np.testing.assert_allclose(keys, written[0], atol=1e-5)
   np.testing.assert_allclose(values, written[1], atol=1e-6)
-  np.testing.assert_allclose(ours, by_hand(heads[:, :4], *written, column, FILLED), atol=1e-5)
+  right = by_hand(heads[:, :4], *written, column, FILLED)
+  np.testing.assert_allclose(q, heads[:, :4] / 32**0.5, atol=1e-5)
+  for found, wanted in zip((y, logsumexp), right, strict=True):
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_the_kernel_is_for_gpus_in_bfloat16_and_heads_that_it_can_halve(monkeypatch):

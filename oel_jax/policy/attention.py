@@ -135,27 +135,49 @@ def attend_with_prefix(
   if attn_impl != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
     return attend(q_BxTxNxH, k, v, mask_BxTxS, attn_impl)
-  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in the weights below.
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  def flash(k, v, **how):
-    how |= dict(scale=q_BxTxNxH.shape[-1] ** -0.5, return_residual=True)
-    y, logsumexp_BxNxT = cudnn.dot_product_attention(
-      q_BxTxNxH, k.swapaxes(1, 2), v.swapaxes(1, 2), **how
-    )
-    return y, logsumexp_BxNxT.swapaxes(1, 2)[..., None]
-
   B, T = q_BxTxNxH.shape[:2]
-  filled = dict(
-    q_seqlen=jnp.full(B, T, jnp.int32),
-    kv_seqlen=jnp.maximum(length_B, 1),
-    mask_type=cudnn.MaskType.PADDING,
-  )
+  filled = dict(q_seqlen=jnp.full(B, T, jnp.int32), kv_seqlen=jnp.maximum(length_B, 1))
   return join(
-    *flash(*own, mask_type=cudnn.MaskType.CAUSAL),
-    *flash(*prefix, **filled),
+    *_cudnn(q_BxTxNxH, *own, "CAUSAL"),
+    *_cudnn(q_BxTxNxH, *prefix, "PADDING", **filled),
     (length_B > 0)[:, None, None, None],
   )
+
+
+def with_logsumexp(
+  q_BxTxNxH: Float[Array, "B T N H"],
+  k_BxKxSxH: Float[Array, "B K S H"],
+  v_BxKxSxH: Float[Array, "B K S H"],
+  mask_BxTxS: Bool[Array, "B T S"] | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+  """`attend` by cuDNN, or `causal` where there is no mask, and the log-sum-exps of the scores,
+  float32; not differentiable.
+  """
+  if mask_BxTxS is None:
+    y, logsumexp = _cudnn(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, "CAUSAL")
+  else:
+    k_BxKxSxH, v_BxKxSxH, mask_BxTxS = _whole_tiles(k_BxKxSxH, v_BxKxSxH, mask_BxTxS)
+    y, logsumexp = _cudnn(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, "NO_MASK", mask=mask_BxTxS[:, None])
+  return y, logsumexp[..., 0]
+
+
+def _cudnn(
+  q_BxTxNxH: Array, k_BxKxSxH: Array, v_BxKxSxH: Array, mask_type: str, **how: Array
+) -> tuple[Array, Array]:
+  """cuDNN's attention and its log-sum-exps, [B, T, N, 1]."""
+  # The public function rounds the log-sum-exp to the inputs' type: a 3% error in `join`'s weights.
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  y, logsumexp_BxNxT = cudnn.dot_product_attention(
+    q_BxTxNxH,
+    k_BxKxSxH.swapaxes(1, 2),
+    v_BxKxSxH.swapaxes(1, 2),
+    scale=q_BxTxNxH.shape[-1] ** -0.5,
+    mask_type=cudnn.MaskType[mask_type],
+    return_residual=True,
+    **how,
+  )
+  return y, logsumexp_BxNxT.swapaxes(1, 2)[..., None]
 
 
 def join(

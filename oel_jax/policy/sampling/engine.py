@@ -136,7 +136,7 @@ def _prefill_insert(
     if prompt_impl == "cudnn":
       return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
     # Splash attention has no mask for columns that wrap round the end of the cache.
-    return kv_cache.attend_many(q, keys[-1], values[-1], seen)
+    return kv_cache.attend_many(q, keys[-1], values[-1], seen)[0]
 
   with jax.named_scope("prefill"):
     hidden = model.forward(
@@ -322,12 +322,12 @@ def _read_last(
     cache = slots.keys[len(keys)], slots.values[len(keys)]
     if attn_impl == "triton":
       scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
-      y, *cache = kv_cache.step(
+      y, *cache, _, _ = kv_cache.step(
         own[:, 0], bias, scale, cos_sin, *cache, slots.column, slots.filled + 1, eps=a.norm_eps
       )
     else:
       q, k, v = own
-      y = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], *cache, slots.column, slots.filled)
+      y, _ = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], *cache, slots.column, slots.filled)
       # The column waits for y (which is never above infinity): unless it is sure that the cache
       # has been read, XLA writes to a copy.
       column = slots.column + (y[0, 0, 0] > jnp.inf)

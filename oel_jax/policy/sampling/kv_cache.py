@@ -52,9 +52,9 @@ def attend(
   v_BxKxSxH: Float[Array, "B K S H"],
   column: Int[Array, ""],
   filled_B: Int[Array, "B"],
-) -> Float[Array, "B N H"]:
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
   """Softmax attention of each row's query over its own new key and value and the `filled_B` columns
-  before `column`, in plain XLA.
+  before `column`, in plain XLA; and the log-sum-exps of the scores, float32.
 
   The new ones are not read from the cache: to read what it has just written, XLA copies the cache
   at every token.
@@ -69,8 +69,10 @@ def attend(
   value = _product(weights.astype(v_BxKxSxH.dtype), v_BxKxSxH, 2) + own * new_v_BxKxH[
     :, :, None
   ].astype(jnp.float32)
+  mass = weights.sum(-1, keepdims=True) + own
   return (
-    (value / (weights.sum(-1, keepdims=True) + own)).reshape(q_BxNxH.shape).astype(q_BxNxH.dtype)
+    (value / mass).reshape(q_BxNxH.shape).astype(q_BxNxH.dtype),
+    (top + jnp.log(mass)).reshape(q_BxNxH.shape[:2]),
   )
 
 
@@ -79,9 +81,9 @@ def attend_many(
   k_BxKxSxH: Float[Array, "B K S H"],
   v_BxKxSxH: Float[Array, "B K S H"],
   mask_BxTxS: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
   """What `attention.attend` does in plain XLA, in the type of the queries, softmax in float32; on a
-  CPU twice as fast, but its gradient is not.
+  CPU twice as fast, but its gradient is not. And the log-sum-exps of the scores, float32.
   """
   B, T, N, H = q_BxTxNxH.shape
   K, S = k_BxKxSxH.shape[1:3]
@@ -89,16 +91,14 @@ def attend_many(
   scores = jnp.where(
     mask_BxTxS[:, None, None], _product(q, k_BxKxSxH, 3).reshape(B, K, -1, T, S), attention.MASKED
   )
-  weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+  top = scores.max(-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  mass = weights.sum(-1, keepdims=True)
   value = _product(weights.astype(v_BxKxSxH.dtype).reshape(B, K, -1, S), v_BxKxSxH, 2).reshape(
     B, K, -1, T, H
   )
-  return (
-    (value / weights.sum(-1, keepdims=True))
-    .transpose(0, 3, 1, 2, 4)
-    .reshape(B, T, N, H)
-    .astype(q_BxTxNxH.dtype)
-  )
+  back = lambda x: x.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+  return back(value / mass).astype(q_BxTxNxH.dtype), back(top + jnp.log(mass))[..., 0]
 
 
 def _product(x_BxKxTxI: Array, y_BxKxSxI: Array, axis: int) -> Float[Array, "B K T S"]:
@@ -123,8 +123,9 @@ def step(
   filled_B: Int[Array, "B"],
   *,
   eps: float,
+  queries: bool = False,
   interpret: bool = False,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+) -> tuple[Array, Array, Array, Array, Array | None]:
   """`attend` with what stands before it, as one kernel.
 
   Args:
@@ -136,10 +137,12 @@ def step(
     column: the one to write.
     filled_B: columns that each row sees, the new one with them.
     eps: of the norm.
+    queries: whether to return these, too.
     interpret: run it without a GPU.
 
   Returns:
-    The attention's output, and the cache's keys and values.
+    The attention's output [B, N, H]; the cache's keys and values; the log-sum-exps of the scores
+    [B, N], float32; and the queries [B, N, H] as they were multiplied by the keys, or None.
   """
   B, K, S, H = k_BxKxSxH.shape
   N = qkv_BxAxH.shape[1] - 2 * K
@@ -154,7 +157,7 @@ def step(
     (None, None, None, *block), lambda b, k, p: (b, k, p) + (0,) * len(block)
   )
   parted = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, K, parts, *shape), dtype)
-  value, mass, top, keys, values = pl.pallas_call(
+  value, mass, top, keys, values, *asked = pl.pallas_call(
     functools.partial(
       _kernel, queries=G, blocks=S // BLOCK, parts=parts, eps=eps if normed else None, biased=biased
     ),
@@ -174,13 +177,15 @@ def step(
       cache,
       cache,
     ],
-    out_specs=[part(G, H), part(G), part(G), cache, cache],
+    out_specs=[part(G, H), part(G), part(G), cache, cache]
+    + [pl.BlockSpec((None, None, G, H), lambda b, k, p: (b, k, 0, 0))] * queries,
     out_shape=[
       parted(G, H, dtype=qkv_BxAxH.dtype if parts == 1 else jnp.float32),
       parted(G),
       parted(G),
       *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (k_BxKxSxH, v_BxKxSxH)),
-    ],
+    ]
+    + [jax.ShapeDtypeStruct((B, K, G, H), k_BxKxSxH.dtype)] * queries,
     input_output_aliases={11: 3, 12: 4},
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
     interpret=interpret,
@@ -200,12 +205,15 @@ def step(
     k_BxKxSxH,
     v_BxKxSxH,
   )
+  highest = top.max(2, keepdims=True)
   if parts > 1:
-    mass *= jnp.exp(top - top.max(2, keepdims=True))  # [B, K, parts, G]
+    mass *= jnp.exp(top - highest)  # [B, K, parts, G]
     value = jnp.sum(value * (mass / mass.sum(2, keepdims=True))[..., None], 2).astype(
       qkv_BxAxH.dtype
     )
-  return value.reshape(B, N, H), keys, values
+  logsumexp = highest[:, :, 0] + jnp.log(mass.sum(2))
+  q = asked[0].reshape(B, N, H) if queries else None
+  return value.reshape(B, N, H), keys, values, logsumexp.reshape(B, N), q
 
 
 def _kernel(
@@ -227,6 +235,7 @@ def _kernel(
   top_ref,
   keys_ref,
   values_ref,
+  asked_ref=None,
   *,
   queries,
   blocks,
@@ -260,6 +269,10 @@ def _kernel(
     keys_ref[column, low] = new_low
     keys_ref[column, high] = new_high
     values_ref[column, :] = new_value
+    if asked_ref is not None:
+      row = (jnp.arange(ROWS) < queries)[:, None]
+      triton.store(asked_ref.at[pl.ds(0, ROWS), low], q_low, mask=row)
+      triton.store(asked_ref.at[pl.ds(0, ROWS), high], q_high, mask=row)
 
   # The newest block holds column % BLOCK + 1 of the columns or fewer; the others lie behind it, in
   # the last resort around the end of the cache.
@@ -277,7 +290,7 @@ def _kernel(
       values = jnp.where(fresh, new_value[None], values)
     scores = triton.dot(q_low, keys_low.T) + triton.dot(q_high, keys_high.T)
     scores = jnp.where(((column - columns + S) % S < filled)[None], scores, attention.MASKED)
-    return _online_softmax(scores, values, carry)
+    return online_softmax(scores, values, carry)
 
   nothing = (
     jnp.zeros((ROWS, H), jnp.float32),
@@ -316,8 +329,12 @@ def _rotated(ref, bias_ref, scale_ref, count, *, cos_sin_ref, dtype, eps, biased
   return (x * cos - y * sin).astype(dtype), (y * cos + x * sin).astype(dtype)
 
 
-def _online_softmax(scores, values, carry):
-  """Adds a block to a running softmax: the weighted sum of values, the mass, the largest score."""
+def online_softmax(
+  scores: Array, values: Array, carry: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+  """Adds a block to a running softmax, within a kernel: the weighted sum of values, the mass, the
+  largest score.
+  """
   value, mass, top = carry
   above = jnp.maximum(top, scores.max(-1))
   weights, kept = jnp.exp(scores - above[:, None]), jnp.exp(top - above)
