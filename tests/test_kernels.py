@@ -7,6 +7,7 @@ plain form in bfloat16 is: at most 1.5 times its error.
 """
 
 import functools
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from oel_jax.consolidation import chunk_loss, losses
+from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import heads, norm, small_matmul, swiglu
-from oel_jax.policy.sampling import kv_cache
+from oel_jax.policy.sampling import kv_cache, text_cache
 
 HEADS = {
   "qwen2.5-1.5b": (12, 2, 128),
@@ -213,6 +215,60 @@ def test_attention_over_the_cache(name, interpret):
 
   with jax.default_matmul_precision("highest"):
     as_right(kernel, plain, qkv, keys, values)
+
+
+@pytest.mark.slow
+@cases("name", [(name,) for name in HEADS], [("qwen2.5-1.5b",)])
+def test_attention_over_texts_and_the_cache(name, interpret):
+  """Rows behind two texts and none, beside one attention over both; scores far above 0 and far
+  below it, so that a query rounded otherwise for its text would weigh it wrongly.
+  """
+  (N, K, H), B, S, P, column = HEADS[name], 5, 64, 512, 40
+  rng = np.random.default_rng(0)
+  qkv = rng.normal(size=(B, N + 2 * K, H))
+  keys, values = rng.normal(size=(2, B, K, S, H))
+  text_keys, text_values = rng.normal(size=(2, 2, K, P, H))
+  text, length = jnp.array([0, 1, -1, 1, 0], jnp.int32), jnp.array([P, 300], jnp.int32)
+  # Not round, as the rotation leaves them: what is rounded once more is another number.
+  qkv[:, :N, 5] = H**0.5 * (1 + rng.random((B, N)) / 5)
+  for k, bias in ((text_keys, [900, -250]), (keys, [900, -250, 0, -250, 900])):
+    k[..., 5] += np.reshape(bias, (-1, 1, 1))
+  qkv[:, N : N + K, 5] += np.reshape([900, -250, 0, -250, 900], (-1, 1))
+  angles = rng.uniform(0, 6, (B, H // 2))
+  angles[:, 5] = 0  # which keeps the bias where it is
+  cos_sin = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], -1), jnp.float32)
+  filled = jnp.array([1, 2, 33, 20, S], jnp.int32)
+  given = [jnp.asarray(x, jnp.bfloat16) for x in (qkv, keys, values, text_keys, text_values)]
+
+  def step(qkv, keys, values):
+    how = dict(eps=EPS, queries=True, interpret=interpret)
+    return kv_cache.step(qkv, None, None, cos_sin, keys, values, jnp.int32(column), filled, **how)
+
+  def kernel(qkv, keys, values, text_keys, text_values):
+    y, _, _, logsumexp, q = step(qkv, keys, values)
+    texts = text_cache.Texts((text_keys,), (text_values,), length)
+    run = functools.partial(text_cache.kernel, interpret=interpret)
+    with unittest.mock.patch.object(text_cache, "kernel", run):
+      where = text_cache.blocks(text, texts, N // K)
+      before = text_cache.attend_rows(q, where, texts, 0, "triton", 1.0)
+    return text_cache.join((y, logsumexp), before, text)
+
+  def plain(qkv, keys, values, text_keys, text_values):
+    rotated = attention.rotate_by(qkv[:, : N + K], cos_sin[:, None])
+    columns = jnp.arange(S)
+    new = (columns == column)[None, None, :, None]
+    k = jnp.where(new, rotated[:, N:, None], keys)
+    v = jnp.where(new, qkv[:, N + K :, None], values)
+    own = (column - columns) % S < filled[:, None]
+    there = jnp.arange(P) < text_cache.lengths(text_cache.Texts((), (), length), text)[:, None]
+    k, v = (jnp.concatenate([x[text], y], 2) for x, y in ((text_keys, k), (text_values, v)))
+    mask = jnp.concatenate([there, own], 1)[:, None]
+    return kv_cache.attend_many(rotated[:, None, :N], k, v, mask)[0][:, 0]
+
+  # Interpreted, XLA would use queries that are not rounded, and return them rounded.
+  exact = jax.jit(kernel, compiler_options={"xla_allow_excess_precision": False})
+  with jax.default_matmul_precision("highest"):
+    as_right(exact if interpret else kernel, plain, *given)
 
 
 @cases("V", [(4099,), (151936,)], [(4099,)])

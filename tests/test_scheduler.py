@@ -61,7 +61,8 @@ class Game:
 
   `lengths(i, turn)` says how many ids a response has, `reply(i, turn)` what is said to one: an
   array of ids to go on with, a list that is a new prompt, or None. `entries` are all that have
-  entered, `ended` how many responses of each prompt have ended.
+  entered, `ended` how many responses of each prompt have ended. Prompts that begin anew stand
+  behind no text.
   """
 
   def __init__(self, prompts, lengths, reply=None, seed=0, slots=4, **how):
@@ -72,6 +73,7 @@ class Game:
     self.cache = Cache(self.scheduler.table.rows, columns)
     self.lengths, self.reply = lengths, reply
     self.said = {}  # the ids of each seated prompt
+    self.behind = np.full(self.scheduler.table.rows, -1)  # the text that each slot was read behind
     self.turns, self.ended = [0] * len(prompts), [0] * len(prompts)
     self.entries, self.asked = [], list(map(list, prompts))
 
@@ -91,14 +93,16 @@ class Game:
     firsts = [(entry, self.insert(entry)) for entry in entries]
     rows = s.shrink()
     if rows is not None:
-      self.cache.tokens = self.cache.tokens[rows]
+      self.cache.tokens, self.behind = self.cache.tokens[rows], self.behind[rows]
     draw = s.next_draw()
     drawn = self.decode(draw) if draw else None
     for i in s.finished():
       more = self.reply(i, self.turns[i])
       self.turns[i] += 1
       if more is not None:
-        s.follow(i, more if isinstance(more, list) else self.asked[i] + s.responses[i] + list(more))
+        anew = isinstance(more, list)
+        following = more if anew else self.asked[i] + s.responses[i] + list(more)
+        s.follow(i, following, -1 if anew else s.texts[i])
         self.asked[i] = list(s.prompts[i])
     if drawn is None:
       assert not firsts
@@ -134,12 +138,15 @@ class Game:
     self.cache.grow(entry.columns)
     before = Cache(*self.cache.tokens.shape)
     before.tokens, before.column = self.cache.tokens.copy(), self.cache.column
+    behind = self.behind.copy()
     given = zip(entry.prompts, entry.rows, entry.sources, entry.shared, entry.back, strict=True)
     for i, row, source, shared, back in given:
       prompt = s.prompts[i]
       assert shared < len(prompt) < entry.columns == len(self.cache.tokens.T)
       assert len(prompt) - shared <= entry.length
       assert before.back(source, back, shared) == prompt[:shared]
+      assert not shared or behind[source] == s.texts[i]
+      self.behind[row] = s.texts[i]
       self.cache.put(row, prompt)
       self.said[i] = [int(self.rng.integers(100))]
     self.entries.append(entry)
@@ -196,6 +203,8 @@ def test_every_prompt_ends_once_and_the_cache_holds_what_is_believed(seed, monke
   how = dict(devices=int(rng.choice([1, 1, 2, 4])), cpu=bool(rng.integers(2)))
   prompts, turns = random_prompts(rng, count), rng.integers(0, 4, count)
   lengths = rng.integers(1, 30, (count, 5))
+  if seed % 2:
+    how["texts"] = rng.integers(-1, 2, count)
   if rng.random() < 0.3:
     monkeypatch.setattr(scheduling, "MAX_BATCH_TOKENS", 150)
   if rng.random() < 0.5:

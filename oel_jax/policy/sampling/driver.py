@@ -8,6 +8,7 @@ import numpy as np
 
 from oel_jax.policy.sampling import engine, slot_state
 from oel_jax.policy.sampling import scheduler as scheduling
+from oel_jax.policy.sampling.beginnings import Beginnings
 from oel_jax.policy.sampling.scheduler import Draw, Entry, Scheduler
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE
 from oel_jax.runtime.finite import NotFiniteError
@@ -43,17 +44,19 @@ class Driver:
     requests: Requests,
     how: dict[str, Any],
     *,
+    beginnings: Beginnings,
     indices: Sequence[int],
     pad_id: int,
     reply: Callable[[int, list[int]], tuple[Sequence[int], int] | None] | None,
   ):
-    """`weights`, `slots` and `how` are the engine's. `indices`: the caller's numbers of the
-    scheduler's prompts, for errors; `reply` is given the scheduler's.
+    """`weights`, `slots` and `how` are the engine's, `beginnings` the texts before the scheduler's
+    prompts. `indices`: the caller's numbers of these, for errors; `reply` is given the scheduler's.
     """
     self.scheduler, self.requests = scheduler, requests
     self.scores: list[list[float]] = [[] for _ in scheduler.prompts]
     self._weights, self._slots, self._how = weights, slots, how
-    self._indices, self._pad_id, self._reply = indices, pad_id, reply
+    self._beginnings, self._indices = beginnings, indices
+    self._pad_id, self._reply = pad_id, reply
     self._columns = scheduler.table.columns
 
   def advance(self) -> None:
@@ -103,6 +106,9 @@ class Driver:
       shared = engine.Shared(
         *(array[order] for array in (entry.sources % slots, entry.back, entry.shared))
       )
+    texts = {}
+    if self._beginnings.texts:
+      texts = dict(text_R=np.int32([scheduler.texts[i] for i in entry.prompts])[order])
     self._slots, first = engine.prefill_insert(
       self._weights,
       self._slots,
@@ -111,6 +117,7 @@ class Driver:
       rows,
       requests,
       shared,
+      **texts,
       **self._how,
     )
     return first
@@ -137,7 +144,8 @@ class Driver:
       return
     prompt, self.requests.seeds[i] = following
     self.scores[i] = []
-    self.scheduler.follow(i, prompt)
+    text, rest = self._beginnings.split(prompt)
+    self.scheduler.follow(i, rest, text)
 
   def _keep(self, numbers: Sequence[int], drawn: Sequence[np.ndarray]) -> None:
     """Checks what was drawn for these prompts, ids [n, steps] with -1 where nothing, and keeps the
@@ -152,9 +160,10 @@ class Driver:
       i, before = numbers[broken[0]], (ids[broken[0]] >= 0).sum()
       more = f", and those of {len(broken) - 1} more prompts" if len(broken) > 1 else ""
       dtype = self._weights["norm"]["scale"].dtype
+      length = self._beginnings.length(self.scheduler.texts[i]) + len(self.scheduler.prompts[i])
       raise NotFiniteError(
         f"sampling has stopped: the logits of the prompt at index {self._indices[i]} "
-        f"({len(self.scheduler.prompts[i])} tokens) are not finite after "
+        f"({length} tokens) are not finite after "
         f"{len(self.scheduler.responses[i]) + before} tokens of its response{more}: the weights, "
         f"or what {dtype} makes of them, are no numbers to draw from",
         prompts=[self._indices[numbers[place]] for place in broken],

@@ -12,7 +12,9 @@ a scatter. A prompt is inserted so that its last token stands in the column writ
     slot 1, just inserted         .  .  .  .  b  b  b   [ ]  .
     slot 2, has ended             c  c  c  .  .  .  .   [ ]  c     behind: can be taken over from
 
-Who sits where, and what is taken over from whom, is the scheduler's business.
+Who sits where, and what is taken over from whom, is the scheduler's business. A long text that
+many prompts begin with stands before all of this, in no slot (`text_cache`): a row's tokens are
+those behind it.
 
 On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
 rows have not ended.
@@ -28,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention, transformer
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import kv_cache, model, slot_state
+from oel_jax.policy.sampling import kv_cache, model, slot_state, text_cache
 from oel_jax.policy.sampling.slot_state import Slots
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
 
@@ -62,6 +64,8 @@ def prefill_insert(
   logprobs: bool,
   attn_impl: str,
   mesh: Mesh | None = None,
+  texts: text_cache.Texts | None = None,
+  text_R: Int[Array, "R"] | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:
   """Prefills prompts, puts them into slots and draws each one's first id.
 
@@ -71,12 +75,13 @@ def prefill_insert(
     tokens_RxT, lengths_R: what of the prompts is to be read, padded on the right.
     rows_R: the slot of each; B for those that fill the batch.
     requests: seeds, limits and eos_ids of each, as in `Slots`.
-    shared: what stands before tokens_RxT; None: nothing.
+    shared: what stands before tokens_RxT, behind the prompt's text; None: nothing.
     architecture, sampling: as in `generate`.
     logprobs: whether to return the log-probabilities, too.
     attn_impl: the attention implementation of `decode`.
     mesh: where the slots lie. Each device reads its own part of the prompts, for slots and from
       slots of its own, which are counted within its part of them.
+    texts, text_R: texts before prompts, and which one is before each, -1 for none.
 
   Returns:
     The slots, and the ids drawn [R], or NOT_FINITE (with their log-probabilities [R]).
@@ -89,33 +94,39 @@ def prefill_insert(
     attn_impl=attn_impl,
   )
   return slot_state.by_rows(
-    run, mesh, weights, slots, tokens_RxT, lengths_R, rows_R, requests, shared
+    run, mesh, (weights, texts), slots, tokens_RxT, lengths_R, rows_R, requests, shared, text_R
   )
 
 
 def _prefill_insert(
-  weights,
+  whole,
   slots,
   tokens_RxT,
   lengths_R,
   rows_R,
   requests,
   shared,
+  text_R,
   *,
   architecture,
   sampling,
   logprobs,
   attn_impl,
 ):
-  (R, T), S = tokens_RxT.shape, slots.values[0].shape[2]
+  (weights, texts), (R, T), S = whole, tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
+  if texts:
+    positions += text_cache.lengths(texts, text_R)[:, None]
   axes = {"keys": slot_state.column_axis(attn_impl), "values": 2}
   prompt_impl = model.prefill_attn_impl(architecture, weights["embed"]["embedding"].dtype)
   # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
+  seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
   if shared:
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
+    taken = jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S))
+    seen = jnp.concatenate([taken, seen], axis=-1)
 
   def before(name: str, layer: int) -> Array:
     """The whole cache of each prompt's source, in the cache's order, [R, K, S, H]."""
@@ -127,16 +138,20 @@ def _prefill_insert(
     for name, kept, ours in zip(axes, (keys, values), new, strict=True):
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
+    own = q, keys[-1], values[-1]
+    if texts:
+      factor = architecture.head_size**-0.5
+      before_it = text_cache.attend(q, text_R, texts, len(keys) - 1, attn_impl, factor)
+      cudnn = prompt_impl == "cudnn"
+      mask = None if cudnn and not shared else seen
+      run = attention.with_logsumexp if cudnn else kv_cache.attend_many
+      return text_cache.join(run(*own, mask), before_it, text_R)
     if shared is None:
-      return attention.causal(q, keys[-1], values[-1], prompt_impl)
-    own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
-    seen = jnp.concatenate(
-      [jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S)), own], axis=-1
-    )
+      return attention.causal(*own, prompt_impl)
     if prompt_impl == "cudnn":
-      return attention.attend(q, keys[-1], values[-1], seen, "cudnn")
+      return attention.attend(*own, seen, "cudnn")
     # Splash attention has no mask for columns that wrap round the end of the cache.
-    return kv_cache.attend_many(q, keys[-1], values[-1], seen)[0]
+    return kv_cache.attend_many(*own, seen)[0]
 
   with jax.named_scope("prefill"):
     hidden = model.forward(
@@ -163,6 +178,7 @@ def _prefill_insert(
     seeds=seeds,
     limits=limits,
     eos_ids=eos_ids,
+    **(dict(text=text_R) if texts else {}),
   )
   return slots, (token, *scores)
 
@@ -233,6 +249,7 @@ def decode(
   logprobs: bool,
   attn_impl: str,
   mesh: Mesh | None = None,
+  texts: text_cache.Texts | None = None,
 ) -> tuple[Slots, tuple[Array, ...]]:
   """Draws an id in every active row, over and over.
 
@@ -245,6 +262,7 @@ def decode(
     chunk: room for the ids.
     attn_impl: the attention implementation: "xla", or "triton" on NVIDIA GPUs.
     mesh: where the slots lie.
+    texts: before the rows' own tokens, as `slots.text` says.
 
   Returns:
     The slots, and the ids drawn [B, chunk], -1 where none was, or NOT_FINITE (with their
@@ -259,13 +277,17 @@ def decode(
     attn_impl=attn_impl,
     axes=slot_state.row_axes(mesh),
   )
-  return slot_state.by_rows(run, mesh, weights, slots, steps, min_active)
+  return slot_state.by_rows(run, mesh, (weights, texts), slots, steps, min_active)
 
 
 def _decode(
-  weights, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, attn_impl, axes
+  whole, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, attn_impl, axes
 ):
-  B = len(slots.active)
+  (weights, texts), B = whole, len(slots.active)
+  where = None
+  if texts:
+    group = architecture.heads // architecture.kv_heads
+    where = text_cache.blocks(jnp.where(slots.active, slots.text, -1), texts, group)
   drawn = (jnp.full((B, chunk), -1, jnp.int32),)
   if logprobs:
     drawn += (jnp.zeros((B, chunk), jnp.float32),)
@@ -279,7 +301,7 @@ def _decode(
 
   def step(state):
     i, _, slots, out = state
-    hidden, keys, values = _read_last(weights, slots, architecture, attn_impl)
+    hidden, keys, values = _read_last(weights, slots, architecture, attn_impl, texts, where)
     token, scores = _draw(
       weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs
     )
@@ -306,37 +328,47 @@ def _decode(
 
 
 def _read_last(
-  weights: Any, slots: Slots, a: Architecture, attn_impl: str
+  weights: Any,
+  slots: Slots,
+  a: Architecture,
+  attn_impl: str,
+  texts: text_cache.Texts | None,
+  where: text_cache.Blocks | None,
 ) -> tuple[Float[Array, "B D"], tuple[Array, ...], tuple[Array, ...]]:
   """Each row's hidden state behind the id drawn last, and the keys and values with its column
   written.
   """
   keys, values = [], []
-  cos_sin = attention.cos_sin(slots.filled, a)
+  positions = slots.filled + (text_cache.lengths(texts, slots.text) if texts else 0)
+  cos_sin = attention.cos_sin(positions, a)
   # The kernel makes queries, keys and values of the projection itself.
   split = (
-    (lambda layer, qkv: qkv) if attn_impl == "triton" else model.heads_at(a, slots.filled[:, None])
+    (lambda layer, qkv: qkv) if attn_impl == "triton" else model.heads_at(a, positions[:, None])
   )
 
   def attend(layer, own):
-    cache = slots.keys[len(keys)], slots.values[len(keys)]
+    number, cache = len(keys), (slots.keys[len(keys)], slots.values[len(keys)])
     if attn_impl == "triton":
       scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
-      y, *cache, _, _ = kv_cache.step(
-        own[:, 0], bias, scale, cos_sin, *cache, slots.column, slots.filled + 1, eps=a.norm_eps
-      )
+      how = dict(eps=a.norm_eps, queries=texts is not None)
+      given = own[:, 0], bias, scale, cos_sin, *cache, slots.column, slots.filled + 1
+      y, *cache, logsumexp, q = kv_cache.step(*given, **how)
     else:
-      q, k, v = own
-      y, _ = kv_cache.attend(q[:, 0], k[:, 0], v[:, 0], *cache, slots.column, slots.filled)
+      q, k, v = (x[:, 0] for x in own)
+      y, logsumexp = kv_cache.attend(q, k, v, *cache, slots.column, slots.filled)
       # The column waits for y (which is never above infinity): unless it is sure that the cache
       # has been read, XLA writes to a copy.
       column = slots.column + (y[0, 0, 0] > jnp.inf)
       write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
-        old, jnp.moveaxis(new, 1, axis), column, axis=axis
+        old, jnp.expand_dims(new, axis), column, axis=axis
       )
       cache = write(cache[0], k, 3), write(cache[1], v, 2)
     keys.append(cache[0])
     values.append(cache[1])
+    if texts:
+      factor = 1.0 if attn_impl == "triton" else a.head_size**-0.5
+      before_it = text_cache.attend_rows(q, where, texts, number, attn_impl, factor)
+      y = text_cache.join((y, logsumexp), before_it, slots.text)
     return y
 
   hidden = model.forward(weights, a, slots.token[:, None], split, attend)[:, 0]

@@ -9,7 +9,9 @@ cores, each with slots of its own: the small products of a token keep little mor
 busy.
 
 A long beginning is not read again while a slot still holds it: the turns of a game before, or a
-text that others begin with, too.
+text that others begin with, too. A long text that several of the first prompts begin with is kept
+once for all of them (`beginnings`, `text_cache`): a slot then holds only what is its own, so more
+slots fit, and a step reads the text once for many of them.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import kv_cache, model, slot_state, spread
+from oel_jax.policy.sampling import beginnings, kv_cache, model, slot_state, spread, text_cache
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -32,6 +34,7 @@ from oel_jax.policy.sampling.token_sampling import Sampling
 # A device's, of the keys and values of the first prompts and their responses; longer replies make
 # it more.
 MAX_CACHE_BYTES = 16 << 30
+MAX_TEXT_SHARE = 0.75  # of these bytes, of texts that are kept once
 MIN_PROMPTS_PER_CORE = 8  # of each core of a CPU that has prompts of its own
 
 # Given the number of a prompt and the ids drawn for it: a further prompt and its seed, or None.
@@ -158,17 +161,28 @@ def generate(
     placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
   )
   weights = model.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
+  attn_impl = kv_cache.attn_impl(architecture, dtype)
   how = dict(
     architecture=architecture,
     sampling=sampling,
     logprobs=logprobs,
-    attn_impl=kv_cache.attn_impl(architecture, dtype),
+    attn_impl=attn_impl,
     mesh=mesh,
   )
+  token_bytes = _token_bytes(architecture, dtype)
+  max_tokens = int(MAX_TEXT_SHARE * MAX_CACHE_BYTES / token_bytes)
+  # In less than float32 XLA may round a query for its text and not for its own tokens.
+  if attn_impl == "xla" and jnp.dtype(dtype) != jnp.float32:
+    max_tokens = 0
+  common = beginnings.find(prompts, max_tokens)
+  if common.texts:
+    how["texts"] = text_cache.read(weights, common.texts, architecture=architecture, mesh=mesh)
+  text_bytes = len(common.texts) * text_cache.room(common.texts) * token_bytes
   # Each part has slots, a share of the memory and on a CPU a thread of its own; long and short
   # prompts are dealt out evenly.
   parts = min(_cores(mesh), len(prompts) // MIN_PROMPTS_PER_CORE, slots or len(prompts)) or 1
-  by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  split = [common.split(prompt) for prompt in prompts]
+  by_length = sorted(range(len(prompts)), key=lambda i: -len(split[i][1]))
   lock, stopped = threading.Lock(), threading.Event()
   ids, scores = [[] for _ in prompts], [[] for _ in prompts]
 
@@ -182,16 +196,24 @@ def generate(
 
     asked = Requests(*(array[own] for array in requests))
     scheduler, empty = _slots(
-      [prompts[i] for i in own],
+      [split[i] for i in own],
       asked,
       how,
       dtype=dtype,
       slots=slots and slots // parts,
-      cache_bytes=MAX_CACHE_BYTES // parts,
+      cache_bytes=(MAX_CACHE_BYTES - text_bytes) // parts,
       replies=reply is not None,
     )
     driver = Driver(
-      weights, empty, scheduler, asked, how, indices=own, pad_id=pad_id, reply=reply and answer
+      weights,
+      empty,
+      scheduler,
+      asked,
+      how,
+      beginnings=common,
+      indices=own,
+      pad_id=pad_id,
+      reply=reply and answer,
     )
     while not stopped.is_set() and not scheduler.done:
       driver.advance()
@@ -202,8 +224,13 @@ def generate(
   return (ids, scores) if logprobs else ids
 
 
+def _token_bytes(a: Architecture, dtype: Any) -> int:
+  """Of the keys and values of one token."""
+  return 2 * a.layers * a.kv_heads * a.head_size * jnp.dtype(dtype).itemsize
+
+
 def _slots(
-  prompts: list[Sequence[int]],
+  prompts: list[tuple[int, list[int]]],
   requests: Requests,
   how: dict[str, Any],
   *,
@@ -212,17 +239,18 @@ def _slots(
   cache_bytes: int,
   replies: bool,
 ) -> tuple[scheduling.Scheduler, slot_state.Slots]:
-  """The prompts in a scheduler of their own, and empty slots: as many as are asked for, or as the
-  memory holds, but no more than the prompts need.
+  """The prompts, each with the number of the text before it, in a scheduler of their own, and empty
+  slots: as many as are asked for, or as the memory holds, but no more than the prompts need.
   """
   a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
   devices = mesh.size if slot_state.row_axes(mesh) else 1
   cpu = jax.default_backend() == "cpu"
+  texts, prompts = zip(*prompts, strict=True)
   longest = max(map(len, prompts))
   whole = scheduling.bucket(longest + int(requests.limits.max()), scheduling.CACHE_LENGTHS)
-  token_bytes = 2 * a.layers * a.kv_heads * a.head_size * jnp.dtype(dtype).itemsize
   max_slots = scheduling.MAX_SLOTS_CPU if cpu else scheduling.MAX_SLOTS
-  limit = slots // devices if slots else min(cache_bytes // (whole * token_bytes), max_slots)
+  row_bytes = whole * _token_bytes(a, dtype)
+  limit = slots // devices if slots else min(cache_bytes // row_bytes, max_slots)
   own = min(
     scheduling.bucket(-(-len(prompts) // devices), scheduling.SLOT_COUNTS),
     max(n for n in scheduling.SLOT_COUNTS if n <= max(1, limit)),
@@ -232,7 +260,13 @@ def _slots(
     whole if attn_impl == "triton" else scheduling.bucket(longest + 1, scheduling.CACHE_LENGTHS)
   )
   scheduler = scheduling.Scheduler(
-    prompts, slots=own, columns=columns, devices=devices, cpu=cpu, replies=replies
+    prompts,
+    texts=texts,
+    slots=own,
+    columns=columns,
+    devices=devices,
+    cpu=cpu,
+    replies=replies,
   )
   empty = slot_state.empty(
     architecture=a,
@@ -242,6 +276,7 @@ def _slots(
     dtype=dtype,
     attn_impl=attn_impl,
     mesh=mesh,
+    texts="texts" in how,
   )
   return scheduler, empty
 

@@ -127,7 +127,8 @@ class Scheduler:
   still holds what they begin with; nobody starves, as who was overtaken too often goes first.
 
   Attributes:
-    prompts: token ids of each.
+    prompts: token ids of each, behind its text.
+    texts: the number of the text that stands before each prompt, in no slot; -1 for none.
     responses: ids drawn so far of each, also when it has ended.
     waiting: numbers of the prompts that have no slot; the first of them always enters next.
     seated: the prompt in each slot that draws.
@@ -139,6 +140,7 @@ class Scheduler:
     self,
     prompts: Sequence[Sequence[int]],
     *,
+    texts: Sequence[int] | None = None,
     slots: int,
     columns: int,
     devices: int = 1,
@@ -149,6 +151,7 @@ class Scheduler:
     and one id. `cpu`: whether the device is one; `replies`: whether responses may be replied to.
     """
     self.prompts = [list(prompt) for prompt in prompts]
+    self.texts = [-1] * len(prompts) if texts is None else list(texts)
     self.responses: list[list[int]] = [[] for _ in prompts]
     self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     self.seated: dict[int, int] = {}
@@ -221,9 +224,9 @@ class Scheduler:
     self.kept = {}
     return numbers
 
-  def follow(self, i: int, prompt: Sequence[int]) -> None:
+  def follow(self, i: int, prompt: Sequence[int], text: int = -1) -> None:
     """A reply: `prompt` takes the place of prompt i, and waits before all others."""
-    self.prompts[i], self.responses[i] = list(prompt), []
+    self.prompts[i], self.texts[i], self.responses[i] = list(prompt), text, []
     self.waiting.insert(0, i)
     self._arrived[i] = self._entered
 
@@ -289,7 +292,7 @@ class Scheduler:
     self.waiting = [i for i in self.waiting if i not in gone]
     self._entered += len(gone)
     for row, i in zip(entry.rows.tolist(), entry.prompts, strict=True):
-      self.table.insert(row, self.prompts[i])
+      self.table.insert(row, self.prompts[i], self.texts[i])
       self.seated[row] = i
 
   def _overtaken_first(self) -> None:
@@ -319,11 +322,12 @@ class Scheduler:
     sizes, batch_length = self._batches, 0
     for i in self.waiting[: 2 * len(free)]:
       prompt = np.asarray(self.prompts[i], np.int32)
-      source, shared = self._source(prompt, room)
+      source, shared = self._source(prompt, self.texts[i], room)
       mates = beside[self.table.device[source]]
+      alike = [n for n in mates if self.texts[chosen[n].prompt] == self.texts[i]]
       # A prompt that begins like one of these waits until that one's slot can be read: the batch
       # reads the cache as it was before any of them entered.
-      if mates and common_prefix(beginnings[mates], prompt, shared + MIN_SHARED_TO_WAIT).any():
+      if alike and common_prefix(beginnings[alike], prompt, shared + MIN_SHARED_TO_WAIT).any():
         continue
       length = bucket(len(prompt) - shared, self._lengths)
       if not chosen:
@@ -342,11 +346,13 @@ class Scheduler:
         break
     return chosen, wanted, sizes, batch_length
 
-  def _source(self, prompt: Int[np.ndarray, "T"], room: Int[np.ndarray, "D"]) -> tuple[int, int]:
+  def _source(
+    self, prompt: Int[np.ndarray, "T"], text: int, room: Int[np.ndarray, "D"]
+  ) -> tuple[int, int]:
     """The slot on a device with room that holds most of a prompt's beginning, or else is where most
     room is; and how many tokens it holds of it.
     """
-    shared = self.table.shared(prompt, self._min_shared)
+    shared = self.table.shared(prompt, self._min_shared, text)
     there = room[self.table.device]
     # No device has more room than there are slots: what is shared decides first.
     source = int(np.where(there > 0, shared * (self.table.rows + 1) + there, -1).argmax())

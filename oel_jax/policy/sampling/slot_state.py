@@ -30,6 +30,8 @@ class Slots(NamedTuple):
     seeds: [B] uint32, of the rows' random streams.
     limits: [B] int32, most ids of the response.
     eos_ids: [B, E] int32, ids any of which ends the response; -1 fills.
+    text: [B] int32, the text in `text_cache` that stands before the row's own tokens, -1 for none;
+      None where there are no texts.
   """
 
   keys: tuple[Array, ...]
@@ -42,6 +44,7 @@ class Slots(NamedTuple):
   seeds: UInt[Array, "B"]
   limits: Int[Array, "B"]
   eos_ids: Int[Array, "B E"]
+  text: Int[Array, "B"] | None
 
 
 def column_axis(attn_impl: str) -> int:
@@ -51,7 +54,9 @@ def column_axis(attn_impl: str) -> int:
 
 @functools.partial(
   jax.jit,
-  static_argnames=("architecture", "rows", "columns", "eos_ids", "dtype", "attn_impl", "mesh"),
+  static_argnames=(
+    *("architecture", "rows", "columns", "eos_ids", "dtype", "attn_impl", "mesh", "texts"),
+  ),
 )
 def empty(
   *,
@@ -62,9 +67,10 @@ def empty(
   dtype: Any,
   attn_impl: str,
   mesh: Mesh | None = None,
+  texts: bool = False,
 ) -> Slots:
   """`rows` slots that wait for a prompt, over so many columns, with room for so many end ids each;
-  on a mesh the rows are spread over it.
+  on a mesh the rows are spread over it. `texts`: whether rows may stand behind texts.
   """
   H = architecture.head_size
 
@@ -84,6 +90,7 @@ def empty(
     seeds=zero.astype(jnp.uint32),
     limits=zero,
     eos_ids=jnp.full((rows, eos_ids), -1, jnp.int32),
+    text=zero - 1 if texts else None,
   )
   if mesh is None:
     return slots
@@ -106,17 +113,19 @@ def specs(mesh: Mesh, tree: Any) -> Any:
 
 
 def by_rows(
-  run: Callable, mesh: Mesh | None, weights: Any, slots: Slots, *given: Any
+  run: Callable, mesh: Mesh | None, whole: Any, slots: Slots, *given: Any
 ) -> tuple[Slots, tuple[Array, ...]]:
-  """`run` on the rows of each device, which returns the slots and arrays of rows."""
+  """`run` on the rows of each device, which returns the slots and arrays of rows. `whole`: weights
+  and what else each device has all of.
+  """
   if mesh is None:
-    return run(weights, slots, *given)
+    return run(whole, slots, *given)
   placed = specs(mesh, (slots, *given))
   out = placed[0], PartitionSpec(row_axes(mesh) or None)
   # A kernel does not say over which axes its results differ, which a check would want to know.
   return jax.shard_map(
     run, mesh=mesh, in_specs=(PartitionSpec(), *placed), out_specs=out, check_vma=False
-  )(weights, slots, *given)
+  )(whole, slots, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "attn_impl"))

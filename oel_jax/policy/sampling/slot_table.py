@@ -30,12 +30,15 @@ class SlotTable:
     count: [R] int32, how many tokens that is.
     behind: [R] int32, columns that were written since by others' steps; 0 for slots that draw.
     device: [R], where the slot is.
+    text: [R] int32, the text that stands before the slot's tokens, -1 for none: what is behind
+      another text cannot be taken over.
   """
 
   tokens: Int[np.ndarray, "R S"]
   count: Int[np.ndarray, "R"]
   behind: Int[np.ndarray, "R"]
   device: Int[np.ndarray, "R"]
+  text: Int[np.ndarray, "R"]
 
   @classmethod
   def empty(cls, devices: int, slots: int, columns: int) -> "SlotTable":
@@ -46,6 +49,7 @@ class SlotTable:
       np.zeros((rows,), np.int32),
       np.zeros((rows,), np.int32),
       np.repeat(np.arange(devices), slots),
+      np.full((rows,), -1, np.int32),
     )
 
   @property
@@ -60,13 +64,18 @@ class SlotTable:
     """How many tokens of each slot can be read: all or none."""
     return np.where(self.count + self.behind <= self.columns, self.count, 0)
 
-  def shared(self, prompt: Int[np.ndarray, "T"], min_shared: int) -> Int[np.ndarray, "R"]:
-    """How many tokens a prompt can take over from each slot; fewer than `min_shared` are none."""
-    return np.minimum(common_prefix(self.tokens, prompt, min_shared), self.readable())
+  def shared(
+    self, prompt: Int[np.ndarray, "T"], min_shared: int, text: int = -1
+  ) -> Int[np.ndarray, "R"]:
+    """How many tokens a prompt behind a text can take over from each slot; fewer than `min_shared`
+    are none.
+    """
+    readable = np.where(self.text == text, self.readable(), 0)
+    return np.minimum(common_prefix(self.tokens, prompt, min_shared), readable)
 
-  def insert(self, row: int, prompt: Sequence[int]) -> None:
+  def insert(self, row: int, prompt: Sequence[int], text: int = -1) -> None:
     """A prompt takes the slot; its last token stands in the column written last."""
-    self.tokens[row] = -1
+    self.tokens[row], self.text[row] = -1, text
     self.tokens[row, : len(prompt)] = prompt
     self.count[row], self.behind[row] = len(prompt), 0
 
@@ -86,6 +95,7 @@ class SlotTable:
     """These slots alone, in this order."""
     self.tokens, self.count = self.tokens[rows], self.count[rows]
     self.behind, self.device = self.behind[rows], self.device[rows]
+    self.text = self.text[rows]
 
 
 def common_prefix(

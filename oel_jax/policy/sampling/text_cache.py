@@ -1,0 +1,294 @@
+"""Keys and values of texts that many prompts begin with, kept once, and the attention to them.
+
+A slot's circular cache holds only what is its own; what stands before it is one of n texts. Each
+query attends to both apart, and the two are joined by their log-sum-exps, which is exact:
+
+    texts [n, K, P, H]          slots [B, K, S, H]
+    text 0   a a a a a a .      row 0, text 0    x x x
+    text 1   b b b b . . .      row 1, text 1    y y
+                                row 2, none      z z z z z
+                                row 3, text 0    w
+
+Rows behind one text are put together, M of them into a block, so that a text is read once a block
+and not once a row. How many blocks are needed depends on who sits where; there is room for the
+most. With M = 2, the rows above:
+
+    block 0, text 0    row 0, row 3
+    block 1, text 1    row 1, -
+    block 2, none      -, -
+
+In prefill a row has many queries, and is a block of its own.
+
+Both parts must multiply the same queries, rounded alike: where keys have a bias of hundreds, as in
+Qwen2.5, a query's rounding moves all its scores by more than 1, which a softmax over all of them
+forgets, but not the weight of one part against the other.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from oel_jax.policy import attention
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.sampling import kv_cache, model
+
+MULTIPLE = 512  # of P, so that a text a little longer has the same shapes; whole BLOCKs
+BLOCK = 64  # of a text's columns that are read at once
+QUERIES = 128  # of a key-value head that one program of the kernel takes, at most
+PROGRAMS = 256  # texts are cut into parts where there are fewer
+
+
+class Texts(NamedTuple):
+  """n texts.
+
+  Attributes:
+    keys, values: L arrays [n, K, P, H].
+    length: [n] int32, tokens of each.
+  """
+
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  length: Int[Array, "n"]
+
+
+class Blocks(NamedTuple):
+  """B rows, those behind one text together: C blocks of M places.
+
+  Attributes:
+    rows: [C, M] int32, the row in each place; 0 where there is none.
+    text: [C] int32, which one each block is behind; -1 for a block of no rows.
+    place: [B] int32, where in the blocks, one after the other, each row is; C M for none.
+  """
+
+  rows: Int[Array, "C M"]
+  text: Int[Array, "C"]
+  place: Int[Array, "B"]
+
+
+def room(texts: Sequence[Sequence[int]]) -> int:
+  """P, the tokens that each text has room for."""
+  return -(-max(map(len, texts), default=0) // MULTIPLE) * MULTIPLE
+
+
+def read(
+  weights: Any,
+  texts: Sequence[Sequence[int]],
+  *,
+  architecture: Architecture,
+  mesh: Mesh | None = None,
+) -> Texts:
+  """Reads each text once. `weights` are from `model.prepare`; on a mesh every device gets all."""
+  tokens = np.zeros((len(texts), room(texts)), np.int32)
+  for row, ids in zip(tokens, texts, strict=True):
+    row[: len(ids)] = ids
+  keys, values = _read(weights, tokens, architecture=architecture, mesh=mesh)
+  return Texts(keys, values, np.int32([len(ids) for ids in texts]))
+
+
+@functools.partial(jax.jit, static_argnames=("architecture", "mesh"))
+def _read(weights, tokens_nxP, *, architecture, mesh):
+  def one(weights, tokens_P):
+    keys, values = [], []
+
+    def attend(layer, own):
+      q, k, v = own
+      keys.append(k.swapaxes(1, 2))
+      values.append(v.swapaxes(1, 2))
+      dtype = weights["embed"]["embedding"].dtype
+      attn_impl = model.prefill_attn_impl(architecture, dtype)
+      return attention.causal(q, keys[-1], values[-1], attn_impl)
+
+    positions = jnp.arange(len(tokens_P), dtype=jnp.int32)[None]
+    model.forward(
+      weights, architecture, tokens_P[None], model.heads_at(architecture, positions), attend
+    )
+    return tuple(k[0] for k in keys), tuple(v[0] for v in values)
+
+  run = lambda weights, tokens_nxP: jax.lax.map(functools.partial(one, weights), tokens_nxP)
+  if mesh is not None:
+    whole = PartitionSpec()
+    run = jax.shard_map(run, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+  return run(weights, tokens_nxP)
+
+
+def lengths(texts: Texts, text_R: Int[Array, "R"]) -> Int[Array, "R"]:
+  """The tokens of each one's text; 0 for -1."""
+  return jnp.where(text_R < 0, 0, jnp.asarray(texts.length)[text_R])
+
+
+def blocks(text_B: Int[Array, "B"], texts: Texts, group: int) -> Blocks:
+  """The rows in blocks; rows of text -1 are in none. `group`: the queries of a key-value head."""
+  B, n = len(text_B), len(texts.length)
+  # No more than are likely to come together: what is not filled costs as much as what is.
+  M = max(1, min(QUERIES // group, 1 << (-(-B // n) - 1).bit_length()))
+  C = min(B, (B + n * (M - 1)) // M)
+  member = text_B[:, None] == jnp.arange(n)
+  count = member.sum(0)
+  needed = -(-count // M)
+  first = jnp.cumsum(needed) - needed  # the first block of each text
+  nth = (jnp.cumsum(member, 0) * member).sum(1) - 1  # among the rows of its text
+  place = jnp.where(text_B < 0, C * M, first[text_B] * M + nth)
+  rows = jnp.zeros((C * M,), jnp.int32).at[place].set(jnp.arange(B), mode="drop")
+  text = jnp.full((C,), -1, jnp.int32).at[place // M].set(text_B, mode="drop")
+  return Blocks(rows.reshape(C, M), text, place)
+
+
+def attend_rows(
+  q_BxNxH: Float[Array, "B N H"],
+  where: Blocks,
+  texts: Texts,
+  layer: int,
+  attn_impl: str,
+  scale: float,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+  """`attend` for one query a row; what rows in no block get means nothing."""
+  value, logsumexp = attend(q_BxNxH[where.rows], where.text, texts, layer, attn_impl, scale)
+  place = jnp.minimum(where.place, where.rows.size - 1)
+  return tuple(x.reshape(-1, *x.shape[2:])[place] for x in (value, logsumexp))
+
+
+def attend(
+  q_CxMxNxH: Float[Array, "C M N H"],
+  text_C: Int[Array, "C"],
+  texts: Texts,
+  layer: int,
+  attn_impl: str,
+  scale: float,
+) -> tuple[Float[Array, "C M N H"], Float[Array, "C M N"]]:
+  """Softmax attention of each block's queries to the whole of its text, and the log-sum-exps of the
+  scores, float32. For a block without a text both mean nothing.
+
+  `attn_impl` is "xla", block by block, or "triton" on NVIDIA GPUs, in bfloat16. `scale` is applied
+  where the attention beside it does that: to the queries in the one, to the scores in the other.
+  """
+  C, M, N, H = q_CxMxNxH.shape
+  keys, values, length_C = texts.keys[layer], texts.values[layer], lengths(texts, text_C)
+  K = keys.shape[1]
+  q = q_CxMxNxH.reshape(C, M, K, N // K, H).swapaxes(1, 2).reshape(C, K, -1, H)
+  run = kernel if attn_impl == "triton" else _plain
+  value, logsumexp = run(q, jnp.maximum(text_C, 0), length_C, keys, values, scale)
+  back = lambda x: (
+    x.reshape(C, K, M, N // K, *x.shape[3:]).swapaxes(1, 2).reshape(C, M, N, *x.shape[3:])
+  )
+  return back(value), back(logsumexp)
+
+
+def join(
+  own: tuple[Array, Array], before: tuple[Array, Array], text_R: Int[Array, "R"]
+) -> Float[Array, "R *shape H"]:
+  """One attention from that to each row's own tokens and that to its text, [R, …, H] with
+  log-sum-exps [R, …]; of rows without a text their own.
+  """
+  y, logsumexp = own
+  there = (text_R >= 0).reshape(-1, *[1] * logsumexp.ndim)
+  return attention.join(y, logsumexp[..., None], before[0], before[1][..., None], there)
+
+
+def _plain(q_CxKxQxH, text_C, length_C, keys, values, scale):
+  P = keys.shape[2]
+
+  def one(block):
+    q, text, length = block
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("kqh,kph->kqp", q * scale, keys[text])
+    scores = jnp.where(jnp.arange(P) < length, scores, attention.MASKED)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    mass = weights.sum(-1, keepdims=True)
+    value = product("kqp,kph->kqh", weights.astype(values.dtype), values[text]) / mass
+    return value, (top + jnp.log(mass))[..., 0]
+
+  return jax.lax.map(one, (q_CxKxQxH, text_C, length_C))
+
+
+def kernel(
+  q_CxKxQxH: Float[Array, "C K Q H"],
+  text_C: Int[Array, "C"],
+  length_C: Int[Array, "C"],
+  keys_nxKxPxH: Float[Array, "n K P H"],
+  values_nxKxPxH: Float[Array, "n K P H"],
+  scale: float,
+  *,
+  interpret: bool = False,
+) -> tuple[Float[Array, "C K Q H"], Float[Array, "C K Q"]]:
+  """`_plain` as one kernel that keeps no scores: by a running softmax over the text, in parts where
+  there are few blocks; `text_C` is at least 0, and a block of length 0 reads nothing.
+  """
+  C, K, Q, H = q_CxKxQxH.shape
+  n, _, P, _ = keys_nxKxPxH.shape
+  tile = min(QUERIES, max(kv_cache.ROWS, 1 << (Q - 1).bit_length()))
+  tiles = -(-Q // tile)
+  # Tiles beside each other, for the programs that read the same text to run at the same time.
+  q = jnp.pad(q_CxKxQxH, ((0, 0), (0, 0), (0, tiles * tile - Q), (0, 0)))
+  q = q.reshape(C, K, tiles, tile, H).swapaxes(1, 2).reshape(C * tiles, K, tile, H)
+  text, length = jnp.repeat(text_C, tiles), jnp.repeat(length_C, tiles)
+  parts = max(1, min(PROGRAMS // (C * tiles * K), P // BLOCK))
+  one = pl.BlockSpec((None,), lambda c, k, p: (c,))
+  whole = pl.BlockSpec((n, None, P, H), lambda c, k, p: (0, k, 0, 0))
+  part = lambda *block: pl.BlockSpec(
+    (None, None, None, *block), lambda c, k, p: (c, k, p) + (0,) * len(block)
+  )
+  parted = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+    (C * tiles, K, parts, *shape), dtype
+  )
+  value, logsumexp = pl.pallas_call(
+    functools.partial(_kernel, parts=parts, scale=scale),
+    grid=(C * tiles, K, parts),
+    in_specs=[
+      one,
+      one,
+      pl.BlockSpec((None, None, tile, H), lambda c, k, p: (c, k, 0, 0)),
+      whole,
+      whole,
+    ],
+    out_specs=[part(tile, H), part(tile)],
+    out_shape=[parted(tile, H, dtype=q.dtype if parts == 1 else jnp.float32), parted(tile)],
+    compiler_params=triton.CompilerParams(num_warps=8 if tile == QUERIES else 4, num_stages=3),
+    interpret=interpret,
+    name="text_attention",
+  )(text, length, q, keys_nxKxPxH, values_nxKxPxH)
+  top = logsumexp.max(2, keepdims=True)
+  mass = jnp.exp(logsumexp - top)
+  total = mass.sum(2, keepdims=True)
+  value = (value * (mass / total)[..., None]).sum(2) if parts > 1 else value[:, :, 0]
+  back = lambda x: (
+    x.reshape(C, tiles, K, tile, *x.shape[3:])
+    .swapaxes(1, 2)
+    .reshape(C, K, tiles * tile, *x.shape[3:])[:, :, :Q]
+  )
+  return back(value), back((top + jnp.log(total))[:, :, 0])
+
+
+def _kernel(
+  text_ref, length_ref, q_ref, keys_ref, values_ref, value_ref, logsumexp_ref, *, parts, scale
+):
+  """One part of a text for one tile of queries and key-value head: every `parts`-th block."""
+  part, text, length = pl.program_id(2), text_ref[()], length_ref[()]
+  tile, H = q_ref.shape
+  q = q_ref[...]
+
+  def block(i, carry):
+    start = (part + i * parts) * BLOCK
+    here = pl.ds(start, BLOCK)
+    scores = triton.dot(q, keys_ref[text, here, :].T) * scale
+    scores = jnp.where((start + jnp.arange(BLOCK) < length)[None], scores, attention.MASKED)
+    return kv_cache.online_softmax(scores, values_ref[text, here, :], carry)
+
+  nothing = (
+    jnp.zeros((tile, H), jnp.float32),
+    jnp.zeros((tile,), jnp.float32),
+    jnp.full((tile,), attention.MASKED, jnp.float32),
+  )
+  count = pl.cdiv(jnp.maximum(pl.cdiv(length, BLOCK) - part, 0), parts)
+  value, mass, top = jax.lax.fori_loop(0, count, block, nothing)
+  # Of a part that reads nothing the mass is 0, which the sum over the parts must forget.
+  value_ref[...] = (value / jnp.where(mass > 0, mass, 1)[:, None]).astype(value_ref.dtype)
+  logsumexp_ref[...] = jnp.where(mass > 0, top + jnp.log(mass), attention.MASKED)

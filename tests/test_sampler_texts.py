@@ -1,0 +1,285 @@
+"""Texts that prompts begin with, kept once: which ones, attention to them, and the same tokens."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sampler import (
+  FREE,
+  GREEDY,
+  fixture_one_core,  # noqa: F401 (used by its name)
+  naive_sampled,
+  random_prompts,
+  sample,
+)
+from test_sampler_mesh import on_mesh
+
+from oel_jax.policy import transformer
+from oel_jax.policy.architecture import named
+from oel_jax.policy.sampling import (
+  beginnings,
+  engine,
+  kv_cache,
+  scheduler,
+  slot_state,
+  text_cache,
+)
+from oel_jax.policy.sampling.sampler import generate
+
+
+@pytest.fixture(name="short")
+def fixture_short(monkeypatch):
+  """Texts of a few tokens, with few prompts each, are shared."""
+  monkeypatch.setattr(beginnings, "MIN_TOKENS", 10)
+  monkeypatch.setattr(beginnings, "MIN_PROMPTS", 2)
+  monkeypatch.setattr(beginnings, "STEP", 2)
+  monkeypatch.setattr(text_cache, "MULTIPLE", 64)
+
+
+@pytest.fixture(name="texts")
+def fixture_texts(monkeypatch):
+  """How many texts each call of `decode` has."""
+  counts, run = [], engine.decode
+
+  def spy(*args, texts=None, **how):
+    counts.append(len(texts.length) if texts else 0)
+    return run(*args, texts=texts, **how)
+
+  monkeypatch.setattr(engine, "decode", spy)
+  return counts
+
+
+def behind_texts():
+  """Six prompts behind a text of 40 tokens, three behind one of 21, and two behind none."""
+  first, second, *rest = random_prompts(40, 21, 3, 9, 1, 20, 12, 5, 7, 2, 15, 30, 4, seed=21)
+  prompts = [first + own for own in rest[:6]] + [second + own for own in rest[6:9]] + rest[9:]
+  return [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
+
+
+# Which texts
+
+
+def test_the_texts_are_those_that_save_most(short):
+  a, b, c, *rest = random_prompts(30, 20, 12, *[5] * 12, seed=22)
+  found = lambda prompts, most=1000: beginnings.find(prompts, most).texts
+  head = [7] * 12
+  behind = lambda *texts: [head + text + own for text in texts for own in rest[:3]]
+  # Each text with its head saves more than the head alone, which saves more than short ones.
+  assert found(behind(a, b)) == [head + a, head + b]
+  assert found(behind(c[:2], b[:2])) == [head]
+  assert found([a + rest[0], b + rest[1]]) == [] == found([a[:9] + own for own in rest])
+  # Of equal prompts one token is left to read; of one that is another's beginning, too.
+  assert found([a, a, a]) == [a[:-1]] and found([a, a + rest[0]]) == [a[:-1]]
+  # There is room for one, for the shorter one, and for none.
+  assert found(behind(a, b), 83) == [head + a] and found(behind(a, b), 41) == [head + b]
+  assert found(behind(a, b), 31) == []
+  assert found(behind(a, b), 84) == [head + a, head + b]
+
+
+def test_short_texts_and_few_prompts_are_not_shared():
+  a, *rest = random_prompts(511, *[40] * 4, seed=23)
+  assert beginnings.find([a + own for own in rest], 10**6).texts == []
+  a.append(3)
+  assert beginnings.find([a + own for own in rest], 10**6).texts == [a]
+  assert beginnings.find([a + own for own in rest[:3]], 10**6).texts == []
+
+
+def test_a_prompt_is_split_behind_the_longest_text():
+  common = beginnings.Beginnings([[1, 2], [1, 2, 3], [4]])
+  given = [[1, 2, 3, 9], [1, 2, 3], [1, 2, 4], [1, 2], [4, 4], [5, 2, 3]]
+  assert [common.split(prompt) for prompt in given] == [
+    (1, [9]),
+    (0, [3]),
+    (0, [4]),
+    (-1, [1, 2]),
+    (2, [4]),
+    (-1, [5, 2, 3]),
+  ]
+  assert [common.length(n) for n in (-1, 0, 1)] == [0, 2, 3]
+
+
+# Attention
+
+
+@pytest.mark.parametrize("n,group", [(1, 4), (3, 64)])
+def test_every_row_behind_a_text_has_a_place_in_a_block_of_it(n, group):
+  rng = np.random.default_rng(n)
+  run = jax.jit(text_cache.blocks, static_argnums=2)
+  for B in (1, 9):
+    texts = text_cache.Texts((), (), np.arange(n) + 5)
+    for text in (*rng.integers(-1, n, (4, B)), np.full(B, n - 1), np.full(B, -1)):
+      found = jax.tree.map(np.asarray, run(jnp.asarray(text), texts, group))
+      size = found.rows.size
+      assert size and found.rows.shape[1] * group <= max(text_cache.QUERIES, group)
+      for row in range(B):
+        place = found.place[row]
+        assert (place >= size) == (text[row] < 0)
+        if text[row] >= 0:
+          assert found.rows.flat[place] == row
+          assert found.text[place // found.rows.shape[1]] == text[row]
+      assert (found.text >= 0).sum() <= B
+
+
+@pytest.mark.parametrize(
+  "attn_impl,programs",
+  [("xla", 1), pytest.param("triton", 1, marks=pytest.mark.slow), ("triton", 512)],
+)
+def test_each_block_sees_its_text(monkeypatch, attn_impl, programs):
+  """Against float64; queries in tiles, texts in parts, a text that ends within a part."""
+  monkeypatch.setattr(text_cache, "PROGRAMS", programs)
+  monkeypatch.setattr(text_cache, "QUERIES", 32)
+  run = text_cache.kernel
+  monkeypatch.setattr(text_cache, "kernel", lambda *given: run(*given, interpret=True))
+  rng = np.random.default_rng(0)
+  C, M, N, K, H, P = 4, 7, 6, 1, 16, 256
+  q = rng.standard_normal((C, M, N, H))
+  k, v = rng.standard_normal((2, 3, K, P, H))
+  length, text = np.int32([256, 65, 1]), np.int32([1, 0, -1, 2])
+  given = *(tuple([jnp.asarray(x, jnp.float32)]) for x in (k, v)), length
+  value, logsumexp = text_cache.attend(
+    jnp.asarray(q, jnp.float32), jnp.asarray(text), text_cache.Texts(*given), 0, attn_impl, H**-0.5
+  )
+  assert np.isfinite(value).all() and np.isfinite(logsumexp).all()
+  for c, n in itertools.product((0, 1, 3), range(N)):
+    here = text[c], n // (N // K), slice(length[text[c]])
+    scores = q[c, :, n] @ k[here].T / H**0.5
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    mass = weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(value[c, :, n], weights @ v[here] / mass, atol=1e-5)
+    np.testing.assert_allclose(logsumexp[c, :, n], (top + np.log(mass))[:, 0], atol=1e-5)
+
+
+# Tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [None, 4])
+def test_a_text_kept_once_changes_no_token(short, texts, slots):
+  prompts = behind_texts()
+  expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
+  assert sample(prompts, slots=slots) == expected and set(texts) == {2}
+  # Nor does another order, or who is beside it.
+  order = np.random.default_rng(1).permutation(len(prompts))
+  assert sample([prompts[i] for i in order], order, slots=slots) == [expected[i] for i in order]
+
+
+@pytest.mark.slow
+def test_scores_are_those_without_sharing(short, texts, monkeypatch):
+  ours = sample(behind_texts(), sampling=GREEDY, logprobs=True)
+  monkeypatch.setattr(beginnings, "MIN_TOKENS", 1000)
+  theirs = sample(behind_texts(), sampling=GREEDY, logprobs=True)
+  assert ours[0] == theirs[0] and {0, 2} == set(texts)
+  for one, other in zip(ours[1], theirs[1], strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_slots_hold_only_what_is_behind_the_text(short, monkeypatch):
+  made = []
+
+  def empty(**how):
+    made.append((how["columns"], how["texts"]))
+    raise InterruptedError
+
+  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (32, 64, 128))
+  monkeypatch.setattr(slot_state, "empty", empty)
+  text, *rest = random_prompts(90, *[9] * 4, seed=24)
+  for least in (10, 1000):
+    monkeypatch.setattr(beginnings, "MIN_TOKENS", least)
+    with pytest.raises(InterruptedError):
+      sample([text + own for own in rest], limit=2)
+  assert made == [(32, True), (128, False)]
+
+
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.slow), 3])
+def test_conversations_go_on_behind_their_text(short, texts, monkeypatch, slots):
+  """They keep it, and take over their own turns; one turns to the other text, one to none; a prompt
+  that equals another's rest behind another text takes nothing from it.
+  """
+  monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
+  a, b, *rest = random_prompts(30, 24, *[12] * 6, seed=25)
+  prompts = [a + rest[0], a + rest[1], a + rest[2], b + rest[0], b + rest[1], b + rest[5]]
+  asked, answers = [[prompt] for prompt in prompts], [[] for _ in prompts]
+  turned = {1: b + rest[1] + rest[3], 4: rest[4]}
+
+  def reply(i, ids):
+    answers[i].append(ids)
+    if len(answers[i]) > 2:
+      return None
+    asked[i].append(
+      turned[i] if i in turned and len(answers[i]) == 1 else asked[i][-1] + ids + [9, 8, i]
+    )
+    return asked[i][-1], 100 * i + len(answers[i])
+
+  sample(prompts, [100 * i for i in range(6)], reply=reply, slots=slots, limit=7)
+  assert set(texts) == {2}
+  for i, (each, turns) in enumerate(zip(answers, asked, strict=True)):
+    assert each == [naive_sampled(prompt, 100 * i + n, limit=7) for n, prompt in enumerate(turns)]
+
+
+@pytest.mark.slow
+def test_a_mesh_has_the_texts_everywhere(short, texts):
+  prompts = behind_texts()
+  assert on_mesh(prompts, range(len(prompts)), max_new_tokens=7) == sample(prompts, limit=7)
+  assert set(texts) == {2}
+
+
+@pytest.mark.slow
+def test_the_kernels_run_behind_texts(short, texts, monkeypatch):
+  step, kernel = kv_cache.step, text_cache.kernel
+  monkeypatch.setattr(kv_cache, "attn_impl", lambda *_: "triton")
+  monkeypatch.setattr(kv_cache, "step", lambda *args, **how: step(*args, **how, interpret=True))
+  monkeypatch.setattr(text_cache, "kernel", lambda *args: kernel(*args, interpret=True))
+  prompts = behind_texts()
+  assert sample(prompts, sampling=FREE, limit=4) == [
+    naive_sampled(prompt, seed, limit=4) for seed, prompt in enumerate(prompts)
+  ]
+  assert set(texts) == {2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen2.5-1.5b"])
+def test_on_a_gpu_scores_are_those_without_sharing_but_for_rounding(name, texts, monkeypatch):
+  """Two texts and prompts behind them, whole and with a reply that takes over what a slot holds."""
+  shape = named(name)
+  init = lambda key: jax.tree.map(
+    lambda leaf: leaf.astype(jnp.bfloat16), transformer.init(shape, key)
+  )
+  weights = jax.jit(init)(jax.random.key(0))
+  a, b, *rest = random_prompts(900, 700, *[100] * 12, seed=26)
+  prompts = [(a, b)[i % 2] + own for i, own in enumerate(rest)]
+
+  def run():
+    said = set()
+
+    def reply(i, ids):
+      first = i not in said
+      said.add(i)
+      return (prompts[i] + rest[i][::-1], i) if first else None
+
+    return generate(
+      weights,
+      shape,
+      prompts,
+      range(12),
+      sampling=GREEDY,
+      max_new_tokens=6,
+      eos_ids=(),
+      pad_id=0,
+      dtype=jnp.bfloat16,
+      logprobs=True,
+      reply=reply,
+    )
+
+  ids, scores = run()
+  assert set(texts) == {2}
+  monkeypatch.setattr(beginnings, "MIN_TOKENS", 10_000)
+  plain_ids, plain_scores = run()
+  assert 0 in texts
+  for i in range(12):
+    same = np.equal(ids[i], plain_ids[i])
+    count = 6 if same.all() else int(same.argmin())  # then a rounding has decided
+    np.testing.assert_allclose(scores[i][:count], plain_scores[i][:count], atol=0.1)
+  assert np.equal([each[0] for each in ids], [each[0] for each in plain_ids]).sum() >= 8
