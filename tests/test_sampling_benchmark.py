@@ -102,3 +102,22 @@ def test_episodes_are_played_and_counted():
     and 2 * 3 <= found["tokens"] <= 2 * 5 * 96
     and found["tokens"] == again["tokens"]
   )
+
+
+def test_prompts_stand_behind_texts_which_count_once(monkeypatch):
+  given = []
+  monkeypatch.setattr(
+    sampling, "generate", lambda params, shape, prompts, *args, **how: given.append((prompts, how))
+  )
+  shape = named("pocket-tiny")
+  params = sampling.random_params(shape, jnp.float32)
+  measured = lambda *texts: sampling.measure(
+    params, shape, 6, 5, 8, 1e6, jnp.float32, 1, texts=texts
+  )
+  row, plain = measured(2, 40), measured(0, 0)
+  prompts, how = given[0]
+  assert how["slots"] is None and given[-1][1]["slots"] == 6 and row["prompt"] == 45
+  assert len({tuple(prompt[:40]) for prompt in prompts}) == 2 and len(prompts) == 6
+  assert len({tuple(prompt[40:]) for prompt in prompts}) == 6 and set(map(len, prompts)) == {45}
+  token = 2 * 2 * 16 * 4  # 2 layers, keys and values, one head of 16
+  assert row["limit_ms"] - plain["limit_ms"] == pytest.approx(2 * 40 * token / 1e3)

@@ -7,11 +7,16 @@ generate beside it.
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals --devices=2
     python experiments/benchmarks/sampling.py --architecture=pocket --rows=episodes
 
+    python experiments/benchmarks/sampling.py --architecture=qwen3-4b --rows=shared
+
+`shared`: prompts behind texts that many of them begin with. Beside it, run this file in a checkout
+whose sampler keeps a copy of the text in every slot.
+
 With several devices each of them gets as many prompts, from weights that are spread over them.
 
-The limit is the time in which the device reads the weights and the filled part of the cache once a
-token, at the speed of a copy that is measured first. "decode" is without the prefill: the whole
-call's time less that of the same call for one token. Weights are random.
+The limit is the time in which the device reads the weights, the texts and the filled part of the
+cache once a token, at the speed of a copy that is measured first. "decode" is without the prefill:
+the whole call's time less that of the same call for one token. Weights are random.
 """
 
 import argparse
@@ -37,10 +42,12 @@ from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.seeds import derive
 
-ROWS = {  # (batch, prompt, new tokens)
+# (batch, prompt, new tokens), and for prompts behind texts how many texts and their tokens
+ROWS = {
   "goals": ((1, 600, 256), (64, 600, 256), (256, 600, 256)),
   "growth": tuple((batch, 512, 64) for batch in (1, 4, 16, 64, 256, 512))
   + tuple((4, context, 64) for context in (1024, 2048, 4096, 8192, 16384)),
+  "shared": ((64, 200, 256, 1, 8192), (256, 200, 256, 1, 8192), (64, 200, 256, 10, 8192)),
   "tiny": ((1, 20, 8), (4, 20, 8)),
 }
 
@@ -68,10 +75,16 @@ def sampled(
   new: int,
   dtype: Any,
   slots: int | None = None,
+  texts: tuple[int, int] = (0, 0),
 ) -> Callable[[], Any]:
-  """A call of `generate` on prompts of these lengths; no response ends before `new` tokens."""
+  """A call of `generate` on prompts of these lengths; no response ends before `new` tokens. Before
+  each prompt stands one of so many texts of so many tokens.
+  """
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, shape.vocabulary, length).tolist() for length in lengths]
+  if texts[0]:
+    before = rng.integers(0, shape.vocabulary, texts).tolist()
+    prompts = [before[i % texts[0]] + prompt for i, prompt in enumerate(prompts)]
   how = dict(
     sampling=Sampling(0.7), max_new_tokens=new, eos_ids=(), pad_id=0, dtype=dtype, slots=slots
   )
@@ -88,11 +101,13 @@ def measure(
   dtype: Any,
   repeats: int,
   devices: int = 1,
+  texts: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-  """One row of the table; `batch` prompts a device."""
+  """One row of the table; `batch` prompts a device, behind texts through as many slots as fit."""
   everywhere = devices * batch
+  slots = None if texts[0] else everywhere
   run = lambda tokens: seconds(
-    sampled(params, shape, [prompt] * everywhere, tokens, dtype, everywhere), repeats=repeats
+    sampled(params, shape, [prompt] * everywhere, tokens, dtype, slots, texts), repeats=repeats
   )
   whole, prefill = run(new), run(1)
   size = jnp.dtype(dtype).itemsize
@@ -100,11 +115,12 @@ def measure(
     0 if shape.tied_head else size * shape.vocabulary * shape.width
   )
   token = 2 * shape.layers * shape.kv_heads * shape.head_size * size
-  limit = (read + batch * (prompt + new / 2) * token) / speed
+  limit = (read + (texts[0] * texts[1] + batch * (prompt + new / 2)) * token) / speed
   step = (whole - prefill) / (new - 1)
   return {
     "batch": everywhere,
-    "prompt": prompt,
+    "texts": texts[0],
+    "prompt": texts[1] + prompt,
     "new": new,
     "call_tokens_per_s": everywhere * new / whole,
     "prefill_s": prefill,
@@ -219,7 +235,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
   )
   parser.add_argument("--architecture", default="qwen3-1.7b")
   parser.add_argument(
-    "--rows", default="goals", help="of goals, growth, tiny, mixed, episodes; with commas between"
+    "--rows", default="goals", help="of goals, growth, shared, tiny, mixed, episodes, with commas"
   )
   parser.add_argument("--devices", type=int, default=1, help="so many of those that there are")
   parser.add_argument("--repeats", type=int, default=3)
@@ -249,14 +265,15 @@ def main(arguments: list[str]) -> dict[str, Any]:
     flush=True,
   )
   params = random_params(shape, dtype, flags.devices)
-  for batch, prompt, new in (row for name in names for row in ROWS.get(name, ())):
-    row = measure(params, shape, batch, prompt, new, speed, dtype, flags.repeats, flags.devices)
+  for batch, prompt, new, *texts in (row for name in names for row in ROWS.get(name, ())):
+    how = dict(devices=flags.devices, texts=tuple(texts) or (0, 0))
+    row = measure(params, shape, batch, prompt, new, speed, dtype, flags.repeats, **how)
     if flags.peer:
       call = [
         sys.executable,
         __file__,
         f"--architecture={flags.architecture}",
-        f"--peer_row={batch},{prompt},{min(new, 64)}",
+        f"--peer_row={batch},{row['prompt']},{min(new, 64)}",
       ]
       row["peer_tokens_per_s"] = float(
         subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1]
