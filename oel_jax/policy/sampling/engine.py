@@ -121,12 +121,13 @@ def _prefill_insert(
     positions += text_cache.lengths(texts, text_R)[:, None]
   axes = {"keys": slot_state.column_axis(attn_impl), "values": 2}
   prompt_impl = model.prefill_attn_impl(architecture, weights["embed"]["embedding"].dtype)
-  # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
-  seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
+  seen = None
   if shared:
+    # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
     place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
     taken = jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S))
-    seen = jnp.concatenate([taken, seen], axis=-1)
+    own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
+    seen = jnp.concatenate([taken, own], axis=-1)
 
   def before(name: str, layer: int) -> Array:
     """The whole cache of each prompt's source, in the cache's order, [R, K, S, H]."""
@@ -142,10 +143,7 @@ def _prefill_insert(
     if texts:
       factor = architecture.head_size**-0.5
       before_it = text_cache.attend(q, text_R, texts, len(keys) - 1, attn_impl, factor)
-      cudnn = prompt_impl == "cudnn"
-      mask = None if cudnn and not shared else seen
-      run = attention.with_logsumexp if cudnn else kv_cache.attend_many
-      return text_cache.join(run(*own, mask), before_it, text_R)
+      return text_cache.join(text_cache.attend_own(*own, seen, prompt_impl), before_it, text_R)
     if shared is None:
       return attention.causal(*own, prompt_impl)
     if prompt_impl == "cudnn":

@@ -34,7 +34,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
@@ -181,6 +181,25 @@ def attend(
   return back(value), back(logsumexp)
 
 
+def attend_own(
+  q_RxTxNxH: Float[Array, "R T N H"],
+  k_RxKxSxH: Float[Array, "R K S H"],
+  v_RxKxSxH: Float[Array, "R K S H"],
+  mask_RxTxS: Bool[Array, "R T S"] | None,
+  attn_impl: str,
+) -> tuple[Float[Array, "R T N H"], Float[Array, "R T N"]]:
+  """What `attend` is joined to in prefill, and its log-sum-exps: attention to a row's own tokens,
+  by cuDNN if `model.prefill_attn_impl` says so, or else in plain XLA, also on a TPU; without a mask
+  S is T, and each sees those up to itself.
+  """
+  if attn_impl == "cudnn":
+    return attention.with_logsumexp(q_RxTxNxH, k_RxKxSxH, v_RxKxSxH, mask_RxTxS)
+  if mask_RxTxS is None:
+    R, T = q_RxTxNxH.shape[:2]
+    mask_RxTxS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
+  return kv_cache.attend_many(q_RxTxNxH, k_RxKxSxH, v_RxKxSxH, mask_RxTxS)
+
+
 def join(
   own: tuple[Array, Array], before: tuple[Array, Array], text_R: Int[Array, "R"]
 ) -> Float[Array, "R *shape H"]:
@@ -189,7 +208,9 @@ def join(
   """
   y, logsumexp = own
   there = (text_R >= 0).reshape(-1, *[1] * logsumexp.ndim)
-  return attention.join(y, logsumexp[..., None], before[0], before[1][..., None], there)
+  # What stands there without a text is another row's, and may be no number: 0 times it is none.
+  value = jnp.where(there, before[0], 0)
+  return attention.join(y, logsumexp[..., None], value, before[1][..., None], there)
 
 
 def _plain(q_CxKxQxH, text_C, length_C, keys, values, scale):
