@@ -21,7 +21,9 @@ import numpy as np
 MIN_TOKENS = 512  # of a text: a shorter one costs as much as it saves
 MIN_PROMPTS = 4  # that begin with it
 MAX_TEXTS = 32
+MULTIPLE = 512  # of the room of a text, so that one a little longer has the same shapes
 STEP = 128  # runs are cut where they have least in common, up to so many tokens: few cuts
+MAX_DEPTH = 200  # of cuts within cuts: longer steps where that were more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,16 @@ class Beginnings:
     """The tokens of a text; 0 for -1."""
     return len(self.texts[number]) if number >= 0 else 0
 
+  @property
+  def tokens(self) -> int:
+    """Those that all texts together have room for."""
+    return len(self.texts) * room(max(map(len, self.texts), default=0))
+
+
+def room(longest: int) -> int:
+  """P, the tokens that each text has room for if the longest has so many."""
+  return -(-longest // MULTIPLE) * MULTIPLE
+
 
 class _Group(NamedTuple):
   """Prompts that begin with the same `tokens`; `first` is one of them."""
@@ -63,21 +75,35 @@ class _Group(NamedTuple):
 
 
 def find(prompts: Sequence[Sequence[int]], max_tokens: int) -> Beginnings:
-  """The texts worth keeping once, those first that save most; as many times the longest of them are
-  at most `max_tokens`.
+  """The texts worth keeping once, those first that save most; there is room for all of them in
+  `max_tokens`.
   """
   if len(prompts) < MIN_PROMPTS or max(map(len, prompts)) <= MIN_TOKENS:
     return Beginnings([])
   # Bytes in this order compare as the ids do, and much faster than lists.
   arrays = sorted((np.asarray(prompt, ">u4") for prompt in prompts), key=lambda a: a.tobytes())
   common = [_common(*pair) for pair in zip(arrays[:-1], arrays[1:], strict=True)]
-  texts, longest = [], 0
-  for group in sorted(_groups(common, 0, len(common)), key=lambda group: -group.saved):
-    wider = max(longest, group.tokens)
-    if len(texts) < MAX_TEXTS and wider * (len(texts) + 1) <= max_tokens:
-      texts.append(arrays[group.first][: group.tokens].tolist())
+  # The texts that save most may be more than can be kept; then fewer, shorter ones that more
+  # prompts begin with may save more.
+  choices = []
+  for doubled in range((len(prompts) // MIN_PROMPTS).bit_length()):
+    choices.append(_fitting(_groups(common, MIN_PROMPTS << doubled), max_tokens))
+  best = max(choices, key=lambda groups: sum(group.saved for group in groups))
+  return Beginnings([arrays[group.first][: group.tokens].tolist() for group in best])
+
+
+def _fitting(groups: list[_Group], max_tokens: int) -> list[_Group]:
+  """Of the groups those that save most, as many as there is room for. A text for which all others
+  get more room must be worth it.
+  """
+  kept, longest = [], 0
+  for group in sorted(groups, key=lambda group: -group.saved):
+    wider, count = max(longest, group.tokens), len(kept) + 1
+    worth = group.saved + group.tokens > wider * count - longest * len(kept)
+    if worth and count <= MAX_TEXTS and room(wider) * count <= max_tokens:
+      kept.append(group)
       longest = wider
-  return Beginnings(texts)
+  return kept
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
@@ -87,16 +113,23 @@ def _common(first: np.ndarray, second: np.ndarray) -> int:
   return limit if same.all() else int(same.argmin())
 
 
-def _groups(common: list[int], first: int, last: int) -> list[_Group]:
-  """The groups among the prompts `first` to `last`, in order, that save most tokens."""
-  count = last - first + 1
-  if count < MIN_PROMPTS:
-    return []
-  least = min(common[first:last])
-  cuts = [i for i in range(first, last) if common[i] // STEP == least // STEP]
-  edges = zip([first - 1, *cuts], [*cuts, last], strict=True)
-  parts = [group for before, end in edges for group in _groups(common, before + 1, end)]
-  whole = _Group((count - 1) * least, first, least)
-  if least >= MIN_TOKENS and whole.saved >= sum(part.saved for part in parts):
-    return [whole]
-  return parts
+def _groups(common: list[int], min_prompts: int) -> list[_Group]:
+  """The groups of so many prompts that save most tokens; `common` is what each prompt, in order,
+  has in common with the next one.
+  """
+  step = max(STEP, max(common) // MAX_DEPTH)
+
+  def among(first: int, last: int) -> list[_Group]:
+    count = last - first + 1
+    if count < min_prompts:
+      return []
+    least = min(common[first:last])
+    cuts = [i for i in range(first, last) if common[i] // step == least // step]
+    edges = zip([first - 1, *cuts], [*cuts, last], strict=True)
+    parts = [group for before, end in edges for group in among(before + 1, end)]
+    whole = _Group((count - 1) * least, first, least)
+    if least >= MIN_TOKENS and whole.saved >= sum(part.saved for part in parts):
+      return [whole]
+    return parts
+
+  return among(0, len(common))

@@ -3,10 +3,10 @@ sequences end.
 
 Each sequence draws from its own random stream, keyed by its seed and by the position in the
 response, so its tokens do not depend on what shares the slots (up to the rounding of a matrix
-product's shape). Who shares them follows from the prompts and the tokens drawn, never from a clock:
-the same call gives the same bits on one machine. On a CPU the prompts are shared out among its
-cores, each with slots of its own: the small products of a token keep little more than one of them
-busy.
+product's shape, and of attention in one part or in two). Who shares them follows from the prompts
+and the tokens drawn, never from a clock: the same call gives the same bits on one machine. On a CPU
+the prompts are shared out among its cores, each with slots of its own: the small products of a
+token keep little more than one of them busy.
 
 A long beginning is not read again while a slot still holds it: the turns of a game before, or a
 text that others begin with, too. A long text that several of the first prompts begin with is kept
@@ -130,10 +130,10 @@ def generate(
     pad_id: fills what is not there.
     dtype: of the activations.
     slots: most sequences side by side, rounded down to one of SLOT_COUNTS; None: as many as fit
-      into MAX_CACHE_BYTES, at most MAX_SLOTS, or MAX_SLOTS_CPU of each core of a CPU. Where replies
-      become much longer than the first prompts, fewer must be asked for: the slots stay as many. On
-      a mesh of one process all this holds for each device's share of them, which is one slot at
-      least.
+      into MAX_CACHE_BYTES beside the texts that are kept once, at most MAX_SLOTS, or MAX_SLOTS_CPU
+      of each core of a CPU. Where replies become much longer than the first prompts, fewer must be
+      asked for: the slots stay as many. On a mesh of one process all this holds for each device's
+      share of them, which is one slot at least.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is,
       without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to
@@ -177,7 +177,6 @@ def generate(
   common = beginnings.find(prompts, max_tokens)
   if common.texts:
     how["texts"] = text_cache.read(weights, common.texts, architecture=architecture, mesh=mesh)
-  text_bytes = len(common.texts) * text_cache.room(common.texts) * token_bytes
   # Each part has slots, a share of the memory and on a CPU a thread of its own; long and short
   # prompts are dealt out evenly.
   parts = min(_cores(mesh), len(prompts) // MIN_PROMPTS_PER_CORE, slots or len(prompts)) or 1
@@ -201,7 +200,8 @@ def generate(
       how,
       dtype=dtype,
       slots=slots and slots // parts,
-      cache_bytes=(MAX_CACHE_BYTES - text_bytes) // parts,
+      common=common,
+      parts=parts,
       replies=reply is not None,
     )
     driver = Driver(
@@ -236,29 +236,36 @@ def _slots(
   *,
   dtype: Any,
   slots: int | None,
-  cache_bytes: int,
+  common: beginnings.Beginnings,
+  parts: int,
   replies: bool,
 ) -> tuple[scheduling.Scheduler, slot_state.Slots]:
   """The prompts, each with the number of the text before it, in a scheduler of their own, and empty
-  slots: as many as are asked for, or as the memory holds, but no more than the prompts need.
+  slots: as many as are asked for, or as this one's share of the memory among `parts` holds, but no
+  more than the prompts need.
   """
   a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
   devices = mesh.size if slot_state.row_axes(mesh) else 1
   cpu = jax.default_backend() == "cpu"
   texts, prompts = zip(*prompts, strict=True)
   longest = max(map(len, prompts))
-  whole = scheduling.bucket(longest + int(requests.limits.max()), scheduling.CACHE_LENGTHS)
+  new = int(requests.limits.max())
+  room = lambda length: scheduling.bucket(length + new, scheduling.CACHE_LENGTHS)
   max_slots = scheduling.MAX_SLOTS_CPU if cpu else scheduling.MAX_SLOTS
-  row_bytes = whole * _token_bytes(a, dtype)
-  limit = slots // devices if slots else min(cache_bytes // row_bytes, max_slots)
+  cache_tokens = MAX_CACHE_BYTES // _token_bytes(a, dtype)
+  fitting = (cache_tokens - common.tokens) // parts // room(longest)
+  if replies:
+    # A reply may leave its text, and is whole in its slot then.
+    whole = [common.length(text) + len(own) for text, own in zip(texts, prompts, strict=True)]
+    fitting = min(fitting, cache_tokens // parts // room(max(whole)))
+  limit = slots // devices if slots else min(fitting, max_slots)
   own = min(
     scheduling.bucket(-(-len(prompts) // devices), scheduling.SLOT_COUNTS),
     max(n for n in scheduling.SLOT_COUNTS if n <= max(1, limit)),
   )
   # In XLA the attention reads the whole cache: there it grows with what is filled.
-  columns = (
-    whole if attn_impl == "triton" else scheduling.bucket(longest + 1, scheduling.CACHE_LENGTHS)
-  )
+  columns = scheduling.bucket(longest + 1, scheduling.CACHE_LENGTHS)
+  columns = room(longest) if attn_impl == "triton" else columns
   scheduler = scheduling.Scheduler(
     prompts,
     texts=texts,

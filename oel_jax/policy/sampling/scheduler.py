@@ -251,9 +251,8 @@ class Scheduler:
           self.kept[row] = i
 
   def _free(self) -> list[int]:
-    return [
-      row for row in range(self.table.rows) if row not in self.seated and row not in self.kept
-    ]
+    used = self.seated.keys() | self.kept.keys()
+    return [row for row in range(self.table.rows) if row not in used]
 
   def _grow(self, length: int) -> None:
     self.table.grow(bucket(length, CACHE_LENGTHS))

@@ -38,10 +38,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import kv_cache, model
+from oel_jax.policy.sampling import beginnings, kv_cache, model
 
-MULTIPLE = 512  # of P, so that a text a little longer has the same shapes; whole BLOCKs
-BLOCK = 64  # of a text's columns that are read at once
+BLOCK = 64  # of a text's columns that are read at once; divides P
 QUERIES = 128  # of a key-value head that one program of the kernel takes, at most
 PROGRAMS = 256  # texts are cut into parts where there are fewer
 
@@ -73,11 +72,6 @@ class Blocks(NamedTuple):
   place: Int[Array, "B"]
 
 
-def room(texts: Sequence[Sequence[int]]) -> int:
-  """P, the tokens that each text has room for."""
-  return -(-max(map(len, texts), default=0) // MULTIPLE) * MULTIPLE
-
-
 def read(
   weights: Any,
   texts: Sequence[Sequence[int]],
@@ -86,7 +80,7 @@ def read(
   mesh: Mesh | None = None,
 ) -> Texts:
   """Reads each text once. `weights` are from `model.prepare`; on a mesh every device gets all."""
-  tokens = np.zeros((len(texts), room(texts)), np.int32)
+  tokens = np.zeros((len(texts), beginnings.room(max(map(len, texts)))), np.int32)
   for row, ids in zip(tokens, texts, strict=True):
     row[: len(ids)] = ids
   keys, values = _read(weights, tokens, architecture=architecture, mesh=mesh)
