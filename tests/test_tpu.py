@@ -22,7 +22,7 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import named
-from oel_jax.policy.sampling import engine, kv_cache, model, slot_state
+from oel_jax.policy.sampling import engine, kv_cache, model, slot_state, text_cache
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.policy.weights import gguf_blocks
 from oel_jax.runtime import checksum, finite
@@ -212,7 +212,7 @@ def test_the_first_state_and_what_looks_at_weights(mesh):
   assert _lowered(finite._flags, params) == 0
 
 
-def _sampling(name, devices):
+def _sampling(name, devices, dtype=DTYPE, texts=False):
   """Arguments of the sampler's programs, on one device or on so many of this machine's, which stand
   for a TPU's.
   """
@@ -221,12 +221,12 @@ def _sampling(name, devices):
   if devices > 1:
     sizes = ml_collections.ConfigDict(dict(data=2, fsdp=-1, tensor=1))
     mesh = mesh_lib.make_mesh(sizes, jax.devices()[:devices])
-  how = dict(architecture=a, attn_impl=kv_cache.attn_impl(a, DTYPE), mesh=mesh)
+  how = dict(architecture=a, attn_impl=kv_cache.attn_impl(a, dtype), mesh=mesh)
   weights = jax.eval_shape(
-    functools.partial(model.prepare, architecture=a, dtype=DTYPE, mesh=mesh), _params(a, mesh)
+    functools.partial(model.prepare, architecture=a, dtype=dtype, mesh=mesh), _params(a, mesh)
   )
   empty = functools.partial(
-    slot_state.empty, **how, rows=16 * devices, columns=2048, eos_ids=2, dtype=DTYPE
+    slot_state.empty, **how, rows=16 * devices, columns=2048, eos_ids=2, dtype=dtype, texts=texts
   )
   slots = jax.eval_shape(empty)
   drawing = dict(sampling=Sampling(0.7, top_p=0.8, top_k=20), logprobs=True)
@@ -245,6 +245,27 @@ def test_prefill_and_decode(devices):
   assert prefill(None, **how, **drawing) == 1  # which each layer calls
   # A prompt that goes on from what a slot holds is read in plain XLA.
   assert prefill(engine.Shared(each, each, each), **how, **drawing) == 0
+  steps = _array(), _array()
+  assert _lowered(engine.decode, weights, slots, *steps, chunk=64, **how, **drawing) == 0
+
+
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+def test_prefill_and_decode_behind_texts(devices):
+  """In float32, where texts are kept once without a kernel for it, too."""
+  dtype = jnp.float32
+  a, mesh, how, weights, slots, drawing = _sampling("qwen3-1.7b", devices, dtype, texts=True)
+  tokens, where = _array(G, P), dict(architecture=a, mesh=mesh)
+  assert _lowered(text_cache._read, weights, tokens, **where) == 0
+  read = jax.eval_shape(functools.partial(text_cache._read, **where), weights, tokens)
+  how["texts"] = text_cache.Texts(*read, _array(G))
+  rows = 4 * devices
+  each = _array(rows)
+  requests = _array(rows, dtype=jnp.uint32), each, _array(rows, 2)
+  prefill = functools.partial(
+    _lowered, engine.prefill_insert, weights, slots, _array(rows, 640), each, each, requests
+  )
+  assert prefill(None, text_R=each, **how, **drawing) == 0
+  assert prefill(engine.Shared(each, each, each), text_R=each, **how, **drawing) == 0
   steps = _array(), _array()
   assert _lowered(engine.decode, weights, slots, *steps, chunk=64, **how, **drawing) == 0
 
