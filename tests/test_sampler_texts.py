@@ -10,8 +10,10 @@ from test_sampler import (
   FREE,
   GREEDY,
   TINY,
+  UNTIED,
   fixture_one_core,  # noqa: F401 (used by its name)
   naive_sampled,
+  params,
   random_prompts,
   sample,
 )
@@ -23,12 +25,14 @@ from oel_jax.policy.sampling import (
   beginnings,
   engine,
   kv_cache,
+  model,
   sampler,
   scheduler,
   slot_state,
   text_cache,
 )
 from oel_jax.policy.sampling.sampler import generate
+from oel_jax.runtime.finite import NotFiniteError
 
 
 @pytest.fixture(name="short")
@@ -122,6 +126,21 @@ def test_a_row_without_a_text_gets_nothing_of_the_others():
   assert (joined[0] == 1).all() and np.isnan(joined[1]).all()
 
 
+def test_of_two_texts_one_is_no_number(exact, short, texts):
+  """An id of one text has an embedding of NaN, and so has id 0, which nobody has."""
+  a, b, *rest = random_prompts(40, 30, *[9] * 8, seed=28)
+  prompts = [text + own for text, own in zip([a, b, [], a, b, a, b, []], rest, strict=True)]
+  ours = set(b).difference(a, *rest)
+  assert ours and all(0 not in prompt for prompt in prompts)
+  weights = {**params(), "head": {"kernel": params()["embed"]["embedding"]}}
+  table = weights["head"]["kernel"].copy()
+  table[[0, min(ours)]] = np.nan
+  how = dict(sampling=GREEDY, max_new_tokens=3, eos_ids=(), pad_id=1)
+  with pytest.raises(NotFiniteError) as raised:
+    generate({**weights, "embed": {"embedding": table}}, UNTIED, prompts, range(8), **how)
+  assert set(texts) == {2} and sorted(raised.value.prompts) == [1, 4, 6]
+
+
 def test_short_texts_and_few_prompts_are_not_shared():
   a, *rest = random_prompts(511, *[40] * 4, seed=23)
   assert beginnings.find([a + own for own in rest], 10**6).texts == []
@@ -197,9 +216,35 @@ def test_each_block_sees_its_text(exact, monkeypatch, attn_impl, programs):
     mass = weights.sum(-1, keepdims=True)
     np.testing.assert_allclose(value[c, :, n], weights @ v[here] / mass, atol=1e-5)
     np.testing.assert_allclose(logsumexp[c, :, n], (top + np.log(mass))[:, 0], atol=1e-5)
+  # What is no number stays with its query, or with the blocks of its text.
+  q[0, 1, 2] = k[2, 0, 0, 3] = np.nan
+  texts = texts._replace(keys=(np.float32(k),))
+  broken = np.asarray(attend(np.float32(q), text, texts, 0, attn_impl, H**-0.5)[0])
+  is_nan = np.zeros((C, M, N), bool)
+  is_nan[0, 1, 2] = is_nan[3] = True
+  assert np.isnan(broken[is_nan]).all() and (broken[~is_nan] == value[~is_nan]).all()
 
 
 # Tokens
+
+
+@pytest.mark.parametrize(
+  "dtype,attn_impl,kept",
+  [("float32", "xla", True), ("bfloat16", "triton", True), ("bfloat16", "xla", False)],
+)
+def test_without_a_kernel_texts_are_kept_once_in_float32_only(monkeypatch, dtype, attn_impl, kept):
+  rooms = []
+
+  def find(prompts, max_tokens):
+    rooms.append(max_tokens)
+    raise InterruptedError
+
+  monkeypatch.setattr(kv_cache, "attn_impl", lambda *_: attn_impl)
+  monkeypatch.setattr(beginnings, "find", find)
+  monkeypatch.setattr(model, "prepare", lambda *_, **__: None)
+  with pytest.raises(InterruptedError):
+    sample([[3, 4]], dtype=jnp.dtype(dtype))
+  assert (rooms[0] > 0) == kept
 
 
 @pytest.mark.slow

@@ -80,9 +80,9 @@ def read(
   mesh: Mesh | None = None,
 ) -> Texts:
   """Reads each text once. `weights` are from `model.prepare`; on a mesh every device gets all."""
-  tokens = np.zeros((len(texts), beginnings.room(max(map(len, texts)))), np.int32)
-  for row, ids in zip(tokens, texts, strict=True):
-    row[: len(ids)] = ids
+  room = beginnings.room(max(map(len, texts)))
+  # Filled up with a text's own last id: another one's embedding might be no number.
+  tokens = np.int32([[*ids, *[ids[-1]] * (room - len(ids))] for ids in texts])
   keys, values = _read(weights, tokens, architecture=architecture, mesh=mesh)
   return Texts(keys, values, np.int32([len(ids) for ids in texts]))
 
