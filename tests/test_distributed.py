@@ -118,8 +118,15 @@ distributed.finish()
 POLICY = """
 import jax, numpy as np, ml_collections
 from test_distributed import tiny_policy, ask
+from oel_jax.policy.sampling import beginnings
 from oel_jax.runtime import mesh
 from oel_jax.runtime.checksum import fingerprint
+texts, find = [], beginnings.find
+def spy(*given):
+  found = find(*given)
+  texts.append(found.texts)
+  return found
+beginnings.find, beginnings.MIN_TOKENS, beginnings.MIN_PROMPTS = spy, 1, 2
 devices = mesh.make_mesh(ml_collections.ConfigDict(dict(data=-1, fsdp=2, tensor=1)))
 host = tiny_policy()
 policy = host.replace(mesh.put(host.params, mesh.param_shardings(devices, host.params)))
@@ -130,7 +137,7 @@ else:
   with together.leading(policy=policy, base=policy.params):
     ids = [ask(policy, count) for count in (3, 1)]
     # Not printed, for Gloo prints, too.
-    (place / "told").write_text(json.dumps([*ids, fingerprint(policy.params)]))
+    (place / "told").write_text(json.dumps([*ids, texts, fingerprint(policy.params)]))
 distributed.finish()
 """
 
@@ -150,11 +157,14 @@ def ask(policy: Policy, count: int, token: int = 5) -> list[list[int]]:
 
 
 def test_a_policy_spread_over_processes_answers_as_on_one_device(tmp_path):
-  """Three prompts over two processes are shares of two and one; one prompt, one and none."""
+  """Three prompts over two processes are shares of two, which begin with a text that is kept once,
+  and of one; one prompt is one and none.
+  """
   both(POLICY, tmp_path)
   policy = tiny_policy()
   right = [[list(map(int, ids)) for ids in ask(policy, count)] for count in (3, 1)]
-  assert json.loads((tmp_path / "told").read_text()) == [*right, fingerprint(policy.params)]
+  texts = [[[3]], []]
+  assert json.loads((tmp_path / "told").read_text()) == [*right, texts, fingerprint(policy.params)]
 
 
 # What is wrong with the start.
