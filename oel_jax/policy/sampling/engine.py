@@ -139,6 +139,8 @@ def _prefill_insert(
     for name, kept, ours in zip(axes, (keys, values), new, strict=True):
       ours = ours.swapaxes(1, 2)
       kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
+    # One array for both: two fusions might round it differently (see `text_cache`).
+    q = jax.lax.optimization_barrier(q) if texts else q
     own = q, keys[-1], values[-1]
     if texts:
       factor = architecture.head_size**-0.5
