@@ -224,7 +224,7 @@ def default() -> ml_collections.ConfigDict:
       # several samples a row; False: one each, which cuDNN's causal attention needs and long
       # responses lose little by
       pack=True,
-      # tokens a forward-backward pass and device, a row at least; the result does not depend on it
+      # most tokens a forward-backward pass and device, a row at least; no result depends on it
       micro_tokens=16384,
       # what the backward pass computes again: "none", "dots" (all but products and attention) or
       # "full" (each whole layer)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
 import tool_families
@@ -20,6 +21,7 @@ from oel_jax.evaluation import statistics
 from oel_jax.pocket import load
 from oel_jax.policy.architecture import Architecture, named
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import divergence, held_out, withdrawn
 from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
@@ -73,8 +75,10 @@ def fixture_made(tmp_path, monkeypatch):
   tokenizer = SentencePieceTokenizer((load.DATA / load.TOKENIZER).read_bytes())
   before = Fixed(tokenizer, 2, tuple(i % 9 for i in range(20)))
   after = Fixed(tokenizer, 1, (1,) * 20)
+  config.mesh.data = 1
+  mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
   with Metrics(tmp_path) as metrics:
-    yield Run(config, tmp_path, metrics, None), before, after, prompts
+    yield Run(config, tmp_path, metrics, mesh), before, after, prompts
 
 
 @pytest.mark.parametrize("data", ["student", "teacher"])

@@ -51,8 +51,8 @@ def assemble(
   texts: int = 1,
   pack: bool = True,
 ) -> Batch:
-  """Lays samples out as NumPy arrays, in as few rows as the longest-first, first-fit rule finds;
-  the same samples give the same rows.
+  """Lays samples out as NumPy arrays, in as few rows as first-fit rules find; the same samples
+  give the same rows.
 
   Args:
     prompts: ids of the prompts without knowledge, not empty.
@@ -112,20 +112,33 @@ def assemble(
 
 def _fit(sizes, knowledge, room, texts) -> list[list[int]]:
   """Rows of samples: each goes, the longest first, to the first row with room for its tokens, its
-  response and its text.
+  response and its text. Text by text, if that takes fewer rows, as it does where a row has room for
+  many samples and for few texts.
   """
-  rows = []
+  by_length = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i))
+  by_text = sorted(by_length, key=lambda i: knowledge[i])
+  found = (_first_fit(order, sizes, knowledge, room, texts) for order in (by_length, by_text))
+  return min(found, key=len)
 
-  def fits(row):
-    total = np.sum([sizes[i] for i in row], axis=0)
-    return (total <= room).all() and len({knowledge[i] for i in row}) <= texts
 
-  for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
-    row = next((row for row in rows if fits([*row, i])), None)
-    if row is None:
-      row = []
-      rows.append(row)
-    row.append(i)
+def _first_fit(order, sizes, knowledge, room, texts) -> list[list[int]]:
+  rows: list[list[int]] = []
+  held: list[tuple[int, int, frozenset[int]]] = []  # tokens, response tokens and texts of each
+  for i in order:
+    (size, answer), text = sizes[i], knowledge[i]
+    taken = ((tokens + size, answers + answer, known | {text}) for tokens, answers, known in held)
+    fits = (
+      n
+      for n, (tokens, answers, known) in enumerate(taken)
+      if tokens <= room[0] and answers <= room[1] and len(known) <= texts
+    )
+    n = next(fits, len(rows))
+    if n == len(rows):
+      rows.append([])
+      held.append((0, 0, frozenset()))
+    rows[n].append(i)
+    tokens, answers, known = held[n]
+    held[n] = tokens + size, answers + answer, known | {text}
   return rows
 
 

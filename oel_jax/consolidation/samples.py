@@ -1,17 +1,37 @@
 """The samples of one step: responses drawn by the student (on-policy) or by the teacher
 (off-policy), laid out in rows and put on the devices.
+
+Which shapes the arrays have follows from the round's prompts and texts and from the configuration,
+hardly from the responses: the step is compiled once, and a run that is gone on with compiles the
+same one.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation.task import Task
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.attention import TILE
 from oel_jax.policy.sampling.sampler import Policy, Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.seeds import derive
+
+# What attention to a packed row may cost beside the layer's products, in floating point operations:
+# up to there rows grow beyond their longest sample, so that samples fill them.
+ATTENTION_SHARE = 1 / 32
+# Tokens of the texts that a packed row may be given, for one of its own. More texts a row make
+# fewer rows, and the teacher compares each token with all of them. Two of 2,048 beside 1,632.
+TEXTS_SHARE = 2.6
+# Micro-batches of a packed batch whose responses are all as long as they may be. In the last one
+# that holds anything, half of the rows are padding by chance; each costs as much as 256 tokens more
+# (reading the weights, and adding up gradients).
+MICRO_BATCHES = 8
+MICRO_BATCH_COST = 256
 
 
 def sample_batch(
@@ -41,41 +61,123 @@ def sample_batch(
     pairs = zip(texts, prompts, strict=True)
     informed = [task.knowledge[text] + prompt[task.skip[text] :] for text, prompt in pairs]
     responses = teacher.sample(informed, seeds, sampling=sampling, max_new_tokens=limit)
-  # Few shapes: the room for prompts is that of the longest in the round, and responses have one of
-  # three.
-  rows = next(
-    room for room in (-(-limit // 4), -(-limit // 2), limit) if max(map(len, responses)) <= room
+  shape = row_shape(
+    student.architecture,
+    task.prompts,
+    task.knowledge,
+    limit=limit,
+    longest=max(map(len, responses)),
+    pack=config.pack,
   )
-  length, known = _round_up(max(map(len, task.prompts))) + rows, max(map(len, task.knowledge))
-  # Several texts a row where they are short: together no longer than the row, since each of its
-  # tokens is compared with all of them.
-  together = min(len(task.knowledge), max(1, length // max(1, known))) if config.pack else 1
   made = batch_lib.assemble(
     prompts,
     texts,
     responses,
     pad_id=student.tokenizer.pad_id,
-    length=length,
-    texts=together,
     pack=config.pack,
-    response_length=min(length, 2 * rows) if config.pack else rows,
+    **shape._asdict(),
   )
   return made, [list(response) for response in responses]
 
 
-def _round_up(length: int, multiple: int = 32) -> int:
+class RowShape(NamedTuple):
+  """T, R and M of `batch.Batch`."""
+
+  length: int
+  response_length: int
+  texts: int
+
+
+def row_shape(
+  architecture: Architecture,
+  prompts: Sequence[Sequence[int]],
+  knowledge: Sequence[Sequence[int]],
+  *,
+  limit: int,
+  longest: int,
+  pack: bool,
+) -> RowShape:
+  """The shape of a batch's rows, which hold the longest prompt with its response whole.
+
+  Args:
+    architecture: says how dear attention is to a row of several samples.
+    prompts, knowledge: ids, all those of the round.
+    limit: most tokens of a response.
+    longest: tokens of the batch's longest response. It makes one of three rooms for a response;
+      where these are small beside what a packed row may hold, all three give the same shape.
+    pack: whether a row may hold several samples.
+  """
+  longest_prompt = max(map(len, prompts))
+  rooms = [-(-limit // 4), -(-limit // 2), limit]
+  if not pack:
+    room = next(room for room in rooms if longest <= room)
+    return RowShape(_round_up(longest_prompt, 32) + room, room, 1)
+  # A length of its own only for a room that makes rows a quarter shorter than `limit` does.
+  whole = _row_length(architecture, longest_prompt + limit)
+  lengths = [_row_length(architecture, longest_prompt + room) for room in rooms]
+  length, room = next(
+    (length, room)
+    for length, room in zip(lengths, rooms, strict=True)
+    if longest <= room and (length <= 3 * whole // 4 or room == limit)
+  )
+  # As much of the row as of a mean prompt with its longest response.
+  share = room / (room + np.mean([len(prompt) for prompt in prompts]))
+  response_length = max(room, min(length, _round_up(int(share * length), 32)))
+  known = max(1, max(map(len, knowledge)))
+  texts = min(len(knowledge), max(1, int(TEXTS_SHARE * length / known)))
+  return RowShape(length, response_length, texts)
+
+
+def _row_length(a: Architecture, longest: int) -> int:
+  """Of a packed row whose longest sample has so many tokens."""
+  products = a.width * a.head_size * (2 * a.heads + 2 * a.kv_heads) + 3 * a.width * a.feedforward
+  affordable = int(ATTENTION_SHARE * products / (2 * a.heads * a.head_size))
+  return max(_round_up(longest, 32), _round_up(affordable, TILE))
+
+
+def _round_up(length: int, multiple: int) -> int:
   return -(-length // multiple) * multiple
 
 
-def place(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int) -> batch_lib.Batch:
-  """Puts the batch on the devices, rows spread over them.
-
-  Rows are added, masked out: devices come out even, and few shapes are compiled, each for half a
-  minute on a CPU. Packed samples need a little more than half as many rows in most batches.
+def micro_tokens_of(
+  config: Any,
+  prompts: Sequence[Sequence[int]],
+  *,
+  limit: int,
+  samples: int,
+  mesh: jax.sharding.Mesh,
+) -> int:
+  """Most tokens of a micro-batch on one device, for `step.make_step` and `place`:
+  config.micro_tokens, or less where packed batches of `samples` would seldom fill that.
   """
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  rooms = [-(-samples * eighths // (8 * shards)) * shards for eighths in (2, 5, 8)]
-  padded = mesh_lib.pad_batch(
-    batch, mesh, multiple=next(room for room in rooms if len(batch.mask) <= room)
-  )
-  return mesh_lib.put(padded, mesh_lib.batch_sharding(mesh))
+  if not config.pack:
+    return config.micro_tokens
+  most = samples * (np.mean([len(prompt) for prompt in prompts]) + limit) / _shards(mesh)
+  return max(1, min(config.micro_tokens, int(most / MICRO_BATCHES)))
+
+
+def place(
+  batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int, micro_tokens: int
+) -> batch_lib.Batch:
+  """Puts the batch of up to `samples` on the devices, rows spread over them.
+
+  Rows are added, masked out: there are always as many as if each sample had one of its own. The
+  step runs no micro-batch behind the last that holds a sample, and samples stand in the first ones.
+  """
+  shards = _shards(mesh)
+  length = batch.tokens.shape[1]
+  parts = lambda rows: step_lib.micro_batches_of(rows, length, shards, micro_tokens)
+  # Micro-batches are equal parts of the rows: a few rows more may make far fewer of them.
+  cost = lambda rows: rows // shards * length + parts(rows) * MICRO_BATCH_COST
+  fewest = _round_up(samples, shards)
+  rows = min(range(fewest, fewest + shards * max(1, micro_tokens // length), shards), key=cost)
+  padded = mesh_lib.pad_batch(batch, mesh, multiple=rows)
+  # Micro-batch p is rows p, p + count, …: a part of it lies on every device.
+  count = parts(rows)
+  spread = lambda x: x.reshape(count, rows // count, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+  return mesh_lib.put(jax.tree.map(spread, padded), mesh_lib.batch_sharding(mesh))
+
+
+def _shards(mesh: jax.sharding.Mesh) -> int:
+  """Parts that rows are cut into, each on devices of its own."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import chunk_loss, sharded
 from oel_jax.consolidation import metrics as metrics_lib
-from oel_jax.consolidation import sharded
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
@@ -121,7 +121,8 @@ def make_step(
     kind, support, k, temperature, chunk: as in `fused.linear_divergence`; kind may also be
       "imitation".
     micro_tokens: most tokens, padding included, of a forward and backward pass on one device, but
-      at least a row. None: all rows at once. Gradients are summed in float32.
+      at least a row. None: all rows at once. Gradients are summed in float32. Micro-batches behind
+      the last of which a token counts are not run.
     dtype: of the activations; parameters stay float32.
     remat: what the student's backward pass recomputes (`transformer.REMAT`).
     attn_impl: the attention implementation; "flash" is for batches of one sample a row
@@ -180,15 +181,10 @@ def make_step(
     if micro_batches == 1:
       value, count, sums, gradient = value_and_gradient(params, teacher, batch)
     else:
-      # Every device has its part of every micro-batch: number p is rows p, p + micro_batches…
-      cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
       gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
       zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
-      add = lambda so_far, micro_batch: (
-        value_and_gradient(params, teacher, micro_batch, so_far),
-        None,
-      )
-      (value, count, sums, gradient), _ = jax.lax.scan(add, zero, cut)
+      add = lambda so_far, micro_batch: value_and_gradient(params, teacher, micro_batch, so_far)
+      value, count, sums, gradient = _fold(add, zero, batch, micro_batches)
     count = jnp.maximum(count, 1)
     gradient = unrolled.unfuse(gradient, architecture) if is_unrolled else gradient
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
@@ -221,12 +217,29 @@ def micro_batches_of(rows: int, length: int, shards: int, micro_tokens: int | No
   return next(filter(fits, range(1, each)), each)
 
 
+def _fold(
+  add: Callable[[Any, batch_lib.Batch], Any],
+  so_far: Any,
+  batch: batch_lib.Batch,
+  micro_batches: int,
+) -> Any:
+  """add(so_far, micro-batch) → so_far, over equal parts of the rows, up to the last part of which a
+  token counts. How many that are is no shape: batches of few samples and of many are one program.
+  """
+  # Every device has its part of every micro-batch: number p is rows p, p + micro_batches…
+  cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+  filled = jnp.where(cut.mask.any(axis=(1, 2)), jnp.arange(1, micro_batches + 1), 0).max()
+  part = lambda p: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, p, keepdims=False), cut)
+  return jax.lax.fori_loop(0, filled, lambda p, so_far: add(so_far, part(p)), so_far)
+
+
 def make_probe(
   architecture: Architecture,
   *,
   k: int,
   temperature: float,
   chunk: int,
+  micro_tokens: int | None = None,
   dtype: Any = jnp.float32,
   attn_impl: str = "xla",
   mesh: Mesh | None = None,
@@ -237,10 +250,9 @@ def make_probe(
   Arguments are those of `make_step`; `mesh` is None on one device. The means are float32 scalars,
   in nats but for topk_mass.
   """
+  shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-  @jax.jit
-  def probe(params, teacher, batch):
-    params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
+  def total(params, teacher, batch):
     how = dict(dtype=dtype, attn_impl=attn_impl, mesh=mesh)
     hidden = teacher_lib.student_hidden(params, architecture, batch, remat="none", **how)
     target = teacher_lib.teacher_hidden(teacher, architecture, batch, **how)
@@ -256,6 +268,21 @@ def make_probe(
       chunk=chunk,
       topk_mass=True,
     )
-    return {name: value.sum() / jnp.maximum(count, 1) for name, value in found.items()}
+    return count, {name: value.sum() for name, value in found.items()}
+
+  @jax.jit
+  def probe(params, teacher, batch):
+    params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
+    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
+    if micro_batches == 1:
+      count, sums = total(params, teacher, batch)
+    else:
+      add = lambda so_far, micro_batch: jax.tree.map(
+        jnp.add, so_far, total(params, teacher, micro_batch)
+      )
+      names = chunk_loss.Options(statistics=True, topk_mass=True).names()
+      zero = jnp.float32(0), dict.fromkeys(names, jnp.float32(0))
+      count, sums = _fold(add, zero, batch, micro_batches)
+    return {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
 
   return probe

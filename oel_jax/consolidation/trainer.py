@@ -121,6 +121,7 @@ class _Training:
     step: the jitted step (`step.make_step`).
     probe: parameters → statistics on the fixed batch; {} without one.
     limit: most tokens of a response.
+    micro_tokens: most tokens of a micro-batch (`samples.micro_tokens_of`).
     mesh, metrics, checkpoints: of the round.
   """
 
@@ -131,6 +132,7 @@ class _Training:
   step: Callable
   probe: Callable[[Any], dict[str, float]]
   limit: int
+  micro_tokens: int
   mesh: jax.sharding.Mesh
   metrics: Metrics
   checkpoints: Checkpoints
@@ -178,7 +180,7 @@ class _Training:
     except finite.NotFiniteError as error:
       self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
       raise self.failed(i, str(error), [drawn["prompt"][k] for k in error.prompts]) from error
-    placed = samples.place(batch, self.mesh, self.config.batch_size)
+    placed = samples.place(batch, self.mesh, self.config.batch_size, self.micro_tokens)
     state, measured = self.step(state, self.teacher, placed)
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
     scalars = _logged(measured, [len(ids) for ids in responses], self.limit)
@@ -233,14 +235,18 @@ def _prepare(
   attn_impl = placement.attn_impl(config, policy)
   teacher = placement.prepare_teacher(config, task, policy, mesh, attn_impl)
   _tell_if_on_host(config, task, teacher)
+  micro_tokens = samples.micro_tokens_of(
+    config, task.prompts, limit=limit, samples=config.batch_size, mesh=mesh
+  )
   training = _Training(
     config,
     task,
     policy,
     teacher,
-    _make_step(config, policy, optimizer, attn_impl, shardings),
+    _make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens),
     lambda params: {},
     limit,
+    micro_tokens,
     mesh,
     metrics,
     checkpoints,
@@ -287,7 +293,7 @@ def _tell_if_on_host(config: Any, task: task_lib.Task, teacher: teacher_lib.Teac
     )
 
 
-def _make_step(config, policy, optimizer, attn_impl, shardings):
+def _make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens):
   return step_lib.make_step(
     policy.architecture,
     optimizer,
@@ -296,7 +302,7 @@ def _make_step(config, policy, optimizer, attn_impl, shardings):
     k=config.k,
     temperature=config.temperature,
     chunk=config.chunk,
-    micro_tokens=config.micro_tokens,
+    micro_tokens=micro_tokens,
     dtype=policy.dtype,
     remat=config.remat,
     attn_impl=attn_impl,
@@ -325,12 +331,16 @@ def _make_probe(config, task, policy, teacher, limit, mesh, attn_impl):
     return lambda params: {}
   numbers = list(range(count))
   batch, _ = samples.sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
-  batch = samples.place(batch, mesh, count)
+  micro_tokens = samples.micro_tokens_of(
+    config, task.prompts, limit=limit, samples=count, mesh=mesh
+  )
+  batch = samples.place(batch, mesh, count, micro_tokens)
   probe = step_lib.make_probe(
     policy.architecture,
     k=config.k,
     temperature=config.temperature,
     chunk=config.chunk,
+    micro_tokens=micro_tokens,
     dtype=policy.dtype,
     attn_impl=attn_impl,
     mesh=mesh,

@@ -43,16 +43,20 @@ def scorer(
   config.data = "student"
   attn_impl = placement.attn_impl(config, teacher)
   prepared = placement.prepare_teacher(config, task, teacher, run.mesh, attn_impl)
+  limit = run.config.deployment.max_response_tokens
+  micro_tokens = samples.micro_tokens_of(
+    config, task.prompts, limit=limit, samples=BATCH, mesh=run.mesh
+  )
   probe = step_lib.make_probe(
     teacher.architecture,
     k=1,
     temperature=config.temperature,
     chunk=config.chunk,
+    micro_tokens=micro_tokens,
     dtype=teacher.dtype,
     attn_impl=attn_impl,
     mesh=run.mesh,
   )
-  limit = run.config.deployment.max_response_tokens
 
   def score(student: Policy) -> tuple[float, list[list[int]]]:
     total, count, answers = 0.0, 0.0, []
@@ -61,7 +65,7 @@ def scorer(
       batch, responses = samples.sample_batch(
         task, student, student, chosen, chosen, config, limit, "held out"
       )
-      placed = samples.place(batch, run.mesh, BATCH)
+      placed = samples.place(batch, run.mesh, BATCH, micro_tokens)
       kl = float(jax.device_get(probe(student.params, prepared, placed))["kl"])
       if not math.isfinite(kl):
         names = finite.listed([task.ids[i] for i in chosen])
