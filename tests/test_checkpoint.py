@@ -353,7 +353,15 @@ def test_a_checksum_is_its_description_on_the_host_and_on_a_device(array):
   wanted = checksum_by_hand(array)
   assert checksum.checksums({"a": array}) == {"a": f"{wanted:08x}"}
   if array.dtype.itemsize < 8:  # JAX has no wider types here
-    assert int(checksum._sum_on_device(jnp.asarray(array))) == wanted
+    assert int(checksum._sums_on_device([jnp.asarray(array)])[0]) == wanted
+
+
+def test_arrays_on_a_device_and_on_the_host_keep_their_names(monkeypatch):
+  tree = {"a": jnp.arange(5), "b": np.arange(3), "c": jnp.ones((2, 2)), "d": np.ones(4)}
+  wanted = checksum.checksums(tree)
+  assert len(set(wanted.values())) == 4
+  monkeypatch.setattr(checksum, "_on_cpu", lambda array: False)
+  assert checksum.checksums(tree) == wanted
 
 
 def test_a_checksum_does_not_depend_on_the_placement_and_sees_every_bit():
@@ -362,9 +370,9 @@ def test_a_checksum_does_not_depend_on_the_placement_and_sees_every_bit():
   wanted = checksum_by_hand(array)
   for spec in (P("data", "tensor"), P("tensor"), P(None, "tensor"), P()):
     spread = jax.device_put(array, NamedSharding(mesh, spec))
-    assert int(checksum._sum_on_device(spread)) == wanted and checksum.checksums([spread]) == {
-      "0": f"{wanted:08x}"
-    }
+    assert int(checksum._sums_on_device([spread])[0]) == wanted and checksum.checksums(
+      [spread]
+    ) == {"0": f"{wanted:08x}"}
   found = {
     checksum.fingerprint({"w": array}),
     checksum.fingerprint({"v": array}),

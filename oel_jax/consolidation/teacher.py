@@ -87,8 +87,7 @@ def prepare(
     raise ValueError(
       f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one"
     )
-  # Not jitted: arrays of that type stay what they are, and cost no memory.
-  params = transformer.cast(params, dtype, tables=True)
+  params = _cast(params, dtype)
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
@@ -116,13 +115,34 @@ def prepare(
   params = (
     jax.jit(unrolled.fuse, static_argnums=1)(params, dtype) if unroll and not on_host else params
   )
-  skip_G = jnp.broadcast_to(jnp.int32(skip), length.shape)
-  return Teacher(params, keys, values, jnp.asarray(length), skip_G)
+  skip_G = np.broadcast_to(np.int32(skip), length.shape)
+  # Not `jnp.asarray`, which compiles a program for each.
+  return Teacher(params, keys, values, *jax.device_put((length, skip_G)))
 
 
 def room(knowledge: Sequence[Sequence[int]]) -> int:
   """P, the tokens that each text has room for: those of the longest, rounded up to MULTIPLE."""
   return -(-max(map(len, knowledge)) // MULTIPLE) * MULTIPLE
+
+
+def _cast(params: Any, dtype: Any) -> Any:
+  """`transformer.cast`, tables too, in one program. Arrays that have their type stay what they are,
+  and cost no memory: the program would copy them.
+  """
+  wanted = jax.eval_shape(lambda params: transformer.cast(params, dtype, tables=True), params)
+  leaves, tree = jax.tree.flatten(params)
+  types = [leaf.dtype for leaf in jax.tree.leaves(wanted)]
+  others = [i for i, leaf in enumerate(leaves) if leaf.dtype != types[i]]
+  if others:
+    made = _as_type([leaves[i] for i in others], dtype)
+    for i, leaf in zip(others, made, strict=True):
+      leaves[i] = leaf
+  return jax.tree.unflatten(tree, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_type(arrays: Sequence[Array], dtype: Any) -> list[Array]:
+  return [array.astype(dtype) for array in arrays]
 
 
 @functools.cache
