@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 def fixture_script(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
   yield importlib.import_module
-  for name in ("cold", "conversations", "loading", "loss", "step", "measure"):
+  for name in ("cold", "conversations", "loading", "loss", "packing", "step", "measure"):
     sys.modules.pop(name, None)
 
 
@@ -72,6 +72,15 @@ def test_conversations_are_read_and_extracted_from_at_any_number(script, tmp_pat
   assert (found["reading"]["lines"], found["reading"]["damaged"]) == (3000, 3)
   assert 0 < found["reading"]["first s"] < found["reading"]["all s"]
   assert [row["trajectories"] for row in found["extraction"]] == [5, 9]
+
+
+def test_shapes_of_packed_batches_are_counted_without_a_step(script, tmp_path):
+  script("packing").main(["tiny", "--shapes", f"--json={tmp_path / 'found.json'}"])
+  (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+  # Eight prompts of 5 to 12 tokens and responses of up to 16, in rows of a tile.
+  assert row["programs"] == 1 and row["rows x length x responses x texts"].startswith("8x128x")
+  assert 8 * 6 <= row["tokens"] <= 8 * 28 and row["micro-batches"] >= 1
+  assert row["padding"] == pytest.approx(1 - row["tokens"] / (128 * row["micro-batches"]))
 
 
 def test_flops_of_a_step_are_the_published_ones(script):

@@ -152,9 +152,9 @@ def shapes(name: str) -> dict[str, Any]:
   return {
     "work": name,
     "programs": len(seen),
-    "padding": 1 - real / computed,
-    "tokens": real / MANY,
-    "micro-batches": run / MANY,
+    "padding": float(1 - real / computed),
+    "tokens": float(real / MANY),
+    "micro-batches": float(run / MANY),
     "rows x length x responses x texts": ", ".join("x".join(map(str, one)) for one in seen),
   }
 
@@ -211,9 +211,9 @@ def speed(name: str) -> dict[str, Any]:
     "programs": step._cache_size(),
     "compile s": compiled.seconds,
     "step s": statistics.mean(took),
-    "tokens/s": real / sum(took),
-    "padding": 1 - real / computed,
-    "micro-batches": run / len(found),
+    "tokens/s": float(real / sum(took)),
+    "padding": float(1 - real / computed),
+    "micro-batches": float(run / len(found)),
   }
 
 
