@@ -330,9 +330,8 @@ def test_the_metrics_of_a_step_match_float64(monkeypatch, kind, support, micro_t
   assert expected.keys() == metrics.keys() - others
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
-  probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=1.3, chunk=7)(
-    _params(0), teacher, batch
-  )
+  how = dict(k=4, temperature=1.3, chunk=7, micro_tokens=micro_tokens)
+  probe = step_lib.make_probe(ARCHITECTURE, **how)(_params(0), teacher, batch)
   expected = _mean_statistics(_params(0), _params(1), samples, {}, 4, 1.3)
   assert probe.keys() == expected.keys()
   for name, value in expected.items():

@@ -4,7 +4,8 @@ batches compile, how much of its rows is padding, and tokens a second; random we
     python experiments/benchmarks/packing.py --json=packing.json equal mixed desk
     JAX_PLATFORMS=cpu python experiments/benchmarks/packing.py --shapes desk quickstart mixed
 
-With PYTHONPATH=OLDER_CHECKOUT the same of an older one.
+With PYTHONPATH=OLDER_CHECKOUT the same of an older one. "GiB so far" is the peak of the process: of
+one work alone where it is given alone.
 """
 
 import argparse
@@ -204,6 +205,7 @@ def speed(name: str) -> dict[str, Any]:
       break
   compiled.close()
   real, computed, run = np.sum(found, axis=0)
+  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # none on a CPU
   return {
     "work": name,
     "attention": attn_impl,
@@ -214,6 +216,7 @@ def speed(name: str) -> dict[str, Any]:
     "tokens/s": float(real / sum(took)),
     "padding": float(1 - real / computed),
     "micro-batches": float(run / len(found)),
+    **({} if peak is None else {"GiB so far": peak / 2**30}),
   }
 
 
