@@ -797,3 +797,14 @@ def test_two_families_in_one_have_no_folder():
   shape = architecture.Architecture(8, 8, 1, 1, 1, 4, 8, qk_norm=True, qkv_bias=True)
   with pytest.raises(ValueError, match="qk_norm"):
     huggingface.write_config(shape, np.float32)
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path):
+  shape = Architecture(4096, 64, 24, 4, 2, 16, 256)
+  params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), transformer.abstract(shape))
+  largest, total = 4 * 4096 * 64, 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  tracemalloc.start()
+  huggingface.save(tmp_path, params, shape, dtype=np.float16)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert total > 5 * largest and peak < 2 * largest

@@ -66,6 +66,8 @@ def test_of_trained_weights_the_last_two_are_held(monkeypatch):
     together.share(f"{together.WEIGHTS} {number}", {})
   together.share("base", {})
   assert list(together._state.shared) == ["weights 1", "weights 3", "base"]
+  together.share("base", None)
+  assert list(together._state.shared) == ["weights 1", "weights 3"]
 
 
 def test_in_one_process_the_mark_changes_nothing():

@@ -12,6 +12,7 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.ops import splash
 from oel_jax.policy.sampling.sampler import Policy
+from oel_jax.runtime import distributed
 from oel_jax.runtime import mesh as mesh_lib
 
 
@@ -78,7 +79,7 @@ def prepare_teacher(
   a, longest = policy.architecture, max(map(len, task.knowledge))
   shardings = _knowledge_shardings(policy, mesh, len(task.knowledge), longest)[1]
   size = knowledge_bytes(policy, mesh, len(task.knowledge), longest)
-  return teacher_lib.prepare(
+  found = teacher_lib.prepare(
     policy.params,
     a,
     task.knowledge,
@@ -89,6 +90,7 @@ def prepare_teacher(
     shardings=(shardings["keys"], shardings["values"]),
     on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,
   )
+  return distributed.in_turn(found)
 
 
 def _knowledge_shardings(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oel_jax.runtime import together
+from oel_jax.runtime import distributed, together
 
 _BLOCK = 2**16  # elements that NumPy mixes at a time, so that they stay in the processor's cache
 
@@ -55,7 +55,8 @@ def _sums(arrays: Sequence[Any]) -> list[Any]:
   there = [isinstance(x, jax.Array) and not (x.is_fully_addressable and _on_cpu(x)) for x in arrays]
   on_device = [x for x, is_there in zip(arrays, there, strict=True) if is_there]
   # One program for all of them: a tree has a dozen shapes.
-  found = iter(jax.device_get(_sums_on_device(on_device)) if on_device else ())
+  made = distributed.in_turn(_sums_on_device(on_device)) if on_device else ()
+  found = iter(jax.device_get(made))
   return [
     next(found) if is_there else _sum_on_host(np.asarray(x))
     for x, is_there in zip(arrays, there, strict=True)

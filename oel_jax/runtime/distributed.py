@@ -256,6 +256,18 @@ def wait(key: str, what: str, deadline: float) -> str:
       logging.info("process %d waits for %s, %.0f s so far", process(), what, now - started)
 
 
+def in_turn(found: T) -> T:
+  """Returns the arrays that a program over all processes makes, on a CPU once they are made.
+
+  XLA (JAX 0.10.2) runs programs side by side on a process's CPU devices, and their messages to
+  other processes cross: of two that nothing else orders, both wait for ever. On a GPU or TPU they
+  run one after another.
+  """
+  if count() > 1 and jax.default_backend() == "cpu":
+    jax.block_until_ready(found)
+  return found
+
+
 def compare(values: dict[str, Any]) -> None:
   """Raises ValueError, in all processes, unless all have the same of each; names the first that
   differ.
@@ -288,15 +300,18 @@ def code_version() -> str:
   return f"{found.hexdigest()[:16]} with JAX {jax.__version__}"
 
 
-def check_shared(folder: pathlib.Path, patience: float = 10.0) -> None:
+def check_shared(folder: pathlib.Path, *, make: bool = True, patience: float = 10.0) -> None:
   """Raises ValueError, in all processes, unless all see in `folder` what process 0 writes there. It
-  is made if need be; a networked store may need `patience` seconds.
+  is made if need be, or if not `make`, refused; a networked store may need `patience` seconds.
   """
   path, made = folder / NONCE, secrets.token_hex(8)
 
   def write() -> str:
     if is_writer():
-      folder.mkdir(parents=True, exist_ok=True)
+      if make:
+        folder.mkdir(parents=True, exist_ok=True)
+      elif not folder.is_dir():
+        raise ValueError(f"--workdir is {str(folder)!r}: there is no such directory")
       path.write_text(made)
     return made
 

@@ -71,7 +71,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
   write_chunks(path, [data])
 
 
-def write_chunks(path: str | os.PathLike, chunks: Iterable[bytes]) -> None:
+def write_chunks(path: str | os.PathLike, chunks: Iterable[bytes | memoryview]) -> None:
   """Writes under a temporary name, then renames: `path` holds the old content or the new one, also
   after a power cut.
 

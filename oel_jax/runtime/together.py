@@ -53,13 +53,14 @@ def leads() -> bool:
 
 
 def share(name: str, value: Any) -> None:
-  """Gives an object that each process has a name that stands for it in calls. Of trained weights,
-  the KEPT named last are held.
+  """Gives an object that each process has a name that stands for it in calls; None takes the name
+  back. Of trained weights, the KEPT named last are held.
   """
   if distributed.count() == 1:
     return
   _state.shared.pop(name, None)
-  _state.shared[name] = value
+  if value is not None:
+    _state.shared[name] = value
   trained = [other for other in _state.shared if other.startswith(WEIGHTS)]
   for old in trained[:-KEPT]:
     del _state.shared[old]
@@ -78,7 +79,7 @@ def everywhere(function: F) -> F:
     _send({"call": name, "args": encode(args), "options": encode(options)})
     _state.leads = False
     try:
-      found = function(*args, **options)
+      found = distributed.in_turn(function(*args, **options))
     finally:
       _state.leads = True
     distributed.barrier(name)
@@ -123,7 +124,7 @@ def follow(**shared: Any) -> None:
     if module.partition(".")[0] != _TOP:
       raise ValueError(f"process 0 calls {told['call']!r}, which is none of this package's")
     function = getattr(importlib.import_module(module), name)
-    function(*decode(told["args"]), **decode(told["options"]))
+    distributed.in_turn(function(*decode(told["args"]), **decode(told["options"])))
     distributed.barrier(told["call"])
 
 

@@ -68,7 +68,7 @@ def own(policy: "Policy") -> "Policy":
 
   def one(leaf: jax.Array) -> jax.Array:
     if not leaf.is_fully_replicated:
-      leaf = _replicate(leaf.sharding.mesh)(leaf)
+      leaf = distributed.in_turn(_replicate(leaf.sharding.mesh)(leaf))
     parts = {shard.device: shard.data for shard in leaf.addressable_shards}
     return jax.make_array_from_single_device_arrays(
       leaf.shape, whole, [parts[device] for device in devices.flat]

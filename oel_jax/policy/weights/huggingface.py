@@ -1,23 +1,25 @@
 """Hugging Face model folders: safetensors, one file or shards, ↔ parameters; config.json is
 `huggingface_config`'s.
 
-Tensors are read one by one and go to their devices as they come, so the host never holds the model.
+Tensors are read one by one and go to their devices as they come, and are written one by one, so the
+host never holds the model.
 """
 
+import json
+import math
 import operator
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import flax
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.weights import assemble, place
+from oel_jax.policy.parameters import Parameter
+from oel_jax.policy.weights import assemble, fetch, place
 from oel_jax.policy.weights.huggingface_config import (  # noqa: F401  (the first is read from here)
   read_architecture,
   write_config,
@@ -28,6 +30,7 @@ from oel_jax.policy.weights.safetensors_folder import (
   HEAD,
   INDEX,
   SINGLE,
+  SLICE,
   Tensor,
   open_folder,
 )
@@ -111,7 +114,7 @@ def save(
   `transformers` and engines read them.
 
   A model that stands there is replaced: its files go when the new weights are all on the disk,
-  beside them.
+  beside them. The host holds one tensor at a time, in float32 and in `dtype`.
 
   Args:
     folder: made if need be.
@@ -131,12 +134,11 @@ def save(
   fields = write_config(architecture, dtype)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  flat = flax.traverse_util.flatten_dict(params, sep="/")
-  total = sum(leaf.size for leaf in flat.values()) * np.dtype(dtype).itemsize
+  total = sum(leaf.size for leaf in jax.tree.leaves(params)) * np.dtype(dtype).itemsize
   try:
     # What is no JSON is told before anything goes.
     files.write_json(folder / ".part-config.json", (config or {}) | fields)
-    weight_map = _write_shards(folder, _theirs(flat, architecture, dtype), shard_bytes)
+    weight_map = _write_shards(folder, params, architecture, np.dtype(dtype), shard_bytes)
   finally:
     _remove(folder, ".*part-*")  # of a write that failed, now or earlier
   if len(set(weight_map.values())) > 1:
@@ -144,35 +146,69 @@ def save(
   files.write_json(folder / "config.json", (config or {}) | fields)
 
 
+# Tensors by their names: of which parameter, and which layer of it.
+Named = dict[str, tuple[Parameter, int | None]]
+
+
 def _write_shards(
-  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int
+  folder: pathlib.Path,
+  params: Any,
+  architecture: Architecture,
+  dtype: np.dtype,
+  shard_bytes: int,
 ) -> dict[str, str]:
   """Writes the tensors into files of at most `shard_bytes` (or one tensor), in place of a model
   there; returns which file holds which.
   """
-  held: list[list[str]] = []
-  shard: dict[str, np.ndarray] = {}
-
-  def flush() -> None:
-    files.write_bytes(
-      folder / f".part-{len(held):05d}", safetensors.numpy.save(shard, {"format": "pt"})
-    )
-    held.append(list(shard))
-    shard.clear()
-
-  for name, tensor in tensors:
-    if shard and sum(part.nbytes for part in shard.values()) + tensor.nbytes > shard_bytes:
-      flush()
-    shard[name] = tensor
-  flush()
+  shards = _dealt(architecture, dtype, shard_bytes)
+  for i, named in enumerate(shards):
+    files.write_chunks(folder / f".part-{i:05d}", _chunks(params, architecture, dtype, named))
   # A single file would be read before any index.
   _remove(folder, "config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
   weight_map = {}
-  for i, names in enumerate(held):  # named last: the number of files is part of each name
-    file = SINGLE if len(held) == 1 else f"model-{i + 1:05d}-of-{len(held):05d}.safetensors"
+  for i, named in enumerate(shards):
+    file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
     os.replace(folder / f".part-{i:05d}", folder / file)
-    weight_map |= dict.fromkeys(names, file)
+    weight_map |= dict.fromkeys(named, file)
   return weight_map
+
+
+def _dealt(architecture: Architecture, dtype: np.dtype, shard_bytes: int) -> list[Named]:
+  """The tensors of each file."""
+  shards: list[Named] = [{}]
+  filled = 0
+  for name, (parameter, layer) in assemble.names(architecture, _name_of).items():
+    size = math.prod(parameter.stored(architecture)) * dtype.itemsize
+    if filled and filled + size > shard_bytes:
+      shards.append({})
+      filled = 0
+    shards[-1][name] = parameter, layer
+    filled += size
+  return shards
+
+
+def _chunks(
+  params: Any, architecture: Architecture, dtype: np.dtype, named: Named
+) -> Iterator[bytes | memoryview]:
+  """A safetensors file of these tensors, one in memory at a time: eight bytes with the size of the
+  header, the header, the numbers.
+  """
+  kind = next(kind for kind, numbers in FLOATS.items() if numbers == dtype)
+  header, end = {"__metadata__": {"format": "pt"}}, 0
+  for name, (parameter, _) in named.items():
+    shape, begin = parameter.stored(architecture), end
+    end += math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+  written = json.dumps(header, separators=(",", ":")).encode()
+  written += b" " * (-len(written) % 8)
+  yield len(written).to_bytes(8, "little") + written
+  for name, (parameter, layer) in named.items():
+    # Under no name, or the next one would stand beside it.
+    yield _stored(
+      name,
+      parameter.to_stored(fetch.tensor(params, parameter.path, layer), architecture),
+      dtype,
+    ).data
 
 
 def _remove(folder: pathlib.Path, *patterns: str) -> None:
@@ -180,17 +216,11 @@ def _remove(folder: pathlib.Path, *patterns: str) -> None:
     path.unlink()
 
 
-def _theirs(
-  flat: dict[str, Any], architecture: Architecture, dtype: Any
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Each tensor's name and numbers, in the order of the tree's leaves."""
-  for name, (parameter, layer) in assemble.names(architecture, _name_of).items():
-    stack = flat[parameter.path]
-    leaf = np.asarray(stack if layer is None else stack[layer])
-    with np.errstate(over="ignore"):  # told below, with the tensor's name
-      tensor = np.ascontiguousarray(parameter.to_stored(leaf, architecture), dtype)
-    if not np.isfinite(tensor).all():
-      raise ValueError(
-        f"{name} holds values that are not finite in {tensor.dtype}: nothing was exported"
-      )
-    yield name, tensor
+def _stored(name: str, leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """The tensor's bytes; ValueError, with its name, if a number is not finite."""
+  with np.errstate(over="ignore"):  # told below
+    numbers = np.ascontiguousarray(leaf, dtype).reshape(-1)
+  parts = (numbers[start : start + SLICE] for start in range(0, numbers.size, SLICE))
+  if not all(np.isfinite(part).all() for part in parts):
+    raise ValueError(f"{name} holds values that are not finite in {dtype}: nothing was exported")
+  return numbers.view(np.uint8)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.parameters import Parameter
+from oel_jax.runtime import distributed
 
 # What is read of a matrix, [rows, columns or blocks, ...] → its numbers [out, in], or the same in
 # blocks, [out, blocks, numbers]; and whether all are finite in float32.
@@ -218,11 +219,11 @@ def matrices(
     ):
       run, path = programs[program].result(), place.parameter.path
       if place.layer is None:
-        found[path], finite = run(raw)
+        found[path], finite = distributed.in_turn(run(raw))
       else:
         if path not in found:
           found |= dict(zip(stacked, zeros.result()(), strict=True))
-        found[path], finite = run(found[path], raw, np.int32(place.layer))
+        found[path], finite = distributed.in_turn(run(found[path], raw, np.int32(place.layer)))
       del raw
       # The one before: the devices work on this one while the next is read.
       _check(waiting)
