@@ -17,8 +17,8 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from oel_jax.runtime import distributed, schema
 from oel_jax.runtime.checksum import checksums
 
 PACKED = 0.9  # what Orbax's compression leaves of random float32 numbers, at least
+T = TypeVar("T")
 ARRAYS = "arrays"  # the field of `extra` that is ours: path → kind and checksum of each array
 
 
@@ -40,6 +41,10 @@ class Restored(NamedTuple):
   step: int
   state: Any
   extra: dict[str, Any]
+
+
+class _Damaged(Exception):
+  """A checkpoint is not whole; says why."""
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
@@ -217,28 +222,50 @@ class Checkpoints:
     self.wait()
     for step in reversed(self.steps()):
       try:
-        extra, arrays = self._read_extra(step)
-        saved = _kinds(self._manager.item_metadata(step).state.tree)
-        if arrays is not None:
-          saved = {path: array["kind"] for path, array in arrays.items()}
-      except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # says nothing about the file
-      except Exception as error:
-        self._set_aside(step, error)
-        continue
-      self._compare(step, saved, _kinds(abstract_state))
-      try:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        state = self._manager.restore(step, args=args).state
-        self._verify(step, state, arrays)
-      except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # says nothing about the file
-      # TensorStore and Orbax raise ValueError, OSError, KeyError and bare Exception for damage
-      except Exception as error:
-        self._set_aside(step, error)
+        extra, arrays, saved = self._alike(step, lambda: self._read_what_is_saved(step))
+        self._compare(step, saved, _kinds(abstract_state))
+        # Not by the manager, whose barrier one that fails never comes to.
+        folder, args = (
+          self.directory / str(step) / "state",
+          ocp.args.StandardRestore(abstract_state),
+        )
+        read = lambda: ocp.StandardCheckpointHandler().restore(folder, args=args)
+        state = self._alike(step, read)
+        self._alike(step, lambda: self._verify(step, state, arrays))
+      except _Damaged as error:
+        self._set_aside(step, str(error))
         continue
       return Restored(step, state, extra)
     return None
+
+  def _alike(self, step: int, work: Callable[[], T]) -> T:
+    """What `work` returns, which reads the checkpoint.
+
+    Raises:
+      _Damaged: in all processes, if it failed in one of them.
+    """
+    found, told = None, None
+    try:
+      found = work()
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+      raise  # says nothing about the file, and ends this process
+    # TensorStore and Orbax raise ValueError, OSError, KeyError and bare Exception for damage
+    except Exception as error:
+      told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    all_told = distributed.gather(told, f"the look at {self.directory / str(step)}")
+    for process, told in enumerate(all_told):
+      if told:
+        whose = f"in process {process} of {len(all_told)}, " if len(all_told) > 1 else ""
+        raise _Damaged(whose + told)
+    return found
+
+  def _read_what_is_saved(self, step: int) -> tuple[dict[str, Any], Any, dict[str, str]]:
+    """`_read_extra`, and path → kind of each array."""
+    extra, arrays = self._read_extra(step)
+    saved = _kinds(self._manager.item_metadata(step).state.tree)
+    if arrays is not None:
+      saved = {path: array["kind"] for path, array in arrays.items()}
+    return extra, arrays, saved
 
   def extra(self) -> dict[str, Any] | None:
     """What was saved beside the arrays of the latest checkpoint; None if there is none, or it is
@@ -261,7 +288,8 @@ class Checkpoints:
     """What was saved beside the arrays, and what is known of them; None by an earlier version.
     Raises ValueError if it is damaged.
     """
-    read = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
+    folder = self.directory / str(step) / "extra"
+    read = ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore())
     extra = schema.loads(json.dumps(read).encode())  # compares its digest
     schema.need(isinstance(extra, dict), "extra", extra, "an object")
     extra.pop(schema.DIGEST, None)
@@ -293,16 +321,11 @@ class Checkpoints:
           "config it was made with"
         )
 
-  def _set_aside(self, step: int, error: Exception) -> None:
+  def _set_aside(self, step: int, reason: str) -> None:
     path = self.directory / str(step)
     aside = path.with_name(f"{step}.damaged-{int(time.time())}")
-    reason = (str(error).splitlines() or [""])[0][:300]
     logging.warning(
-      "%s: unfinished or damaged checkpoint skipped, kept as %s (%s: %s)",
-      path,
-      aside.name,
-      type(error).__name__,
-      reason,
+      "%s: unfinished or damaged checkpoint skipped, kept as %s (%s)", path, aside.name, reason
     )
     if distributed.is_writer():
       path.rename(aside)
