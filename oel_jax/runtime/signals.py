@@ -36,6 +36,17 @@ def install() -> None:
   sys.warnoptions.append("ignore:resource_tracker:UserWarning")
 
 
+_tell: Callable[[str, int], None] | None = None
+
+
+def before_end(tell: Callable[[str, int], None]) -> None:
+  """Has `tell` called with what a signal has done and the status to end with, after the line and
+  before the end. It may end the process itself.
+  """
+  global _tell
+  _tell = tell
+
+
 def _end(number: int, frame: object) -> None:
   """Ends the process as it is.
 
@@ -49,6 +60,8 @@ def _end(number: int, frame: object) -> None:
   os.write(2, told.encode())
   for child in multiprocessing.active_children():
     child.kill()
+  if _tell is not None:
+    _tell(f"stopped by {name}", 128 + number)
   os._exit(128 + number)
 
 

@@ -1,10 +1,10 @@
 """How the processes of a run end when one of them does.
 
-A process that fails tells the others why (`failed`); one that is killed is missed after LOST
-seconds. A thread in each process looks for both, for the main one may wait in a collective, which
-nothing interrupts, and ends the process with one line and status 2. Where process 0 is killed, JAX
-aborts the others at once, with a stack trace, and lets nobody take part in that: the same line
-comes after it (`tell_of_abort`).
+A process that fails, or is stopped by a signal, tells the others why (`failed`); one that is killed
+is missed after LOST seconds. A thread in each process looks for both, for the main one may wait in
+a collective, which nothing interrupts, and ends the process with one line and status 2. Where
+process 0 is killed, JAX aborts the others at once, with a stack trace, and lets nobody take part in
+that: the same line comes after it (`tell_of_abort`).
 """
 
 import contextlib
@@ -21,6 +21,8 @@ import jax
 # The client has no public name; multihost_utils and Orbax take it from there, too.
 from jax._src import distributed as runtime
 
+from oel_jax.runtime import signals
+
 LOST = 40.0  # seconds without a sign of life
 BEAT = 2.0  # between two looks of the thread
 GRACE = 3.0  # for a process that is told of an end to tell its own, which may say more
@@ -36,6 +38,7 @@ def begin() -> None:
   """Starts the thread, once all processes are there."""
   tell_of_abort(f"JAX has aborted it, most likely since another has ended: {AGAIN}")
   _watch.begin()
+  signals.before_end(failed)
 
 
 def stop() -> None:
@@ -51,7 +54,7 @@ def failed(text: str, status: int = 2) -> None:
   if runtime.global_state.num_processes == 1:
     return
   if not _watch.running:  # not all have come together, or all have gone
-    sys.stdout.flush()
+    _flush()
     os._exit(status)
   _watch.end(f"{_name()}: {text}", status)
 
@@ -105,7 +108,8 @@ class _Watch:
 
   def end(self, why: str, status: int) -> NoReturn:
     """Tells the others why, unless somebody has told them before, and ends this process."""
-    self._ending.acquire()  # and nobody else ends it meanwhile
+    # Nobody else ends it meanwhile; a signal may come while this thread has the lock.
+    self._ending.acquire(timeout=LINGER)
     self._tell(why)
     self._leave(status)
 
@@ -150,7 +154,7 @@ class _Watch:
   def _leave(self, status: int) -> NoReturn:
     """Process 0 stays until the others have read why, for the store goes with it."""
     client, end = runtime.global_state.client, time.monotonic() + LINGER
-    sys.stdout.flush()
+    _flush()
     try:
       client.key_value_set(f"{_READ}/{runtime.global_state.process_id}", "", allow_overwrite=True)
       while runtime.global_state.process_id == 0 and time.monotonic() < end:
@@ -160,6 +164,11 @@ class _Watch:
     except jax.errors.JaxRuntimeError:
       pass
     os._exit(status)
+
+
+def _flush() -> None:
+  with contextlib.suppress(RuntimeError):  # a signal has come in the middle of a print
+    sys.stdout.flush()
 
 
 def _there(client: Any, key: str) -> str | None:
