@@ -35,7 +35,7 @@ from oel_jax.runtime import distributed, watch
 from oel_jax.runtime.finite import NotFiniteError
 from oel_jax.runtime.signals import Terminated
 
-ALONE = ("export", "report", "withdraw")  # stages that run in one process
+ALONE = ("report", "withdraw")  # stages that process 0 does, whatever others there are
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration: experiments/NAME.py, or NAME.py:SIZE.", lock_config=True
@@ -235,17 +235,15 @@ def _start() -> None:
 
 
 def _compare_processes(config: config_dict.ConfigDict) -> None:
-  """Raises ValueError unless the processes can do the run together: it is of rounds, and they have
-  the same configuration, flags, code and run directory.
+  """Raises ValueError unless the processes can do together what is asked for, and have the same
+  configuration, flags, code and run directory.
   """
-  if "task" in config or _STAGE.value in ALONE:
-    what = f"--stage={_STAGE.value}" if _STAGE.value in ALONE else f"config.task {config.task!r}"
-    raise ValueError(f"{what} runs in one process, and this is one of {distributed.count()}")
-  if config.extraction.weights and _STAGE.value not in ("deploy", "consolidate"):
+  task = config.get("task")
+  if task is not None and _STAGE.value == "run":
     raise ValueError(
-      f"config.extraction.weights is {config.extraction.weights!r}, and this is one process of "
-      f"{distributed.count()}: give --stage=deploy and --stage=consolidate in all of them, and the "
-      "others in one"
+      f"config.task {task!r} is done by one process, and this is one of {distributed.count()}: "
+      "give the command once, without --distributed, --coordinator_address, --num_processes and "
+      "--process_id"
     )
   from oel_jax.runtime import files, workdir
 
@@ -263,7 +261,23 @@ def _compare_processes(config: config_dict.ConfigDict) -> None:
     f"config.{name}": value for name, value in workdir.flat(json.loads(config.to_json())).items()
   }
   distributed.compare({"the code": distributed.code_version(), **flag, **fields})
-  distributed.check_shared(folder)
+  if _STAGE.value not in ALONE:
+    # Only a run makes the directory.
+    distributed.check_shared(folder, make=_STAGE.value != "export")
+
+
+def _follow(config: config_dict.ConfigDict) -> None:
+  """What all processes but the first do."""
+  if _STAGE.value in ALONE:
+    return
+  if _STAGE.value == "export":
+    from oel_jax.tasks import export
+
+    export.follow(config, _WORKDIR.value)
+  else:
+    from oel_jax.stages import begin
+
+    begin.follow(config, _WORKDIR.value)
 
 
 def _run(config: config_dict.ConfigDict) -> None:
@@ -272,9 +286,7 @@ def _run(config: config_dict.ConfigDict) -> None:
   if distributed.count() > 1:
     _compare_processes(config)
   if not distributed.is_writer():
-    from oel_jax.stages import begin
-
-    begin.follow(config, workdir)
+    _follow(config)
     return
   if _STAGE.value == "export":
     from oel_jax.tasks import export

@@ -1,8 +1,9 @@
 """Extraction: what the deployed games teach, in words (OEL section 3)."""
 
+import contextlib
 import dataclasses
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -16,7 +17,7 @@ from oel_jax.extraction.extract import extract as accumulate
 from oel_jax.extraction.extract import raw_knowledge
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import files, named, schema
+from oel_jax.runtime import files, named, schema, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import collect, deploy, knowledge, resume, withdrawn
 from oel_jax.stages.run import DEPLOYED, ITEMS, KNOWLEDGE, Meter, Run
@@ -68,7 +69,8 @@ def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
   nothing is sampled. `policy` is the one that wrote them.
   """
   games = read_conversations(run.round(1) / DEPLOYED, max_damaged=0.0)
-  whole = _accumulate(run, 1, _writer(run, policy), games, lambda n: None)
+  with _writer(run, policy) as writer:
+    whole = _accumulate(run, 1, writer, games, lambda n: None)
   texts, _ = _limited(run, 1, whole, step, policy, games)
   out = knowledge.left_out(run, 1)
   return [text.text for i, text in enumerate(texts) if text.text and i not in out] or [EMPTY]
@@ -76,18 +78,18 @@ def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
 
 def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation]) -> None:
   config, folder = run.config.extraction, run.round(number) / "knowledge"
-  writer = _writer(run, policy)
-  with run.stage(number, "extract", writer, config.trajectories) as (meter, advance):
+  made_from = {"weights": fingerprint(policy.params)}
+  with (
+    _writer(run, policy) as writer,
+    run.stage(number, "extract", writer, config.trajectories) as (meter, advance),
+  ):
     whole = _accumulate(run, number, meter, games, advance)
+    if writer is not policy:
+      made_from["extractor"] = fingerprint(writer.params)
   texts, origins = _limited(run, number, whole, config.use, policy, games)
   for i, text in enumerate(texts):
     knowledge_lib.write(folder, i, text)
-  made_from = {
-    "weights": fingerprint(policy.params),
-    DEPLOYED: files.sha256(run.round(number) / DEPLOYED)[:16],
-  }
-  if writer is not policy:
-    made_from["extractor"] = fingerprint(writer.params)
+  made_from[DEPLOYED] = files.sha256(run.round(number) / DEPLOYED)[:16]
   if _carries(run, number):
     before = [text.text for text in knowledge.carried(run, number - 1)]
     made_from["previous knowledge"] = schema.digest(before)
@@ -100,13 +102,32 @@ def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation])
   files.write_text(run.round(number) / KNOWLEDGE, "")
 
 
-def _writer(run: Run, policy: Policy) -> Policy:
-  """Who writes the knowledge down."""
+@contextlib.contextmanager
+def _writer(run: Run, policy: Policy) -> Iterator[Policy]:
+  """Who writes the knowledge down; another model than the policy's is held for the block alone."""
   config = run.config.extraction
   if not config.weights or config.source != "extracted":
-    return policy
-  how, longest = config_lib.extractor(run.config), config.max_response_tokens
-  return load.load_policy(how, run.mesh, response_tokens=longest, field="extraction.weights")
+    yield policy
+    return
+  yield _load_writer(run)
+  _let_writer_go(run)
+
+
+@together.everywhere
+def _load_writer(run: Run) -> Policy:
+  """The model of config.extraction.weights."""
+  how, longest = config_lib.extractor(run.config), run.config.extraction.max_response_tokens
+  found = load.load_policy(how, run.mesh, response_tokens=longest, field="extraction.weights")
+  together.share("writer", found)
+  together.share("writer's parameters", found.params)
+  return found
+
+
+@together.everywhere
+def _let_writer_go(run: Run) -> None:
+  """Frees its memory in all processes, where nothing else holds it."""
+  together.share("writer", None)
+  together.share("writer's parameters", None)
 
 
 def _accumulate(

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import logging
@@ -14,8 +15,9 @@ from absl import logging
 from oel_jax import config as config_lib
 from oel_jax.consolidation import restore
 from oel_jax.policy import load
+from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.weights import huggingface
-from oel_jax.runtime import files, mesh, schema
+from oel_jax.runtime import files, mesh, schema, together
 from oel_jax.runtime.workdir import file_digests, locked, read_config
 
 GENERATION = "generation_config.json"
@@ -34,7 +36,8 @@ COMPANIONS = (
 
 def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
   """Writes the weights of the run's newest consolidated round into `workdir`/export, and prints
-  which it is; returns that folder.
+  which it is; returns that folder. Of several processes the first one calls it, the others
+  `follow`.
 
   Args:
     config: its `mesh` says where the weights are held, and its policy.weights where they lie if
@@ -47,32 +50,61 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
       than the run's; or the policy is of no Hugging Face family.
     OSError: another process is running in the directory, or a file cannot be read or written.
   """
-  folder = files.local(workdir, "--workdir").absolute()
-  if not (folder / "config.json").is_file():
-    raise ValueError(f"{folder}: not a run directory: it has no config.json")
-  if "policy" not in config:
-    raise ValueError(
-      "the configuration has no `policy`: only runs of rounds or of distill are exported"
-    )
+  folder = run_folder(workdir)
   with locked(folder):
-    own = _own_config(config, folder)
-    devices = mesh.make_mesh(config.mesh)
-    policy = load.load_policy(config_lib.policy(own), devices)
-    if not hasattr(policy.tokenizer, "save"):
-      raise ValueError(
-        f"config.policy.weights is {own.policy.weights!r}: only a model that came from Hugging "
-        "Face can go back there"
-      )
-    number, params = _newest(own, policy, folder, devices)
-    source, target = pathlib.Path(own.policy.weights).expanduser(), folder / "export"
-    target.mkdir(exist_ok=True)
-    fields = _companions(source, target, policy.tokenizer)
-    huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
+    own, devices, policy = _begin(config, folder)
+    with together.leading(**_shared(own, devices, policy)):
+      number, params = _newest(own, policy, folder, devices)
+      source, target = pathlib.Path(own.policy.weights).expanduser(), folder / "export"
+      target.mkdir(exist_ok=True)
+      fields = _companions(source, target, policy.tokenizer)
+      huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
   print(
     f"exported: weights of round {number} of {folder}, after {own.consolidation.steps} steps",
     flush=True,
   )
   return target
+
+
+def follow(config: Any, workdir: str) -> None:
+  """What all processes but the first do: they hold their part of the weights.
+
+  Raises:
+    ValueError: as `run`.
+    OSError: a file cannot be read here.
+  """
+  own, devices, policy = _begin(config, run_folder(workdir))
+  together.follow(**_shared(own, devices, policy))
+
+
+def run_folder(workdir: str) -> pathlib.Path:
+  """The run's directory as an absolute path; ValueError if there is no run in it."""
+  folder = files.local(workdir, "--workdir").absolute()
+  if not (folder / "config.json").is_file():
+    raise ValueError(f"{folder}: not a run directory: it has no config.json")
+  return folder
+
+
+def _begin(config: Any, folder: pathlib.Path) -> tuple[Any, jax.sharding.Mesh, Policy]:
+  """The run's own configuration, the mesh, and the policy that the run began with on it."""
+  if "policy" not in config:
+    raise ValueError(
+      "the configuration has no `policy`: only runs of rounds or of distill are exported"
+    )
+  own = _own_config(config, folder)
+  devices = mesh.make_mesh(config.mesh)
+  policy = load.load_policy(config_lib.policy(own), devices)
+  if not hasattr(policy.tokenizer, "save"):
+    raise ValueError(
+      f"config.policy.weights is {own.policy.weights!r}: only a model that came from Hugging "
+      "Face can go back there"
+    )
+  return own, devices, policy
+
+
+def _shared(own: Any, devices: jax.sharding.Mesh, policy: Policy) -> dict[str, Any]:
+  """What each process has of its own, by the names that stand for it in calls."""
+  return {"config": own, "mesh": devices, "policy": policy}
 
 
 def _own_config(config: Any, folder: pathlib.Path) -> ml_collections.ConfigDict:
@@ -124,13 +156,15 @@ def _over(fields: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, 
   return merged
 
 
-def _newest(own: Any, policy: Any, folder: pathlib.Path, devices: Any) -> tuple[int, Any]:
+def _newest(
+  own: Any, policy: Policy, folder: pathlib.Path, devices: jax.sharding.Mesh
+) -> tuple[int, Any]:
   """Number and parameters of the newest round that has been consolidated to the end; says so where
   a newer one has only begun.
   """
   for number in range(own.rounds, 0, -1):
     checkpoints = folder / f"round_{number}" / "checkpoints"
-    params = restore.trained_params(own.consolidation, policy, checkpoints, devices)
+    params = _trained(own, policy, checkpoints, devices)
     if params is not None:
       return number, params
     if steps := restore.steps_done(checkpoints):
@@ -145,6 +179,17 @@ def _newest(own: Any, policy: Any, folder: pathlib.Path, devices: Any) -> tuple[
     f"{folder}: no round has been consolidated to the end, so there are no new weights: run it "
     "without --stage first"
   )
+
+
+@together.everywhere
+def _trained(
+  own: Any, policy: Policy, checkpoints: pathlib.Path, devices: jax.sharding.Mesh
+) -> Any:
+  """`restore.trained_params`, which get a name."""
+  params = restore.trained_params(own.consolidation, policy, checkpoints, devices)
+  if params is not None:
+    together.share(together.WEIGHTS, params)
+  return params
 
 
 def _companions(source: pathlib.Path, target: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
