@@ -14,6 +14,7 @@ from oel_jax.policy.ops import splash
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import distributed
 from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime import target
 
 
 def attn_impl(config: Any, policy: Policy) -> str:
@@ -34,7 +35,7 @@ def attn_impl(config: Any, policy: Policy) -> str:
   if config.attention == "splash" and not splashes:
     raise ValueError(
       'config.consolidation.attention is "splash", which runs on TPUs, in bfloat16 and with heads '
-      f"of a multiple of {splash.LANES // 2}; here are a {jax.default_backend()}, "
+      f"of a multiple of {splash.LANES // 2}; here are a {target.backend()}, "
       f'{np.dtype(policy.dtype)} and heads of {policy.architecture.head_size}: it must be "auto", '
       '"xla" or another that runs here'
     )
@@ -49,7 +50,7 @@ def attn_impl(config: Any, policy: Policy) -> str:
 
 def _fast(policy: Policy) -> bool:
   """Whether cuDNN and the kernels are there: on an NVIDIA GPU, in bfloat16."""
-  return jax.default_backend() == "gpu" and np.dtype(policy.dtype) == "bfloat16"
+  return target.backend() == "gpu" and np.dtype(policy.dtype) == "bfloat16"
 
 
 def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
@@ -77,7 +78,7 @@ def prepare_teacher(
   (of a run of one process).
   """
   a, longest = policy.architecture, max(map(len, task.knowledge))
-  shardings = _knowledge_shardings(policy, mesh, len(task.knowledge), longest)[1]
+  shardings = knowledge_shardings(policy, mesh, len(task.knowledge), longest)[1]
   size = knowledge_bytes(policy, mesh, len(task.knowledge), longest)
   found = teacher_lib.prepare(
     policy.params,
@@ -93,7 +94,7 @@ def prepare_teacher(
   return distributed.in_turn(found)
 
 
-def _knowledge_shardings(
+def knowledge_shardings(
   policy: Policy, mesh: jax.sharding.Mesh, texts: int, tokens: int
 ) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
   """The shape of the teacher's keys, and of its values, and how each lies on the mesh."""
@@ -105,5 +106,5 @@ def _knowledge_shardings(
 
 def knowledge_bytes(policy: Policy, mesh: jax.sharding.Mesh, texts: int, tokens: int) -> int:
   """What keys and values of so many texts, the longest of so many tokens, take on a device."""
-  shape, shardings = _knowledge_shardings(policy, mesh, texts, tokens)
+  shape, shardings = knowledge_shardings(policy, mesh, texts, tokens)
   return 2 * math.prod(shardings["keys"].shard_shape(shape.shape)) * shape.dtype.itemsize

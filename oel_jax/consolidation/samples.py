@@ -159,7 +159,15 @@ def micro_tokens_of(
 def place(
   batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int, micro_tokens: int
 ) -> batch_lib.Batch:
-  """Puts the batch of up to `samples` on the devices, rows spread over them.
+  """Puts the batch, as `padded` makes it, on the devices, rows spread over them."""
+  made = padded(batch, mesh, samples, micro_tokens)
+  return mesh_lib.put(made, mesh_lib.batch_sharding(mesh))
+
+
+def padded(
+  batch: batch_lib.Batch, mesh: jax.sharding.Mesh, samples: int, micro_tokens: int
+) -> batch_lib.Batch:
+  """The batch of up to `samples` with as many rows as the devices get, micro-batch by micro-batch.
 
   Rows are added, masked out: there are always as many as if each sample had one of its own. The
   step runs no micro-batch behind the last that holds a sample, and samples stand in the first ones.
@@ -171,11 +179,11 @@ def place(
   cost = lambda rows: rows // shards * length + parts(rows) * MICRO_BATCH_COST
   fewest = _round_up(samples, shards)
   rows = min(range(fewest, fewest + shards * max(1, micro_tokens // length), shards), key=cost)
-  padded = mesh_lib.pad_batch(batch, mesh, multiple=rows)
+  made = mesh_lib.pad_batch(batch, mesh, multiple=rows)
   # Micro-batch p is rows p, p + count, …: a part of it lies on every device.
   count = parts(rows)
   spread = lambda x: x.reshape(count, rows // count, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-  return mesh_lib.put(jax.tree.map(spread, padded), mesh_lib.batch_sharding(mesh))
+  return jax.tree.map(spread, made)
 
 
 def _shards(mesh: jax.sharding.Mesh) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+import optax
 from absl import logging
 
 from oel_jax.consolidation import failure, placement, restore, samples
@@ -243,7 +244,7 @@ def _prepare(
     task,
     policy,
     teacher,
-    _make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens),
+    make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens),
     lambda params: {},
     limit,
     micro_tokens,
@@ -293,7 +294,17 @@ def _tell_if_on_host(config: Any, task: task_lib.Task, teacher: teacher_lib.Teac
     )
 
 
-def _make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens):
+def make_step(
+  config: Any,
+  policy: Policy,
+  optimizer: optax.GradientTransformation,
+  attn_impl: str,
+  shardings: Any,
+  micro_tokens: int,
+) -> Callable:
+  """The round's jitted step (`step.make_step`); `config` is config.consolidation, and of the policy
+  only architecture and dtype are read.
+  """
   return step_lib.make_step(
     policy.architecture,
     optimizer,

@@ -15,7 +15,7 @@ from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.policy.weights import huggingface, native
-from oel_jax.runtime import files, mesh, named
+from oel_jax.runtime import files, mesh, named, target
 
 TOKENIZER = "tokenizer.model"  # beside a .safetensors file of ours, as pre-training leaves it
 FORMS = (
@@ -50,7 +50,7 @@ def load_policy(
   """
   dtype = config.compute_dtype
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if target.backend() == "cpu" else "bfloat16"
   dtype = jnp.dtype(dtype)
   architecture, tokenizer, read = _source(config, dtype, f"config.{field}")
   _agree(config, architecture, tokenizer, f"config.{field}")

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from oel_jax.runtime import target
+
 PROGRAMS = 528  # four for each of an H100's 132 multiprocessors
 REMAT_SAVED = "kept"  # the name of what is kept for the backward pass though it is no product
 
@@ -22,9 +24,7 @@ def supported(x: Any, head_size: int = 2) -> bool:
   """Whether kernels run on x, an array or its shape and type: they are for NVIDIA GPUs, bfloat16,
   and heads whose halves are powers of two.
   """
-  return (
-    jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
-  )
+  return target.backend() == "gpu" and x.dtype == jnp.bfloat16 and head_size & (head_size - 1) == 0
 
 
 def padded(first: int, count: int) -> tuple[Any, Any]:

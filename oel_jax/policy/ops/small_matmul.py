@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from oel_jax.policy.ops import swiglu as swiglu_lib
+from oel_jax.runtime import target
 
 # Rows; for fewer XLA's are as fast, with more it is no longer the memory that limits.
 FEWEST, MOST = (
@@ -41,7 +42,7 @@ PRODUCT, PARTS, SWIGLU = Cut(1, 32, 128, 4, 4), Cut(4, 64, 128, 8, 4), Cut(1, 64
 
 def on_gpu() -> bool:
   """Whether matrices have one row an output."""
-  return jax.default_backend() == "gpu"
+  return target.backend() == "gpu"
 
 
 def lay_out(matrix_DxF: Float[Array, "D F"]) -> Float[Array, "..."]:
@@ -87,11 +88,7 @@ def supported(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bo
 
 def _large_gpu() -> bool:
   """An NVIDIA H100, H200, B200 or their like."""
-  return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") in (
-    "9.0",
-    "10.0",
-    "10.3",
-  )
+  return target.backend() == "gpu" and target.compute_capability() in ("9.0", "10.0", "10.3")
 
 
 def product_kernel(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from oel_jax.policy.ops import common
+from oel_jax.runtime import target
 
 LANES = 128  # a vector register's: a block has so many tokens or a multiple
 BLOCKS = (512, 256, LANES)
@@ -25,7 +26,7 @@ def supported(head_size: int, dtype: Any) -> bool:
   rounded to it in the products), and half a register or whole ones a head.
   """
   fits = jnp.dtype(dtype) == jnp.bfloat16 and head_size % (LANES // 2) == 0
-  return fits and jax.default_backend() == "tpu"
+  return fits and target.backend() == "tpu"
 
 
 def attend(

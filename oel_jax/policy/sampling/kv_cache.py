@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
+from oel_jax.runtime import target
 
 BLOCK = 32  # columns that are read at once; divides the cache
 PROGRAMS = 512  # a GPU is busy with so many; rows are cut into parts where there are fewer
@@ -41,7 +42,7 @@ def attn_impl(architecture: Architecture, dtype: Any) -> str:
     and size & (size - 1) == 0
     and queries <= ROWS
   )
-  return "triton" if fits and jax.default_backend() == "gpu" else "xla"
+  return "triton" if fits and target.backend() == "gpu" else "xla"
 
 
 def attend(

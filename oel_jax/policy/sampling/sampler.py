@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from oel_jax.policy.sampling import beginnings, kv_cache, model, slot_state, spr
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
+from oel_jax.runtime import target
 
 # A device's, of the keys and values of the first prompts and their responses; longer replies make
 # it more.
@@ -169,8 +170,8 @@ def generate(
     attn_impl=attn_impl,
     mesh=mesh,
   )
-  token_bytes = _token_bytes(architecture, dtype)
-  max_tokens = int(MAX_TEXT_SHARE * MAX_CACHE_BYTES / token_bytes)
+  each = token_bytes(architecture, dtype)
+  max_tokens = int(MAX_TEXT_SHARE * MAX_CACHE_BYTES / each)
   # In less than float32 XLA may round a query for its text and not for its own tokens.
   if attn_impl == "xla" and jnp.dtype(dtype) != jnp.float32:
     max_tokens = 0
@@ -224,7 +225,7 @@ def generate(
   return (ids, scores) if logprobs else ids
 
 
-def _token_bytes(a: Architecture, dtype: Any) -> int:
+def token_bytes(a: Architecture, dtype: Any) -> int:
   """Of the keys and values of one token."""
   return 2 * a.layers * a.kv_heads * a.head_size * jnp.dtype(dtype).itemsize
 
@@ -245,40 +246,35 @@ def _slots(
   more than the prompts need.
   """
   a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
-  devices = mesh.size if slot_state.row_axes(mesh) else 1
-  cpu = jax.default_backend() == "cpu"
   texts, prompts = zip(*prompts, strict=True)
-  longest = max(map(len, prompts))
-  new = int(requests.limits.max())
-  room = lambda length: scheduling.bucket(length + new, scheduling.CACHE_LENGTHS)
-  max_slots = scheduling.MAX_SLOTS_CPU if cpu else scheduling.MAX_SLOTS
-  cache_tokens = MAX_CACHE_BYTES // _token_bytes(a, dtype)
-  fitting = (cache_tokens - common.tokens) // parts // room(longest)
+  longest, limit = max(map(len, prompts)), int(requests.limits.max())
+  cache_tokens = MAX_CACHE_BYTES // token_bytes(a, dtype)
+  fitting = (cache_tokens - common.tokens) // parts // _columns(longest + limit)
   if replies:
     # A reply may leave its text, and is whole in its slot then.
     whole = [common.length(text) + len(own) for text, own in zip(texts, prompts, strict=True)]
-    fitting = min(fitting, cache_tokens // parts // room(max(whole)))
-  limit = slots // devices if slots else min(fitting, max_slots)
-  own = min(
-    scheduling.bucket(-(-len(prompts) // devices), scheduling.SLOT_COUNTS),
-    max(n for n in scheduling.SLOT_COUNTS if n <= max(1, limit)),
+    fitting = min(fitting, cache_tokens // parts // _columns(max(whole) + limit))
+  room = slot_room(
+    list(map(len, prompts)),
+    limit,
+    attn_impl=attn_impl,
+    devices=mesh.size if slot_state.row_axes(mesh) else 1,
+    slots=slots,
+    fitting=fitting,
   )
-  # In XLA the attention reads the whole cache: there it grows with what is filled.
-  columns = scheduling.bucket(longest + 1, scheduling.CACHE_LENGTHS)
-  columns = room(longest) if attn_impl == "triton" else columns
   scheduler = scheduling.Scheduler(
     prompts,
     texts=texts,
-    slots=own,
-    columns=columns,
-    devices=devices,
-    cpu=cpu,
+    slots=room.slots,
+    columns=room.columns,
+    devices=room.devices,
+    cpu=target.backend() == "cpu",
     replies=replies,
   )
   empty = slot_state.empty(
-    architecture=a,
-    rows=devices * own,
-    columns=columns,
+    architecture=how["architecture"],
+    rows=room.devices * room.slots,
+    columns=room.columns,
     eos_ids=requests.eos_ids.shape[1],
     dtype=dtype,
     attn_impl=attn_impl,
@@ -288,11 +284,49 @@ def _slots(
   return scheduler, empty
 
 
+class SlotRoom(NamedTuple):
+  """How many slots a device has, and the columns of their cache, to begin with and at the most."""
+
+  devices: int
+  slots: int
+  columns: int
+  max_columns: int
+
+
+def slot_room(
+  lengths: Sequence[int],
+  limit: int,
+  *,
+  attn_impl: str,
+  devices: int,
+  fitting: int,
+  slots: int | None = None,
+) -> SlotRoom:
+  """The slots for prompts of these lengths and responses of up to `limit` tokens, as `generate`
+  describes them; `fitting` is how many a device has memory for.
+  """
+  longest, cpu = max(lengths), target.backend() == "cpu"
+  max_slots = scheduling.MAX_SLOTS_CPU if cpu else scheduling.MAX_SLOTS
+  most = slots // devices if slots else min(fitting, max_slots)
+  own = min(
+    scheduling.bucket(-(-len(lengths) // devices), scheduling.SLOT_COUNTS),
+    max(n for n in scheduling.SLOT_COUNTS if n <= max(1, most)),
+  )
+  # In XLA the attention reads the whole cache: there it grows with what is filled.
+  whole = _columns(longest + limit)
+  return SlotRoom(devices, own, whole if attn_impl == "triton" else _columns(longest + 1), whole)
+
+
+def _columns(tokens: int) -> int:
+  """Of a cache that holds so many."""
+  return scheduling.bucket(tokens, scheduling.CACHE_LENGTHS)
+
+
 def _cores(mesh: Any) -> int:
   """How many may share out the prompts: the cores of a CPU that this process may use; other devices
   are busy with one batch.
   """
-  if mesh is not None or jax.default_backend() != "cpu":
+  if mesh is not None or target.backend() != "cpu":
     return 1
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
