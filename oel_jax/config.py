@@ -36,6 +36,7 @@ CHOICES = {
 }
 POSITIVE = (
   "rounds",
+  "plan.prompt_tokens",
   "policy.max_prompt_tokens",
   "deployment.episodes",
   "deployment.max_turns",
@@ -64,6 +65,7 @@ POSITIVE = (
   "evaluation.temperature",
 )
 NOT_NEGATIVE = (
+  "plan.price",
   "deployment.top_k",
   "deployment.endpoint_retries",
   "extraction.top_k",
@@ -92,6 +94,15 @@ def default() -> ml_collections.ConfigDict:
   # For --stage=withdraw: conversations to be taken out of the run, by their ids, or a user's as
   # user:NAME, with commas between.
   config.withdraw = ""
+  # For --stage=plan, which says what a run will take; a run itself reads none of these.
+  config.plan = ml_collections.ConfigDict(
+    dict(
+      # a kind of device (runtime/target.py) and how many of it: "h200,8"; "": none
+      device="",
+      prompt_tokens=600,  # of the longest prompt that is trained on
+      price=0.0,  # of a device and hour, in whatever money; 0: not told
+    )
+  )
   # The project of Weights & Biases that gets the metrics, too; "": nothing is sent anywhere.
   config.wandb_project = ""
 

@@ -5,8 +5,9 @@ The same command goes on with a run that was stopped. What runs is the online lo
 configuration has a `task`: "distill", consolidation of a given text alone, or "pretrain", the
 pre-training of the embedded policy. `--stage=export` writes a run's newest weights to DIR/export, a
 Hugging Face folder; `--stage=withdraw` takes the conversations out of a run that
-`--config.withdraw` names; `--stage=deploy`, `extract`, `consolidate` or `evaluate`, with
-`--round=N`, is that stage of a round alone.
+`--config.withdraw` names; `--stage=plan`, which needs no --workdir, says what the run would take of
+the devices that `--config.plan.device` names; `--stage=deploy`, `extract`, `consolidate` or
+`evaluate`, with `--round=N`, is that stage of a round alone.
 """
 
 if __name__ == "__main__":
@@ -44,9 +45,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on
 _STAGE = flags.DEFINE_enum(
   "stage",
   "run",
-  ["run", "deploy", "extract", "consolidate", "evaluate", "export", "report", "withdraw"],
+  ["run", "deploy", "extract", "consolidate", "evaluate", "export", "report", "withdraw", "plan"],
   "run: all of it; export: its newest weights to WORKDIR/export; report: WORKDIR/report anew; "
-  "withdraw: takes the conversations that --config.withdraw names out of it; one "
+  "withdraw: takes the conversations that --config.withdraw names out of it; plan: says what the "
+  "run will take of the devices that --config.plan.device names, and does nothing else; one "
   "of the others: that stage of --round alone. Of these, consolidate is the server side: it needs "
   "round_N/knowledge and round_N/prompts.jsonl, and leaves round_N/checkpoints.",
 )
@@ -99,7 +101,7 @@ def _parse(argv: list[str]) -> list[str]:
         "--config is missing: give the file of a configuration, for example "
         "--config=experiments/NAME.py:SIZE"
       )
-    if not _WORKDIR.value:
+    if not _WORKDIR.value and _STAGE.value != "plan":
       _fail("--workdir is missing: give the run's directory; it is made if need be")
     if not isinstance(_CONFIG.value, config_dict.ConfigDict):
       # In place of a file that it could not read, ml_collections has an object that raises on use.
@@ -239,9 +241,10 @@ def _compare_processes(config: config_dict.ConfigDict) -> None:
   configuration, flags, code and run directory.
   """
   task = config.get("task")
-  if task is not None and _STAGE.value == "run":
+  if _STAGE.value == "plan" or task is not None and _STAGE.value == "run":
+    what = "--stage=plan" if _STAGE.value == "plan" else f"config.task {task!r}"
     raise ValueError(
-      f"config.task {task!r} is done by one process, and this is one of {distributed.count()}: "
+      f"{what} is done by one process, and this is one of {distributed.count()}: "
       "give the command once, without --distributed, --coordinator_address, --num_processes and "
       "--process_id"
     )
@@ -301,6 +304,10 @@ def _run(config: config_dict.ConfigDict) -> None:
     from oel_jax.tasks import withdraw
 
     withdraw.run(config, workdir)
+  elif _STAGE.value == "plan":
+    from oel_jax.tasks import plan
+
+    plan.run(config, workdir)
   elif _STAGE.value != "run":
     from oel_jax.tasks import stage
 
@@ -338,6 +345,8 @@ def main(argv: list[str]) -> None:
     os.environ.get("OEL_JAX_CACHE") or os.path.expanduser("~/.cache/oel_jax/jax"),
   )
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  if _STAGE.value == "plan":
+    jax.config.update("jax_platforms", "cpu")  # it takes nothing of a device that is here
   try:
     _start()
     _resolve_paths(config)

@@ -68,6 +68,22 @@ def test_more_rounds_need_no_permission_fewer_do(tmp_path):
     open_workdir(config, tmp_path)
 
 
+def test_what_a_plan_was_asked_for_needs_no_permission(tmp_path):
+  config = default_config.default()
+  with config.unlocked():
+    del config["plan"]  # as earlier versions left it
+  open_workdir(config, tmp_path)
+  config = default_config.default()
+  config.plan.device = "h200,8"
+  open_workdir(config, tmp_path)
+  changes = json.loads((tmp_path / "config.json").read_text())["changes"]
+  assert {field["field"] for field in changes[0]["fields"]} == {
+    "plan.device",
+    "plan.prompt_tokens",
+    "plan.price",
+  }
+
+
 def test_resume_anyway_records_what_changed(tmp_path):
   open_workdir(default_config.default(), tmp_path)
   for seed in (1, 2):

@@ -224,12 +224,13 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
 
 def _is_harmless(change: dict[str, Any]) -> bool:
   """Whether a change leaves what is there as it is: more rounds; another place for the metrics; the
-  same path, relative to the working directory before; another patience with an endpoint.
+  same path, relative to the working directory before; another patience with an endpoint; what a
+  plan was asked for.
   """
   field, was, now = change["field"], change["was"], change["is"]
   if field in paths.FIELDS:
     return paths.absolute(field, was) == now
-  if field == "wandb_project":
+  if field == "wandb_project" or field.startswith("plan."):
     return True
   if field in ("deployment.endpoint_timeout", "deployment.endpoint_retries"):
     return type(was) is type(now)
