@@ -21,6 +21,7 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer
+from oel_jax.tasks import plan_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +75,8 @@ def random_batch(work: Work, vocabulary: int, pack: bool) -> batch_lib.Batch:
 
 
 def flops(work: Work, a: architecture_lib.Architecture) -> tuple[float, float]:
-  """Of the teacher's pass and of the update: matrix products and attention, forward once, backward
-  twice, nothing computed again.
-  """
-  layer = a.width * a.head_size * (2 * a.heads + 2 * a.kv_heads) + 3 * a.width * a.feedforward
-  length = work.prompt + work.response
-  scores = lambda keys: 4 * a.heads * a.head_size * work.tokens * keys
-  forward = a.layers * (2 * layer * work.tokens + scores(length / 2))
-  head = 2 * a.width * a.vocabulary * work.samples * work.response
-  return forward + a.layers * scores(work.knowledge) + head, 3 * (forward + head)
+  """Of the teacher's pass and of the update (`plan_seconds.step_flops`)."""
+  return plan_seconds.step_flops(a, work.samples, work.prompt, work.response, work.knowledge)
 
 
 def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
