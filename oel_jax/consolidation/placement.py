@@ -12,9 +12,8 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.ops import splash
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import distributed
+from oel_jax.runtime import distributed, target
 from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.runtime import target
 
 
 def attn_impl(config: Any, policy: Policy) -> str:
