@@ -199,6 +199,9 @@ def default() -> ml_collections.ConfigDict:
       # distinct conversations that must have given an item (`extraction/provenance.py`) for it to
       # enter the round's knowledge
       min_support=1,
+      # whether of these only conversations count in which others said it: a user, a tool, the
+      # outcome or the feedback, not the policy alone, which may be wrong the same way each time
+      told_by_others=False,
       # of items about one case ("CASE: ANSWER") that say different things, only that of the latest
       # conversation enters
       newest_wins=False,
@@ -385,7 +388,12 @@ def _check_together(config: Any) -> None:
   _need(config, "withdraw", not config.withdraw, "'', but for --stage=withdraw")
   _need(config, "extraction.use", extraction.use <= extraction.trajectories, f"at most {read}")
   items = (extraction.source, extraction.form) == ("extracted", "items")
-  for field, off in (("min_support", 1), ("newest_wins", False), ("repeats", True)):
+  for field, off in (
+    ("min_support", 1),
+    ("told_by_others", False),
+    ("newest_wins", False),
+    ("repeats", True),
+  ):
     _need(
       config,
       f"extraction.{field}",

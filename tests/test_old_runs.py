@@ -45,6 +45,7 @@ NEW = (
   ("plan", "prompt_tokens"),
   ("plan", "price"),
   ("extraction", "min_support"),
+  ("extraction", "told_by_others"),
   ("extraction", "newest_wins"),
   ("extraction", "repeats"),
   ("extraction", "weights"),

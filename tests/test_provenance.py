@@ -145,6 +145,77 @@ def test_support_counts_distinct_conversations_over_all_texts():
   ] == [("c1", 1, 1, (1,)), ("c3", 1, 3, ())]
 
 
+@pytest.mark.parametrize(
+  "item, others",
+  [
+    ("Login trouble: ROWAN", True),
+    ("login trouble goes to Rowan!", True),  # nobody said "goes": the extractor's own word
+    ("Login trouble: OLIVE", False),  # the policy's, which nobody took up
+    ("Login trouble goes to OLIVE", False),
+    ("Say the order: a call", False),  # the policy's first words
+    ("wrong product: postcode", True),  # the outcome, and the feedback
+    ("The user wrote of his password", True),
+  ],
+)
+def test_whether_others_said_an_item(item, others):
+  roles = ("system", "user", "assistant", "user", "assistant", "tool")
+  words = (
+    "Name the case.",
+    "My password is wrong",
+    "Say the order? A call to OLIVE for login trouble.",
+    "No, login trouble belongs to Rowan.",
+    "Rowan will help",
+    "state: sent",
+  )
+  messages = tuple(map(Message, roles, words))
+  conversation = Conversation(
+    "c", messages, Source(LOG, "log.jsonl"), outcome="wrong product", feedback="no postcode asked"
+  )
+  assert lib.told(item, conversation) is others
+
+
+def test_what_the_policy_alone_said_has_no_support():
+  """A policy that errs the same way in four conversations, and is put right in two of them."""
+  wrong = [said(f"c{i}", "my lamp", "Lamp: OAK") for i in (1, 2)]
+  right = [said(f"c{i}", "my lamp", "Lamp: OAK", "no: AMBER, a lamp", "") for i in (3, 4)]
+  found = lib.gather(
+    texts([(f"Lamp: {name}", f"c{i}") for i in (3, 4) for name in ("AMBER", "OAK")])
+    + texts([("Lamp: OAK", f"c{i}") for i in (1, 2)]),
+    wrong + right,
+    {},
+  )
+  assert {name: (one.support, one.told) for name, one in found.items()} == {
+    "lamp: amber": (2, 2),
+    "lamp: oak": (4, 0),
+  }
+  how = dict(min_support=2, newest_wins=False)
+  assert not any(one.left_out for one in lib.sift(found, **how).values())
+  sifted = lib.sift(found, **how, told_by_others=True)
+  assert [one.left_out for one in sifted.values()] == ["", lib.OWN_WORDS]
+  strict = lib.sift(found, min_support=3, newest_wins=False, told_by_others=True)
+  assert [one.left_out for one in strict.values()] == [lib.SUPPORT, lib.OWN_WORDS]
+  left = lib.without(sifted, {"c4"}, 2, told_by_others=True)
+  assert [one.left_out for one in left.values()] == [lib.SUPPORT, lib.OWN_WORDS]
+
+
+def test_what_the_policy_says_again_is_no_newer():
+  """The old rule, told once, goes on in the policy's words after the new one was told."""
+  conversations = [
+    said("c1", "a lamp?", "", "Lamp: OAK"),
+    said("c2", "a lamp?", "Lamp: OAK", "Lamp: AMBER"),
+    said("c3", "a lamp?", "Lamp: OAK"),
+  ]
+  found = lib.gather(
+    texts([("Lamp: OAK", "c1"), ("Lamp: AMBER", "c2"), ("Lamp: OAK", "c3")]), conversations, {}
+  )
+  newest = lambda **how: {
+    name
+    for name, one in lib.sift(found, min_support=1, newest_wins=True, **how).items()
+    if not one.left_out
+  }
+  assert newest() == {"lamp: oak"} and newest(told_by_others=True) == {"lamp: amber"}
+
+
 def test_support_of_earlier_rounds_is_carried_over():
   before = lib.gather(texts([("A: x", "c1"), ("B: y", "c1")]), [said("c1", "x")], {})
   before = lib.sift(before, min_support=2, newest_wins=False)
@@ -368,7 +439,8 @@ def test_without_repeats_an_item_stands_once_where_it_was_given_last(make_run, t
 
 
 @pytest.mark.parametrize(
-  "field, value", [("min_support", 2), ("newest_wins", True), ("repeats", False)]
+  "field, value",
+  [("min_support", 2), ("told_by_others", True), ("newest_wins", True), ("repeats", False)],
 )
 @pytest.mark.parametrize("other", [{"form": "text"}, {"source": "trajectories"}])
 def test_texts_and_transcripts_have_no_cases(make_run, field, value, other):

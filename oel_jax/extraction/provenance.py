@@ -46,7 +46,9 @@ _NO_KEY = ("advice", "example", "hint", "important", "note", "remember", "rule",
 _COMMON = frozenset(
   "a an and are as at be by for from in is it of on or that the they this to with you your".split()
 )
-LIMIT, SUPPORT, NEWER = "limit", "support", "newer item"  # why an item is in no text
+# Why an item is in no text.
+LIMIT, SUPPORT, OWN_WORDS, NEWER = "limit", "support", "own words", "newer item"
+TOO_WEAK = (SUPPORT, OWN_WORDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Sighting:
       time; 0 if not known.
     messages: numbers, from 1, of the messages that share the item's words (`shared`): found by
       words, for the extractor does not say what it draws on. () if there are none.
+    told: whether others said it (`told`).
   """
 
   conversation: str
   round: int
   place: int
   messages: tuple[int, ...]
+  told: bool = True  # as in files from before it was known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Origin:
     seen: one for each conversation that gave it, this round's and, where items are carried over,
       those of the rounds before.
     texts: numbers of the knowledge texts that hold it.
-    left_out: why none does: SUPPORT, of too few conversations; NEWER, another took its place;
-      LIMIT, the oldest items go. "" if one does.
+    left_out: why none does: SUPPORT, of too few conversations; OWN_WORDS, of too few in which
+      others said it; NEWER, another took its place; LIMIT, the oldest items go. "" if one does.
     superseded_by: the text of the newer item; "" if there is none.
   """
 
@@ -94,6 +98,11 @@ class Origin:
   def support(self) -> int:
     """Distinct conversations that gave the item."""
     return len(self.seen)
+
+  @property
+  def told(self) -> int:
+    """Those of them in which others said it."""
+    return sum(one.told for one in self.seen)
 
 
 Origins = dict[str, Origin]  # by their `normalised` texts
@@ -142,6 +151,21 @@ def shared(text: str, conversation: Conversation) -> tuple[int, ...]:
   return tuple(sorted(found))
 
 
+def told(text: str, conversation: Conversation) -> bool:
+  """Whether others said it: of the item's words, each that the policy said stands in what a user, a
+  tool or the system said, in the outcome or in the feedback, too. A word that nobody said is the
+  extractor's own, and counts neither way.
+
+  An answer that nobody put right is written down like one that was; what a policy gets wrong the
+  same way each time would have support enough.
+  """
+  said = {True: set(), False: set()}  # by whether the policy said it
+  for message in conversation.messages:
+    said[message.role == "assistant"] |= _words(message.content)
+  said[False] |= _words(f"{conversation.outcome or ''} {conversation.feedback or ''}")
+  return not (_words(_untagged(text)) & said[True]) - said[False]
+
+
 def related(origins: Sequence[Origin], said: str) -> Origin | None:
   """The item with most words in common with a text, a word that n of the items have counting as the
   n-th part of one; of several the first, None where no item has any.
@@ -175,27 +199,30 @@ def gather(
   return found
 
 
-def sift(origins: Origins, *, min_support: int, newest_wins: bool) -> Origins:
-  """Says of each item whether it is left out: one of fewer than `min_support` conversations; and
-  with `newest_wins`, of those left that have the same key and say different things, all but the
-  newest.
+def sift(
+  origins: Origins, *, min_support: int, newest_wins: bool, told_by_others: bool = False
+) -> Origins:
+  """Says of each item whether it is left out: one of fewer than `min_support` conversations, of
+  which with `told_by_others` only those count in which others said it; and with `newest_wins`, of
+  those left that have the same key and say different things, all but the newest.
 
-  Newest is what the latest conversation said (round, then place). Two whose latest conversation is
-  the same, or unknown, both stay.
+  Newest is what the latest conversation that counts said (round, then place). Two whose latest
+  conversation is the same, or unknown, both stay.
   """
-  weak = {name for name, origin in origins.items() if origin.support < min_support}
+  time = {name: _time(origin, told_by_others) for name, origin in origins.items()}
+  weak = {name: _weak(origin, min_support, told_by_others) for name, origin in origins.items()}
   newest: dict[str, str] = {}  # by key, the name of the newest item
-  for name in (name for name in origins if newest_wins and name not in weak):
+  for name in (name for name in origins if newest_wins and not weak[name]):
     if key := key_of(origins[name].text):
       before = newest.setdefault(key[0], name)
-      if _time(origins[name]) > _time(origins[before]):
+      if time[name] > time[before]:
         newest[key[0]] = name
   result = {}
   for name, origin in origins.items():
-    key = key_of(origin.text) if newest_wins and name not in weak else None
+    key = key_of(origin.text) if newest_wins and not weak[name] else None
     other = newest[key[0]] if key else name
-    newer = _time(origins[other]) > _time(origin) and key_of(origins[other].text) != key
-    why = SUPPORT if name in weak else NEWER if newer else ""
+    newer = time[other] > time[name] and key_of(origins[other].text) != key
+    why = weak[name] or (NEWER if newer else "")
     by = origins[other].text if newer else ""
     result[name] = dataclasses.replace(origin, left_out=why, superseded_by=by)
   return result
@@ -217,24 +244,30 @@ def placed(origins: Origins, texts: Sequence[Knowledge]) -> Origins:
   }
 
 
-def without(origins: Origins, conversations: Collection[str], min_support: int) -> Origins:
+def without(
+  origins: Origins,
+  conversations: Collection[str],
+  min_support: int,
+  told_by_others: bool = False,
+) -> Origins:
   """What is left where these conversations never were: their sightings go, items that nobody else
   gave go with them, and what has too little support now is left out.
   """
-  seen = {
-    name: tuple(one for one in origin.seen if one.conversation not in conversations)
+  rest = {
+    name: dataclasses.replace(
+      origin, seen=tuple(one for one in origin.seen if one.conversation not in conversations)
+    )
     for name, origin in origins.items()
   }
-  gone = {origin.text for name, origin in origins.items() if not seen[name]}
+  gone = {origin.text for origin in rest.values() if not origin.seen}
   return {
     name: dataclasses.replace(
       origin,
-      seen=seen[name],
-      left_out=SUPPORT if len(seen[name]) < min_support else origin.left_out,
+      left_out=_weak(origin, min_support, told_by_others) or origin.left_out,
       superseded_by="" if origin.superseded_by in gone else origin.superseded_by,
     )
-    for name, origin in origins.items()
-    if seen[name]
+    for name, origin in rest.items()
+    if origin.seen
   }
 
 
@@ -270,16 +303,32 @@ def _words(text: str) -> set[str]:
 
 def _sighting(item: Item, read: dict[str, tuple[int, Conversation]]) -> Sighting:
   place, said = read.get(item.trajectory, (0, None))
-  messages = shared(item.text, said) if said else ()
-  return Sighting(item.trajectory, item.round, place, messages)
+  if said is None:
+    return Sighting(item.trajectory, item.round, place, ())
+  return Sighting(
+    item.trajectory, item.round, place, shared(item.text, said), told(item.text, said)
+  )
 
 
-def _time(origin: Origin) -> tuple[int, int]:
-  return max((one.round, one.place) for one in origin.seen)
+def _weak(origin: Origin, min_support: int, told_by_others: bool) -> str:
+  """Why an item has too little behind it; "" if it has enough."""
+  if origin.support < min_support:
+    return SUPPORT
+  return OWN_WORDS if told_by_others and origin.told < min_support else ""
+
+
+def _time(origin: Origin, told_by_others: bool) -> tuple[int, int]:
+  seen = [one for one in origin.seen if one.told or not told_by_others]
+  return max(((one.round, one.place) for one in seen), default=(0, 0))
 
 
 def _to_json(origin: Origin) -> dict[str, Any]:
-  return {"schema": SCHEMA, **dataclasses.asdict(origin), "support": origin.support}
+  return {
+    "schema": SCHEMA,
+    **dataclasses.asdict(origin),
+    "support": origin.support,
+    "told": origin.told,
+  }
 
 
 def _from_json(data: dict[str, Any], number: int) -> Origin:
@@ -291,7 +340,8 @@ def _from_json(data: dict[str, Any], number: int) -> Origin:
     need(all(type(n) is int for n in numbers), f"{where}.messages", numbers, "whole numbers")
     place = schema.whole(one, "place", where)
     conversation = get(one, "conversation", where, str)
-    seen.append(Sighting(conversation, get(one, "round", where, int), place, tuple(numbers)))
+    told = get(one, "told", where, bool) if "told" in one else True
+    seen.append(Sighting(conversation, get(one, "round", where, int), place, tuple(numbers), told))
   need(bool(seen), "seen", seen, "a list of at least one")
   texts = get(data, "texts", "the line", list)
   need(all(type(n) is int for n in texts), "texts", texts, "whole numbers")

@@ -9,6 +9,7 @@ MAX_CONVERSATIONS = 3  # shown of an item
 MAX_CHARACTERS = 600  # of a message
 LEFT_OUT = {
   "support": "left out: of too few conversations",
+  "own words": "left out: in too few conversations did others say it",
   "newer item": "left out: a newer item took its place",
   "limit": "left out: the oldest items go, to keep to the limit of tokens",
 }

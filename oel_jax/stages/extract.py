@@ -185,7 +185,7 @@ def _limited(
   games: Sequence[Conversation],
 ) -> tuple[Texts, provenance.Origins]:
   """The accumulations as they stood after `step` trajectories: without what min_support,
-  newest_wins and repeats leave out, within max_knowledge_tokens, and edited if
+  told_by_others, newest_wins and repeats leave out, within max_knowledge_tokens, and edited if
   config.extraction.edit says so.
   And what stands behind their items, by the words that would cross.
   """
@@ -200,6 +200,7 @@ def _limited(
       provenance.gather(said, games, earlier),
       min_support=config.min_support,
       newest_wins=config.newest_wins,
+      told_by_others=config.told_by_others,
     )
     _tell(number, origins)
     how = dict(origins=origins, repeats=config.repeats)
@@ -232,7 +233,7 @@ def _sifted(
 
 
 def _tell(number: int, origins: provenance.Origins) -> None:
-  for why in (provenance.SUPPORT, provenance.NEWER):
+  for why in (*provenance.TOO_WEAK, provenance.NEWER):
     if count := sum(origin.left_out == why for origin in origins.values()):
       told = "round %d: %d of %d items left out (%s): they stand in %s"
       logging.warning(told, number, count, len(origins), why, ITEMS)

@@ -202,7 +202,7 @@ def _left(
 
   def left(item: knowledge_lib.Item) -> knowledge_lib.Item | None:
     origin = origins.get(provenance.normalised(item.text))
-    if origin and origin.left_out == provenance.SUPPORT:
+    if origin and origin.left_out in provenance.TOO_WEAK:
       return None
     if item.trajectory not in ids:
       return item
@@ -217,7 +217,8 @@ def _left(
 def _origins(
   path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]
 ) -> provenance.Origins:
-  return provenance.without(provenance.read(path / ITEMS), ids, rules.get("min_support", 1))
+  least, told = rules.get("min_support", 1), rules.get("told_by_others", False)
+  return provenance.without(provenance.read(path / ITEMS), ids, least, told)
 
 
 @dataclasses.dataclass(frozen=True)
