@@ -48,21 +48,25 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       GAME_ARGS[size] | dict(period=0, rules_seed=0, complaint=0.2, silence=0.2)
     )
     # Nearly greedy: what a small model writes down at 0.7 is often not what it was told. Two
-    # conversations must have given an item: of those in which nobody told what was right it makes
-    # rules of its own, seldom the same twice.
+    # conversations must have given an item in which others said it: where nobody told what was
+    # right it makes rules of its own, and once trained it answers wrong the same way each time.
     config.extraction.update(
-      trajectories=100,
-      use=100,
+      trajectories=200,
+      use=200,
       wording="conversations",
       see_previous=False,
       answered_only=True,
       temperature=0.1,
+      start_from="previous_round",  # what nobody has to say again is not forgotten
       min_support=2,
+      told_by_others=True,
+      newest_wins=True,
       repeats=False,
       max_knowledge_tokens=2048,
       max_response_tokens=64,
     )
-    config.consolidation.update(learning_rate=1e-5, steps=60)
+    # The rate of the least that is forgotten (experiments/README.md).
+    config.consolidation.update(learning_rate=3e-6, steps=300, on_no_gain="skip", gate_episodes=128)
     config.evaluation.update(episodes=256, temperature=0.1)
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
     config.evaluation.retention = 256

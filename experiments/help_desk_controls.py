@@ -16,10 +16,15 @@ import ml_collections
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import help_desk  # noqa: E402
 
-NO_ITEMS = {"extraction.min_support": 1, "extraction.repeats": True}  # which are of items alone
+NO_ITEMS = {  # off, for these are of items alone
+  "extraction.min_support": 1,
+  "extraction.told_by_others": False,
+  "extraction.newest_wins": False,
+  "extraction.repeats": True,
+}
 CONTROLS = {
   # the first round of help_desk.py:desk, and in context what fewer conversations teach (Figure 4)
-  "own": {"evaluation.accumulation": (10, 30, 100)},
+  "own": {"evaluation.accumulation": (10, 30, 100, 200)},
   "other": {},  # Table 2
   "trajectories": NO_ITEMS | {"extraction.source": "trajectories"},  # Table 1
   "empty": NO_ITEMS | {"extraction.source": "empty"},
