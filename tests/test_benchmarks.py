@@ -52,7 +52,8 @@ def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path, 
 
 def test_an_older_checkout_is_told_from_one_whose_dependencies_are_missing(script, monkeypatch):
   loading, folder = script("loading"), pathlib.Path("folder")
-  monkeypatch.delitem(sys.modules, "oel_jax.policy.weights.huggingface", raising=False)
+  for name in ("huggingface", "safetensors_folder"):  # imported again
+    monkeypatch.delitem(sys.modules, f"oel_jax.policy.weights.{name}", raising=False)
   with monkeypatch.context() as without:
     without.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ModuleNotFoundError, match="import of safetensors"):
