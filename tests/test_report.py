@@ -6,6 +6,7 @@ import math
 import pathlib
 import random
 import re
+import warnings
 
 import pytest
 from fakes import game_of, turn_of
@@ -676,6 +677,15 @@ def test_losses_stand_at_the_optimizers_own_steps(run):
   ]
   assert [x for x, value in plots._curve(steps, "loss") if math.isnan(value)] == [16.5]
   assert plots._curve(steps, "probe_kl")[-1] == (16, 0.0)
+
+
+def test_the_plot_of_one_step_fills_its_width(run):
+  """A round's name beside the axes left no room for them, with a warning."""
+  line = {"schema": 1, "round": 1, "stage": "consolidate", "step": 1, "loss": 0.5}
+  (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    plots.draw(records.read(run), plots.LIGHT)
 
 
 @pytest.mark.parametrize(

@@ -255,12 +255,13 @@ def _consolidation(run: Run, theme: Theme) -> Figure | None:
       axes.axhline(0, color=theme.dim, linewidth=0.8)
     axes.set_title(title)
     axes.set_ylabel(unit)
-    axes.margins(x=0.01)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.2 * (high - low))  # room for the rounds' names
     if any(label for label, _, _ in curves):
       axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2, handlelength=1.6)
     _mark_rounds(axes, run.steps, theme)
+    # Half a step to the left is where a round's name begins: outside, it would push the plot away.
+    axes.set_xlim(0.5, sum(_counts(run.steps).values()) + 0.5)
   axes.set_xlabel("optimizer step, all rounds")
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   return figure
@@ -284,12 +285,16 @@ def _mark_rounds(axes: Axes, steps: Sequence[dict[str, Any]], theme: Theme) -> N
 
 def _begins(steps: Sequence[dict[str, Any]]) -> dict[int, int]:
   """Round → the optimizer's steps in the rounds before it."""
-  last = {step["round"]: step["step"] for step in steps}  # in order of round and step
   begins, total = {}, 0
-  for number, count in last.items():
+  for number, count in _counts(steps).items():
     begins[number] = total
     total += count
   return begins
+
+
+def _counts(steps: Sequence[dict[str, Any]]) -> dict[int, int]:
+  """Round → how many steps it has; they are in order of round and step."""
+  return {step["round"]: step["step"] for step in steps}
 
 
 def _curve(steps: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
