@@ -42,6 +42,7 @@ def linear_divergence(
   vocabulary_axes: tuple[str, ...] = (),
   statistics: bool = False,
   topk_mass: bool = False,
+  check_vma: bool = True,
   head_sink: Float32[Array, "V D"] | None = None,
 ) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, "*tokens"]]]:
   """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T,
@@ -85,6 +86,8 @@ def linear_divergence(
       heads are split, in order.
     statistics: also return the statistics above.
     topk_mass: find the top k for their mass alone, too.
+    check_vma: inside `jax.shard_map`, what that was given: a GPU's kernel does not say over which
+      axes its results differ, so it runs where that is not checked.
     head_sink: its values do not matter; where it is given, `student_head` is taken as constant, and
       the gradient in it comes out here, not rounded.
 
@@ -96,7 +99,15 @@ def linear_divergence(
   _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
   mask = mask.astype(bool)
   options = chunk_loss.Options(
-    kind, support, int(k), float(temperature), chunk, tuple(vocabulary_axes), statistics, topk_mass
+    kind,
+    support,
+    int(k),
+    float(temperature),
+    chunk,
+    tuple(vocabulary_axes),
+    statistics,
+    topk_mass,
+    check_vma,
   )
   trained = student_hidden, student_head, head_sink
   student_hidden, student_head, head_sink = _like_varying(

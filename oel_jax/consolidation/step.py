@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import chunk_loss, sharded
+from oel_jax.consolidation import chunk_loss, on_mesh, sharded
 from oel_jax.consolidation import metrics as metrics_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
@@ -46,32 +46,41 @@ def loss_sum(
   remat: str,
   attn_impl: str,
   mesh: Mesh | None = None,
+  axis: str | None = None,
+  check_vma: bool = True,
 ) -> tuple[Array, tuple[Array, metrics_lib.Sums]]:
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another
   divergence; their count and `metrics`.
 
   OEL section 3. Arguments are those of `make_step`; `params` are stacked or fused, as the
-  teacher's are; `mesh` is None on one device. Sums, not means: a mean is taken once, over the whole
-  batch, so that how the batch is cut changes nothing. All are float32. `kind`
-  "imitation" is the negative log-likelihood of the response under the student, and needs no
-  teacher.
+  teacher's are; `mesh` is None on one device, and inside `jax.shard_map`, for which `axis` and
+  `check_vma` are (`on_mesh.by_rows`). Sums, not means: a mean is taken once, over the whole batch,
+  so that how the batch is cut changes nothing. All are float32. `kind` "imitation" is the negative
+  log-likelihood of the response under the student, and needs no teacher.
   """
   target = None
   if kind != "imitation":  # the teacher first: of its pass, only these rows stay
     with jax.named_scope("teacher"):
       target = teacher_lib.teacher_hidden(
-        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh
+        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh, axis=axis
       )
   with jax.named_scope("student"):
     hidden = teacher_lib.student_hidden(
-      params, architecture, batch, dtype=dtype, remat=remat, attn_impl=attn_impl, mesh=mesh
+      params,
+      architecture,
+      batch,
+      dtype=dtype,
+      remat=remat,
+      attn_impl=attn_impl,
+      mesh=mesh,
+      axis=axis,
     )
-  sink = params.get("head_sink")  # of fused parameters in training
+  head, sink = unrolled.head(params, axis)  # the sink is of fused parameters in training
   if kind == "imitation":
     total, count, found = sharded.linear_imitation(
       mesh,
       hidden,
-      transformer.head(params),
+      head,
       batch.response,
       batch.mask,
       chunk=chunk,
@@ -81,15 +90,16 @@ def loss_sum(
     total, count, found = sharded.linear_divergence(
       mesh,
       hidden,
-      transformer.head(params),
+      head,
       target,
-      jax.lax.stop_gradient(transformer.head(teacher.params)),
+      jax.lax.stop_gradient(unrolled.head(teacher.params, axis)[0]),
       batch.mask,
       kind=kind,
       support=support,
       k=k,
       temperature=temperature,
       chunk=chunk,
+      check_vma=check_vma,
       head_sink=sink,
     )
   if attn_impl == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
@@ -139,9 +149,8 @@ def make_step(
     parameters and of the optimizer's state hold a number that is not finite.
   """
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
-  shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def value_and_gradient(params, teacher, batch, so_far=None):
+  def value_and_gradient(params, teacher, batch, so_far=None, **where):
     """Of the batch, and of those before, if any: value, count, sums and gradient."""
     is_unrolled = teacher_lib.is_unrolled(teacher)
 
@@ -160,7 +169,7 @@ def make_step(
         dtype=dtype,
         remat=remat,
         attn_impl=attn_impl,
-        mesh=mesh,
+        **where,
       )
 
     learned = unrolled.sinks(params, batch.tokens) if is_unrolled else params
@@ -168,23 +177,36 @@ def make_step(
     rows = gradient.pop("rows") if is_unrolled else None
     found = value, count, sums, gradient
     *found, gradient = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
-    return *found, unrolled.add_rows(gradient, batch.tokens, rows) if is_unrolled else gradient
+    if is_unrolled:
+      gradient = unrolled.add_rows(gradient, batch.tokens, rows, where.get("axis"))
+    return *found, gradient
+
+  def add_up(params, teacher, batch, **where):
+    """The same, by micro-batches: where is the mesh, or what `on_mesh.by_rows` says."""
+    micro_batches = micro_batches_of(*batch.tokens.shape, _shards(where.get("mesh")), micro_tokens)
+    if micro_batches == 1:
+      return value_and_gradient(params, teacher, batch, **where)
+    gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
+
+    def add(so_far, micro_batch):
+      held = _held(so_far, params, teacher, where.get("axis"))
+      return value_and_gradient(*held, micro_batch, so_far, **where)
+
+    return _fold(add, zero, batch, micro_batches, where.get("axis"))
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
-    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
     is_unrolled = teacher_lib.is_unrolled(teacher)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
     params = (
       unrolled.fuse(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
     )
-    if micro_batches == 1:
-      value, count, sums, gradient = value_and_gradient(params, teacher, batch)
+    if is_unrolled and mesh is not None and mesh.size > 1:
+      found = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=True)
     else:
-      gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-      zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
-      add = lambda so_far, micro_batch: value_and_gradient(params, teacher, micro_batch, so_far)
-      value, count, sums, gradient = _fold(add, zero, batch, micro_batches)
+      found = add_up(params, teacher, batch, mesh=mesh)
+    value, count, sums, gradient = found
     count = jnp.maximum(count, 1)
     gradient = unrolled.unfuse(gradient, architecture) if is_unrolled else gradient
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
@@ -222,15 +244,32 @@ def _fold(
   so_far: Any,
   batch: batch_lib.Batch,
   micro_batches: int,
+  axis: str | None = None,
 ) -> Any:
   """add(so_far, micro-batch) → so_far, over equal parts of the rows, up to the last part of which a
   token counts. How many that are is no shape: batches of few samples and of many are one program.
+  Devices along `axis` wait for one another in each part: they take as many.
   """
   # Every device has its part of every micro-batch: number p is rows p, p + micro_batches…
   cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
   filled = jnp.where(cut.mask.any(axis=(1, 2)), jnp.arange(1, micro_batches + 1), 0).max()
+  filled = filled if axis is None else jax.lax.pmax(filled, axis)
   part = lambda p: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, p, keepdims=False), cut)
   return jax.lax.fori_loop(0, filled, lambda p, so_far: add(so_far, part(p)), so_far)
+
+
+def _held(so_far: Any, params: Any, teacher: Any, axis: str | None) -> tuple[Any, Any]:
+  """Student's parameters and teacher, held in the loop over micro-batches: what is split over
+  `axis` would be gathered, all of it at once, before a loop in which it does not change.
+  """
+  if axis is None:
+    return params, teacher
+  return jax.lax.optimization_barrier((params, teacher, so_far[0]))[:2]
+
+
+def _shards(mesh: Mesh | None) -> int:
+  """Parts that rows are cut into, each on devices of its own."""
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def make_probe(
@@ -250,39 +289,47 @@ def make_probe(
   Arguments are those of `make_step`; `mesh` is None on one device. The means are float32 scalars,
   in nats but for topk_mass.
   """
-  shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def total(params, teacher, batch):
-    how = dict(dtype=dtype, attn_impl=attn_impl, mesh=mesh)
+  def total(params, teacher, batch, *, mesh=None, axis=None, check_vma=True):
+    how = dict(dtype=dtype, attn_impl=attn_impl, mesh=mesh, axis=axis)
     hidden = teacher_lib.student_hidden(params, architecture, batch, remat="none", **how)
     target = teacher_lib.teacher_hidden(teacher, architecture, batch, **how)
     _, count, found = sharded.linear_divergence(
       mesh,
       hidden,
-      transformer.head(params),
+      unrolled.head(params, axis)[0],
       target,
-      transformer.head(teacher.params),
+      unrolled.head(teacher.params, axis)[0],
       batch.mask,
       k=k,
       temperature=temperature,
       chunk=chunk,
       topk_mass=True,
+      check_vma=check_vma,
     )
     return count, {name: value.sum() for name, value in found.items()}
 
+  def add_up(params, teacher, batch, **where):
+    micro_batches = micro_batches_of(*batch.tokens.shape, _shards(where.get("mesh")), micro_tokens)
+    if micro_batches == 1:
+      return total(params, teacher, batch, **where)
+    names = chunk_loss.Options(statistics=True, topk_mass=True).names()
+    zero = jnp.float32(0), dict.fromkeys(names, jnp.float32(0))
+
+    def add(so_far, micro_batch):
+      held = _held(so_far, params, teacher, where.get("axis"))
+      return jax.tree.map(jnp.add, so_far, total(*held, micro_batch, **where))
+
+    return _fold(add, zero, batch, micro_batches, where.get("axis"))
+
   @jax.jit
   def probe(params, teacher, batch):
-    params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
-    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
-    if micro_batches == 1:
-      count, sums = total(params, teacher, batch)
+    is_unrolled = teacher_lib.is_unrolled(teacher)
+    params = unrolled.fuse(params, dtype) if is_unrolled else params
+    if is_unrolled and mesh is not None and mesh.size > 1:
+      count, sums = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=False)
     else:
-      add = lambda so_far, micro_batch: jax.tree.map(
-        jnp.add, so_far, total(params, teacher, micro_batch)
-      )
-      names = chunk_loss.Options(statistics=True, topk_mass=True).names()
-      zero = jnp.float32(0), dict.fromkeys(names, jnp.float32(0))
-      count, sums = _fold(add, zero, batch, micro_batches)
+      count, sums = add_up(params, teacher, batch, mesh=mesh)
     return {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
 
   return probe

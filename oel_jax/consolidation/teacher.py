@@ -16,6 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import on_mesh
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 
@@ -74,8 +75,8 @@ def prepare(
     attn_impl: the attention implementation (`attention.attend`).
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …,
       "values": …}}; None on one device.
-    unroll: run the layers without a loop (`policy.unrolled`): faster on a GPU, compiled longer. On
-      one device, and not with on_host.
+    unroll: run the layers without a loop (`policy.unrolled`): faster on a GPU, compiled longer. Not
+      with on_host, and not where heads are split over a mesh.
     on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer,
       in a loop. For a single process.
 
@@ -83,10 +84,9 @@ def prepare(
     The teacher. Keys and values take 2 L G K P H numbers: with Qwen3-4B and ten texts of 8,192
     tokens 11.3 GiB in bfloat16.
   """
-  if unroll and shardings is not None and shardings[0].mesh.size > 1:
-    raise ValueError(
-      f"prepare got unroll=True and a mesh of {shardings[0].mesh.size} devices: it is for one"
-    )
+  mesh = None if shardings is None else shardings[0].mesh
+  if unroll and mesh is not None:
+    on_mesh.check(mesh)
   params = _cast(params, dtype)
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
@@ -112,9 +112,9 @@ def prepare(
     )
   else:
     keys, values = read(tokens, length)
-  params = (
-    jax.jit(unrolled.fuse, static_argnums=1)(params, dtype) if unroll and not on_host else params
-  )
+  if unroll and not on_host:
+    places = on_mesh.weight_shardings(mesh, params, dtype)
+    params = jax.jit(unrolled.fuse, static_argnums=1, out_shardings=places)(params, dtype)
   skip_G = np.broadcast_to(np.int32(skip), length.shape)
   # Not `jnp.asarray`, which compiles a program for each.
   return Teacher(params, keys, values, *jax.device_put((length, skip_G)))
@@ -190,21 +190,22 @@ def student_hidden(
   remat: str,
   attn_impl: str,
   mesh: Mesh | None = None,
+  axis: str | None = None,
 ) -> Float[Array, "S R D"]:
   """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`;
-  `mesh` is None on one device.
+  `mesh` is None on one device and inside `jax.shard_map`, where `axis` is as in `unrolled.forward`.
   """
-  how = dict(dtype=dtype, remat=remat, attn_impl=attn_impl)
+  how = dict(dtype=dtype, remat=remat, attn_impl=attn_impl, axis=axis)
   return _hidden(params, architecture, batch, mesh, **how)
 
 
-def _hidden(params, architecture, batch, mesh, *, prefix=None, **how):
+def _hidden(params, architecture, batch, mesh, *, prefix=None, axis=None, **how):
   """The last hidden states at the response positions; the form of the parameters says by which of
-  the two decoders, of which the unrolled one is for one device.
+  the two decoders, of which the unrolled one is for a device's own rows.
   """
   read = batch.tokens, batch.positions, batch.segments
   if isinstance(params["layers"], tuple):
-    return unrolled.forward(params, architecture, *read, batch.at, prefix=prefix, **how)
+    return unrolled.forward(params, architecture, *read, batch.at, prefix=prefix, axis=axis, **how)
   return batch_lib.response_rows(
     transformer.apply(params, architecture, *read, prefix=prefix, mesh=mesh, **how)[0], batch.at
   )
@@ -218,11 +219,12 @@ def teacher_hidden(
   dtype: Any,
   attn_impl: str,
   mesh: Mesh | None = None,
+  axis: str | None = None,
 ) -> Float[Array, "S R D"]:
   """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response);
-  no gradient flows. `mesh` is None on one device.
+  no gradient flows. `mesh` and `axis` as in `student_hidden`.
   """
-  how = dict(dtype=dtype, remat="none", attn_impl=attn_impl)
+  how = dict(dtype=dtype, remat="none", attn_impl=attn_impl, axis=axis)
   if not teacher.keys.shape[3]:
     return jax.lax.stop_gradient(_hidden(teacher.params, architecture, batch, mesh, **how))
   prefix = transformer.Prefix(

@@ -1,9 +1,11 @@
-"""The decoder as one GPU runs it fastest in training: no loop over the layers, and the matrices
-that read the same input fused.
+"""The decoder as GPUs run it fastest in training: no loop over the layers, and the matrices that
+read the same input fused.
 
 A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the
 weights out of them; apart, all of that stays where it was made. It compiles longer.
-`transformer.apply` is the reference, and what runs on a mesh.
+`transformer.apply` is the reference, and what runs where heads are split over a mesh. On one of
+data x fsdp, each device runs this on its own rows, inside `jax.shard_map`; matrices and tables may
+then be split along their width over one axis, and are gathered layer by layer (`ops.split`).
 """
 
 from collections.abc import Callable
@@ -12,14 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from oel_jax.policy import attention, transformer
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.ops import common, embedding, heads, norm, products
+from oel_jax.policy.ops import common, embedding, heads, norm, products, split
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 TABLES = ("embed", "head")
+WIDTH = {"qkv": 0, "o": 1, "gate_up": 0, "down": 1}  # which of a matrix's dimensions has size D
 
 
 def fuse(params: transformer.Params, dtype: Any) -> Any:
@@ -88,6 +92,22 @@ def unfuse(weights: Any, architecture: Architecture) -> transformer.Params:
   return {**weights, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
+def specs(weights: Any, axis: str | None) -> Any:
+  """How weights from `fuse`, and their gradients, lie on a mesh: matrices and tables are split over
+  `axis` along their width, if one is named; the rest is whole.
+  """
+
+  def one(path, _):
+    if axis is None:
+      return PartitionSpec()
+    if path[0].key in TABLES:
+      return PartitionSpec(None, axis)
+    dimension = WIDTH.get(path[-1].key)
+    return PartitionSpec() if dimension is None else PartitionSpec(*(None,) * dimension, axis)
+
+  return jax.tree_util.tree_map_with_path(one, weights)
+
+
 def sinks(weights: Any, tokens_BxT: Int[Array, "B T"]) -> Any:
   """What `attach` takes: `weights` with float32 zeros for matrices and tables, and "rows" [B, T,
   D], for what the tokens take from the embedding. Of the zeros only these are read, and nothing is
@@ -124,17 +144,34 @@ def attach(weights: Any, learned: Any) -> Any:
 
 
 def add_rows(
-  gradient: Any, tokens_BxT: Int[Array, "B T"], rows_BxTxD: Float[Array, "B T D"]
+  gradient: Any,
+  tokens_BxT: Int[Array, "B T"],
+  rows_BxTxD: Float[Array, "B T D"],
+  axis: str | None = None,
 ) -> Any:
   """Adds the gradient in the tokens' rows of the embedding to that in the embedding, in place: a
-  table for each of several batches would have to be cleared and added up.
+  table for each of several batches would have to be cleared and added up. `axis` as in `forward`.
   """
-  return {
-    **gradient,
-    "embed": {
-      "embedding": embedding.add_rows(gradient["embed"]["embedding"], tokens_BxT, rows_BxTxD)
-    },
-  }
+  table = gradient["embed"]["embedding"]
+  if axis is None:
+    table = embedding.add_rows(table, tokens_BxT, rows_BxTxD)
+  else:
+    table = split.add_rows(table, tokens_BxT, rows_BxTxD, axis)
+  return {**gradient, "embed": {"embedding": table}}
+
+
+def head(
+  weights: Any, axis: str | None = None
+) -> tuple[Float[Array, "V D"], Float[Array, "V D"] | None]:
+  """The output matrix and its sink, None where gradients are not taken; `axis` as in `forward`."""
+  matrix, sink = transformer.head(weights), weights.get("head_sink")
+  return (matrix, sink) if axis is None else _whole(matrix, sink, 1, axis)
+
+
+def _whole(matrix: Array, sink: Array | None, dimension: int, axis: str) -> tuple:
+  """Both of the whole matrix, of which each device along `axis` has a part of `dimension`."""
+  sink = None if sink is None else split.whole_sink(sink, dimension, axis)
+  return split.whole(matrix, dimension, axis), sink
 
 
 def forward(
@@ -149,6 +186,7 @@ def forward(
   remat: str,
   attn_impl: str,
   prefix: transformer.Prefix | None = None,
+  axis: str | None = None,
 ) -> Float[Array, "B R D"]:
   """`transformer.apply` on fused weights, at the positions `at_BxR` of each row: behind the last
   layer's attention, no others are computed.
@@ -160,6 +198,8 @@ def forward(
     at_BxR: int32, positions in the row.
     dtype: of the activations; that of the matrices.
     remat, attn_impl, prefix: as in `transformer.apply`.
+    axis: inside `jax.shard_map`, the mesh axis over which matrices and tables are split (`specs`);
+      None: they are whole.
 
   Returns:
     Hidden states behind the last norm, in `dtype`.
@@ -168,7 +208,8 @@ def forward(
     ValueError: another attention implementation, or several texts a row with the attention "flash".
   """
   a, (B, T) = architecture, tokens_BxT.shape
-  x = embedding.embed(weights["embed"]["embedding"], tokens_BxT)
+  table = weights["embed"]["embedding"]
+  x = embedding.embed(table, tokens_BxT) if axis is None else split.embed(table, tokens_BxT, axis)
   x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
   cos_sin = attention.cos_sin(positions_BxT.reshape(-1), a)
@@ -184,12 +225,12 @@ def forward(
       return y.reshape(B * T, -1)
 
     run = _operations(a, cos_sin, attend)
-    x, y = transformer.block(run, _with_sinks(layer), x, y, pick if last else None)
+    x, y = transformer.block(run, _with_sinks(layer, axis), x, y, pick if last else None)
     # Then a layer's inputs are kept: one is enough.
     return (x + y, None) if remat == "full" else (x, y)
 
-  if remat != "none":
-    block = jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
+  if remat != "none" or axis is not None:
+    block = jax.checkpoint(block, policy=_policy(remat), static_argnums=4)
   x, y = x.reshape(B * T, -1), None
   for i, layer in enumerate(weights["layers"]):
     x, y = block(
@@ -199,9 +240,19 @@ def forward(
   return normed.reshape(*at_BxR.shape, -1)
 
 
-def _with_sinks(layer: dict[str, Array]) -> dict[str, Any]:
-  """The layer with (matrix, its sink or None) under a matrix's name."""
-  return {**layer, **{name: (layer[name], layer.get(f"{name}_sink")) for name in MATRICES}}
+def _policy(remat: str) -> Callable:
+  """What a block keeps for its backward pass; never a matrix that it has gathered."""
+  if remat != "none":
+    return transformer.REMAT[remat]
+  return lambda primitive, *_, **__: primitive.name != "all_gather"
+
+
+def _with_sinks(layer: dict[str, Array], axis: str | None) -> dict[str, Any]:
+  """The layer with (matrix, its sink or None) under a matrix's name, both whole."""
+  pairs = {name: (layer[name], layer.get(f"{name}_sink")) for name in MATRICES}
+  if axis is not None:
+    pairs = {name: _whole(*pair, WIDTH[name], axis) for name, pair in pairs.items()}
+  return {**layer, **pairs}
 
 
 def _operations(a: Architecture, cos_sin: Array, attend: Callable) -> transformer.Operations:
