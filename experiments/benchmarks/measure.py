@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from oel_jax.runtime import progress
 
 KINDS = {  # of kernels, by a part of their name; the first that fits
+  "communication": ("nccl",),
   "attention": ("sdpa", "flash", "fmha", "cudnn"),
   "matrix products": ("nvjet", "gemm", "cutlass", "dot"),
   "scatter": ("scatter",),
@@ -54,12 +55,12 @@ def matrix_rate(dtype: Any) -> float:
 
 
 def kernels(function: Callable[[], Any]) -> dict[str, float]:
-  """Milliseconds on the GPU by kind of kernel, and "idle" for the rest of the call's time; {}
-  elsewhere.
+  """Milliseconds on a GPU, the mean of those that are used, by kind of kernel, and "idle" for the
+  rest of the call's time: less than it is by what runs at once. {} elsewhere.
   """
   if jax.default_backend() != "gpu":
     return {}
-  spent = collections.Counter()
+  spent, used = collections.Counter(), 1
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       started = time.perf_counter()
@@ -70,7 +71,9 @@ def kernels(function: Callable[[], Any]) -> dict[str, float]:
         plane
         for plane in jax.profiler.ProfileData.from_file(path).planes
         if "/device:GPU" in plane.name
+        and any(len(list(line.events)) for line in plane.lines if "Stream" in line.name)
       ]
+      used = max(1, len(planes))
       for event in (
         event
         for plane in planes
@@ -82,8 +85,9 @@ def kernels(function: Callable[[], Any]) -> dict[str, float]:
           kind for kind, parts in KINDS.items() if any(part in event.name.lower() for part in parts)
         )
         spent[kind] += event.duration_ns / 1e6
+  spent = {kind: ms / used for kind, ms in spent.most_common()}
   return {
-    **{kind: round(ms, 1) for kind, ms in spent.most_common()},
+    **{kind: round(ms, 1) for kind, ms in spent.items()},
     "idle": round(whole - sum(spent.values()), 1),
   }
 

@@ -2,17 +2,22 @@
 weights of Qwen3 shapes.
 
 python experiments/benchmarks/step.py --peer=peer_torch.py --json=step.json 1.7b
+python experiments/benchmarks/step.py --mesh=data=2 --mesh=fsdp=2 --json=mesh.json 1.7b
 JAX_PLATFORMS=cpu python experiments/benchmarks/step.py --json=step.json tiny
 """
 
 import argparse
 import dataclasses
 import gc
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import measure
+import ml_collections
 import numpy as np
 import optax
 
@@ -20,7 +25,8 @@ from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import transformer
+from oel_jax.policy import parameters, transformer
+from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.tasks import plan_seconds
 
 
@@ -46,6 +52,7 @@ class Work:
 WORK = {
   "1.7b": Work("qwen3-1.7b", 64, 600, 2048, 1024),
   "4b": Work("qwen3-4b", 16, 600, 8192, 1024, micro_tokens=6500),
+  "8b": Work("qwen3-8b", 32, 600, 2048, 1024, micro_tokens=6500),  # does not fit one GPU
   "tiny": Work("pocket-tiny", 4, 6, 10, 8, texts=2, micro_tokens=30),
 }
 GROWTH = {
@@ -146,6 +153,94 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   }
 
 
+def spread_row(
+  work: Work, sizes: dict[str, int], rate: float, dtype: Any, repeats: int, **options: Any
+) -> dict[str, Any]:
+  """The step on the first devices, as a mesh of these sizes; no sizes is one device, without one.
+
+  Everything is born in its shards, so that what fits the mesh only can be measured.
+  """
+  a, devices = architecture_lib.named(work.architecture), math.prod(sizes.values())
+  mesh = mesh_lib.make_mesh(
+    ml_collections.ConfigDict({axis: sizes.get(axis, 1) for axis in mesh_lib.AXES}),
+    jax.devices()[:devices],
+  )
+  init = lambda key: transformer.init(a, key)
+  places = mesh_lib.param_shardings(mesh, parameters.abstract(a))
+  params = jax.jit(init, out_shardings=places)(jax.random.key(0))
+  knowledge = (
+    np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
+  )
+  attn_impl = "xla" if options["attn_impl"] == "xla" else "flash"
+  room = teacher_lib.room(knowledge)
+  texts = jax.ShapeDtypeStruct((a.layers, work.texts, a.kv_heads, room, a.head_size), dtype)
+  texts = mesh_lib.param_shardings(mesh, {"teacher": {"keys": texts, "values": texts}})["teacher"]
+  started = time.perf_counter()
+  teacher = teacher_lib.prepare(
+    params,
+    a,
+    knowledge,
+    dtype=dtype,
+    attn_impl=attn_impl,
+    unroll=options["unroll"],
+    shardings=(texts["keys"], texts["values"]),
+  )
+  jax.block_until_ready(teacher.keys)
+  reading = time.perf_counter() - started
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.01))
+  begin = lambda params: step_lib.init_state(params, optimizer)
+  shardings = jax.tree.map(
+    lambda leaf: leaf.sharding, mesh_lib.abstract_init(begin, mesh, parameters.abstract(a))
+  )
+  state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+  del params
+  batch = random_batch(work, a.vocabulary, options["attn_impl"] != "flash")
+  batch = mesh_lib.put(batch, mesh_lib.batch_sharding(mesh))
+  how = {name: value for name, value in options.items() if name != "unroll"}
+  step = step_lib.make_step(a, optimizer, dtype=dtype, shardings=shardings, **how)
+  started = time.perf_counter()
+  step = step.lower(state, teacher, batch).compile()
+  compiling, memory = time.perf_counter() - started, step.memory_analysis()
+  held, losses = [state], []
+  del state
+
+  def call():
+    held[0], metrics = step(held[0], teacher, batch)
+    losses.append(metrics["loss"])
+    return metrics
+
+  took, kinds = measure.seconds(call, repeats=repeats), measure.kernels(call)
+  return {
+    "mesh": ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device",
+    "policy": work.architecture,
+    "samples": work.samples,
+    "knowledge": work.knowledge,
+    **options,
+    "step s": took,
+    "tokens/s a device": work.tokens / took / devices,
+    "of limit": sum(flops(work, a)) / rate / devices / took,
+    "first loss": float(losses[0]),
+    "texts read s, compiled": reading,
+    "compile s": compiling,
+    "GiB": (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+    / 2**30,
+    "collectives": collectives(step.as_text()),
+    "kernels ms": kinds,
+  }
+
+
+def collectives(text: str) -> dict[str, int]:
+  """How many of each kind a program has."""
+  kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+  count = lambda kind: text.count(f" {kind}(") + text.count(f" {kind}-start(")
+  return {kind: count(kind) for kind in kinds}
+
+
 def options(how: str, work: Work) -> list[dict[str, Any]]:
   """What --how says."""
   default = (
@@ -184,18 +279,8 @@ def run(name: str, how: str, growth: bool, peer: str | None) -> list[dict[str, A
     for change in (GROWTH.get(name, []) if growth else [])
   ]
   for changed, way in works:
-    try:
-      rows.append(row(changed, rate, dtype, **way))
-    except (
-      jax.errors.JaxRuntimeError
-    ) as error:  # out of memory: the other rows are still worth having
-      what = {
-        "policy": changed.architecture,
-        "samples": changed.samples,
-        "knowledge": changed.knowledge,
-        **way,
-      }
-      rows.append({**what, "error": str(error)[:80]})
+    what = dict(policy=changed.architecture, samples=changed.samples, knowledge=changed.knowledge)
+    rows.append(measured_or_error(lambda: row(changed, rate, dtype, **way), **what, **way))
     print(rows[-1], flush=True)
     gc.collect()
   for line in theirs:
@@ -214,6 +299,47 @@ def run(name: str, how: str, growth: bool, peer: str | None) -> list[dict[str, A
   return rows
 
 
+def run_meshes(
+  name: str, how: str, meshes: list[str], strong: bool, repeats: int
+) -> list[dict[str, Any]]:
+  """The work on one device, and on each mesh with as many samples a device (with `strong`, with as
+  many in all, too), beside it.
+  """
+  work = WORK[name]
+  way = options(how, work)[0]
+  dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+  rate, rows, alone = measure.matrix_rate(dtype), [], None
+  sizes = [
+    {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    for mesh in meshes
+  ]
+  for one in [{}, *sizes]:
+    devices = math.prod(one.values())
+    more = dataclasses.replace(work, samples=work.samples * devices)
+    for scaling, changed in [("weak", more)] + [("strong", work)] * (strong and devices > 1):
+      measured = measured_or_error(
+        lambda: spread_row(changed, one, rate, dtype, repeats, **way), mesh=str(one)
+      )
+      alone = measured.get("step s") if not one else alone
+      if one and alone and "step s" in measured:
+        ideal = alone * changed.samples / work.samples / devices
+        measured |= {"scaling": scaling, "of one device's": ideal / measured["step s"]}
+      rows.append(measured)
+      print(rows[-1], flush=True)
+      gc.collect()
+  return rows
+
+
+def measured_or_error(measured: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
+  """The row, or what could not be measured and why: other rows are still worth having where one is
+  out of memory.
+  """
+  try:
+    return measured()
+  except jax.errors.JaxRuntimeError as error:
+    return {**what, "error": str(error)[:80]}
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,8 +356,22 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--growth", action="store_true", help="also fewer samples, and no to much knowledge"
   )
+  parser.add_argument(
+    "--mesh",
+    action="append",
+    default=[],
+    help="AXIS=SIZE[,…], data and fsdp: on so many devices beside one of them; may be given again",
+  )
+  parser.add_argument(
+    "--strong", action="store_true", help="with --mesh: also with as many samples in all as on one"
+  )
+  parser.add_argument("--repeats", type=int, default=5, help="with --mesh: steps timed")
   args = parser.parse_args(argv)
-  measure.report(run(args.work, args.how, args.growth, args.peer), "consolidation step", args.json)
+  if args.mesh:
+    rows = run_meshes(args.work, args.how, args.mesh, args.strong, args.repeats)
+  else:
+    rows = run(args.work, args.how, args.growth, args.peer)
+  measure.report(rows, "consolidation step", args.json)
 
 
 if __name__ == "__main__":
