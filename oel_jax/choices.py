@@ -41,6 +41,9 @@ def choose(
   kernels = common.supported(activation, a.head_size)
   sampling_kernels = common.supported(activation)
   prefill, step = model.prefill_attn_impl(a, dtype), kv_cache.attn_impl(a, dtype)
+  scanned = "scanned"
+  if mesh.shape["tensor"] > 1:
+    scanned += f", for mesh.tensor is {mesh.shape['tensor']}"
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
@@ -49,7 +52,7 @@ def choose(
     "compute_dtype": str(dtype),
     "attention": placement.attn_impl(config.consolidation, policy),
     "sampling_attention": f"{prefill} (prompts), {step} (tokens)",
-    "layers": "unrolled" if is_unrolled and not on_host else "scanned",
+    "layers": "unrolled" if is_unrolled and not on_host else scanned,
     "kernels": "Pallas" if is_unrolled and not on_host and kernels else "plain",
     "sampling_kernels": "Pallas" if sampling_kernels else "plain",
     "knowledge": knowledge,

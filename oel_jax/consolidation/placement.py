@@ -53,17 +53,20 @@ def _fast(policy: Policy) -> bool:
 
 
 def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
-  """Whether the layers run without a loop, as config.consolidation.unroll asks for.
+  """Whether the layers run without a loop, as config.consolidation.unroll asks for: on a mesh where
+  each device has whole heads, the one-device program runs on each of them (`on_mesh`).
 
   Raises:
-    ValueError: it asks for that on several devices.
+    ValueError: it asks for that where heads are split.
   """
-  if config.unroll == "yes" and mesh.size > 1:
+  parts = mesh.shape["tensor"]
+  if config.unroll == "yes" and parts > 1:
     raise ValueError(
-      f'config.consolidation.unroll is "yes" on {mesh.size} devices: it is for one; "auto" or "no" '
-      "run on many"
+      f'config.consolidation.unroll is "yes" and config.mesh.tensor {parts}: layers without a loop '
+      "run over data and fsdp; config.mesh.tensor must be 1, or config.consolidation.unroll "
+      '"auto" or "no"'
     )
-  possible = mesh.size == 1 and _fast(policy)
+  possible = parts == 1 and _fast(policy)
   return possible if config.unroll == "auto" else config.unroll == "yes"
 
 
