@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
-from oel_jax.policy import unrolled
+from oel_jax.policy import parameters, unrolled
 
 ROWS = ("data", "fsdp")
 
@@ -81,3 +83,31 @@ def by_rows(
     out_specs=(whole, whole, whole, weights) if gradient else whole,
     check_vma=False,
   )(params, teacher, batch)
+
+
+def by_texts(
+  run: Callable[..., Any],
+  mesh: Mesh,
+  params: Any,
+  tokens_GxP: Int[Array, "G P"],
+  length_G: Int[Array, "G"],
+) -> Any:
+  """`run(params, tokens, length, axis=…)` → arrays [L, G, …], on every device for texts of its own,
+  empty ones where there are not as many for each; `params` are stacked.
+  """
+  axis, G = width_axis(mesh, params), len(length_G)
+  room = -G % (mesh.shape["data"] * mesh.shape["fsdp"])
+  tokens, length = jnp.pad(tokens_GxP, ((0, room), (0, 0))), jnp.pad(length_G, (0, room))
+
+  def spec(path, _):
+    axes = parameters.BY_PATH[jax.tree_util.keystr(path, simple=True, separator="/")].axes
+    return PartitionSpec(*(axis if name == "fsdp" else None for name in axes))
+
+  found = jax.shard_map(
+    lambda *given: run(*given, axis=axis),
+    mesh=mesh,
+    in_specs=(jax.tree_util.tree_map_with_path(spec, params), *(PartitionSpec(ROWS),) * 2),
+    out_specs=PartitionSpec(None, ROWS),
+    check_vma=False,
+  )(params, tokens, length)
+  return jax.tree.map(lambda x: x[:, :G], found)

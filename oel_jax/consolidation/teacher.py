@@ -92,7 +92,8 @@ def prepare(
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
     row[: len(ids)] = ids
-  read = functools.partial(_read(architecture, dtype, attn_impl, shardings), params)
+  by_texts = unroll and not on_host and mesh is not None and mesh.size > 1
+  read = functools.partial(_read(architecture, dtype, attn_impl, shardings, by_texts), params)
   if on_host:  # text by text, for the devices have no room for all
     shape = (
       architecture.layers,
@@ -146,11 +147,13 @@ def _as_type(arrays: Sequence[Array], dtype: Any) -> list[Array]:
 
 
 @functools.cache
-def _read(architecture, dtype, attn_impl, shardings):
-  """The jitted program that turns texts, [G, P], into keys and values, one text at a time."""
+def _read(architecture, dtype, attn_impl, shardings, by_texts=False):
+  """The jitted program that turns texts, [G, P], into keys and values, one text at a time; with
+  `by_texts` one on each device (`on_mesh.by_texts`).
+  """
   mesh = None if shardings is None else shardings[0].mesh
 
-  def read(params, tokens_GxP, length_G):
+  def read(params, tokens_GxP, length_G, mesh=mesh, axis=None):
     G, P = tokens_GxP.shape
     if P == 0:
       return (
@@ -173,11 +176,17 @@ def _read(architecture, dtype, attn_impl, shardings):
         attn_impl=attn_impl,
         keep_cache=True,
         mesh=mesh,
+        axis=axis,
       )
       return jax.tree.map(lambda x: x[:, 0], kv)  # [L, K, P, H]
 
     return tuple(x.swapaxes(0, 1) for x in jax.lax.map(one, (tokens_GxP, length_G)))
 
+  if by_texts:
+    one_device = functools.partial(read, mesh=None)
+    return jax.jit(
+      lambda *given: on_mesh.by_texts(one_device, mesh, *given), out_shardings=shardings
+    )
   return jax.jit(read, out_shardings=shardings)
 
 

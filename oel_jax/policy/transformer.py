@@ -7,9 +7,9 @@ Parameters are one nested dict (`policy.parameters`), each layer's leaves stacke
 that training scans over layers. Decoding takes them apart once, outside its loop (`unstack`):
 slicing stacked weights at every token is several times slower.
 
-The block is written once (`block`). The scanned run here (meshes, CPU), the unrolled one (one GPU,
-`policy.unrolled`) and sampling (`policy.sampling.model`) call it, each with its own layout
-of a layer's weights and its own operations on them, which come from `policy.ops`.
+The block is written once (`block`). The scanned run here (CPU, heads that are split over a mesh),
+the unrolled one (GPUs, `policy.unrolled`) and sampling (`policy.sampling.model`) call it, each with
+its own layout of a layer's weights and its own operations on them, which come from `policy.ops`.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from oel_jax.policy import attention
+from oel_jax.policy import attention, parameters
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.ops import heads, norm
+from oel_jax.policy.ops import heads, norm, split
 from oel_jax.policy.ops.common import REMAT_SAVED
 from oel_jax.policy.ops.embedding import embed
 from oel_jax.policy.parameters import abstract, init  # noqa: F401  (named from here, too)
@@ -229,6 +229,7 @@ def apply(
   attn_impl: str = "xla",
   prefix: Prefix | None = None,
   mesh: Mesh | None = None,
+  axis: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Runs the decoder up to its last norm.
 
@@ -245,6 +246,8 @@ def apply(
     prefix: texts to attend to as well; positions then count from the text's beginning.
     keep_cache: also return the keys and values, each [L, B, K, T, H].
     mesh: where the rows lie, which "splash" must know; None on one device.
+    axis: inside `jax.shard_map`, the axis over which the parameters are split where their table
+      says "fsdp"; None: they are whole. Not differentiable then.
 
   Returns:
     Hidden states [B, T, D] in `dtype`, and keys and values (or None).
@@ -252,7 +255,9 @@ def apply(
   a, dtype = architecture, jnp.dtype(dtype)
   # Cast after the rows are taken: the table's gradient is then summed in float32, and most of the
   # table never cast.
-  x = embed(params["embed"]["embedding"], tokens_BxT).astype(dtype)
+  table = params["embed"]["embedding"]
+  x = embed(table, tokens_BxT) if axis is None else split.embed(table, tokens_BxT, axis)
+  x = x.astype(dtype)
   # A masked NaN is still a NaN: 0 x NaN
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
   mask, ids = mask_of(segments_BxT, prefix), ids_of(segments_BxT, prefix)
@@ -260,6 +265,7 @@ def apply(
 
   def layer(x, given):
     params, known = given
+    params = params if axis is None else _gathered(params, axis)
     kept = []
 
     def attend(layer, own):
@@ -275,6 +281,17 @@ def apply(
   known = None if prefix is None else (prefix.keys, prefix.values)
   x, kv = jax.lax.scan(layer, x, (params["layers"], known), length=a.layers)
   return norm.rms(x, params["norm"]["scale"], a.norm_eps), kv
+
+
+def _gathered(layer: Params, axis: str) -> Params:
+  """A layer of the tree, split over `axis` where the table of parameters says "fsdp", whole."""
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = parameters.BY_PATH[f"layers/{name}"].axes[1:]
+    return split.whole(leaf, axes.index("fsdp"), axis) if "fsdp" in axes else leaf
+
+  return jax.tree_util.tree_map_with_path(one, layer)
 
 
 def _apart(layer: Params) -> dict[str, Any]:
