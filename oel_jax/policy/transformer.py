@@ -289,7 +289,7 @@ def _gathered(layer: Params, axis: str) -> Params:
   def one(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = parameters.BY_PATH[f"layers/{name}"].axes[1:]
-    return split.whole(leaf, axes.index("fsdp"), axis) if "fsdp" in axes else leaf
+    return split.whole(leaf, split.Parts(axes.index("fsdp"), axis)) if "fsdp" in axes else leaf
 
   return jax.tree_util.tree_map_with_path(one, layer)
 

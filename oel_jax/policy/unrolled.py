@@ -165,13 +165,10 @@ def head(
 ) -> tuple[Float[Array, "V D"], Float[Array, "V D"] | None]:
   """The output matrix and its sink, None where gradients are not taken; `axis` as in `forward`."""
   matrix, sink = transformer.head(weights), weights.get("head_sink")
-  return (matrix, sink) if axis is None else _whole(matrix, sink, 1, axis)
-
-
-def _whole(matrix: Array, sink: Array | None, dimension: int, axis: str) -> tuple:
-  """Both of the whole matrix, of which each device along `axis` has a part of `dimension`."""
-  sink = None if sink is None else split.whole_sink(sink, dimension, axis)
-  return split.whole(matrix, dimension, axis), sink
+  if axis is None:
+    return matrix, sink
+  parts = split.Parts(1, axis)
+  return split.whole(matrix, parts), None if sink is None else split.whole_sink(sink, parts)
 
 
 def forward(
@@ -229,8 +226,12 @@ def forward(
     # Then a layer's inputs are kept: one is enough.
     return (x + y, None) if remat == "full" else (x, y)
 
-  if remat != "none" or axis is not None:
-    block = jax.checkpoint(block, policy=_policy(remat), static_argnums=4)
+  if remat != "none":
+    # What is gathered again need not wait for the gradient that reaches the layer: "full" alone
+    # gathers twice there, and must not find what the forward pass has gathered.
+    apart = True if axis is None or remat == "full" else (False, True, True, True)
+    how = dict(policy=transformer.REMAT[remat], static_argnums=4)
+    block = jax.checkpoint(block, prevent_cse=apart, **how)
   x, y = x.reshape(B * T, -1), None
   for i, layer in enumerate(weights["layers"]):
     x, y = block(
@@ -240,28 +241,21 @@ def forward(
   return normed.reshape(*at_BxR.shape, -1)
 
 
-def _policy(remat: str) -> Callable:
-  """What a block keeps for its backward pass; never a matrix that it has gathered."""
-  if remat != "none":
-    return transformer.REMAT[remat]
-  return lambda primitive, *_, **__: primitive.name != "all_gather"
-
-
 def _with_sinks(layer: dict[str, Array], axis: str | None) -> dict[str, Any]:
-  """The layer with (matrix, its sink or None) under a matrix's name, both whole."""
-  pairs = {name: (layer[name], layer.get(f"{name}_sink")) for name in MATRICES}
-  if axis is not None:
-    pairs = {name: _whole(*pair, WIDTH[name], axis) for name, pair in pairs.items()}
-  return {**layer, **pairs}
+  """The layer with (how it is split, matrix, its sink or None) under a matrix's name."""
+  parts = lambda name: None if axis is None else split.Parts(WIDTH[name], axis)
+  held = {name: (parts(name), layer[name], layer.get(f"{name}_sink")) for name in MATRICES}
+  return {**layer, **held}
 
 
 def _operations(a: Architecture, cos_sin: Array, attend: Callable) -> transformer.Operations:
-  """The block's operations with kernels and gradient rules of their own; a matrix is (matrix, its
-  sink or None).
+  """The block's operations with kernels and gradient rules of their own; a matrix is (how it is
+  split, matrix, its sink or None).
   """
 
-  def norm_product(x, y, scale, matrix):
-    return products.norm_product(a.norm_eps, x, y, scale, *matrix)
+  def norm_product(x, y, scale, held):
+    parts, *matrix = held
+    return products.norm_product(parts, a.norm_eps, x, y, scale, *matrix)
 
   def split_heads(layer, qkv):
     qkv = qkv.reshape(qkv.shape[0], -1, a.head_size)
@@ -271,7 +265,7 @@ def _operations(a: Architecture, cos_sin: Array, attend: Callable) -> transforme
     norm_product=norm_product,
     heads=split_heads,
     attend=attend,
-    product=lambda y, matrix: products.product(y, *matrix),
+    product=lambda y, held: products.product(held[0], y, *held[1:]),
     norm_swiglu=norm_product,
-    down=lambda gate_up, matrix: products.swiglu_product(gate_up, *matrix),
+    down=lambda gate_up, held: products.swiglu_product(held[0], gate_up, *held[1:]),
   )

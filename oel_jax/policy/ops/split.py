@@ -1,13 +1,14 @@
 """Weights that lie split over an axis of a mesh along their width, made whole where they are used,
 inside `jax.shard_map` (Rajbhandari et al. 2020, section 5.3).
 
-Each device has rows of its own. A layer's matrices are gathered for that layer alone, and again for
-its backward pass; what they are to be changed by is added up over the devices as it is split, so
-that none ever holds the gradient of more than a layer whole. Of a table only the rows of the
-devices' tokens travel.
+Each device has rows of its own. A matrix is gathered where it is multiplied, and again for the
+gradients of that product; its own gradient is added up over the devices as it is split. None ever
+holds more of them whole than what it works at. Of the embedding only the rows of the devices'
+tokens travel.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +17,50 @@ from jaxtyping import Array, Float, Int
 from oel_jax.policy.ops import embedding
 
 
-def whole(shard: Float[Array, "..."], dimension: int, axis: str) -> Float[Array, "..."]:
-  """The array of which each device along `axis` has a part of `dimension`. It is taken as constant:
-  the gradient comes out at its sink (`whole_sink`).
+class Parts(NamedTuple):
+  """How a matrix is split: each device along `axis`, of a mesh, has its part of `dimension`. None
+  in its place: the matrix is whole.
   """
-  return jax.lax.all_gather(shard, axis, axis=dimension, tiled=True)
+
+  dimension: int
+  axis: str
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def whole_sink(shard: Float[Array, "..."], dimension: int, axis: str) -> Float[Array, "..."]:
-  """Zeros in the shape of `whole`, nothing of which is left once compiled. The gradient in the
-  shard is the sum over the devices of what each gives for its part.
+def whole(part: Float[Array, "..."], parts: Parts | None) -> Float[Array, "..."]:
+  """The matrix that this device has a part of."""
+  if parts is None:
+    return part
+  return jax.lax.all_gather(part, parts.axis, axis=parts.dimension, tiled=True)
+
+
+def again(part: Float[Array, "..."], parts: Parts | None) -> Float[Array, "..."]:
+  """The same in a backward pass. Without the barrier, XLA would keep what the forward pass has
+  gathered of all layers; it waits for nothing, so that it can be gathered ahead.
   """
-  shape = list(shard.shape)
-  shape[dimension] *= jax.lax.axis_size(axis)
-  return jnp.zeros(shape, shard.dtype)
+  return part if parts is None else whole(jax.lax.optimization_barrier(part), parts)
 
 
-def _whole_sink_forward(shard, dimension, axis):
-  return whole_sink(shard, dimension, axis), None
+def add_up(gradient: Float[Array, "..."], parts: Parts | None) -> Float[Array, "..."]:
+  """This device's part of the sum over the devices of a gradient in the whole matrix."""
+  if parts is None:
+    return gradient
+  return jax.lax.psum_scatter(gradient, parts.axis, scatter_dimension=parts.dimension, tiled=True)
 
 
-def _whole_sink_backward(dimension, axis, _, gradient):
-  return (jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole_sink(part: Float[Array, "..."], parts: Parts) -> Float[Array, "..."]:
+  """Zeros in the shape of `whole`, of which nothing is left once compiled, and whose gradient is
+  added up for the part.
+  """
+  shape = list(part.shape)
+  shape[parts.dimension] *= jax.lax.axis_size(parts.axis)
+  return jnp.zeros(shape, part.dtype)
 
 
-whole_sink.defvjp(_whole_sink_forward, _whole_sink_backward)
+whole_sink.defvjp(
+  lambda part, parts: (whole_sink(part, parts), None),
+  lambda parts, _, gradient: (add_up(gradient, parts),),
+)
 
 
 def embed(
