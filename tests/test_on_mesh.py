@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from test_unrolled import INTERPRET, KERNELS
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
@@ -22,7 +23,7 @@ from oel_jax.consolidation import on_mesh, placement, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import parameters, transformer, unrolled
+from oel_jax.policy import parameters, unrolled
 from oel_jax.policy.ops import common
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -38,11 +39,12 @@ def _mesh(data, fsdp, tensor=1):
 
 @functools.cache
 def _params(a, seed):
-  params = jax.jit(lambda key: transformer.init(a, key))(jax.random.key(seed))
-  # Scales of 1 and biases of 0 would hide what is not added up.
-  return jax.tree.map(
-    lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params
-  )
+  """Of the size of `transformer.init`'s; scales of 1 and biases of 0 would hide what is not added
+  up.
+  """
+  rng = np.random.default_rng(seed)
+  one = lambda path, leaf: rng.normal(size=leaf.shape) / 4 + (path[-1].key == "scale")
+  return jax.tree.map(np.float32, jax.tree_util.tree_map_with_path(one, parameters.abstract(a)))
 
 
 def _batch(mesh, count):
@@ -88,8 +90,7 @@ def _placed(mesh, a, student, teacher, texts=TEXTS):
 @functools.cache
 def _trained(mesh, a=A, remat="dots", count=30, **how):
   """Loss and metrics of a step, and the parameters behind it."""
-  student = jax.tree.map(jnp.copy, _params(a, 0))
-  state, shardings, teacher = _placed(mesh, a, student, _params(a, 1))
+  state, shardings, teacher = _placed(mesh, a, _params(a, 0), _params(a, 1))
   how = dict(chunk=7, k=4, micro_tokens=MICRO_TOKENS) | how
   step = step_lib.make_step(a, _optimizer(), shardings=shardings, remat=remat, **how)
   state, metrics = step(state, teacher, _batch(mesh, count))
@@ -144,8 +145,6 @@ def test_eight_devices_probe_as_one(data, fsdp):
 @pytest.mark.slow
 @pytest.mark.parametrize("data, fsdp", [(1, 2), (2, 1)])
 def test_kernels_do_the_same_on_each_device(monkeypatch, data, fsdp):
-  from test_unrolled import INTERPRET, KERNELS
-
   wanted, used = _trained(_mesh(1, 1), count=6), set()
 
   def wired(function, key):
