@@ -121,7 +121,7 @@ slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
   "data, fsdp, a, how",
   [
     (2, 4, SHORT, {}),
-    slow(2, 4, A, {}),
+    slow(2, 4, dataclasses.replace(A, layers=4), {}),
     slow(8, 1, A, {}),
     slow(1, 8, A, dict(remat="none")),
     slow(1, 8, UNTIED, dict(remat="full", support="topk_tail")),

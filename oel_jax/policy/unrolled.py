@@ -233,10 +233,17 @@ def forward(
     how = dict(policy=transformer.REMAT[remat], static_argnums=4)
     block = jax.checkpoint(block, prevent_cse=apart, **how)
   x, y = x.reshape(B * T, -1), None
+  tickets = {}
   for i, layer in enumerate(weights["layers"]):
+    if i in tickets:
+      sinks = {name: layer[name] for name in layer if name.endswith("_sink")}
+      layer = {**layer, **split.redeemed(sinks, tickets.pop(i))}
     x, y = block(
       layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1
     )
+    if axis is not None and "rows" in weights and i + 2 < a.layers:
+      # While a layer goes backward, the gradients of the one behind it are added up.
+      x, tickets[i + 2] = split.ticket(x)
   _, normed = norm.add_norm_plain(x, y, weights["norm"]["scale"], a.norm_eps)
   return normed.reshape(*at_BxR.shape, -1)
 
