@@ -42,7 +42,7 @@ def choose(
   sampling_kernels = common.supported(activation)
   prefill, step = model.prefill_attn_impl(a, dtype), kv_cache.attn_impl(a, dtype)
   scanned = "scanned"
-  if mesh.shape["tensor"] > 1:
+  if kernels and mesh.shape["tensor"] > 1:
     scanned += f", for mesh.tensor is {mesh.shape['tensor']}"
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {

@@ -227,11 +227,7 @@ def forward(
     return (x + y, None) if remat == "full" else (x, y)
 
   if remat != "none":
-    # What is gathered again need not wait for the gradient that reaches the layer: "full" alone
-    # gathers twice there, and must not find what the forward pass has gathered.
-    apart = True if axis is None or remat == "full" else (False, True, True, True)
-    how = dict(policy=transformer.REMAT[remat], static_argnums=4)
-    block = jax.checkpoint(block, prevent_cse=apart, **how)
+    block = jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
   x, y = x.reshape(B * T, -1), None
   tickets = {}
   for i, layer in enumerate(weights["layers"]):
