@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from oel_jax.consolidation import placement, restore, samples, trainer
+from oel_jax.consolidation import on_mesh, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
@@ -93,7 +93,8 @@ class Planner:
     self.is_unrolled = placement.unroll(self.config, policy, self.mesh) and not self.on_host
     if self.is_unrolled:
       fuse = functools.partial(unrolled.fuse, dtype=policy.dtype)
-      params = placed(jax.eval_shape(fuse, read_by), self.whole)
+      places = on_mesh.weight_shardings(self.mesh, read_by, policy.dtype) or self.whole
+      params = placed(jax.eval_shape(fuse, read_by), places)
     each = self._array(work.texts)
     return teacher_lib.Teacher(params, keys, values, each, each), read_by
 
@@ -154,7 +155,10 @@ class Planner:
     """The reading of the knowledge, which makes the prefix cache."""
     places = None if self.on_host else (self.teacher.keys.sharding, self.teacher.values.sharding)
     attn_impl = "flash" if self.attn_impl == "cudnn" else self.attn_impl
-    jitted = teacher_lib._read(self.policy.architecture, self.policy.dtype, attn_impl, places)
+    by_texts = self.is_unrolled and self.mesh.size > 1
+    jitted = teacher_lib._read(
+      self.policy.architecture, self.policy.dtype, attn_impl, places, by_texts
+    )
     texts = 1 if self.on_host else self.work.texts
     tokens = self._array(texts, self.teacher.keys.shape[3])
     given = self.read_by, tokens, self._array(texts)
