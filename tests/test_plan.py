@@ -265,3 +265,34 @@ def test_the_step_that_was_measured_on_an_h200(tmp_path):
   assert (step["total"] - held) / 2**30 == pytest.approx(54.7, rel=0.02)
   assert found["cost"] == pytest.approx(found["seconds"] / 3.6) and found["fits"]
   assert "which costs" in told
+
+
+def test_a_program_that_is_too_large_for_a_tpu(monkeypatch):
+  """As XLA says it of weights of 15.26 GiB that are copied."""
+  told = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (30.52G) exceeds available HBM (15.75G). HLO module: jit_prepare."
+  )
+
+  class Lowered:
+    def compile(self):
+      raise jax.errors.JaxRuntimeError(told)
+
+  class Jitted:
+    def trace(self, *args):
+      return self
+
+    def lower(self, lowering_platforms):
+      return Lowered()
+
+  mesh = mesh_lib.make_mesh(
+    ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1)), jax.devices()[:1]
+  )
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  given = jax.ShapeDtypeStruct((int(15.26 * 2**29),), jnp.bfloat16, sharding=whole)
+  made = plan_programs._program("copy", {"weights": 1}, {"copies": 2}, Jitted(), given)
+  assert made.too_large and made.held == {"weights": 1} and not made.failed
+  assert made.temporaries == pytest.approx(15.26 * 2**30, rel=1e-3)
+  told = "INTERNAL: partitioner\nValueError: not so.\n\nSuspected Python Code Location:\n  x"
+  made = plan_programs._program("copy", {}, {}, Jitted(), given)
+  assert made.failed == "ValueError: not so." and made.total == 0

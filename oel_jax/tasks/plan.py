@@ -194,7 +194,7 @@ def _tell(found: dict[str, Any]) -> None:
     if program["failed"]:
       print(f"{program['name']}: XLA cannot compile it: {program['failed']}")
     if program["too large"]:
-      print(f"{program['name']}: XLA gave it up, and says what its temporaries would take")
+      print(f"{program['name']}: XLA gave it up for its size, which it says")
   verdict = "fits" if found["fits"] else "does not fit"
   if not found["compiles"]:
     verdict += ", as far as it compiles"

@@ -29,7 +29,8 @@ from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime import target
 from oel_jax.tasks.plan_shapes import EOS_IDS, Unread, Work, device_bytes, placed
 
-# Where a TPU's program does not fit, there is no plan of it, but XLA says what it would need.
+# Where a TPU's program does not fit, there is no plan of it, but XLA says what it would need. That
+# is all, though the message says temporaries: what copies its arguments needs twice their size.
 NEEDS = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
 
 
@@ -45,7 +46,7 @@ class Program:
     temporaries: what it needs meanwhile, by the compiler's plan.
     known: of the temporaries, those that are arithmetic.
     too_large: whether the compiler gave it up for its size; `temporaries` is then what it said that
-      these would take.
+      the program would take beside its arguments.
     failed: why there is no such program; "": there is.
   """
 
@@ -333,7 +334,7 @@ def _program(
     if not found:
       return Program(name, dict(held), arguments, 0, 0, failed=_reason(str(error)))
     needs = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]
-    return Program(name, dict(held), arguments, 0, int(needs), too_large=True)
+    return Program(name, dict(held), arguments, 0, max(0, int(needs) - arguments), too_large=True)
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
   kept = max(0, kept - sum(makes.values()))
   return Program(name, held | makes, memory.argument_size_in_bytes, kept, memory.temp_size_in_bytes)
