@@ -297,8 +297,9 @@ def _run(config: config_dict.ConfigDict) -> None:
     print(export.run(config, workdir, dtype=_DTYPE.value))
   elif _STAGE.value == "report":
     from oel_jax import report
+    from oel_jax.runtime import files
 
-    report.write(workdir)
+    report.write(files.local(workdir, "--workdir"))
     print(pathlib.Path(workdir) / "report" / "index.html")
   elif _STAGE.value == "withdraw":
     from oel_jax.tasks import withdraw

@@ -18,6 +18,10 @@ from oel_jax.runtime import schema
 
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):/")  # two letters at least: C:/ is a disk
 
+# How a store is mounted so that a run can be in it: a checkpoint's folder is renamed when it is
+# whole, which gcsfuse does only for as many files as it is told.
+_MOUNTS = {"gs": ", by gcsfuse --implicit-dirs --rename-dir-limit=100000 BUCKET FOLDER"}
+
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -47,6 +51,7 @@ def local(path: str | os.PathLike, field: str) -> pathlib.Path:
     raise ValueError(
       f"{field} is {str(path)!r}: files are read and written on this machine only, so it must be "
       f"a path here; copy it, or mount the {scheme[1]}: store as a folder"
+      f"{_MOUNTS.get(scheme[1], '')}"
     )
   return pathlib.Path(path).expanduser()
 
