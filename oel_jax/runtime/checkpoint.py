@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from oel_jax.runtime import distributed, schema
+from oel_jax.runtime import distributed, schema, watch
 from oel_jax.runtime.checksum import checksums
 
 PACKED = 0.9  # what Orbax's compression leaves of random float32 numbers, at least
@@ -342,6 +342,8 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:
       raise  # of the device, not of the disk
     except Exception as error:
+      if "Gloo" in str(error):  # another process has gone, as the other thread will say
+        watch.explain()
       full = (
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         or "No space left" in str(error)
