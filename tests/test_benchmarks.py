@@ -26,6 +26,7 @@ def fixture_script(monkeypatch):
   [
     pytest.param("loss", ["--tiny"], 7, marks=pytest.mark.slow),
     pytest.param("step", ["tiny", "--growth"], 2, marks=pytest.mark.slow),
+    pytest.param("step", ["tiny", "--mesh=fsdp=2", "--strong"], 3, marks=pytest.mark.slow),
   ],
 )
 def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, arguments, rows):
