@@ -407,6 +407,19 @@ def test_few_programs_are_compiled():
   assert engine.prefill_insert._cache_size() == 3 and engine.decode._cache_size() == 3
 
 
+def test_a_program_is_compiled_once_wherever_its_arrays_came_from():
+  """Slots that are new, slots that other programs returned, and weights on a mesh of one device."""
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  placed = jax.device_put(params(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  engine.prefill_insert.clear_cache()
+  engine.decode.clear_cache()
+  how = dict(sampling=FREE, max_new_tokens=5, eos_ids=(510,), pad_id=1, slots=4)
+  prompts = random_prompts(*[60] * 12)
+  drawn = [generate(tree, TINY, prompts, range(12), **how) for tree in (placed, params(), placed)]
+  assert engine.prefill_insert._cache_size() == engine.decode._cache_size() == 1
+  assert drawn[0] == drawn[1] == drawn[2]
+
+
 @pytest.mark.parametrize(
   "size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)]
 )

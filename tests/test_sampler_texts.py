@@ -241,7 +241,7 @@ def test_without_a_kernel_texts_are_kept_once_in_float32_only(monkeypatch, dtype
 
   monkeypatch.setattr(kv_cache, "attn_impl", lambda *_: attn_impl)
   monkeypatch.setattr(beginnings, "find", find)
-  monkeypatch.setattr(model, "prepare", lambda *_, **__: None)
+  monkeypatch.setattr(model, "prepare", lambda *_, **__: jnp.zeros(1))
   with pytest.raises(InterruptedError):
     sample([[3, 4]], dtype=jnp.dtype(dtype))
   assert (rooms[0] > 0) == kept

@@ -162,6 +162,7 @@ def generate(
     placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
   )
   weights = model.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
+  weights = weights if mesh else slot_state.commit(weights)
   attn_impl = kv_cache.attn_impl(architecture, dtype)
   how = dict(
     architecture=architecture,
@@ -207,7 +208,7 @@ def generate(
     )
     driver = Driver(
       weights,
-      empty,
+      empty if mesh else slot_state.commit(empty, weights),
       scheduler,
       asked,
       how,

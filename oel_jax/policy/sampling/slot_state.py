@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Bool, Int, UInt
 
 from oel_jax.policy.architecture import Architecture
@@ -96,6 +96,17 @@ def empty(
     return slots
   place = lambda leaf, spec: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
   return jax.tree.map(place, slots, specs(mesh, slots))
+
+
+def commit(tree: Any, beside: Any = None) -> Any:
+  """The same arrays, committed to the one device on which they lie, or on which `beside` does.
+
+  Of these a program returns such ones. Of others it does not: to jit, arrays on a mesh of one
+  device, and arrays of a program that was given none, differ from those that come back, and each
+  program would be compiled for its first call and again for the next.
+  """
+  device = next(iter(jax.tree.leaves(tree if beside is None else beside)[0].devices()))
+  return jax.device_put(tree, SingleDeviceSharding(device))
 
 
 def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
