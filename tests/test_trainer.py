@@ -527,6 +527,29 @@ def test_the_vocabularies_must_belong_together(policy):
 # Numbers that are none
 
 
+def test_rounds_have_the_programs_of_the_one_before(policy):
+  """The same settings give the same functions, which jit has compiled; others give others."""
+  mesh, config = _one_device(), _config()
+
+  def made(config):
+    optimizer = restore.make_optimizer(config)
+    begin = restore.beginning(optimizer)
+    abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = trainer.make_step(config, policy, optimizer, "xla", shardings, 64)
+    return begin, step
+
+  assert all(a is b for a, b in zip(made(config), made(_config()), strict=True))
+  faster = made(_config(learning_rate=1e-2))
+  assert all(a is not b for a, b in zip(made(config), faster, strict=True))
+  sharper = made(_config(temperature=0.5))
+  assert sharper[0] is made(config)[0] and sharper[1] is not made(config)[1]
+  probes = [
+    step_lib.make_probe(policy.architecture, k=k, temperature=1.0, chunk=8) for k in (1, 1, 2)
+  ]
+  assert probes[0] is probes[1] and probes[0] is not probes[2]
+
+
 @pytest.fixture(name="at_step")
 def fixture_at_step(monkeypatch):
   """Puts a step in place that compiles at once.
@@ -553,6 +576,7 @@ def fixture_at_step(monkeypatch):
     return step
 
   monkeypatch.setattr(step_lib, "make_step", make)
+  monkeypatch.setattr(trainer, "_step_with", trainer._step_with.__wrapped__)  # which keeps steps
   return lambda number, more, value=None: changes.update({number: (more, value)})
 
 

@@ -4,6 +4,7 @@ checkpoints that it has left.
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,17 +21,25 @@ from oel_jax.runtime.manifest import differing
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """AdamW at a constant rate after clipping by the global norm (OEL, training details)."""
+  """AdamW at a constant rate after clipping by the global norm (OEL, training details). The same
+  numbers give the same one, so that no round compiles again what the round before has.
+  """
+  names = ("clip_norm", "learning_rate", "b1", "b2", "eps", "weight_decay")
+  return _adamw(*(getattr(config, name) for name in names))
+
+
+@functools.lru_cache(maxsize=2)
+def _adamw(clip_norm, learning_rate, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      config.learning_rate,
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-    ),
+    optax.clip_by_global_norm(clip_norm),
+    optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
   )
+
+
+@functools.lru_cache(maxsize=2)
+def beginning(optimizer: optax.GradientTransformation) -> Callable[[Any], step_lib.State]:
+  """`begin` with this optimizer, the same function each time."""
+  return functools.partial(begin, optimizer)
 
 
 def begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
@@ -97,7 +106,7 @@ def trained_params(
   if not os.path.isdir(directory):
     return None
   with Checkpoints(directory) as checkpoints:
-    first_state = functools.partial(begin, make_optimizer(config))
+    first_state = beginning(make_optimizer(config))
     restored = newest(checkpoints, mesh_lib.abstract_init(first_state, mesh, policy.params))
   return restored.state.params if restored and restored.step == config.steps else None
 

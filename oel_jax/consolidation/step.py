@@ -1,5 +1,6 @@
 """One optimizer step of on-policy context distillation (OEL section 3, consolidation)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -272,6 +273,7 @@ def _shards(mesh: Mesh | None) -> int:
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+@functools.lru_cache(maxsize=4)  # a new one would be compiled again in each round
 def make_probe(
   architecture: Architecture,
   *,

@@ -72,7 +72,7 @@ def consolidate(
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
   optimizer = restore.make_optimizer(config)
-  begin = functools.partial(restore.begin, optimizer)
+  begin = restore.beginning(optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
   made_from = restore.inputs(task, policy)
   cost = {"tokens": 0.0, "flops": 0.0}
@@ -305,9 +305,12 @@ def make_step(
   """The round's jitted step (`step.make_step`); `config` is config.consolidation, and of the policy
   only architecture and dtype are read.
   """
-  return step_lib.make_step(
+  leaves, tree = jax.tree.flatten(shardings)
+  return _step_with(
     policy.architecture,
     optimizer,
+    tuple(leaves),
+    tree,
     kind=config.kind,
     support=config.support,
     k=config.k,
@@ -317,8 +320,13 @@ def make_step(
     dtype=policy.dtype,
     remat=config.remat,
     attn_impl=attn_impl,
-    shardings=shardings,
   )
+
+
+@functools.lru_cache(maxsize=1)  # a new one would be compiled again in each round
+def _step_with(architecture, optimizer, shardings, tree, **how):
+  """`make_step` with the leaves of the state's shardings, which hash, and their tree."""
+  return step_lib.make_step(architecture, optimizer, shardings=tree.unflatten(shardings), **how)
 
 
 def _logged(measured: dict[str, float], lengths: Sequence[int], limit: int) -> dict[str, float]:
