@@ -122,4 +122,7 @@ def test_all_read_the_same_weights(monkeypatch):
     lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how),
   )
   sample([[1]] * 12)
-  assert len(made) == 1 and len(seen) == 3 and all(weights is made[0] for weights in seen)
+  assert len(made) == 1 and len(seen) == 3 and all(weights is seen[0] for weights in seen)
+  # Committed to the device, but no copies.
+  pairs = zip(jax.tree.leaves(seen[0]), jax.tree.leaves(made[0]), strict=True)
+  assert all(one.unsafe_buffer_pointer() == other.unsafe_buffer_pointer() for one, other in pairs)
