@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from oel_jax.policy import parameters, unrolled
+from oel_jax.runtime import mesh as mesh_lib
 
 ROWS = ("data", "fsdp")
 
@@ -96,7 +97,7 @@ def by_texts(
   empty ones where there are not as many for each; `params` are stacked.
   """
   axis, G = width_axis(mesh, params), len(length_G)
-  room = -G % (mesh.shape["data"] * mesh.shape["fsdp"])
+  room = -G % mesh_lib.row_shards(mesh)
   tokens, length = jnp.pad(tokens_GxP, ((0, room), (0, 0))), jnp.pad(length_G, (0, room))
 
   def spec(path, _):

@@ -152,7 +152,8 @@ def micro_tokens_of(
   """
   if not config.pack:
     return config.micro_tokens
-  most = samples * (np.mean([len(prompt) for prompt in prompts]) + limit) / _shards(mesh)
+  most = samples * (np.mean([len(prompt) for prompt in prompts]) + limit)
+  most /= mesh_lib.row_shards(mesh)
   return max(1, min(config.micro_tokens, int(most / MICRO_BATCHES)))
 
 
@@ -172,7 +173,7 @@ def padded(
   Rows are added, masked out: there are always as many as if each sample had one of its own. The
   step runs no micro-batch behind the last that holds a sample, and samples stand in the first ones.
   """
-  shards = _shards(mesh)
+  shards = mesh_lib.row_shards(mesh)
   length = batch.tokens.shape[1]
   parts = lambda rows: step_lib.micro_batches_of(rows, length, shards, micro_tokens)
   # Micro-batches are equal parts of the rows: a few rows more may make far fewer of them.
@@ -184,8 +185,3 @@ def padded(
   count = parts(rows)
   spread = lambda x: x.reshape(count, rows // count, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
   return jax.tree.map(spread, made)
-
-
-def _shards(mesh: jax.sharding.Mesh) -> int:
-  """Parts that rows are cut into, each on devices of its own."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]

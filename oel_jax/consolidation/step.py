@@ -15,6 +15,7 @@ from oel_jax.consolidation import metrics as metrics_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
+from oel_jax.runtime import mesh as mesh_lib
 
 GRADIENT = "gradient_norm/"  # begins the name of a metric that is one parameter's
 
@@ -184,7 +185,8 @@ def make_step(
 
   def add_up(params, teacher, batch, **where):
     """The same, by micro-batches: where is the mesh, or what `on_mesh.by_rows` says."""
-    micro_batches = micro_batches_of(*batch.tokens.shape, _shards(where.get("mesh")), micro_tokens)
+    shards = mesh_lib.row_shards(where.get("mesh"))
+    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
     if micro_batches == 1:
       return value_and_gradient(params, teacher, batch, **where)
     gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
@@ -268,11 +270,6 @@ def _held(so_far: Any, params: Any, teacher: Any, axis: str | None) -> tuple[Any
   return jax.lax.optimization_barrier((params, teacher, so_far[0]))[:2]
 
 
-def _shards(mesh: Mesh | None) -> int:
-  """Parts that rows are cut into, each on devices of its own."""
-  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 @functools.lru_cache(maxsize=4)  # a new one would be compiled again in each round
 def make_probe(
   architecture: Architecture,
@@ -312,7 +309,8 @@ def make_probe(
     return count, {name: value.sum() for name, value in found.items()}
 
   def add_up(params, teacher, batch, **where):
-    micro_batches = micro_batches_of(*batch.tokens.shape, _shards(where.get("mesh")), micro_tokens)
+    shards = mesh_lib.row_shards(where.get("mesh"))
+    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
     if micro_batches == 1:
       return total(params, teacher, batch, **where)
     names = chunk_loss.Options(statistics=True, topk_mass=True).names()

@@ -234,6 +234,11 @@ def put(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(one, tree, shardings)
 
 
+def row_shards(mesh: Mesh | None) -> int:
+  """Parts that a batch's rows are cut into, each on devices of its own; 1 without a mesh."""
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask", multiple: int = 1) -> Any:
   """Adds masked-out rows until every data shard has the same number of rows, so that 3 items run on
   8 devices.
@@ -269,7 +274,7 @@ def pad_batch(batch: Any, mesh: Mesh, mask: str = "mask", multiple: int = 1) -> 
     raise ValueError(
       f"pad_batch: the arrays have lengths {lengths}: they must be the same, and at least 1"
     )
-  missing = -length % math.lcm(mesh.shape["data"] * mesh.shape["fsdp"], multiple)
+  missing = -length % math.lcm(row_shards(mesh), multiple)
   if not missing:
     return batch
 
