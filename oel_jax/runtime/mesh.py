@@ -7,11 +7,10 @@ collectives; all three may be 1, which is a single device.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -27,9 +26,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(
-  sizes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Builds the mesh of `config.mesh`.
 
   Args:
