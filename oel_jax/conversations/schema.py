@@ -7,9 +7,11 @@ prompts (what stood before one answer, as chat messages) and knowledge texts. Th
 """
 
 import dataclasses
+import itertools
 import json
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 SCHEMA = 2
@@ -83,8 +85,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """One finished conversation. A game's has all of the optional fields but feedback, and its
-  messages are the user's and the assistant's in turn.
+  """One finished conversation. A game's has all of the optional fields but feedback, user and
+  tools, and its messages are the user's and the assistant's in turn; after one that calls tools
+  stand their results in place of the user's.
 
   Attributes:
     id: unique in its file, e.g. "r1-deploy-00017".
@@ -126,6 +129,13 @@ class Prompt:
   id: str
   messages: tuple[Message, ...]
   tools: tuple[str, ...] = ()
+
+
+def by_policy(message: Message, people: Collection[str] = ()) -> bool:
+  """Whether the policy said it: an assistant's message, but where one of `people`, by their names
+  in such messages, answered in its place; "*": people answered everywhere.
+  """
+  return message.role == "assistant" and "*" not in people and message.name not in people
 
 
 def tool_text(definition: dict[str, Any]) -> str:
@@ -184,11 +194,16 @@ def transcript(conversation: Conversation, wording: str = "games") -> str:
 
 
 def _game_line(message: Message) -> str:
-  return f"Answer: {message.content}" if message.role == "assistant" else message.content
+  if message.role == "assistant":
+    return _with_calls("Answer", message)
+  return f"Tool: {message.content}" if message.role == "tool" else message.content
 
 
 def _line(message: Message) -> str:
-  who = f"{message.role.capitalize()} {message.name}".rstrip()
+  return _with_calls(f"{message.role.capitalize()} {message.name}".rstrip(), message)
+
+
+def _with_calls(who: str, message: Message) -> str:
   calls = [f"Call of {call.name}: {call.arguments}" for call in message.tool_calls]
   return "\n".join([f"{who}: {message.content}"] * bool(message.content or not calls) + calls)
 
@@ -290,15 +305,22 @@ def _source(data: dict[str, Any]) -> Source:
   return Source(data["kind"], field(data, "name", str), seed, line, category)
 
 
+# A user's message, then answers, each with the results of its calls or a user's message behind it.
+_GAME = re.compile("u(a(u|t+))*at*")
+
+
 def _check_game(data: dict[str, Any]) -> None:
   """Raises ValueError unless the object has what a game always has."""
   roles = [message["role"] for message in data["messages"]]
-  if roles != ["user", "assistant"] * (len(roles) // 2):
+  if not _GAME.fullmatch("".join(role[0] for role in roles)):
     raise ValueError(
       f"the roles of a game's messages are {reprlib.repr(roles)}: they must be user and assistant "
-      "in turn"
+      "in turn, and tool only after an assistant"
     )
-  for message in data["messages"][1::2]:
+  for before, message in itertools.pairwise(data["messages"]):
+    if message["role"] == "tool" and before["role"] == "assistant":
+      field(before, "tool_calls", list)
+  for message in (each for each in data["messages"] if each["role"] == "assistant"):
     for name, kind in (("thinking", str), ("action", str), ("response_tokens", int)):
       field(message, name, kind)
   for name, kinds in (("outcome", [str]), ("reward", [float, int]), ("passed", [bool])):

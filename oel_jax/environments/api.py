@@ -24,17 +24,20 @@ Held-out episodes have odd seeds, all others even ones.
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import numbers
 import pathlib
 import random
 import reprlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from oel_jax.conversations.schema import ToolCall, tool_text
+from oel_jax.policy.tokenizers.tool_calls import offered
 from oel_jax.runtime import named
 
 ENDED = ("", "passed", "lost", "invalid")  # what an environment may say of its own last step
@@ -79,6 +82,16 @@ class Environment(Protocol):
   episodes again. Python's and NumPy's global generators may be used: each episode has states of
   its own, made from its seed. What is read once for all episodes (a word list) belongs into the
   module or into the function that makes the environments.
+
+  One that offers tools has two things more:
+
+    tools: definitions as OpenAI writes them, {"type": "function", "function": {"name",
+      "description", "parameters"}}, a list that stays the same from `reset` on.
+    call(name, arguments) -> Step: makes one call of one of them, `arguments` being a dict; the
+      observation is what the tool returns.
+
+  The model's own chat template shows definitions, calls and results. All calls of one answer are
+  one move, and what is said beside them reaches nobody.
   """
 
   def reset(self, seed: int) -> str:
@@ -116,7 +129,9 @@ class GameSpec:
 
 
 class Game:
-  """One episode in progress. `observation` is the first thing the player sees.
+  """One episode in progress. `observation` is the first thing the player sees, `tools` are the
+  definitions of those that it offers, as `schema.Conversation` has them, and `category` is what the
+  last move said.
 
   The same spec and seed give the same game whatever was or is played beside it; no global
   generator moves.
@@ -129,7 +144,7 @@ class Game:
   def __init__(self, spec: GameSpec, seed: int):
     self._spec, self._seed = spec, seed
     self._random = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
-    self._turns, self._done = 0, False
+    self._turns, self._done, self.category = 0, False, ""
     with self._own_random():
       self._environment = spec.make()
       try:
@@ -140,6 +155,7 @@ class Game:
         raise self._wrong(f"reset failed{_where(error, self._environment)}") from error
     if not isinstance(self.observation, str):
       raise self._wrong(f"reset returned {reprlib.repr(self.observation)}: it must be a text")
+    self.tools = self._offered()
 
   def play(self, answer_action: str) -> Step:
     """Makes one move.
@@ -155,19 +171,60 @@ class Game:
     Raises:
       RuntimeError: the game is over already, fails by itself, or returns what no game may return.
     """
+    action = answer_action.removeprefix("[").removesuffix("]")
+    step = self._made(f"the move {answer_action!r}", lambda: self._environment.step(action))
+    return self._finished(step)
+
+  def call(self, calls: Sequence[ToolCall]) -> list[Step]:
+    """Makes the calls of one answer, which are one move, in order.
+
+    Returns:
+      A step for each call that was made: none follows one that ended the game. The last one's
+      `ended` is filled in as by `play`. A call that names no tool of the game's, or whose arguments
+      are no JSON object, does not reach the environment: its step says so.
+
+    Raises:
+      RuntimeError: as `play`.
+    """
+    steps = []
+    for call in calls:
+      steps.append(self._called(call))
+      if steps[-1].done:
+        break
+    return [*(Step(step.observation) for step in steps[:-1]), self._finished(steps[-1])]
+
+  def _called(self, call: ToolCall) -> Step:
+    names = offered(self.tools)
+    if call.name not in names:
+      return Step(f"There is no tool {call.name!r}: there are {', '.join(names)}.")
+    try:
+      arguments = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
+      arguments = None
+    if not isinstance(arguments, dict):
+      return Step(f"The arguments of {call.name} must be a JSON object.")
+    what = f"the call of {call.name} with {reprlib.repr(arguments)}"
+    return self._made(what, lambda: self._environment.call(call.name, arguments))
+
+  def _made(self, what: str, move: Callable[[], Any]) -> Step:
+    """What a move led to, by the environment's own word; `what` names it for errors."""
     if self._done:
       raise self._wrong("the game is over, there is no move left to make")
     with self._own_random():
       try:
-        step = self._environment.step(answer_action.removeprefix("[").removesuffix("]"))
+        step = move()
       except Exception as error:
         if _told(error):
           raise
-        what = f"the game failed at the move {answer_action!r}"
-        raise self._wrong(f"{what}{_where(error, self._environment)}") from error
+        raise self._wrong(f"the game failed at {what}{_where(error, self._environment)}") from error
     self._check(step)
+    return step
+
+  def _finished(self, step: Step) -> Step:
+    """The last step of a move, with how the game ended if it did."""
     self._turns += 1
     self._done = step.done or self._turns >= self._spec.max_turns
+    self.category = step.category or self.category
     if step.done:
       ended = "passed" if step.reward >= self._spec.passed_reward else step.ended or "lost"
       outcome = step.outcome or step.observation
@@ -177,6 +234,27 @@ class Game:
     stopped = f"The game was stopped after {self._turns} turns."
     outcome = f"{step.observation}\n{stopped}" if step.observation else stopped
     return Step(step.observation, True, 0.0, outcome, "turn_limit", step.category)
+
+  def _offered(self) -> tuple[str, ...]:
+    """The definitions of the environment's tools as JSON texts.
+
+    Raises:
+      RuntimeError: they are none, or there is nothing that makes the calls.
+    """
+    given = getattr(self._environment, "tools", ())
+    try:
+      right = isinstance(given, (list, tuple)) and all(isinstance(tool, Mapping) for tool in given)
+      texts = tuple(map(tool_text, given)) if right else ()
+    except (TypeError, ValueError) as error:
+      raise self._wrong(f"its tools cannot be written as JSON: {error}") from error
+    if not right or len(offered(texts)) < len(texts):
+      raise self._wrong(
+        f"its tools are {reprlib.repr(given)}: each must be "
+        '{"type": "function", "function": {"name": …}}'
+      )
+    if texts and not callable(getattr(self._environment, "call", None)):
+      raise self._wrong("it offers tools and has no method call(name, arguments)")
+    return texts
 
   def _check(self, step: Any) -> None:
     """Raises RuntimeError unless it is a `Step` whose fields are of their types."""

@@ -13,13 +13,27 @@ episode does.
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from oel_jax.environments import help_desk_cases as cases
 from oel_jax.environments import help_desk_rules as rules
 from oel_jax.environments.api import Step
 from oel_jax.runtime.seeds import derive
 
-MAX_LOOKUPS = 2  # a case; a further one is an answer that decides nothing
+MAX_LOOKUPS = 2  # a case; a further line of text is an answer that decides nothing
+LOOK_UP = "look_up_order"
+TOOL = {
+  "type": "function",
+  "function": {
+    "name": LOOK_UP,
+    "description": "Says whether an order is packed or sent.",
+    "parameters": {
+      "type": "object",
+      "properties": {"order": {"type": "string", "description": "The number of the order."}},
+      "required": ["order"],
+    },
+  },
+}
 # The same in all cases, so that their prompts begin alike. It names no kinds of rules: a small
 # model, told of desks, forms and codes, named one of each. Nor does it name the tool, which that
 # model then always used.
@@ -45,8 +59,7 @@ class HelpDesk:
   """One customer's case, an `environments.api.Environment`.
 
   Args:
-    kinds: of `help_desk_rules.KINDS`, those that there are rules of. "lookup" brings the tool,
-      of which only its rules tell.
+    kinds: of `help_desk_rules.KINDS`, those that there are rules of. "lookup" brings the tool.
     topics: kinds of case, dealt to the kinds of rules in turn.
     desks: that a case can go to.
     period: counts from 0. As one begins all facts expire, and a share of the other rules changes.
@@ -57,6 +70,9 @@ class HelpDesk:
       knowing better, and that to which nobody says anything; the back office corrects the others.
     second_answer: whether the player answers once more to a complaint or a correction. The case is
       passed by its first answer or not at all.
+    tool: how orders are looked up. True: every case offers TOOL, which the model's chat template
+      shows and whose calls it reads. False: by a line of the answer, "LOOK UP: 12345", of which
+      only the rules tell.
 
   Raises:
     ValueError: an argument is not what it must be.
@@ -74,6 +90,7 @@ class HelpDesk:
     complaint: float = 0.2,
     silence: float = 0.2,
     second_answer: bool = True,
+    tool: bool = False,
   ):
     kinds = tuple(kinds)
     if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(rules.KINDS):
@@ -85,10 +102,12 @@ class HelpDesk:
     shares = dict(change=change, vague=vague, silence=silence, complaint=complaint)
     for name, share in shares.items():
       _share(name, share, 1 - silence if name == "complaint" else 1)
-    if type(second_answer) is not bool:
-      raise ValueError(f"second_answer is {second_answer!r}: it must be True or False")
+    for name, value in (("second_answer", second_answer), ("tool", tool)):
+      if type(value) is not bool:
+        raise ValueError(f"{name} is {value!r}: it must be True or False")
     self.rules = rules.table(kinds, topics, desks, period, rules_seed, change)
-    self._looks_up = "lookup" in kinds
+    self.tools = [TOOL] if tool and "lookup" in kinds else []
+    self._looks_up = "lookup" in kinds and not tool
     self._period, self._second_answer = period, second_answer
     self._vague, self._complaint, self._silence = vague, complaint, silence
 
@@ -128,6 +147,12 @@ class HelpDesk:
     self._verdict = self.rule.right(action, state=self._read, asked=self._asked)
     return self._feedback(action)
 
+  def call(self, name: str, arguments: dict[str, Any]) -> Step:
+    """Looks an order up, `name` being TOOL's; it decides nothing, whenever it comes."""
+    if self._lookups >= MAX_LOOKUPS:
+      return self._say(f"Orders: {MAX_LOOKUPS} are looked up already, which is all for one case.")
+    return self._look_up(str(arguments.get("order", "")).strip(" #"))
+
   def _look_up(self, number: str) -> Step:
     self._lookups += 1
     if number != self._order:
@@ -142,7 +167,8 @@ class HelpDesk:
     if self._verdict:
       return self._end(self._thanks)
     corrected = self._fortune >= self._silence + self._complaint
-    said = f"Back office: {self.rule.text()}" if corrected else _complaint(answer)
+    told = self.rule.text(LOOK_UP if self.tools else "")
+    said = f"Back office: {told}" if corrected else _complaint(answer)
     return self._say(said) if self._second_answer else self._end(said)
 
   def _after_second(self, answer: str) -> Step:

@@ -63,17 +63,19 @@ class Rule:
     """By which evaluation counts: the kind, and whether the period changed the rule."""
     return f"{self.kind}, changed" if self.changed else self.kind
 
-  def text(self) -> str:
+  def text(self, tool: str = "") -> str:
     """The rule in words that a player can follow: perfect knowledge of this kind of case, and what
-    the back office says to an answer that broke it. It tells no other rule.
+    the back office says to an answer that broke it. It tells no other rule. `tool` names what looks
+    orders up; "": a line of text does.
     """
+    by = f"with {tool}" if tool else "LOOK UP: and the number of the order"
     how = {
       "desk": "go to desk {0}",
       "form": "get form {0}",
       "lesson": 'are told "{0}", and nothing of a {1}',
       "ask": "are first asked for the {0}, and with it go to desk {1}",
-      "lookup": "are first looked up (LOOK UP: and the number of the order), and go to desk {0} if "
-      "the order is packed, to desk {1} if it is sent",
+      "lookup": f"are first looked up ({by}), and go to desk {{0}} if the order is packed, to desk "
+      "{1} if it is sent",
       "fact": "get the code {0} until week {1}",
     }
     return f"Cases of the kind '{self.topic.title}' {how[self.kind].format(*self.values)}."

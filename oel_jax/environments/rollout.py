@@ -16,7 +16,6 @@ on the place of keys and values in the cache, so the missing games alone would n
 """
 
 import collections
-import dataclasses
 import functools
 import os
 import pathlib
@@ -27,58 +26,20 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.jsonl import append_jsonl, read_conversations, write_jsonl
-from oel_jax.conversations.schema import (
-  GAME,
-  Conversation,
-  Message,
-  Source,
-  knowledge_message,
-)
-from oel_jax.environments import prompts, unanswered
-from oel_jax.environments.actions import parse_action
-from oel_jax.environments.api import Game, GameSpec
+from oel_jax.conversations.schema import Conversation, Message
+from oel_jax.environments import seat as seat_lib
+from oel_jax.environments import unanswered
+from oel_jax.environments.api import GameSpec
+from oel_jax.environments.seat import Episode, Seat
 from oel_jax.policy.answers import Answering, Asked, Sampled, Unanswered
-from oel_jax.runtime.seeds import derive
+from oel_jax.policy.tokenizers.chat_template import CannotRender
 
 if TYPE_CHECKING:
   from oel_jax.policy.sampling.sampler import Sampling
 
 PER_PLACE = 8  # episodes of a place in one call of `Policy.sample`; after a kill it is made again
 SLOW = 10.0  # seconds before a call's first answer; more are told
-
-
-@dataclasses.dataclass(frozen=True)
-class Episode:
-  """One game to play.
-
-  Attributes:
-    id: becomes the conversation's.
-    map_seed: seed of the game, 0 ≤ seed < 2**32.
-    sample_seed: turn t samples with the seed derive(sample_seed, t).
-    knowledge: stands in a system message before the game; "" for none, then there is no such
-      message.
-  """
-
-  id: str
-  map_seed: int
-  sample_seed: int
-  knowledge: str = ""
-
-
-@dataclasses.dataclass
-class _Seat:
-  """An episode being played: its game and the messages so far; the last waits for an answer."""
-
-  episode: Episode
-  game: Game
-  messages: list[Message]
-
-  @property
-  def turns(self) -> int:
-    """Turns that have been answered."""
-    return len(self.messages) // 2
 
 
 def play(
@@ -134,29 +95,39 @@ def play(
     if advance:
       advance(len(finished))
 
-  def miss(seat: _Seat, why: str) -> None:
+  def miss(seat: Seat, why: str) -> None:
     told = f"turn {seat.turns + 1}: {why}"
     if on_unanswered is None:
       raise RuntimeError(f"episode {seat.episode.id}, {told}")
     on_unanswered(seat.episode, told)
 
-  def ask(seat: _Seat) -> Asked:
-    return _ask(policy, seat, thinking, wording, max_prompt_tokens)
+  def ask(seat: Seat) -> Asked:
+    return seat_lib.asked(policy, seat, thinking, wording, max_prompt_tokens)
+
+  def ask_on(seat: Seat) -> Asked | None:
+    """The next turn; None where the policy cannot be shown what it did, which ends the game."""
+    try:
+      return ask(seat)
+    except CannotRender as error:
+      if seat.messages[-1].role != "tool":
+        raise
+      finish(seat_lib.unshown(spec, seat, error.reason))
+      return None
 
   def reply(
-    queue: _Queue, seats: list[_Seat], place: int, answer: Message | Unanswered
+    queue: _Queue, seats: list[Seat], place: int, answer: Message | Unanswered
   ) -> Asked | None:
     queue.met(place)
     if isinstance(answer, Unanswered):
       miss(seats[place], answer.why)
-    elif (played := _move(spec, seats[place], answer)) is None:
-      return ask(seats[place])
-    else:
+    elif (played := seat_lib.moved(spec, seats[place], answer)) is not None:
       finish(played)
+    elif following := ask_on(seats[place]):
+      return following
     following = queue.take()
     if following is None:
       return None
-    seats[place] = _seat(spec, following)
+    seats[place] = seat_lib.opened(spec, following)
     return ask(seats[place])
 
   for call in _calls(episodes, slots):
@@ -192,11 +163,11 @@ class _Queue:
     return min(hands, key=lambda hand: hand[0][0]).popleft()[1] if hands else None
 
 
-def _first_seats(spec: GameSpec, episodes: Sequence[Episode]) -> list[_Seat]:
+def _first_seats(spec: GameSpec, episodes: Sequence[Episode]) -> list[Seat]:
   """The games that begin, opened one by one; where boards take long to make, this is told."""
   seats, told = [], False
   for episode in episodes:
-    seats.append(_seat(spec, episode))
+    seats.append(seat_lib.opened(spec, episode))
     if len(seats) == 1:  # which may import its game first
       started = time.monotonic()
       continue
@@ -206,12 +177,6 @@ def _first_seats(spec: GameSpec, episodes: Sequence[Episode]) -> list[_Seat]:
       logging.warning(line, spec.name, len(episodes), expected)
       told = True
   return seats
-
-
-def _seat(spec: GameSpec, episode: Episode) -> _Seat:
-  game = Game(spec, episode.map_seed)
-  first = prompts.first_message(game.observation, player=spec.player, actions=spec.actions)
-  return _Seat(episode, game, [first])
 
 
 def play_to_file(
@@ -312,41 +277,6 @@ def _calls(episodes: Sequence[Episode], slots: int) -> list[Sequence[Episode]]:
     )
   size = PER_PLACE * slots
   return [episodes[start : start + size] for start in range(0, len(episodes), size)]
-
-
-def _ask(policy: Any, seat: _Seat, thinking: bool, wording: str, limit: int) -> Asked:
-  """The prompt of the seat's next turn, and the seed of its answer."""
-  text = seat.episode.knowledge
-  knowledge = knowledge_message(text, wording) if text else None
-  ids = prompt_lib.ids(policy.tokenizer, seat.messages, knowledge, thinking=thinking)
-  if len(ids) > limit:
-    raise ValueError(
-      f"config.policy.max_prompt_tokens is {limit}, but the prompt of episode {seat.episode.id}, "
-      f"turn {seat.turns + 1}, "
-      f"has {len(ids)} tokens: raise it, or shorten the knowledge "
-      "(extraction.max_knowledge_tokens) or the game (deployment.max_turns)"
-    )
-  seed = derive(seat.episode.sample_seed, seat.turns)
-  return Asked(prompt_lib.messages(seat.messages, knowledge), ids, seed)
-
-
-def _move(spec: GameSpec, seat: _Seat, answer: Message) -> Conversation | None:
-  """Puts one answer to the game; returns the whole conversation when that ends it."""
-  action = parse_action(answer.content, spec.action_pattern, spec.actions)
-  step = seat.game.play(action)
-  seat.messages.append(dataclasses.replace(answer, action=action))
-  if not step.done:
-    seat.messages.append(prompts.next_message(step.observation))
-    return None
-  return Conversation(
-    id=seat.episode.id,
-    messages=tuple(seat.messages),
-    source=Source(GAME, spec.name, seat.episode.map_seed, category=step.category or None),
-    outcome=step.outcome,
-    reward=step.reward,
-    passed=step.ended == "passed",
-    ended=step.ended,
-  )
 
 
 def _read_own(

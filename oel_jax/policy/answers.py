@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from oel_jax.conversations.schema import Message
+from oel_jax.policy.tokenizers import tool_calls
 
 if TYPE_CHECKING:
   from oel_jax.policy.sampling.sampler import Sampling
@@ -20,11 +21,13 @@ class Asked:
     messages: as `conversations.prompt.messages` makes them.
     ids: the same as token ids of our own policy.
     seed: of the answer, uint32.
+    tools: definitions of those that are offered, as `schema.Prompt` has them.
   """
 
   messages: tuple[Message, ...]
   ids: list[int]
   seed: int
+  tools: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +69,17 @@ class Sampled:
   thinking: bool
 
   def answer(self, asked: Sequence[Asked], reply: Reply) -> None:
+    offered = {number: tool_calls.offered(one.tools) for number, one in enumerate(asked)}
+
     def said(number: int, ids: list[int]) -> tuple[list[int], int] | None:
-      thinking, content = self.policy.tokenizer.split_response(ids, thinking=self.thinking)
-      message = Message("assistant", content, thinking=thinking, response_tokens=len(ids))
+      message = tool_calls.read_response(
+        self.policy.tokenizer, ids, offered[number], thinking=self.thinking
+      )
       following = reply(number, message)
-      return following and (following.ids, following.seed)
+      if following is None:
+        return None
+      offered[number] = tool_calls.offered(following.tools)
+      return following.ids, following.seed
 
     self.policy.sample(
       [one.ids for one in asked],

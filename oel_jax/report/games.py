@@ -63,25 +63,40 @@ def pair_games(
 
 def _game(title: str, game: Conversation) -> str:
   tokens = sum(answer.response_tokens for answer in game.answers)
-  pairs = zip(game.messages[::2], game.messages[1::2], strict=True)
   pill = f'<span class="pill {"good" if game.passed else "off"}">{ENDED_WORDS[game.ended]}</span>'
-  turns = "".join(_turn(number, *pair) for number, pair in enumerate(pairs, start=1))
+  turns = "".join(_turn(number, *turn) for number, turn in enumerate(_turns(game), start=1))
   end = f'<div class="turn"><p class="label">End of game</p><pre>{escape(game.outcome)}</pre></div>'
   facts = f'<p class="label">{len(game.answers)} turns, {tokens:,} response tokens</p>'
   return f'<div class="game"><h4>{title} {pill}</h4>{facts}{turns}{end}</div>'
 
 
-def _turn(number: int, asked: Message, answer: Message) -> str:
+def _turns(game: Conversation) -> list[tuple[list[Message], Message]]:
+  """Each answer with the messages since the one before: what was shown, or what tools returned."""
+  turns, asked = [], []
+  for message in game.messages:
+    if message.role == "assistant":
+      turns.append((asked, message))
+      asked = []
+    else:
+      asked.append(message)
+  return turns
+
+
+def _turn(number: int, asked: Sequence[Message], answer: Message) -> str:
   thinking = (
     f'<div class="said thinking">{escape(answer.thinking.strip())}</div>'
     if answer.thinking.strip()
     else ""
   )
-  said = (
-    f'<div class="said">{escape(answer.content.strip())}</div>'
-    if answer.content.strip()
-    else '<div class="dim">no answer</div>'
-  )
+  calls = "\n".join(f"{call.name}({call.arguments})" for call in answer.tool_calls)
+  words = "\n".join(filter(None, (answer.content.strip(), calls)))
+  said = f'<div class="said">{escape(words)}</div>' if words else '<div class="dim">no answer</div>'
   action = f"took {escape(answer.action)}" if answer.action else "no valid action"
+  action = f"called {escape(_names(answer))}" if calls else action
   facts = f'<p class="label">Turn {number} · {action} · {answer.response_tokens:,} tokens</p>'
-  return f'<div class="turn">{facts}<pre>{escape(asked.content)}</pre>{thinking}{said}</div>'
+  shown = "".join(f"<pre>{escape(message.content)}</pre>" for message in asked)
+  return f'<div class="turn">{facts}{shown}{thinking}{said}</div>'
+
+
+def _names(answer: Message) -> str:
+  return ", ".join(call.name for call in answer.tool_calls)

@@ -31,7 +31,13 @@ class Answer:
 
 
 def request(
-  model: str, messages: Sequence[Message], seed: int, *, sampling: "Sampling", max_tokens: int
+  model: str,
+  messages: Sequence[Message],
+  seed: int,
+  *,
+  tools: Sequence[str] = (),
+  sampling: "Sampling",
+  max_tokens: int,
 ) -> bytes:
   """The body that asks for the answer to these messages.
 
@@ -39,18 +45,21 @@ def request(
     model: as the server calls it.
     messages: of a prompt (`conversations.prompt.messages`).
     seed: of the answer; its lower 31 bits are sent.
+    tools: definitions of those that are offered.
     sampling: temperature, top_p and, if it is on, top_k, which OpenAI's own server refuses.
     max_tokens: of the answer, thinking included.
   """
+  asked = to_json(Prompt("", _with_knowledge_said(messages), tuple(tools)))
   body = {
     "model": model,
-    "messages": to_json(Prompt("", _with_knowledge_said(messages)))["messages"],
+    "messages": asked["messages"],
     "temperature": sampling.temperature,
     "top_p": sampling.top_p,
     "max_tokens": max_tokens,
     "seed": seed % SEEDS,
   }
   body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+  body |= {"tools": asked["tools"]} if tools else {}
   # Half a surrogate pair, which a game may show, is "?": servers refuse the whole request for it.
   return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 

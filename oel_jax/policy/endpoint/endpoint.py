@@ -137,7 +137,12 @@ class Endpoint:
     message = found.message
     if message.response_tokens is None:
       # The id that ended it is one more.
-      own = self.count_tokens(message.thinking) + self.count_tokens(message.content)
+      said = (
+        message.thinking,
+        message.content,
+        *(f"{c.name}{c.arguments}" for c in message.tool_calls),
+      )
+      own = sum(map(self.count_tokens, said))
       message = dataclasses.replace(message, response_tokens=own + (not found.cut))
     counts.requests += 1
     counts.answered += 1
@@ -151,13 +156,14 @@ class Endpoint:
       self.model,
       asked.messages,
       asked.seed,
+      tools=asked.tools,
       sampling=self.sampling,
       max_tokens=self.max_tokens,
     )
     faults = []
     while True:
       try:
-        return _Outcome(self._once(body, stopped), faults)
+        return _Outcome(self._once(body, bool(asked.tools), stopped), faults)
       except connection.Stopped:
         return _Outcome(Unanswered("the run stopped"), faults)
       except Fault as fault:
@@ -167,8 +173,8 @@ class Endpoint:
           return _Outcome(Unanswered(f"{fault}, after {tries}"), faults)
         _pause(stopped, pause(len(faults), fault.pause))
 
-  def _once(self, body: bytes, stopped: threading.Event) -> completions.Answer:
-    """Sends one request.
+  def _once(self, body: bytes, tools: bool, stopped: threading.Event) -> completions.Answer:
+    """Sends one request; `tools`: whether any are offered.
 
     Raises:
       Fault: it may be tried again.
@@ -190,7 +196,7 @@ class Endpoint:
       self._refused(response)
     try:
       found = completions.answer(response.body)
-      if found.message.tool_calls:
+      if found.message.tool_calls and not tools:
         raise ValueError("a call of a tool, and none was offered")
       return found
     except ValueError as error:
