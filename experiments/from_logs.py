@@ -6,6 +6,9 @@
 What is read, left out and redacted is told and stands in round_1/user/logs.json. Deploy what
 `--stage=export` writes; the next round's logs go where "{round}" in logs.path says:
 --config.logs.path='logs/{round}' --config.rounds=2.
+
+Where people answered in the model's place, say so, or what they said is no knowledge:
+--config.logs.people='*', or by the names that such messages have, --config.logs.people=ann,ben.
 """
 
 import pathlib
@@ -35,6 +38,11 @@ def get_config(size: str = "qwen2.5-1.5b") -> ml_collections.ConfigDict:
       use=30,
       wording="conversations",
       answered_only=True,
+      # What a policy alone said is no knowledge: after round 1 the logs are full of its own words,
+      # wrong ones too, the same way each time. Where people answered, logs.people says so.
+      told_by_others=True,
+      newest_wins=True,
+      repeats=False,
       max_knowledge_tokens=2048,
       max_response_tokens=128,
     )

@@ -167,6 +167,13 @@ def default() -> ml_collections.ConfigDict:
       # the share of five-word sequences in common from which two conversations are one; above 1:
       # none are
       near=0.8,
+      # who answered in the deployed policy's place: the names that such messages of the assistant
+      # have, with commas between; "*": people wrote all of them; "": the policy did. What people
+      # say counts as told for extraction.told_by_others and answered_only
+      people="",
+      # a JSON file of definitions of tools, in any form of conversations/tools.py, for agents'
+      # sessions that name none, as those of Claude Code; "": then their prompts offer none
+      tools="",
       # what must not cross beside addresses, numbers and keys (conversations/redact.py): a file of
       # names, one a line; "": none
       redact_names="",
@@ -438,6 +445,9 @@ def _check_together(config: Any) -> None:
     not (config.logs.path and config.deployment.endpoint),
     '"" where logs.path says what was said: nothing is played in deployment',
   )
+  for field in ("people", "tools"):
+    right = '"" where logs.path is "": they speak of logs'
+    _need(config, f"logs.{field}", bool(config.logs.path) or not config.logs[field], right)
   _need(
     config, "logs.held_out", config.logs.held_out < 1, "below 1: somebody is to be learned from"
   )

@@ -224,6 +224,27 @@ def test_what_nobody_answered_is_left_out_if_asked_to(answered, caplog):
       run(policy(), [alone], answered_only=True)
 
 
+def test_what_people_answered_in_the_policys_place_is_read():
+  ann = Message("assistant", "Desk Rowan.", name="ann")
+  asked = Message("user", "My parcel is late.")
+  by_ann = Conversation("ann", (asked, ann), Source("log", "f"))
+  handed_over = Conversation("over", (asked, Message("assistant", "?"), ann), Source("log", "f"))
+  alone = Conversation("alone", (asked, Message("assistant", "Desk Alder.")), Source("log", "f"))
+  policy = lambda: Policy(answer=lambda prompt, seed: f"{MARK} {seed}")
+  conversations = [by_ann, handed_over, alone, *GAMES]
+  games = {game.id for game in GAMES}
+  for people, more in (
+    ((), set()),
+    (("ann",), {"ann", "over"}),
+    (("*",), {"ann", "over", "alone"}),
+  ):
+    texts = run(policy(), conversations, answered_only=True, people=people)
+    assert {item.trajectory for text in texts for item in text.items} == games | more
+    how = dict(texts=1, seed=0, round=1, answered_only=True, people=people)
+    [raw] = raw_knowledge(conversations, **how)
+    assert {item.trajectory for item in raw.items} == games | more
+
+
 def test_free_text():
   policy = Policy(answer=lambda prompt, seed: f" Para {seed}.\n\nMore. ")
   texts = run(policy, form="text")

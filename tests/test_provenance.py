@@ -11,7 +11,7 @@ from test_loop import short_config
 
 from oel_jax import config as config_lib
 from oel_jax.conversations.jsonl import read_conversations
-from oel_jax.conversations.schema import LOG, Conversation, Message, Source
+from oel_jax.conversations.schema import LOG, Conversation, Message, Source, ToolCall
 from oel_jax.extraction import provenance as lib
 from oel_jax.extraction.knowledge import CARRIED, Item, Knowledge
 from oel_jax.runtime.metrics import Metrics
@@ -172,6 +172,29 @@ def test_whether_others_said_an_item(item, others):
     "c", messages, Source(LOG, "log.jsonl"), outcome="wrong product", feedback="no postcode asked"
   )
   assert lib.told(item, conversation) is others
+
+
+@pytest.mark.parametrize(
+  "people, others",
+  [((), False), (("ann",), True), (("ben",), False), (("*",), True), (("ben", "ann"), True)],
+)
+def test_who_answered_in_the_policys_place_is_one_of_the_others(people, others):
+  """Ann, of the staff, whose messages bear her name."""
+  ann = Message("assistant", "Lamps go to desk OLIVE.", name="ann")
+  said = Message("user", "my lamp"), Message("assistant", "Desk OAK?"), ann
+  conversation = Conversation("c", said, Source(LOG, "log.jsonl"))
+  assert lib.told("Lamps: desk OLIVE", conversation, people) is others
+  assert lib.told("Lamps: desk OAK", conversation, people) is ("*" in people)
+  [found] = lib.gather(texts([("Lamps: desk OLIVE", "c")]), [conversation], {}, people).values()
+  assert found.told == others
+
+
+def test_what_a_policy_said_in_a_call_of_a_tool_is_its_own():
+  call = ToolCall("c1", "route", '{"desk": "OAK"}')
+  said = Message("user", "my lamp"), Message("assistant", "", (call,))
+  conversation = Conversation("c", said, Source(LOG, "log.jsonl"))
+  assert lib.told("Lamp: OLIVE", conversation) and not lib.told("Lamp: OAK", conversation)
+  assert lib.shared("Lamp: OAK", conversation) == (1, 2)
 
 
 def test_what_the_policy_alone_said_has_no_support():

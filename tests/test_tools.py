@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from oel_jax import config as config_lib
 from oel_jax.conversations import exporters, logs, tools
 from oel_jax.conversations.redact import Redactor
 from oel_jax.conversations.schema import Conversation, Message, Source, to_json, tool_text
+from oel_jax.stages import collect, user_side
 
 PARAMETERS = {"type": "object", "properties": {"zone": {"type": "string"}}}
 BARE = {"name": "clock", "description": "Tells the time.", "parameters": PARAMETERS}
@@ -83,6 +85,58 @@ def test_what_is_redacted_stays_a_definition_or_goes(tmp_path):
   hook = tmp_path / "own.py"
   hook.write_text("def clean(text):\n  return '' if 'mail' in text else text\n")
   assert Redactor(hook=f"{hook}:clean")(with_two).tools == TEXT
+
+
+def session(tmp_path, *lines):
+  path = tmp_path / "log.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  [found] = logs.read(path, logs.Counts())
+  return found
+
+
+def test_a_session_has_the_tools_that_a_line_of_it_defines(tmp_path):
+  head = {"id": "t", "dynamic_tools": [BARE | {"inputSchema": BARE["parameters"]}]}
+  said = [
+    {"type": "message", "role": role, "content": [{"type": "text", "text": role}]}
+    for role in ("user", "assistant")
+  ]
+  codex = [{"type": "response_item", "payload": each} for each in said]
+  found = session(tmp_path, {"type": "session_meta", "payload": head}, *codex)
+  assert (found.tools, found.source.kind) == (TEXT, "agent")
+  bare = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+  assert session(tmp_path, bare[0], bare[1] | {"tools": [BARE]}).tools == TEXT
+  assert session(tmp_path, bare[0] | {"tools": ["Bash"]}, bare[1]).tools == ()  # names define none
+
+
+@pytest.mark.parametrize("given", [[BARE], {"tools": [CHAT]}, "\ufeff" + json.dumps([BARE])])
+def test_a_file_of_definitions(tmp_path, given):
+  path = tmp_path / "tools.json"
+  path.write_text(given if isinstance(given, str) else json.dumps(given))
+  assert tools.read(str(path)) == TEXT
+
+
+@pytest.mark.parametrize("text", ["", "a clock", "[]", "{}", "[3]", '{"tools": 3}', "[" * 100_000])
+def test_a_file_without_definitions_is_refused(tmp_path, text):
+  path = tmp_path / "tools.json"
+  path.write_text(text)
+  with pytest.raises(ValueError, match="config.logs.tools: .*tools.json (is|holds) no "):
+    tools.read(str(path))
+
+
+def test_agents_that_name_no_tools_are_offered_those_of_the_file(tmp_path):
+  agent = dataclasses.replace(CHATTED, source=Source("agent", "x"))
+  assert collect._offering(TEXT, agent).tools == TEXT
+  assert collect._offering(TEXT, CHATTED) == CHATTED  # a chat without tools had none
+  own = dataclasses.replace(agent, tools=(tool_text({"type": "web_search"}),))
+  assert collect._offering(TEXT, own) == own
+  config = config_lib.default()
+  config.logs.tools = str(tmp_path / "tools.json")
+  with pytest.raises(ValueError, match='config.logs.tools is .* it must be "" where logs.path is'):
+    config_lib.validate(config)
+  config.logs.path = str(tmp_path)
+  config_lib.validate(config)
+  with pytest.raises(FileNotFoundError, match="tools.json"):
+    user_side.check(config, tmp_path / "run")
 
 
 def test_an_exported_log_holds_them(tmp_path):

@@ -249,7 +249,14 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
     begins=data.get("isCompactSummary") is True,
     user=user,
     feedback=words(data.get("feedback")),
+    tools=_offered(data.get("tools")),
   )
+
+
+def _offered(given: Any) -> tuple[str, ...]:
+  """The definitions in a session's line; some lines have tools' names alone, which define none."""
+  objects = isinstance(given, list) and all(isinstance(tool, dict) for tool in given)
+  return tools.definitions(given) if objects else ()
 
 
 def _codex(event: str, payload: dict[str, Any], seen: Seen) -> Record | None:
@@ -258,7 +265,8 @@ def _codex(event: str, payload: dict[str, Any], seen: Seen) -> Record | None:
     base = payload.get("base_instructions")
     text = base.get("text") if isinstance(base, dict) else payload.get("instructions")
     head = (Message("system", text),) if isinstance(text, str) and text else ()
-    return Record(head, "", heads=True, id=first_name(payload.get("id")))
+    offered = _offered(payload.get("dynamic_tools"))
+    return Record(head, "", heads=True, id=first_name(payload.get("id")), tools=offered)
   if event == "compacted" and isinstance(payload.get("replacement_history"), list):
     history = [m for each in payload["replacement_history"] for m in _entry(each, seen)]
     return Record(tuple(_joined(history)), "", begins=True)

@@ -12,15 +12,19 @@ from oel_jax.conversations.schema import Message
 
 @dataclasses.dataclass
 class _Part:
-  """What an agent has said so far in one context of a session."""
+  """What an agent has said so far in one context of a session, and the tools that it was last said
+  to have.
+  """
 
   first: Record
   line: int
   messages: list[Message] = dataclasses.field(default_factory=list)
   joins: list[str] = dataclasses.field(default_factory=list)
+  tools: tuple[str, ...] = ()
 
   def add(self, record: Record) -> None:
     """Adds a record's messages; those of one response of the model become one message."""
+    self.tools = record.tools or self.tools
     for message in record.messages:
       place = len(self.messages) - 1
       # A tool may answer the first call of a response before the second call is written down.
@@ -37,7 +41,7 @@ class _Part:
     """All of it, without answers that were broken off before they said anything."""
     said = (m for m in self.messages if m.role != "assistant" or m.content or m.tool_calls)
     name = "/".join(filter(None, (self.first.session or self.first.id, self.first.side)))
-    return dataclasses.replace(self.first, messages=tuple(said), id=name)
+    return dataclasses.replace(self.first, messages=tuple(said), id=name, tools=self.tools)
 
 
 def gathered(records: Iterable[tuple[Record, int]]) -> Iterator[tuple[Record, int]]:
@@ -60,6 +64,6 @@ def gathered(records: Iterable[tuple[Record, int]]) -> Iterator[tuple[Record, in
       continue
     if part is not None and record.begins:
       yield parts.pop(record.side).record(), part.line
-      record = dataclasses.replace(record, id=part.first.id)
+      record = dataclasses.replace(record, id=part.first.id, tools=record.tools or part.tools)
     parts.setdefault(record.side, _Part(record, line)).add(record)
   yield from ((part.record(), part.line) for part in parts.values())

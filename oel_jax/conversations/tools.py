@@ -6,10 +6,12 @@
 | OpenAI's older "functions" | {"name", "description", "parameters"} |
 | OpenAI's Responses API | {"type": "function", "name", "description", "parameters"} |
 | Anthropic | {"name", "description", "input_schema"} |
+| MCP, Codex | {"name", "description", "inputSchema"} |
 | ShareGPT | a JSON text of a list of any of these |
 """
 
 import json
+import pathlib
 from typing import Any
 
 from oel_jax.conversations.log_messages import kind
@@ -49,6 +51,24 @@ def _in_chat_form(tool: dict[str, Any]) -> dict[str, Any]:
     "type": "function",
     "function": function if schema is None else function | {"parameters": schema},
   }
+
+
+def read(path: str, field: str = "config.logs.tools") -> tuple[str, ...]:
+  """The definitions in a JSON file: a list of them in any of the forms above, or an object whose
+  "tools" is one, as `definitions` returns them.
+
+  Raises:
+    ValueError: it holds none; names the field and the file.
+    OSError: it cannot be read.
+  """
+  try:
+    given = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig"))
+    found = definitions(given.get("tools") if isinstance(given, dict) else given)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{field}: {path} is no list of definitions as JSON ({error})") from error
+  if not found:
+    raise ValueError(f"{field}: {path} holds no definition of a tool")
+  return found
 
 
 def is_definition(text: str) -> bool:

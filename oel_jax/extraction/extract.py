@@ -7,13 +7,13 @@ Runs on the user side, where the trajectories are, and reads nothing but them an
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
-from oel_jax.conversations.schema import Conversation, transcript
+from oel_jax.conversations.schema import Conversation, by_policy, transcript
 from oel_jax.extraction import state
 from oel_jax.extraction.knowledge import Item, Knowledge, limit, longest_end, parse_items
 from oel_jax.extraction.prompts import extraction_message
@@ -48,6 +48,7 @@ def extract(
   thinking: bool = True,
   wording: str = "games",
   answered_only: bool = False,
+  people: Collection[str] = (),
   start: Sequence[Knowledge] | None = None,
   state_path: pathlib.Path | None = None,
   weights: str = "",
@@ -84,6 +85,7 @@ def extract(
     wording: "games" or "conversations": the words in which the extractor is asked.
     answered_only: whether to leave out trajectories in which nobody said anything to what the
       policy said.
+    people: who answered in its place (`schema.by_policy`): what they say is said to it.
     start: e_0 of each text, the previous round's knowledge; None: empty.
     state_path: partial file (`extraction.state`), added to after every batch and resumed from if it
       is there. When complete, nothing is sampled any more.
@@ -112,7 +114,7 @@ def extract(
   how = _Settings(
     policy=policy,
     encode=encode,
-    unfit=_find_unfit(encode, trajectories, max_prompt_tokens, answered_only),
+    unfit=_find_unfit(encode, trajectories, max_prompt_tokens, answered_only, people),
     form=form,
     see_previous=see_previous,
     sampling=sampling,
@@ -136,6 +138,8 @@ def extract(
       made_from["wording"] = wording
     if answered_only:
       made_from["answered_only"] = True
+    if answered_only and people:
+      made_from["people"] = ",".join(people)
     named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
     identity = {**named, "trajectories": ids, "made_from": made_from}
     done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in reads])
@@ -259,12 +263,14 @@ def raw_knowledge(
   round: int,
   wording: str = "games",
   answered_only: bool = False,
+  people: Collection[str] = (),
 ) -> list[Knowledge]:
   """The control without extraction: whole transcripts are the items (OEL Table 1, "raw
   trajectories").
 
   Text k reads the trajectories in the order in which `extract` reads them for its text k, and
-  leaves out those that it leaves out with `answered_only`, so the two differ in nothing else.
+  leaves out those that it leaves out with `answered_only` and `people`, so the two differ in
+  nothing else.
 
   Returns:
     `texts` whole accumulations, as from `extract`: `as_of` limits them, the oldest whole
@@ -275,7 +281,7 @@ def raw_knowledge(
       tuple(
         Item(transcript(trajectories[i], wording), trajectories[i].id, step, round)
         for step, i in enumerate(order, start=1)
-        if not answered_only or _has_answer(trajectories[i])
+        if not answered_only or _has_answer(trajectories[i], people)
       )
     )
     for order in orders(len(trajectories), texts, seed, round)
@@ -322,6 +328,7 @@ def _find_unfit(
   trajectories: Sequence[Conversation],
   max_prompt_tokens: int,
   answered_only: bool,
+  people: Collection[str],
 ) -> dict[str, str]:
   """Trajectories that no prompt has room for or can hold, or that teach nothing, by id, and why;
   found before anything is sampled.
@@ -333,7 +340,7 @@ def _find_unfit(
     raise ValueError("extraction has 0 trajectories to read: it needs at least 1")
   unfit = {}
   for trajectory in trajectories:
-    if answered_only and not _has_answer(trajectory):
+    if answered_only and not _has_answer(trajectory, people):
       unfit[trajectory.id] = UNANSWERED
       continue
     try:
@@ -361,12 +368,13 @@ def _find_unfit(
   return unfit
 
 
-def _has_answer(trajectory: Conversation) -> bool:
-  """Whether anybody said anything to what the policy said. Else there are only its own words, which
-  an extractor takes for right.
+def _has_answer(trajectory: Conversation, people: Collection[str]) -> bool:
+  """Whether anybody said anything to what the policy said, or one of `people` in its place. Else
+  there are only its own words, which an extractor takes for right.
   """
-  if trajectory.outcome or trajectory.feedback:
-    return True
+  own = [by_policy(message, people) for message in trajectory.messages]
   roles = [message.role for message in trajectory.messages]
-  first = roles.index("assistant") if "assistant" in roles else len(roles)
+  if trajectory.outcome or trajectory.feedback or own.count(True) < roles.count("assistant"):
+    return True
+  first = own.index(True) if True in own else len(roles)
   return any(role in ("user", "tool") for role in roles[first:])

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from oel_jax.conversations.jsonl import JsonLines, write_jsonl
-from oel_jax.conversations.schema import Conversation
+from oel_jax.conversations.schema import Conversation, Message, by_policy
 from oel_jax.extraction.knowledge import Item, Knowledge
 from oel_jax.extraction.prompts import ITEM_MARK
 from oel_jax.runtime import schema
@@ -140,7 +140,7 @@ def shared(text: str, conversation: Conversation) -> tuple[int, ...]:
   """Numbers, from 1, of few messages that together hold all words of the item that the conversation
   has; the one that adds most is taken first, of several the first.
   """
-  held = [_words(message.content) for message in conversation.messages]
+  held = [_words(_text(message)) for message in conversation.messages]
   missing, found = _words(_untagged(text)), []
   while held:
     number = max(range(len(held)), key=lambda i: len(held[i] & missing))
@@ -151,17 +151,18 @@ def shared(text: str, conversation: Conversation) -> tuple[int, ...]:
   return tuple(sorted(found))
 
 
-def told(text: str, conversation: Conversation) -> bool:
+def told(text: str, conversation: Conversation, people: Collection[str] = ()) -> bool:
   """Whether others said it: of the item's words, each that the policy said stands in what a user, a
-  tool or the system said, in the outcome or in the feedback, too. A word that nobody said is the
-  extractor's own, and counts neither way.
+  tool or the system said, in the outcome or in the feedback, too; `people`, who answered in the
+  policy's place (`schema.by_policy`), are others. A word that nobody said is the extractor's own,
+  and counts neither way.
 
   An answer that nobody put right is written down like one that was; what a policy gets wrong the
   same way each time would have support enough.
   """
   said = {True: set(), False: set()}  # by whether the policy said it
   for message in conversation.messages:
-    said[message.role == "assistant"] |= _words(message.content)
+    said[by_policy(message, people)] |= _words(_text(message))
   said[False] |= _words(f"{conversation.outcome or ''} {conversation.feedback or ''}")
   return not (_words(_untagged(text)) & said[True]) - said[False]
 
@@ -179,7 +180,10 @@ def related(origins: Sequence[Origin], said: str) -> Origin | None:
 
 
 def gather(
-  texts: Sequence[Knowledge], conversations: Sequence[Conversation], earlier: Origins
+  texts: Sequence[Knowledge],
+  conversations: Sequence[Conversation],
+  earlier: Origins,
+  people: Collection[str] = (),
 ) -> Origins:
   """Every item of the texts with the conversations that gave it, and those of before.
 
@@ -187,6 +191,7 @@ def gather(
     texts: as they stood before anything was left out.
     conversations: those that the round's extraction read, in the order of time.
     earlier: of the round before, if its items were carried over.
+    people: as in `told`.
   """
   read = {said.id: (place, said) for place, said in enumerate(conversations, start=1)}
   found = {name: dataclasses.replace(origin, texts=()) for name, origin in earlier.items()}
@@ -194,7 +199,7 @@ def gather(
     name = normalised(item.text)
     origin = found.get(name) or Origin(item.text, kind_of(item.text), ())
     if item.trajectory not in {sighting.conversation for sighting in origin.seen}:
-      origin = dataclasses.replace(origin, seen=(*origin.seen, _sighting(item, read)))
+      origin = dataclasses.replace(origin, seen=(*origin.seen, _sighting(item, read, people)))
     found[name] = origin
   return found
 
@@ -297,17 +302,24 @@ def _untagged(text: str) -> str:
   return _TAG.sub("", _unmarked(text), count=1) if _TAG.match(_unmarked(text)) else _unmarked(text)
 
 
+def _text(message: Message) -> str:
+  """What a message says, in the calls that it makes, too."""
+  calls = (f"{call.name} {call.arguments}" for call in message.tool_calls)
+  return " ".join((message.content, *calls))
+
+
 def _words(text: str) -> set[str]:
   return set(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) - _COMMON
 
 
-def _sighting(item: Item, read: dict[str, tuple[int, Conversation]]) -> Sighting:
+def _sighting(
+  item: Item, read: dict[str, tuple[int, Conversation]], people: Collection[str]
+) -> Sighting:
   place, said = read.get(item.trajectory, (0, None))
   if said is None:
     return Sighting(item.trajectory, item.round, place, ())
-  return Sighting(
-    item.trajectory, item.round, place, shared(item.text, said), told(item.text, said)
-  )
+  by_others = told(item.text, said, people)
+  return Sighting(item.trajectory, item.round, place, shared(item.text, said), by_others)
 
 
 def _weak(origin: Origin, min_support: int, told_by_others: bool) -> str:

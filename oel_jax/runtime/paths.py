@@ -15,6 +15,7 @@ FILES = (
   "extraction.weights",
   "logs.path",
   "logs.redact_names",
+  "logs.tools",
   "distill.knowledge",
   "distill.prompts",
   "distill.held_out",

@@ -16,11 +16,11 @@ from typing import Any
 from absl import logging
 
 from oel_jax import report
-from oel_jax.conversations import logs
+from oel_jax.conversations import logs, tools
 from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.redact import Redactor, read_names
-from oel_jax.conversations.schema import Conversation, Prompt, cut_prompts
+from oel_jax.conversations.schema import AGENT, Conversation, Prompt, cut_prompts
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import leave_out
 from oel_jax.runtime import files, schema
@@ -67,9 +67,11 @@ def collect(run: Run, number: int, policy: Policy) -> None:
       f"config.logs.held_out {config.logs.held_out} and without duplicates, at least one must be "
       "left"
     )
-  redacted = {
-    name: withdrawn.left(run.folder, map(redact, draw.taken())) for name, draw in drawn.items()
-  }
+  offered = agents_tools(config)
+  redacted = {}
+  for name, draw in drawn.items():
+    taken = (redact(_offering(offered, one)) for one in draw.taken())
+    redacted[name] = withdrawn.left(run.folder, taken)
   prompts = {name: _usable(run, policy, redacted[name]) for name in ("prompts", "held out")}
   if not prompts["prompts"]:
     raise ValueError(f"{folder}: no turn of its conversations can be made a prompt of this model")
@@ -112,6 +114,27 @@ def redactor(config: Any) -> Redactor:
   """
   names = read_names(config.logs.redact_names) if config.logs.redact_names else ()
   return Redactor(names, config.logs.redact_hook)
+
+
+def agents_tools(config: Any) -> tuple[str, ...]:
+  """The definitions in the file that config.logs.tools names; () if it names none.
+
+  Raises:
+    ValueError: it holds none.
+    OSError: it cannot be read.
+  """
+  return tools.read(config.logs.tools) if config.logs.tools else ()
+
+
+def _offering(offered: tuple[str, ...], conversation: Conversation) -> Conversation:
+  """An agent's session that names no tools with those of config.logs.tools."""
+  named = conversation.tools or conversation.source.kind != AGENT
+  return conversation if named else dataclasses.replace(conversation, tools=offered)
+
+
+def people(config: Any) -> tuple[str, ...]:
+  """The names of config.logs.people, as `schema.by_policy` takes them."""
+  return tuple(name.strip() for name in config.logs.people.split(",") if name.strip())
 
 
 def place(config: Any, number: int) -> str:

@@ -147,6 +147,7 @@ def _accumulate(
       round=number,
       wording=config.wording,
       answered_only=config.answered_only,
+      people=collect.people(run.config),
     )
   if config.source == "empty":
     return [knowledge_lib.Knowledge()] * config.texts
@@ -165,6 +166,7 @@ def _accumulate(
     thinking=run.config.policy.thinking,
     wording=config.wording,
     answered_only=config.answered_only,
+    people=collect.people(run.config),
     start=knowledge.carried(run, number - 1) if _carries(run, number) else None,
     state_path=state,
     weights=fingerprint(policy.params),
@@ -197,12 +199,12 @@ def _limited(
     said = edited(texts)
     earlier = provenance.read(run.round(number - 1) / ITEMS) if _carries(run, number) else {}
     origins = provenance.sift(
-      provenance.gather(said, games, earlier),
+      provenance.gather(said, games, earlier, collect.people(run.config)),
       min_support=config.min_support,
       newest_wins=config.newest_wins,
       told_by_others=config.told_by_others,
     )
-    _tell(number, origins)
+    _tell(number, origins, bool(run.config.logs.path))
     how = dict(origins=origins, repeats=config.repeats)
     texts = [_sifted(*pair, **how) for pair in zip(texts, said, strict=True)]
   texts = knowledge_lib.as_of(
@@ -232,11 +234,18 @@ def _sifted(
   )
 
 
-def _tell(number: int, origins: provenance.Origins) -> None:
+def _tell(number: int, origins: provenance.Origins, of_logs: bool) -> None:
+  """Says how many items are left out, and why."""
   for why in (*provenance.TOO_WEAK, provenance.NEWER):
     if count := sum(origin.left_out == why for origin in origins.values()):
       told = "round %d: %d of %d items left out (%s): they stand in %s"
       logging.warning(told, number, count, len(origins), why, ITEMS)
+  if of_logs and any(origin.left_out == provenance.OWN_WORDS for origin in origins.values()):
+    logging.warning(
+      "round %d: what the assistant of the logs said and nobody else is no knowledge "
+      "(extraction.told_by_others); where people answered in its place, config.logs.people says so",
+      number,
+    )
 
 
 def _edit(config: Any) -> Callable[[str], str] | None:

@@ -37,6 +37,7 @@ def check(config: Any, workdir: str | os.PathLike) -> str:
 def _check_logs(config: Any, workdir: pathlib.Path) -> str:
   """Raises as `check`; rounds to come may have no logs yet, those that have begun need none."""
   collect.redactor(config)
+  collect.agents_tools(config)
   first = pathlib.Path(collect.place(config, 1))
   if not first.exists() and not (workdir / "round_1" / PROMPTS).exists():
     raise FileNotFoundError(
