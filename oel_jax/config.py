@@ -32,6 +32,7 @@ CHOICES = {
   "consolidation.remat": ("none", "dots", "full"),
   "consolidation.attention": ("auto", "xla", "cudnn", "flash", "splash"),
   "consolidation.unroll": ("auto", "yes", "no"),
+  "consolidation.keep": ("checkpoints", "weights"),
   "consolidation.on_no_gain": ("warn", "skip", "stop"),
 }
 POSITIVE = (
@@ -265,6 +266,9 @@ def default() -> ml_collections.ConfigDict:
       on_no_gain="warn",
       gate_episodes=64,  # games of each kind for that comparison
       checkpoint_every=10,  # steps
+      # what a finished training leaves: "checkpoints", the last two, or "weights", the parameters
+      # alone, a third of one checkpoint, with which it cannot be trained for more steps
+      keep="checkpoints",
       # samples of a fixed batch; its KL, entropies and top-k mass (probe_…) are logged with each
       # checkpoint; 0: none
       log_probe=32,

@@ -49,6 +49,7 @@ NEW = (
   ("extraction", "newest_wins"),
   ("extraction", "repeats"),
   ("extraction", "weights"),
+  ("consolidation", "keep"),
   ("evaluation", "tasks"),
   ("evaluation", "unrelated"),
 )

@@ -486,6 +486,45 @@ def test_a_finished_round_is_not_trained_again(policy, tmp_path):
   assert restore.steps_done(tmp_path / "checkpoints") == 6
 
 
+def test_of_a_finished_training_the_weights_alone_may_be_kept(policy, tmp_path):
+  """The bits are those of checkpoints, they take a third of the room, and serve for all but more
+  steps; what a kill left between the two is finished.
+  """
+  config, folder = _config(keep="weights"), tmp_path / "kept/checkpoints"
+  whole, _ = _run(policy, tmp_path / "whole")
+  kept, spent = _run(policy, tmp_path / "kept", config)
+  jax.tree.map(np.testing.assert_array_equal, kept, whole)
+  names = lambda folder: sorted(path.name for path in folder.iterdir())
+  assert names(folder) == ["weights"] and names(folder / "weights") == ["6"]
+  size = lambda folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  each = size(tmp_path / "whole/checkpoints") / len(names(tmp_path / "whole/checkpoints"))
+  assert size(folder) < 0.4 * each
+  read = lambda: restore.trained_params(config, policy, folder, _one_device())
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(read()), whole)
+  shutil.copytree(tmp_path / "whole/checkpoints/6", folder / "6")  # as a kill leaves it
+  again, nothing = _run(policy, tmp_path / "kept", config)
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  assert names(folder) == ["weights"]
+  assert spent["tokens"] > 0 and nothing["tokens"] == 0 and restore.steps_done(folder) == 6
+  task, others = _task(policy), policy.replace(jax.tree.map(lambda p: p + 1, policy.params))
+  restore.check_inputs(folder, task, policy)
+  with pytest.raises(ValueError, match="trained from other weights than"):
+    restore.check_inputs(folder, task, others)
+  with pytest.raises(ValueError, match="trained from other weights than"):
+    _run(others, tmp_path / "kept", config)
+  with pytest.raises(ValueError, match="weights: holds the weights after step 6 alone, .* is 8"):
+    _run(policy, tmp_path / "kept", _config(steps=8, keep="weights"))
+  # A run that kept its checkpoints, and does so no more; and a damaged file is trained again.
+  slimmed, nothing = _run(policy, tmp_path / "whole", config)
+  jax.tree.map(np.testing.assert_array_equal, slimmed, whole)
+  assert nothing["tokens"] == 0 and names(tmp_path / "whole/checkpoints") == ["weights"]
+  data = max((folder / "weights/6").rglob("*"), key=lambda path: path.stat().st_size)
+  data.write_bytes(bytes(data.stat().st_size))
+  anew, spent = _run(policy, tmp_path / "kept", config)
+  jax.tree.map(np.testing.assert_array_equal, anew, whole)
+  assert spent["tokens"] > 0
+
+
 @pytest.mark.slow  # test_step.py compares the gradients themselves
 def test_micro_batches_do_not_change_what_is_learned(policy, tmp_path):
   whole, _ = _run(policy, tmp_path / "a", _config(steps=2))

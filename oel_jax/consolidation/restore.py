@@ -4,6 +4,8 @@ checkpoints that it has left.
 
 import functools
 import os
+import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +15,13 @@ import optax
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import finite, schema
+from oel_jax.runtime import distributed, finite, schema
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
+
+WEIGHTS = "weights"  # beside the checkpoints, where the parameters alone are kept
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -61,7 +65,8 @@ def check_inputs(directory: str | os.PathLike, task: task_lib.Task, policy: Poli
   prompts or knowledge than these.
   """
   if steps_done(directory):
-    with Checkpoints(directory) as checkpoints:
+    folder = pathlib.Path(directory)
+    with Checkpoints(folder / WEIGHTS if only_weights(folder) else folder) as checkpoints:
       extra = checkpoints.extra()
     compare_inputs(directory, (extra or {}).get("made_from"), inputs(task, policy))
 
@@ -97,6 +102,75 @@ def newest(checkpoints: Checkpoints, abstract: Any) -> Restored | None:
   return restored
 
 
+def keep_weights(
+  directory: str | os.PathLike, step: int, params: Any, made_from: dict[str, str]
+) -> None:
+  """Leaves of a finished training its parameters alone, in `directory`/WEIGHTS; its checkpoints go
+  once these are whole. All processes call it.
+
+  Raises:
+    OSError: they could not be written; then the checkpoints stay.
+  """
+  with Checkpoints(pathlib.Path(directory) / WEIGHTS, keep=1) as kept:
+    kept.save(step, params, {"made_from": made_from})
+  drop_checkpoints(directory)
+
+
+def drop_checkpoints(directory: str | os.PathLike) -> None:
+  """Removes the checkpoints beside WEIGHTS. All processes call it."""
+  if distributed.is_writer():
+    for name in _steps(directory):
+      shutil.rmtree(pathlib.Path(directory) / str(name))
+  distributed.barrier(f"the checkpoints of {directory}")
+
+
+def need_room(checkpoints: Checkpoints, config: Any, abstract: Any, first: int) -> None:
+  """Raises OSError unless the disk has room for what is saved after step `first`."""
+  left = config.steps - first
+  if config.keep == "weights":
+    checkpoints.need_room(abstract, (left - 1) // config.checkpoint_every)
+    checkpoints.need_room(abstract.params, 1)
+  else:
+    checkpoints.need_room(abstract, -(-left // config.checkpoint_every))
+
+
+def weights(
+  directory: str | os.PathLike, abstract: Any, step: int, made_from: dict[str, str] | None = None
+) -> Any:
+  """The parameters that `keep_weights` left, None if there are none, or none that are whole.
+
+  Args:
+    directory: of the round's checkpoints.
+    abstract: of the parameters, as `newest` takes it of the state.
+    step: of config.steps.
+    made_from: what the training has now; None: not compared.
+
+  Raises:
+    ValueError: they were trained from something else, or for another number of steps; or are not
+      finite.
+  """
+  folder = pathlib.Path(directory) / WEIGHTS
+  if not _steps(folder):
+    return None
+  with Checkpoints(folder, keep=1) as kept:
+    restored = newest(kept, abstract)
+  if restored is None:
+    return None
+  compare_inputs(directory, restored.extra.get("made_from"), made_from or {})
+  if restored.step != step:
+    raise ValueError(weights_only(folder, restored.step, step))
+  return restored.state
+
+
+def weights_only(folder: str | os.PathLike, done: int, planned: int) -> str:
+  """That a training cannot go on for more steps."""
+  return (
+    f"{folder}: holds the weights after step {done} alone, as config.consolidation.keep says, but "
+    f"config.consolidation.steps is {planned}: set it to {done}, or remove the folder to train the "
+    "round anew"
+  )
+
+
 def trained_params(
   config: Any, policy: Policy, directory: str | os.PathLike, mesh: jax.sharding.Mesh
 ) -> Any:
@@ -105,16 +179,27 @@ def trained_params(
   """
   if not os.path.isdir(directory):
     return None
+  abstract = mesh_lib.abstract_init(beginning(make_optimizer(config)), mesh, policy.params)
+  params = weights(directory, abstract.params, config.steps)
+  if params is not None:
+    return params
   with Checkpoints(directory) as checkpoints:
-    first_state = beginning(make_optimizer(config))
-    restored = newest(checkpoints, mesh_lib.abstract_init(first_state, mesh, policy.params))
+    restored = newest(checkpoints, abstract)
   return restored.state.params if restored and restored.step == config.steps else None
 
 
 def steps_done(directory: str | os.PathLike) -> int:
-  """The step of the newest checkpoint in `directory`, whole or not; 0 if there is none. Nothing is
-  opened or changed.
+  """The step of the newest checkpoint in `directory`, whole or not, or of the weights that alone
+  are kept; 0 if there is none. Nothing is opened or changed.
   """
-  if not os.path.isdir(directory):
-    return 0
-  return max((int(name) for name in os.listdir(directory) if name.isdigit()), default=0)
+  return max([*_steps(directory), *_steps(pathlib.Path(directory) / WEIGHTS)], default=0)
+
+
+def only_weights(directory: str | os.PathLike) -> bool:
+  """Whether of the training in `directory` its weights alone are left."""
+  return bool(_steps(pathlib.Path(directory) / WEIGHTS))
+
+
+def _steps(directory: str | os.PathLike) -> list[int]:
+  there = os.path.isdir(directory)
+  return [int(name) for name in os.listdir(directory) if name.isdigit()] if there else []

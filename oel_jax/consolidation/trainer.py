@@ -65,7 +65,8 @@ def consolidate(
     (2 a parameter and token, forward).
 
   Raises:
-    ValueError: the checkpoints hold more steps than config.steps, or numbers that are not finite.
+    ValueError: the checkpoints hold more steps than config.steps, or weights alone of fewer; or
+      numbers that are not finite.
     NotFiniteError: a step gave a number that is not finite. Its line in metrics.jsonl says which;
       no checkpoint is written any more, and those before it are kept.
     OSError: the disk has no room for the checkpoints, or one could not be written.
@@ -76,6 +77,11 @@ def consolidate(
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
   made_from = restore.inputs(task, policy)
   cost = {"tokens": 0.0, "flops": 0.0}
+  finished = restore.weights(directory, abstract.params, config.steps, made_from)
+  if finished is not None:
+    restore.drop_checkpoints(directory)  # which a kill may have left
+    advance(config.steps)
+    return finished, cost
   with Checkpoints(directory) as checkpoints:
     batches = iter(batches_of(task, config.batch_size))
     restored = restore.newest(checkpoints, abstract)
@@ -84,8 +90,8 @@ def consolidate(
     if first:
       advance(first)
     if first == config.steps:
-      return state.params, cost
-    checkpoints.need_room(abstract, -(-(config.steps - first) // config.checkpoint_every))
+      return _finished(config, directory, state.params, made_from), cost
+    restore.need_room(checkpoints, config, abstract, first)
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     training = _prepare(
@@ -99,7 +105,8 @@ def consolidate(
         cost["tokens"] += tokens
         cost["flops"] += training.flops(tokens)
         ending = distributed.anywhere(terminated(), "the end of a step")
-        if training.saves(i) or ending:
+        last = i == config.steps and config.keep == "weights"
+        if ending or (training.saves(i) and not last):
           checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
         advance(1, f"loss {loss:.4g}")
         if ending:
@@ -107,7 +114,16 @@ def consolidate(
           what = f"step {i} of {config.steps} is saved in {checkpoints.directory}"
           raise signals.Terminated(what)
     checkpoints.wait()
-  return state.params, cost
+  return _finished(config, directory, state.params, made_from), cost
+
+
+def _finished(
+  config: Any, directory: str | os.PathLike, params: Any, made_from: dict[str, str]
+) -> Any:
+  """The parameters of a finished training, after what config.keep says is left of it."""
+  if config.keep == "weights":
+    restore.keep_weights(directory, config.steps, params, made_from)
+  return params
 
 
 @dataclasses.dataclass(frozen=True)

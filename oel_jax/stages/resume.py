@@ -85,6 +85,9 @@ def _check_steps(run: Run, number: int) -> None:
   steps, planned = int(trained["steps"]) if trained else steps, run.config.consolidation.steps
   if not 0 < steps < planned:
     return
+  if restore.only_weights(run.round(number) / CHECKPOINTS):
+    folder = run.round(number) / CHECKPOINTS / restore.WEIGHTS
+    raise ValueError(restore.weights_only(folder, steps, planned))
   why = f"config.consolidation.steps is {planned}, round {number} has been trained for {steps}"
   if any(run.round(number + 1).rglob("*.jsonl")):
     raise ValueError(
