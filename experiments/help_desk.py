@@ -3,8 +3,10 @@
     python -m oel_jax.main --config=experiments/help_desk.py:all \\
         --workdir=runs/desk --config.policy.weights=FOLDER_OR_GGUF
 
-The rules of the next period are --config.deployment.game_args.period=1; `HelpDesk` in
-oel_jax/environments/help_desk.py explains all arguments. What a run's customers said becomes a log:
+Orders are looked up by a line of text; --config.deployment.game_args.tool=True offers a tool in its
+place. The rules of the next period are --config.deployment.game_args.period=1; `changing` begins a
+period with each round. `HelpDesk` in oel_jax/environments/help_desk.py explains all arguments. What
+a run's customers said becomes a log:
 
     python -m oel_jax.conversations.exporters runs/desk/round_1/user/trajectories.jsonl log.jsonl
 """
@@ -19,6 +21,8 @@ from oel_jax.environments import help_desk_rules
 HERE = pathlib.Path(__file__).parent
 GAME_ARGS = {
   "all": dict(kinds=help_desk_rules.KINDS, topics=24, vague=0.2),
+  # The same, with rules that change as a round begins: facts expire, and a quarter of the others.
+  "changing": dict(kinds=help_desk_rules.KINDS, topics=24, vague=0.2, period="{rounds_before}"),
   # Where a case goes and nothing else, and one answer a case.
   "desk": dict(kinds=("desk",), topics=12, vague=0.0, second_answer=False),
 }
@@ -26,7 +30,7 @@ SIZES = tuple(GAME_ARGS)
 
 
 def get_config(size: str = "all") -> ml_collections.ConfigDict:
-  """`size`: "all" kinds of rules, or "desk" alone."""
+  """`size`: "all" kinds of rules, the same "changing" from round to round, or "desk" alone."""
   if size not in SIZES:
     known = ", ".join(SIZES)
     raise ValueError(f"experiments/help_desk.py has no size {size!r}: it must be one of {known}")
@@ -45,7 +49,7 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       episodes=256,
     )
     config.deployment.game_args = ml_collections.ConfigDict(
-      GAME_ARGS[size] | dict(period=0, rules_seed=0, complaint=0.2, silence=0.2)
+      dict(period=0, rules_seed=0, complaint=0.2, silence=0.2, tool=False) | GAME_ARGS[size]
     )
     # Nearly greedy: what a small model writes down at 0.7 is often not what it was told. Two
     # conversations must have given an item in which others said it: where nobody told what was
@@ -67,6 +71,8 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
     )
     # The rate of the least that is forgotten (experiments/README.md).
     config.consolidation.update(learning_rate=3e-6, steps=300, on_no_gain="skip", gate_episodes=128)
+    # Of each round the weights at its end: 4 bytes a parameter, where a checkpoint is 12.
+    config.consolidation.update(keep="weights", checkpoint_every=300)
     config.evaluation.update(episodes=256, temperature=0.1)
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
     config.evaluation.retention = 256

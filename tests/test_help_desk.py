@@ -35,7 +35,7 @@ def test_the_experiments_configuration_plays_it():
     known = HelpDesk(**config.deployment.game_args.to_dict()).rules
     assert {found.kind for found in known} == kinds
     assert episode(spec, 1, lambda said: follow(known, said))[0].ended == "passed"
-  with pytest.raises(ValueError, match="has no size 'huge': it must be one of all, desk"):
+  with pytest.raises(ValueError, match="has no size 'huge': it must be one of all, changing, desk"):
     get_config("huge")
 
 

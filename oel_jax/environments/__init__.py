@@ -4,7 +4,7 @@ play.
 
 from oel_jax.environments.actions import parse_action
 from oel_jax.environments.api import Environment, Game, GameSpec, Step
-from oel_jax.environments.load import code_digest, game_spec, textarena_game, try_game
+from oel_jax.environments.load import changes, code_digest, game_spec, textarena_game, try_game
 from oel_jax.environments.rollout import Episode, play, play_to_file
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
   "Game",
   "GameSpec",
   "Step",
+  "changes",
   "code_digest",
   "game_spec",
   "parse_action",

@@ -116,6 +116,7 @@ class GameSpec:
     name: as trajectories and errors have it.
     make: makes an environment, one an episode.
     field: of config.deployment, that names it.
+    rounds_before: as `load.game_spec` was given it.
   """
 
   name: str
@@ -126,6 +127,7 @@ class GameSpec:
   max_turns: int = 5
   passed_reward: float = 1.0
   field: str = "game"
+  rounds_before: int = 0
 
 
 class Game:

@@ -14,12 +14,18 @@ from oel_jax.environments.api import Environment, Game, GameSpec, Step
 from oel_jax.runtime import files, named
 
 TEXTARENA = "textarena"
+ROUNDS_BEFORE = "{rounds_before}"  # a value of game_args that is the number in its place
 _FIELD = "config.deployment.environment"
 _TRIED = 6  # moves that a game is tried with
 
 
-def game_spec(deployment: ml_collections.ConfigDict) -> GameSpec:
+def game_spec(deployment: ml_collections.ConfigDict, rounds_before: int = 0) -> GameSpec:
   """The game of a `config.deployment`; nothing is opened.
+
+  Args:
+    deployment: config.deployment.
+    rounds_before: how many rounds went before the one that plays, which is told to a game that
+      changes: it stands in place of each value of `game_args` that is ROUNDS_BEFORE.
 
   Raises:
     ValueError: `action_pattern` is no regular expression or has no group 1, TextArena has no such
@@ -38,13 +44,15 @@ def game_spec(deployment: ml_collections.ConfigDict) -> GameSpec:
       f"config.deployment.action_pattern is {deployment.action_pattern!r}: it needs a group ( ) "
       "around the action"
     )
-  arguments, environment = deployment.game_args.to_dict(), deployment.environment
+  environment, given = deployment.environment, deployment.game_args.to_dict()
+  arguments = {n: rounds_before if v == ROUNDS_BEFORE else v for n, v in given.items()}
   shown = dict(
     player=deployment.player,
     actions=deployment.actions,
     action_pattern=deployment.action_pattern,
     max_turns=deployment.max_turns,
     passed_reward=deployment.passed_reward,
+    rounds_before=rounds_before,
   )
   if environment == TEXTARENA:
     make = functools.partial(textarena_game, deployment.game, arguments)
@@ -59,6 +67,11 @@ def game_spec(deployment: ml_collections.ConfigDict) -> GameSpec:
 def _function(environment: str, file: pathlib.Path | None) -> Callable[..., Any]:
   """What makes environments; its file runs once a process, with what it reads for all of them."""
   return named.function(environment, _FIELD)
+
+
+def changes(deployment: ml_collections.ConfigDict) -> bool:
+  """Whether the game is another in each round: ROUNDS_BEFORE is one of its arguments."""
+  return ROUNDS_BEFORE in deployment.game_args.to_dict().values()
 
 
 def code_digest(deployment: ml_collections.ConfigDict) -> str | None:

@@ -40,6 +40,11 @@ _TAG = re.compile(rf"(?:\[({_TAGS})\]|\(({_TAGS})\)|({_TAGS}):)\s*", re.IGNORECA
 _SEPARATOR = re.compile(
   r"\s*(?:->|→|=>|:(?=\s)|\b(?:goes|go|belongs|belong) to\b|\bis handled by\b)\s*", re.IGNORECASE
 )
+# "Cases of the kind 'late parcel' get form 12": what is quoted is the key.
+_OF_THE_KIND = re.compile(
+  r"\W*cases? of (?:the|this) (?:kind|type)\W{1,3}(['\"‘“])(.+?)['\"’”](?!\w)(.+)",
+  re.IGNORECASE | re.DOTALL,
+)
 MAX_KEY_WORDS = 12  # more before a colon are a sentence, not the name of a case
 # Words before a colon that name no case.
 _NO_KEY = ("advice", "example", "hint", "important", "note", "remember", "rule", "tip", "warning")
@@ -126,10 +131,13 @@ def kind_of(text: str) -> str:
 
 def key_of(text: str) -> tuple[str, str] | None:
   """What an item is about and what it says of it, both normalised: ("damaged parcel", "brass") of
-  "Damaged parcel: BRASS", "Damaged parcel -> BRASS" or "Damaged parcel goes to BRASS".
+  "Damaged parcel: BRASS", "Damaged parcel -> BRASS", "Damaged parcel goes to BRASS" or "Cases of
+  the kind 'damaged parcel' are BRASS".
 
   None where no such words part it, or what stands before them is no name of a case.
   """
+  if found := _OF_THE_KIND.match(_untagged(text)):
+    return normalised(found[2]), normalised(found[3])
   parts = _SEPARATOR.split(_untagged(text), maxsplit=1)
   key, value = (normalised(part) for part in parts) if len(parts) == 2 else ("", "")
   named = key and key not in _NO_KEY and len(key.split()) <= MAX_KEY_WORDS

@@ -56,13 +56,20 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
       return
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")
   found = _measure(run, number, policy, before, texts, first)
-  if number and "in_context" in found:
+  # Of a game that has changed since, the round before was measured on another one.
+  if number and "in_context" in found and not (number > 1 and _changes(run)):
     rates = [found[name]["passed"]["rate"] for name in ("without", "in_context")]
     found["recovered"] = statistics.recovered(rates[0], base, rates[1])
   _log(run, number, found)
   head = {"schema": 1, "round": number, "made_from": inputs}
   path.parent.mkdir(exist_ok=True)
   files.write_sealed(path, head | found | {"gate": gate})
+
+
+def _changes(run: Run) -> bool:
+  from oel_jax.environments import changes  # here, for who begins from logs may have no game
+
+  return changes(run.config.deployment)
 
 
 def _measure(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oel_jax.conversations.schema import Conversation
-from oel_jax.environments import Episode, code_digest, game_spec, play_to_file
+from oel_jax.environments import Episode, GameSpec, code_digest, game_spec, play_to_file
 from oel_jax.evaluation import episodes as episodes_lib
 from oel_jax.policy.endpoint.endpoint import Endpoint
 from oel_jax.policy.sampling.sampler import Sampling
@@ -80,7 +80,9 @@ def play(run: Run, number: int, games: Games, meter: Meter, advance: Advance) ->
   if remote and not path.exists():
     endpoint.remind(remote, number)
   episodes = _episodes(run.config.seed, number, games)
-  result = _play(run, path, episodes, games, meter, advance, remote)
+  # The base model plays what round 1 does.
+  spec = game_spec(run.config.deployment, max(number - 1, 0))
+  result = _play(run, path, spec, episodes, games, meter, advance, remote)
   if remote and remote.counts.requests:
     meter.tokens += remote.counts.tokens
     run.log(number, f"{games.stage}_endpoint", **endpoint.tell(remote))
@@ -172,6 +174,7 @@ def _episodes(seed: int, number: int, games: Games) -> list[Episode]:
 def _play(
   run: Run,
   path: pathlib.Path,
+  spec: GameSpec,
   episodes: list[Episode],
   games: Games,
   meter: Meter,
@@ -188,7 +191,7 @@ def _play(
   return play_to_file(
     path,
     meter,
-    game_spec(config.deployment),
+    spec,
     episodes=episodes,
     slots=config.deployment.slots,
     advance=tell,

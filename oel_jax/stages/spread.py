@@ -41,7 +41,8 @@ def player(run: Run) -> Callable[..., None] | None:
     texts = list(dict.fromkeys(episode.knowledge for episode in episodes))
     dealt = [texts.index(episode.knowledge) for episode in episodes]
     bare = [dataclasses.replace(episode, knowledge="") for episode in episodes]
-    shares = _play(run, meter.policy, bare, texts, dealt, slots, sampling, how)
+    before = spec.rounds_before
+    shares = _play(run, meter.policy, before, bare, texts, dealt, slots, sampling, how)
     for lines, tokens, flops in shares:
       meter.tokens += tokens
       meter.flops += flops
@@ -55,6 +56,7 @@ def player(run: Run) -> Callable[..., None] | None:
 def _play(
   run: Run,
   policy: Policy,
+  rounds_before: int,
   episodes: list[Episode],
   texts: list[str],
   dealt: list[int],
@@ -73,7 +75,7 @@ def _play(
     played = (
       play(
         meter,
-        game_spec(run.config.deployment),
+        game_spec(run.config.deployment, rounds_before),
         episodes=mine,
         slots=-(-slots // step),
         sampling=sampling,
