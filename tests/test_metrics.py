@@ -2,10 +2,13 @@
 files.
 """
 
+import contextlib
+import functools
 import json
 import os
 import resource
 import struct
+import types
 
 import jax
 import jax.numpy as jnp
@@ -205,19 +208,78 @@ def test_progress_in_a_log_file_is_one_line(capsys):
 
 
 def test_a_log_file_is_told_now_and_then_how_long_it_takes(capsys, monkeypatch):
-  clock = [0.0]
+  clock, compiles = [0.0], Compiles()
   monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-  with progress.bar("round 1: consolidate", 600, "compiling") as advance:
-    clock[0] = 50.0  # compiled, and the first step done: no time of a step
+
+  def compile(seconds):
+    compiles.tell("step")
+    clock[0] += seconds
+    compiles.tell("")
+
+  with progress.bar("round 1: consolidate", 600, compiles) as advance:
+    compile(48.0)
+    clock[0] += 2.0  # the first step is done: no time of a step
     advance(1, "loss 3")
     for i in range(20):
       clock[0] += 6.0
+      if i == 10:  # counts in no step's time
+        compile(30.0)
       advance(1, f"loss {i}")
   first, *told, last = capsys.readouterr().out.splitlines()
-  assert first == "round 1: consolidate: compiling, then 600 to do"
-  assert told[0] == "round 1: consolidate: 2 of 600, loss 0, 6.00 s each, 59:48 left"
-  assert told[1] == "round 1: consolidate: 4 of 600, loss 2, 6.00 s each, 59:36 left"
-  assert len(told) == 10 and last == "round 1: consolidate: 21 of 600 in 170.0 s"
+  assert first == "round 1: consolidate: compiling step, then 600 to do"
+  assert told[0] == "round 1: consolidate: 1 program compiled in 48 s, 0 of 600"
+  assert told[1] == "round 1: consolidate: 3 of 600, loss 1, 6.00 s each, 59:42 left"
+  assert told[2] == "round 1: consolidate: 5 of 600, loss 3, 6.00 s each, 59:30 left"
+  assert "round 1: consolidate: 2 programs compiled in 78 s, 11 of 600" in told
+  assert told[-1] == "round 1: consolidate: 20 of 600, loss 18, 6.00 s each, 58:00 left"
+  assert last == "round 1: consolidate: 21 of 600 in 200.0 s"
+
+
+class Compiles:
+  """In place of a `CompileCounter`: tells what a test says that is compiled."""
+
+  tell = None
+
+  @contextlib.contextmanager
+  def telling(self, tell):
+    self.tell = tell
+    yield
+
+
+def test_a_terminal_sees_the_program_that_is_waited_for_and_then_the_loss(monkeypatch):
+  seen = []
+  shown = types.SimpleNamespace(
+    add_task=lambda name, total: seen.append(name), update=lambda _, **how: seen.append(how)
+  )
+  monkeypatch.setattr(progress, "_bar", lambda console: contextlib.nullcontext(shown))
+  monkeypatch.setattr("rich.console.Console", lambda file: types.SimpleNamespace(is_terminal=True))
+  compiles = Compiles()
+  with progress.bar("round 1: consolidate", 9, compiles) as advance:
+    compiles.tell("")  # of one that another thread began to compile before
+    compiles.tell("step")
+    compiles.tell("")
+    advance(2, "loss 0.5")
+    compiles.tell("probe")
+    compiles.tell("")
+  assert seen[0] == "round 1: consolidate"
+  assert [(how["completed"], how["description"]) for how in seen[1:]] == [
+    (0, "round 1: consolidate: compiling step"),
+    (0, "round 1: consolidate"),
+    (2, "round 1: consolidate: loss 0.5"),
+    (2, "round 1: consolidate: compiling probe, 1 program so far"),
+    (2, "round 1: consolidate: loss 0.5"),
+  ]
+
+
+def test_programs_are_told_by_name_as_they_are_compiled():
+  told, counter = [], CompileCounter()
+  with counter.telling(told.append):
+    jax.block_until_ready(jax.jit(lambda x: x * 5, inline=False)(np.ones(3, np.float32)))
+    double = jax.jit(functools.partial(jnp.multiply, 2))
+    jax.block_until_ready(double(np.ones(3, np.float32)))
+  jax.block_until_ready(jax.jit(lambda x: x * 7)(np.ones(3, np.float32)))
+  counter.close()
+  assert told == ["<lambda>", "", "multiply", ""]
 
 
 def test_table_shows_every_column_and_text_as_it_is(capsys):

@@ -241,7 +241,7 @@ def train(
   for stage in ("pretrain", "gates"):
     metrics.drop_after(0, stage, first if restored else -1)
   started = time.time()
-  bar = progress.bar("pretrain", config.steps, "compiling")
+  bar = progress.bar("pretrain", config.steps, metrics.compiles)
   with contextlib.closing(batches), bar as advance, signals.deferred() as terminated:
     if first:
       advance(first)

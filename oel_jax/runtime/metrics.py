@@ -3,11 +3,13 @@ Weights & Biases, and a count of compilations.
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,13 +36,31 @@ class CompileCounter:
 
   def __init__(self):
     self._count, self.seconds = 0, 0.0
-    self._listening = True
+    self._listening, self._tell = True, None
+    jax.monitoring.register_scalar_listener(self._begin)
     jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _begin(self, event: str, _: float, *, fun_name: str = "a program", **__: Any) -> None:
+    if event == _COMPILE_EVENT and self._tell:
+      self._tell(fun_name.removeprefix("jit(").removesuffix(")"))
 
   def _listen(self, event: str, duration: float, **_: Any) -> None:
     if event == _COMPILE_EVENT:
       self._count += 1
       self.seconds += duration
+      if self._tell:
+        self._tell("")
+
+  @contextlib.contextmanager
+  def telling(self, tell: Callable[[str], None]) -> Iterator[None]:
+    """While the `with` block runs, `tell` is given the name of each program as it begins to be
+    compiled, and "" as it is there, in the thread that compiles.
+    """
+    before, self._tell = self._tell, tell
+    try:
+      yield
+    finally:
+      self._tell = before
 
   def __call__(self) -> int:
     return self._count
@@ -48,6 +68,7 @@ class CompileCounter:
   def close(self) -> None:
     """Stops counting; the count stays."""
     if self._listening:
+      jax.monitoring.unregister_scalar_listener(self._begin)
       jax.monitoring.unregister_event_duration_listener(self._listen)
       self._listening = False
 

@@ -99,9 +99,7 @@ class Run:
     compiles = self.metrics.compiles
     programs, compiling = compiles(), compiles.seconds
     title = f"round {number}: {name}" if number else f"base: {name}"
-    # The first games, and each round's training step, are programs that no stage before has made.
-    first = "compiling" if not number or name == "consolidate" else ""
-    with progress.bar(title, total, first) as advance:
+    with progress.bar(title, total, compiles) as advance:
       yield meter, advance
     if meter.tokens:
       path = self.round(number) / "cost.json"

@@ -114,7 +114,7 @@ def _train(
   config: Any, task: Any, policy: Policy, folder: pathlib.Path, devices: Any, metrics: Metrics
 ) -> Any:
   """The parameters after config.consolidation.steps, going on from the newest checkpoint."""
-  with progress.bar("consolidate", config.consolidation.steps, "compiling") as advance:
+  with progress.bar("consolidate", config.consolidation.steps, metrics.compiles) as advance:
     params, _ = trainer.consolidate(
       config.consolidation,
       task,

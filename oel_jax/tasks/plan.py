@@ -75,7 +75,7 @@ def run(config: Any, workdir: str | None) -> dict[str, Any]:
 
 def _compiled(planner: plan_programs.Planner, count: int) -> list[Program]:
   found = []
-  with progress.bar("plan", count, "compiling") as advance:
+  with progress.bar("plan: compiling", count) as advance:
     for program in planner.programs():
       found.append(program)
       advance(1, program.name)
