@@ -1,5 +1,6 @@
 """What one process tells another, and comes back equal. Real processes: test_distributed.py."""
 
+import array
 import json
 import pathlib
 import types
@@ -7,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from oel_jax.consolidation.id_lists import IdLists
 from oel_jax.consolidation.task import Task
 from oel_jax.environments import Episode
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -30,6 +32,7 @@ def told(value):
     Sampling(0.7, 0.8, 20),
     [Episode("r1-deploy-00000", 4, 2**32 - 1, "- Avoid H.\n“ü”")],
     Task(((3, 4), (5,)), ((7, 8, 9), ()), (1, 0), (range(2), range(2, 4)), 0, 1, ("a", "b")),
+    IdLists(array.array("i", [3, 4, 2**31 - 1]), array.array("q", [2, 2, 3])),
   ],
   ids=lambda value: type(value).__name__,
 )

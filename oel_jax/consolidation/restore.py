@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import optax
 
+from oel_jax.consolidation import id_lists
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.policy.sampling.sampler import Policy
@@ -55,7 +56,7 @@ def inputs(task: task_lib.Task, policy: Policy) -> dict[str, str]:
   """What a training is made from → a digest of it; kept in each checkpoint."""
   return {
     "weights": fingerprint(policy.params),
-    "prompts": schema.digest(task.prompts),
+    "prompts": id_lists.digest(task.prompts),
     "knowledge": schema.digest(task.knowledge),
   }
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import id_lists
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.architecture import Architecture
@@ -107,7 +107,8 @@ def row_shape(
       where these are small beside what a packed row may hold, all three give the same shape.
     pack: whether a row may hold several samples.
   """
-  longest_prompt = max(map(len, prompts))
+  sizes = id_lists.sizes(prompts)
+  longest_prompt = int(sizes.max())
   rooms = [-(-limit // 4), -(-limit // 2), limit]
   if not pack:
     room = next(room for room in rooms if longest <= room)
@@ -121,7 +122,7 @@ def row_shape(
     if longest <= room and (length <= 3 * whole // 4 or room == limit)
   )
   # As much of the row as of a mean prompt with its longest response.
-  share = room / (room + np.mean([len(prompt) for prompt in prompts]))
+  share = room / (room + sizes.mean())
   response_length = max(room, min(length, _round_up(int(share * length), 32)))
   known = max(1, max(map(len, knowledge)))
   texts = min(len(knowledge), max(1, int(TEXTS_SHARE * length / known)))
@@ -152,7 +153,7 @@ def micro_tokens_of(
   """
   if not config.pack:
     return config.micro_tokens
-  most = samples * (np.mean([len(prompt) for prompt in prompts]) + limit)
+  most = samples * (id_lists.sizes(prompts).mean() + limit)
   most /= mesh_lib.row_shards(mesh)
   return max(1, min(config.micro_tokens, int(most / MICRO_BATCHES)))
 

@@ -15,6 +15,7 @@ have under a name (`share`), and the name travels; of functions nothing does, an
 elsewhere.
 """
 
+import array
 import contextlib
 import dataclasses
 import functools
@@ -162,6 +163,8 @@ def encode(value: Any) -> Any:
     return {"dict": [[name, encode(item)] for name, item in value.items()]}
   if isinstance(value, range):
     return {"range": [value.start, value.stop, value.step]}
+  if isinstance(value, array.array):
+    return {"array": [value.typecode, *value]}
   if isinstance(value, pathlib.Path):
     return {"path": str(value)}
   if hasattr(value, "params") and hasattr(value, "replace"):
@@ -190,6 +193,8 @@ def decode(value: Any) -> Any:
     return {name: decode(item) for name, item in inner}
   if kind == "range":
     return range(*inner)
+  if kind == "array":
+    return array.array(inner[0], inner[1:])
   if kind == "path":
     return pathlib.Path(inner)
   if kind == "policy":

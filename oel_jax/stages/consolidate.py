@@ -8,7 +8,7 @@ from absl import logging
 
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import trainer
-from oel_jax.conversations.jsonl import read_prompts
+from oel_jax.conversations import jsonl
 from oel_jax.conversations.schema import knowledge_message
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import together
@@ -34,7 +34,7 @@ def _make_task(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> t
   """What the round's steps draw from; each process reads it, for it may be large."""
   task = task_lib.make_task(
     policy.tokenizer,
-    read_prompts(run.prompts(number), max_damaged=0.0),
+    jsonl.prompts(run.prompts(number), max_damaged=0.0),
     texts,
     seed=run.config.seed,
     round=number,
