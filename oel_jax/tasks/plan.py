@@ -154,6 +154,7 @@ def _found(
         "total": program.total,
         "too large": program.too_large,
         "failed": program.failed,
+        "sent": program.sent,
       }
       for program in programs
     ],
@@ -203,7 +204,24 @@ def _tell(found: dict[str, Any]) -> None:
     f"{_cell(found['memory'] / GIB)} GiB",
     flush=True,
   )
+  _tell_sent(found["programs"][-1]["sent"])
   _tell_price(found)
+
+
+def sent_rows(sent: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+  """The lines of the table of what a device sends in a step: GB by axis of the mesh."""
+  names = sorted({name for each in sent.values() for name in each})
+  cells = lambda each: {name: each.get(name, 0.0) / 1e9 for name in names}
+  return [
+    {"GB": axis, **cells(each), "total": sum(each.values()) / 1e9} for axis, each in sent.items()
+  ]
+
+
+def _tell_sent(sent: dict[str, dict[str, float]]) -> None:
+  if sent:
+    print("what a device sends others in a step, by the axis of the mesh along which it does:")
+    for line in markdown(sent_rows(sent)):
+      print(line)
 
 
 def _tell_price(found: dict[str, Any]) -> None:

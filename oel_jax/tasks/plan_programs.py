@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from oel_jax.consolidation import on_mesh, placement, restore, samples, trainer
@@ -27,6 +28,7 @@ from oel_jax.policy.sampling.scheduler import CACHE_LENGTHS, CHUNK, Scheduler, b
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime import target
+from oel_jax.tasks import plan_collectives
 from oel_jax.tasks.plan_shapes import EOS_IDS, Unread, Work, device_bytes, placed
 
 # Where a TPU's program does not fit, there is no plan of it, but XLA says what it would need. That
@@ -48,6 +50,8 @@ class Program:
     too_large: whether the compiler gave it up for its size; `temporaries` is then what it said that
       the program would take beside its arguments.
     failed: why there is no such program; "": there is.
+    sent: bytes that a device sends to others: axes of the mesh, as "data x fsdp" → operation →
+      bytes. Of the step alone, and empty where a loop sends whose length nobody knows beforehand.
   """
 
   name: str
@@ -58,6 +62,7 @@ class Program:
   known: dict[str, int] = dataclasses.field(default_factory=dict)
   too_large: bool = False
   failed: str = ""
+  sent: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
   @property
   def total(self) -> int:
@@ -192,8 +197,25 @@ class Planner:
       self.config, self.policy, self.optimizer, self.attn_impl, shardings, micro_tokens
     )
     held = self.held() | self.prefix_cache() | {"batch": device_bytes(batch)}
-    found = _program("step", held, {}, jitted, self.state, self.teacher, batch)
+    sends = functools.partial(self._sent, batch, micro_tokens)
+    how = dict(sends=sends if self.mesh.size > 1 else None)
+    found = _program("step", held, {}, jitted, self.state, self.teacher, batch, **how)
     return dataclasses.replace(found, known=self._known())
+
+  def micro_batches(self, batch: Any, micro_tokens: int) -> int:
+    """Of a batch that is filled."""
+    shards = mesh_lib.row_shards(self.mesh)
+    return step_lib.micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
+
+  def _sent(self, batch: Any, micro_tokens: int, text: str) -> dict[str, dict[str, float]]:
+    count = self.micro_batches(batch, micro_tokens)
+    loops = (count,) if count > 1 else ()
+    try:
+      found = plan_collectives.read(text, dict(self.mesh.shape), loops)
+    except ValueError as error:
+      logging.warning("what devices send in a step is not counted: %s", error)
+      return {}
+    return plan_collectives.by_axis(found)
 
   def _known(self) -> dict[str, int]:
     """Of the step's temporaries, those whose size is arithmetic."""
@@ -319,25 +341,34 @@ class Planner:
 
 
 def _program(
-  name: str, held: dict[str, int], makes: dict[str, int], jitted: Any, *args: Any, **static: Any
+  name: str,
+  held: dict[str, int],
+  makes: dict[str, int],
+  jitted: Any,
+  *args: Any,
+  sends: Callable[[str], Any] | None = None,
+  **static: Any,
 ) -> Program:
   """What the compiler of the device that is planned for says of the program, which makes what is
-  held from then on.
+  held from then on; `sends` finds in its text what devices send.
   """
   platform = {"gpu": "cuda"}.get(target.backend(), target.backend())
   lowered = jitted.trace(*args, **static).lower(lowering_platforms=(platform,))
   arguments = device_bytes(args)
   try:
-    memory = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     found = NEEDS.search(str(error))
     if not found:
       return Program(name, dict(held), arguments, 0, 0, failed=_reason(str(error)))
     needs = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]
     return Program(name, dict(held), arguments, 0, max(0, int(needs) - arguments), too_large=True)
+  memory = compiled.memory_analysis()
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
   kept = max(0, kept - sum(makes.values()))
-  return Program(name, held | makes, memory.argument_size_in_bytes, kept, memory.temp_size_in_bytes)
+  sizes = memory.argument_size_in_bytes, kept, memory.temp_size_in_bytes
+  sent = sends(compiled.as_text()) if sends else {}
+  return Program(name, held | makes, *sizes, sent=sent)
 
 
 def _reason(message: str) -> str:
