@@ -28,6 +28,8 @@ CHOICES = {
   "extraction.source": ("extracted", "trajectories", "empty"),
   "consolidation.data": ("student", "teacher"),
   "consolidation.kind": (*DIVERGENCES, "imitation"),
+  "consolidation.renewed": ("step", "round", "never"),
+  "consolidation.teacher": ("frozen", "live"),
   "consolidation.support": ("full", "topk", "topk_tail"),
   "consolidation.remat": ("none", "dots", "full"),
   "consolidation.attention": ("auto", "xla", "cudnn", "flash", "splash"),
@@ -62,6 +64,7 @@ POSITIVE = (
   "consolidation.micro_tokens",
   "consolidation.chunk",
   "consolidation.checkpoint_every",
+  "evaluation.accumulation_rounds",
   "evaluation.episodes",
   "evaluation.temperature",
 )
@@ -71,6 +74,7 @@ NOT_NEGATIVE = (
   "deployment.endpoint_retries",
   "extraction.top_k",
   "evaluation.top_k",
+  "consolidation.games_per_step",
   "consolidation.gate_episodes",
   "consolidation.log_probe",
   "consolidation.knowledge_gib",
@@ -227,15 +231,29 @@ def default() -> ml_collections.ConfigDict:
     dict(
       steps=20,  # optimizer steps a round
       batch_size=64,  # prompts a step, one sample each, one update
+      # in its place, all the prompts of so many games a step, new games each step, for which
+      # deployment.episodes must suffice; 0: batch_size prompts, of whatever games
+      games_per_step=0,
       # who samples the responses: "student" (on-policy) or "teacher" (off-policy, knowledge in its
       # prompt)
       data="student",
+      # when a prompt's sample is drawn anew: "step": whenever it comes up, by the student as it
+      # then is; "round": once a round, by the weights that the round began with; "never": the same,
+      # but by those that the run began with
+      renewed="step",
+      # whether responses that the limit of tokens cut are trained on
+      cut_responses=True,
+      # "frozen" as the round began, or "live": the student as it is at each step, with knowledge
+      teacher="frozen",
       # a name in `consolidation.divergences.DIVERGENCES`, or "imitation": negative log-likelihood
       # of the sampled tokens
       kind="reverse_kl",
       # "full" (exact) | "topk" (the paper's, student's top k, no tail) | "topk_tail"
       support="full",
       k=256,  # tokens of that support
+      # whether all tokens that end a response are one to the divergence: which of them it is, is
+      # not learned
+      one_end=False,
       temperature=0.7,  # of the divergence, on both sides; also of the samples
       learning_rate=1e-6,  # AdamW's, constant, no warm-up
       b1=0.9,  # decay of the gradient's mean
@@ -281,8 +299,9 @@ def default() -> ml_collections.ConfigDict:
       top_p=0.8,  # 1: off
       top_k=20,  # 0: off
       in_context=True,  # also play with the round's knowledge in the prompt, and with round 1's
-      # round 1: also play with the knowledge as it stood after these many trajectories
+      # also play with the knowledge as it stood after these many trajectories
       accumulation=(),
+      accumulation_rounds=1,  # in so many rounds from the first
       # each MODULE:NAME or FILE.py:NAME, a function of evaluation/tasks.py's kind; what must not be
       # lost
       tasks=(),
@@ -424,6 +443,13 @@ def _check_together(config: Any) -> None:
     config.consolidation.attention != "flash" or not config.consolidation.pack,
     'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
   )
+  _need(
+    config,
+    "consolidation.one_end",
+    config.consolidation.kind != "imitation" or not config.consolidation.one_end,
+    'False where consolidation.kind is "imitation", which knows the sampled token alone',
+  )
+  _check_games(config)
   _check_endpoint(config)
   _need(
     config,
@@ -460,6 +486,23 @@ def _check_together(config: Any) -> None:
     fits = extraction.max_knowledge_tokens < limit
     right = f"below policy.max_prompt_tokens ({limit})"
     _need(config, "extraction.max_knowledge_tokens", fits, right)
+
+
+def _check_games(config: Any) -> None:
+  """Raises ValueError if there are not as many games as the steps of a round take, or none."""
+  games = config.consolidation.games_per_step
+  if not games:
+    return
+  field = "consolidation.games_per_step"
+  _need(config, field, "distill" not in config, "0, as config.task is distill: it has no games")
+  needed = games * config.consolidation.steps
+  _need(
+    config,
+    "deployment.episodes",
+    bool(config.logs.path) or config.deployment.episodes >= needed,
+    f"at least {needed}: consolidation.games_per_step ({games}) new ones in each of "
+    f"consolidation.steps ({config.consolidation.steps})",
+  )
 
 
 def _check_endpoint(config: Any) -> None:

@@ -255,6 +255,24 @@ def test_one_more_point_of_the_curve_leaves_the_other_games_as_they_are(make_run
   )
 
 
+def test_the_curve_of_a_later_round_is_of_its_own_knowledge(make_run, tmp_path, monkeypatch):
+  asked = []
+
+  def after(run, number, step, policy):
+    asked.append((number, step))
+    return [f"- EXPERIENCE ITEM: Round {number}, {step} games."]
+
+  monkeypatch.setattr("oel_jax.stages.extract.texts_after", after)
+  how = dict(evaluation__accumulation=(2,), evaluation__accumulation_rounds=2)
+  how |= dict(evaluation__in_context=False)
+  player = Player()
+  for number in (0, 1, 2, 3):
+    evaluate(make_run(**how), number, player, player, TEXTS if number else [])
+  assert asked == [(1, 2), (2, 2)]
+  curve = lambda number: json.loads((tmp_path / f"round_{number}/evaluation.json").read_text())
+  assert [len(curve(number)["accumulation"]) for number in (0, 1, 2, 3)] == [0, 1, 1, 0]
+
+
 def test_games_that_were_cut_off_are_not_gone_on_with_by_other_weights(
   make_run, tmp_path, monkeypatch
 ):

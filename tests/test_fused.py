@@ -43,7 +43,7 @@ def mean(loss, *args, **options):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("loss", "kind", "support", "k", "temperature", "chunk")
+  jax.jit, static_argnames=("loss", "kind", "support", "k", "temperature", "chunk", "one")
 )
 def value_and_gradients(loss, case, **options):
   """(mean, gradients in the student's hidden states and head); one shape and one set of options
@@ -67,6 +67,15 @@ def test_fused_is_dense_in_value_and_gradients(kind, support):
   case = random_case()
   # 37 tokens: no multiple of 10, nor of the 4 steps taken.
   assert_same(case, 10, kind=kind, support=support, k=7)
+
+
+@pytest.mark.parametrize(
+  "kind, support", [("reverse_kl", "full"), ("forward_kl", "topk_tail"), ("jsd", "topk")]
+)
+def test_tokens_that_are_one_outcome_are_so_here_too(kind, support):
+  assert_same(random_case(), 10, kind=kind, support=support, k=7, one=(3, 9, 49))
+  with pytest.raises(ValueError, match="mesh.tensor and mesh.fsdp must be 1"):
+    fused.linear_divergence(*random_case(), one=(3, 9), vocabulary_axes=("tensor",))
 
 
 @pytest.mark.parametrize("support", losses.SUPPORTS)

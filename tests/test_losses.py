@@ -82,6 +82,23 @@ def test_value_and_gradient_match_float64(kind, support):
     assert abs(found[index] - expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind, support", PAIRS)
+def test_tokens_that_are_one_outcome_have_their_mass_together(kind, support):
+  """NumPy: their probabilities are added up, and all but the first leave the vocabulary."""
+  student, teacher, mask = random_case(3)
+  options = {"kind": kind, "support": support, "k": 4, "temperature": 0.7}
+
+  def together(logits):
+    p = np.exp(logits.astype(np.float64) / 0.7)
+    p[..., 2] += p[..., 5] + p[..., 10]
+    return 0.7 * np.log(np.delete(p, [5, 10], axis=-1))
+
+  value = lambda one: losses.divergence(student, teacher, mask, one=one, **options)[0]
+  expected = reference(together(student), together(teacher), mask, **options)
+  np.testing.assert_allclose(value((2, 5, 10)), expected, rtol=2e-6)
+  assert value((2,)) == value(()) != value((2, 5, 10))
+
+
 @pytest.mark.parametrize("kind, support", DIVERGENCES)
 def test_a_divergence_is_zero_only_at_equality(kind, support):
   student, teacher, mask = random_case(1)

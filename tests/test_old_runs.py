@@ -52,6 +52,12 @@ NEW = (
   ("consolidation", "keep"),
   ("evaluation", "tasks"),
   ("evaluation", "unrelated"),
+  ("evaluation", "accumulation_rounds"),
+  ("consolidation", "games_per_step"),
+  ("consolidation", "renewed"),
+  ("consolidation", "cut_responses"),
+  ("consolidation", "teacher"),
+  ("consolidation", "one_end"),
 )
 
 

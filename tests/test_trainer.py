@@ -18,7 +18,7 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import failure, placement, restore, samples, trainer
+from oel_jax.consolidation import draws, failure, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt, knowledge_message
@@ -409,7 +409,7 @@ def test_batches_of_all_lengths_compile_one_program_of_the_step(policy, monkeypa
 
 
 def test_every_prefix_is_drawn_once_a_pass_and_both_texts_are_used(policy):
-  task, numbers = _task(policy), iter(trainer.batches_of(_task(policy), 5))
+  task, numbers = _task(policy), iter(draws.batches(_task(policy), _config(batch_size=5)))
   passes = [next(numbers) for _ in range(8)]
   assert all(sorted(batch["prompt"]) == list(range(5)) for batch in passes)
   assert len({tuple(batch["prompt"]) for batch in passes}) > 1
@@ -700,7 +700,7 @@ def test_a_sampler_that_stops_is_told_with_the_prefix(
   policy, tmp_path, monkeypatch, at_step, during, step
 ):
   del at_step
-  batches = iter(trainer.batches_of(_task(policy), 4))
+  batches = iter(draws.batches(_task(policy), _config()))
   drawn = [next(batches)["prompt"] for _ in range(3)]
   calls, sample = [], Policy.sample
 

@@ -100,7 +100,7 @@ def test_what_is_made_anew_is_made_without_them(played, tmp_path):
   gone = {max(items), min(prompts)}
   asked(played, ",".join(gone))
   kept = read_prompts(played.prompts(1))
-  curve = texts_after(played, 5, Writer())
+  curve = texts_after(played, 1, 5, Writer())
   assert curve == knowledge.texts(played, 1)  # read back from the steps, of which it is emptied
   (tmp_path / "round_1/prompts.jsonl").unlink()
   shutil.rmtree(tmp_path / "round_1/knowledge")

@@ -35,6 +35,7 @@ class Options(NamedTuple):
   statistics: bool = False
   topk_mass: bool = False
   check_vma: bool = True
+  one: tuple[int, ...] = ()
 
   def wants_top_k(self) -> bool:
     """Whether the k likeliest tokens are needed."""
@@ -70,7 +71,8 @@ def compare(
   sides = (hidden, head), (reference, reference_head)
   # Without the barrier XLA hangs the maximum on the product and, for that, writes and reads the
   # logits once more.
-  logits = jax.lax.optimization_barrier([_product(*side) for side in sides])
+  logits = own, _ = jax.lax.optimization_barrier([_product(*side) for side in sides])
+  logits = [losses.as_one(x, options.one, options.temperature) for x in logits]
   totals, found, maxima = _row_statistics(options, *logits)
   s, t = (jnp.maximum(x, losses.FLOOR) for x in logits)
   log_p, log_q = (x / options.temperature - total[:, None] for x, total in zip((s, t), totals))
@@ -111,9 +113,20 @@ def compare(
       # A share of the tail is at most 1; tokens inside would overflow the exponential before they
       # are left out.
       slope = jnp.where(inside, slope, tail * jnp.exp(jnp.minimum(log_p - log_p_tail, 0)))
-    return (slope - jnp.exp(log_p) * total) / options.temperature
+    return _apart(options, own, (slope - jnp.exp(log_p) * total) / options.temperature)
 
   return value, {name: found[name] for name in options.names()}, gradient
+
+
+def _apart(options: Options, logits: Array, gradient: Array) -> Array:
+  """The gradient in the logits from that in `losses.as_one` of them: of the first of the tokens
+  that are one each has its share.
+  """
+  if len(options.one) < 2:
+    return gradient
+  ids = jnp.array(options.one)
+  shares = jax.nn.softmax(jnp.maximum(logits[:, ids], losses.FLOOR) / options.temperature)
+  return gradient.at[:, ids].set(gradient[:, ids[:1]] * shares)
 
 
 def imitate(

@@ -43,6 +43,7 @@ def linear_divergence(
   statistics: bool = False,
   topk_mass: bool = False,
   check_vma: bool = True,
+  one: tuple[int, ...] = (),
   head_sink: Float32[Array, "V D"] | None = None,
 ) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, "*tokens"]]]:
   """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T,
@@ -88,6 +89,7 @@ def linear_divergence(
     topk_mass: find the top k for their mass alone, too.
     check_vma: inside `jax.shard_map`, what that was given: a GPU's kernel does not say over which
       axes its results differ, so it runs where that is not checked.
+    one: as in `losses.divergence`, and for the statistics, too; not with `vocabulary_axes`.
     head_sink: its values do not matter; where it is given, `student_head` is taken as constant, and
       the gradient in it comes out here, not rounded.
 
@@ -97,6 +99,11 @@ def linear_divergence(
   """
   losses.check_options(kind, support, k, temperature)
   _check_inputs(student_hidden, student_head, teacher_hidden, teacher_head, mask, chunk)
+  if len(one) > 1 and vocabulary_axes:
+    raise ValueError(
+      f"one is {one} and vocabulary_axes {vocabulary_axes}: tokens that are one outcome "
+      "(config.consolidation.one_end) need whole heads: mesh.tensor and mesh.fsdp must be 1"
+    )
   mask = mask.astype(bool)
   options = chunk_loss.Options(
     kind,
@@ -108,6 +115,7 @@ def linear_divergence(
     statistics,
     topk_mass,
     check_vma,
+    tuple(one),
   )
   trained = student_hidden, student_head, head_sink
   student_hidden, student_head, head_sink = _like_varying(

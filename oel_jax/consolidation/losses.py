@@ -38,6 +38,7 @@ def divergence(
   support: str = "full",
   k: int = 256,
   temperature: float = 0.7,
+  one: tuple[int, ...] = (),
 ) -> tuple[Scalar, Scalar]:
   """Returns (sum over masked tokens of D(student, teacher) in nats, number of masked tokens), two
   float32 scalars.
@@ -70,6 +71,7 @@ def divergence(
     teacher_logits: same shape.
     mask: bool or 0-1; anything may stand in the logits where it is 0.
     kind, support, k, temperature: above; Python values, not traced ones.
+    one: ids of tokens that are one outcome to both sides (`as_one`); fewer than two: none are.
 
   Raises:
     ValueError: an unknown `kind` or `support`, `k` below 1, `temperature` not above 0, or shapes
@@ -78,8 +80,9 @@ def divergence(
   check_options(kind, support, k, temperature)
   _check_shapes(mask, student_logits=student_logits, teacher_logits=teacher_logits)
   mask = mask.astype(bool)
-  log_p = log_probabilities(_hide(student_logits, mask), temperature)
-  log_q = log_probabilities(jax.lax.stop_gradient(_hide(teacher_logits, mask)), temperature)
+  s, t = (as_one(_hide(x, mask), one, temperature) for x in (student_logits, teacher_logits))
+  log_p = log_probabilities(s, temperature)
+  log_q = log_probabilities(jax.lax.stop_gradient(t), temperature)
   inside = support_set(log_p, support, k)
   return _masked(token_divergence(log_p, log_q, inside, kind, support), mask)
 
@@ -182,6 +185,19 @@ def log_probabilities(
   """
   # Cast before the division and the sum: in bfloat16 a log-probability near −9 is off by 0.03.
   return jax.nn.log_softmax(jnp.maximum(logits.astype(jnp.float32), FLOOR) / temperature, axis=-1)
+
+
+def as_one(
+  logits: Float[Array, "*tokens V"], ids: tuple[int, ...], temperature: float
+) -> Float[Array, "*tokens V"]:
+  """Returns logits, float32, under which the first of these tokens has the probability of all of
+  them at this temperature and the others none; as they are, if there are not two.
+  """
+  if len(ids) < 2:
+    return logits
+  logits, ids = jnp.maximum(logits.astype(jnp.float32), FLOOR), jnp.array(ids)
+  whole = temperature * jax.nn.logsumexp(logits[..., ids] / temperature, axis=-1)
+  return logits.at[..., ids].set(FLOOR).at[..., ids[0]].set(whole)
 
 
 def support_set(

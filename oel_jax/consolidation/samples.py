@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import id_lists
+from oel_jax.consolidation import draws, id_lists
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.architecture import Architecture
@@ -43,9 +43,12 @@ def sample_batch(
   config: Any,
   limit: int,
   stage: str,
+  *,
+  whole: bool = False,
 ) -> tuple[batch_lib.Batch, list[list[int]]]:
   """Draws a knowledge text and a response for each chosen prompt; returns the batch, packed, and
-  the responses' ids.
+  the responses' ids; with `whole`, those that the limit cut are not in the batch, and if all are,
+  none of its tokens counts.
 
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the
   teacher from knowledge and prompt.
@@ -69,14 +72,17 @@ def sample_batch(
     longest=max(map(len, responses)),
     pack=config.pack,
   )
+  kept = range(len(responses))
+  if whole:
+    kept = draws.whole(responses, limit, student.tokenizer.eos_ids)
   made = batch_lib.assemble(
-    prompts,
-    texts,
-    responses,
+    *([given[i] for i in kept or [0]] for given in (prompts, texts, responses)),
     pad_id=student.tokenizer.pad_id,
     pack=config.pack,
     **shape._asdict(),
   )
+  if not kept:
+    made.mask[:] = False
   return made, [list(response) for response in responses]
 
 

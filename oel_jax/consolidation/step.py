@@ -47,6 +47,7 @@ def loss_sum(
   dtype: Any,
   remat: str,
   attn_impl: str,
+  one: tuple[int, ...] = (),
   mesh: Mesh | None = None,
   axis: str | None = None,
   check_vma: bool = True,
@@ -102,6 +103,7 @@ def loss_sum(
       temperature=temperature,
       chunk=chunk,
       check_vma=check_vma,
+      one=one,
       head_sink=sink,
     )
   if attn_impl == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
@@ -122,6 +124,7 @@ def make_step(
   dtype: Any = jnp.float32,
   remat: str = "none",
   attn_impl: str = "xla",
+  one: tuple[int, ...] = (),
   shardings: Any = None,
 ) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:
   """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the
@@ -130,7 +133,7 @@ def make_step(
   Args:
     architecture: of student and teacher.
     optimizer: optax GradientTransformation; sees the gradient of the mean over all response tokens.
-    kind, support, k, temperature, chunk: as in `fused.linear_divergence`; kind may also be
+    kind, support, k, temperature, chunk, one: as in `fused.linear_divergence`; kind may also be
       "imitation".
     micro_tokens: most tokens, padding included, of a forward and backward pass on one device, but
       at least a row. None: all rows at once. Gradients are summed in float32. Micro-batches behind
@@ -171,6 +174,7 @@ def make_step(
         dtype=dtype,
         remat=remat,
         attn_impl=attn_impl,
+        one=one,
         **where,
       )
 

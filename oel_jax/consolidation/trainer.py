@@ -11,30 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
 
-from oel_jax.consolidation import failure, placement, restore, samples
+from oel_jax.consolidation import draws, failure, placement, restore, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.metrics import BUCKETS
-from oel_jax.conversations import dataset
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import distributed, finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.metrics import Metrics
-
-
-def batches_of(task: task_lib.Task, batch_size: int) -> grain.IterDataset:
-  """Batches of {"prompt", "draw"}: the numbers of the task's prompts, in an order that derives from
-  its seed and round (`dataset.batches`). The ids are in the task, so no file is read.
-  """
-  return dataset.batches(range(len(task.prompts)), batch_size, seed=task.seed, round=task.round)
 
 
 def consolidate(
@@ -47,6 +39,7 @@ def consolidate(
   mesh: jax.sharding.Mesh,
   metrics: Metrics,
   advance: Callable[..., None] = lambda n, note="": None,
+  base: Policy | None = None,
 ) -> tuple[Any, dict[str, float]]:
   """Trains the policy to do without the knowledge what it does with it.
 
@@ -59,6 +52,7 @@ def consolidate(
     mesh: devices.
     metrics: gets a line a step.
     advance: told of each step done, as `progress.bar` wants it, with the loss as its note.
+    base: the run's first weights; None: the round's are.
 
   Returns:
     The new parameters, and what it cost in this process: sampled and trained-on "tokens", "flops"
@@ -83,7 +77,7 @@ def consolidate(
     advance(config.steps)
     return finished, cost
   with Checkpoints(directory) as checkpoints:
-    batches = iter(batches_of(task, config.batch_size))
+    batches = iter(draws.batches(task, config))
     restored = restore.newest(checkpoints, abstract)
     first = _go_on(restored, batches, config, task, made_from, directory) if restored else 0
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
@@ -95,7 +89,17 @@ def consolidate(
     metrics.drop_after(task.round, "consolidate", first if restored else -1)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     training = _prepare(
-      config, task, policy, optimizer, shardings, limit, mesh, metrics, checkpoints, first
+      config,
+      task,
+      policy,
+      optimizer,
+      shardings,
+      limit,
+      mesh,
+      metrics,
+      checkpoints,
+      first,
+      draws.samplers(config, policy, base or policy),
     )
     if first == 0:
       training.probe_untrained()
@@ -137,7 +141,10 @@ class _Training:
     teacher: what it has read of the knowledge.
     step: the jitted step (`step.make_step`).
     probe: parameters → statistics on the fixed batch; {} without one.
+    samplers: whose samples the steps take.
+    attn_impl: the attention implementation.
     limit: most tokens of a response.
+    most: samples of a step.
     micro_tokens: most tokens of a micro-batch (`samples.micro_tokens_of`).
     mesh, metrics, checkpoints: of the round.
   """
@@ -148,7 +155,10 @@ class _Training:
   teacher: teacher_lib.Teacher
   step: Callable
   probe: Callable[[Any], dict[str, float]]
+  samplers: draws.Samplers
+  attn_impl: str
   limit: int
+  most: int
   micro_tokens: int
   mesh: jax.sharding.Mesh
   metrics: Metrics
@@ -183,22 +193,25 @@ class _Training:
     """
     started = time.time()
     student = self.policy.replace(state.params)
+    teacher = self._teacher_of(student)
     try:
+      by, informed, numbers = self.samplers(student, drawn)
       batch, responses = samples.sample_batch(
         self.task,
-        student,
-        self.policy,
+        by,
+        informed,
         drawn["prompt"],
-        drawn["draw"],
+        numbers,
         self.config,
         self.limit,
         "consolidate",
+        whole=not self.config.cut_responses,
       )
     except finite.NotFiniteError as error:
       self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
       raise self.failed(i, str(error), [drawn["prompt"][k] for k in error.prompts]) from error
-    placed = samples.place(batch, self.mesh, self.config.batch_size, self.micro_tokens)
-    state, measured = self.step(state, self.teacher, placed)
+    placed = samples.place(batch, self.mesh, self.most, self.micro_tokens)
+    state, measured = self.step(state, teacher, placed)
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
     scalars = _logged(measured, [len(ids) for ids in responses], self.limit)
     if self.saves(i):
@@ -216,6 +229,15 @@ class _Training:
     if what := failure.broken(scalars, measured, state):
       raise self.failed(i, what, drawn["prompt"])
     return state, measured["loss"], float((batch.segments > 0).sum())
+
+  def _teacher_of(self, student: Policy) -> teacher_lib.Teacher:
+    """The round's teacher; a live one is the student, which has read the knowledge anew. The step
+    is given the student's arrays to write over, so these are copies.
+    """
+    if self.config.teacher == "frozen":
+      return self.teacher
+    copy = student.replace(jax.tree.map(jnp.copy, student.params))
+    return placement.prepare_teacher(self.config, self.task, copy, self.mesh, self.attn_impl)
 
   def saves(self, i: int) -> bool:
     """Whether step i leaves a checkpoint."""
@@ -242,7 +264,7 @@ class _Training:
 
 
 def _prepare(
-  config, task, policy, optimizer, shardings, limit, mesh, metrics, checkpoints, first
+  config, task, policy, optimizer, shardings, limit, mesh, metrics, checkpoints, first, samplers
 ) -> _Training:
   """Reads the knowledge once, and makes the step and the probe.
 
@@ -252,9 +274,8 @@ def _prepare(
   attn_impl = placement.attn_impl(config, policy)
   teacher = placement.prepare_teacher(config, task, policy, mesh, attn_impl)
   _tell_if_on_host(config, task, teacher)
-  micro_tokens = samples.micro_tokens_of(
-    config, task.prompts, limit=limit, samples=config.batch_size, mesh=mesh
-  )
+  most = draws.max_samples(task, config)
+  micro_tokens = samples.micro_tokens_of(config, task.prompts, limit=limit, samples=most, mesh=mesh)
   training = _Training(
     config,
     task,
@@ -262,7 +283,10 @@ def _prepare(
     teacher,
     make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens),
     lambda params: {},
+    samplers,
+    attn_impl,
     limit,
+    most,
     micro_tokens,
     mesh,
     metrics,
@@ -319,7 +343,7 @@ def make_step(
   micro_tokens: int,
 ) -> Callable:
   """The round's jitted step (`step.make_step`); `config` is config.consolidation, and of the policy
-  only architecture and dtype are read.
+  only architecture, dtype and, for config.one_end, the tokens that end a response are read.
   """
   leaves, tree = jax.tree.flatten(shardings)
   return _step_with(
@@ -336,6 +360,7 @@ def make_step(
     dtype=policy.dtype,
     remat=config.remat,
     attn_impl=attn_impl,
+    one=tuple(policy.tokenizer.eos_ids) if config.one_end else (),
   )
 
 
@@ -354,7 +379,11 @@ def _logged(measured: dict[str, float], lengths: Sequence[int], limit: int) -> d
   without |= {name for name in measured if name.startswith(step_lib.GRADIENT)}
   scalars = {name: value for name, value in measured.items() if name not in without}
   cut = float(np.mean([length >= limit for length in lengths]))
-  return scalars | {"response_tokens": float(np.mean(lengths)), "cut": cut}
+  return scalars | {
+    "samples": len(lengths),
+    "response_tokens": float(np.mean(lengths)),
+    "cut": cut,
+  }
 
 
 def _make_probe(config, task, policy, teacher, limit, mesh, attn_impl):

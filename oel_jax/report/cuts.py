@@ -51,9 +51,10 @@ def measured(run: Run, evaluation: Evaluation) -> dict[str, Measure]:
 
 def _samples(run: Run, number: int) -> Measure | None:
   """Of all of the round's training samples, as its steps tell of theirs."""
-  shares = [step["cut"] for step in run.steps if step["round"] == number and "cut" in step]
   size = run.config.get("consolidation.batch_size")
-  if not shares or type(size) is not int:
+  steps = [step for step in run.steps if step["round"] == number and "cut" in step]
+  if not steps or type(size) is not int:
     return None
-  hits = round(size * sum(shares))
-  return Measure(hits / (size * len(shares)), size * len(shares), None, hits)
+  counts = [step.get("samples", size) for step in steps]
+  hits = round(sum(step["cut"] * count for step, count in zip(steps, counts, strict=True)))
+  return Measure(hits / sum(counts), sum(counts), None, hits)

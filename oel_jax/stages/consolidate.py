@@ -60,6 +60,7 @@ def _train(
     mesh=run.mesh,
     metrics=run.metrics,
     advance=advance or (lambda n, note="": None),
+    base=run.base,
   )
   together.share(f"{together.WEIGHTS} {number}", params)
   return params, cost

@@ -87,8 +87,8 @@ def _measure(
   if plays and config.in_context and texts:
     plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)}
     plays |= {"first_knowledge": (policy, first)} if first else {}
-  steps = config.accumulation if number == 1 else ()
-  curve = {step: extract.texts_after(run, step, before) for step in steps}
+  steps = config.accumulation if 1 <= number <= config.accumulation_rounds else ()
+  curve = {step: extract.texts_after(run, number, step, before) for step in steps}
   kept = tasks.read_tasks(config.tasks)
   total = config.episodes * (len(plays) + len(curve)) + config.retention * len(kept)
   limit = run.config.deployment.max_response_tokens

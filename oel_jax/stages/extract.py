@@ -64,15 +64,15 @@ def read_edit(config: Any) -> Callable[[str], str] | None:
   return edit
 
 
-def texts_after(run: Run, step: int, policy: Policy) -> list[str]:
-  """Round 1's texts as they stood after `step` trajectories, without those that its gate left out;
+def texts_after(run: Run, number: int, step: int, policy: Policy) -> list[str]:
+  """A round's texts as they stood after `step` trajectories, without those that its gate left out;
   nothing is sampled. `policy` is the one that wrote them.
   """
-  games = read_conversations(run.round(1) / DEPLOYED, max_damaged=0.0)
+  games = read_conversations(run.round(number) / DEPLOYED, max_damaged=0.0)
   with _writer(run, policy) as writer:
-    whole = _accumulate(run, 1, writer, games, lambda n: None)
-  texts, _ = _limited(run, 1, whole, step, policy, games)
-  out = knowledge.left_out(run, 1)
+    whole = _accumulate(run, number, writer, games, lambda n: None)
+  texts, _ = _limited(run, number, whole, step, policy, games)
+  out = knowledge.left_out(run, number)
   return [text.text for i, text in enumerate(texts) if text.text and i not in out] or [EMPTY]
 
 

@@ -118,7 +118,7 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   """
   values = json.loads(config.to_json())
   evaluation = values["evaluation"]
-  unrelated = evaluation.pop("unrelated")
+  unrelated, curves = evaluation.pop("unrelated"), evaluation.pop("accumulation_rounds")
   if not all_of_it:
     others = ("in_context", "accumulation", "tasks", "retention")
     evaluation = {name: value for name, value in evaluation.items() if name not in others}
@@ -132,6 +132,8 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   parts = [values["seed"], evaluation, game, policy["thinking"], policy["max_prompt_tokens"]]
   if values["extraction"]["wording"] != "games":  # what all were of before there were two
     parts.append(values["extraction"]["wording"])
+  if all_of_it and curves > 1:
+    parts.append({"accumulation_rounds": curves})
   if all_of_it and (digest := tasks_digest(config)):
     parts.append(digest)
   if all_of_it and unrelated:

@@ -109,7 +109,8 @@ def _work(config: Any) -> Work:
     response=config.deployment.max_response_tokens,
     texts=config.extraction.texts,
     knowledge=config.extraction.max_knowledge_tokens,
-    samples=config.consolidation.batch_size,
+    samples=config.consolidation.games_per_step * config.deployment.max_turns
+    or config.consolidation.batch_size,
     probe=config.consolidation.log_probe,
     copies=1 + (config.rounds > 1),
   )
