@@ -51,21 +51,34 @@ PAPER = {
     steps=100,
   ),
 }
-SIZES = (*POCKET, *PAPER)
+AS_IT_IS = "-paper"  # behind a key of PAPER: the paper's update, too
+SIZES = (*POCKET, *PAPER, *(f"{size}{AS_IT_IS}" for size in PAPER))
 
 
 def get_config(size: str = "pocket") -> ml_collections.ConfigDict:
   """`size`: "pocket" is the quickstart, "pocket-table" has 512 held-out maps, "pocket-4x4" is the
-  same on 4 × 4 with three holes; a key of PAPER is the paper's setting for that model, whose
-  Hugging Face folder `policy.weights` must name.
+  same on 4 × 4 with three holes; a key of PAPER has the paper's constants for that model, whose
+  Hugging Face folder `policy.weights` must name, with steps of 64 prompts of a round's 64 games and
+  the exact divergence; with AS_IT_IS behind it, it has the paper's update (`papers_update`).
   """
   if size in POCKET:
     return _pocket(size)
-  if size in PAPER:
-    return _paper(size)
+  if size.removesuffix(AS_IT_IS) in PAPER:
+    config = _paper(size.removesuffix(AS_IT_IS))
+    return papers_update(config) if size.endswith(AS_IT_IS) else config
   raise ValueError(
     f"experiments/frozen_lake.py has no size {size!r}: it must be one of {', '.join(SIZES)}"
   )
+
+
+def papers_update(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The configuration with what an update of the paper's is: all the prompts of 64 games, 64 new
+  ones each step, and the divergence over the student's top 256 tokens. The prompts' words are ours.
+  """
+  with config.unlocked():
+    config.consolidation.update(games_per_step=64, support="topk", k=256)
+    config.deployment.episodes = 64 * config.consolidation.steps
+  return config
 
 
 def _paper(size: str) -> ml_collections.ConfigDict:

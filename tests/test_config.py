@@ -157,6 +157,10 @@ def test_every_field_is_explained_where_it_stands():
     ("evaluation.accumulation", ("4",), "whole numbers from 1"),
     ("evaluation.accumulation", (True,), "whole numbers from 1"),
     ("logs.held_out", 1.0, "below 1"),
+    ("consolidation.games_per_step", -1, "0 or more"),
+    ("consolidation.renewed", "often", "one of 'step', 'round', 'never'"),
+    ("consolidation.teacher", "alive", "one of 'frozen', 'live'"),
+    ("evaluation.accumulation_rounds", 0, "more than 0"),
   ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
@@ -305,6 +309,35 @@ def test_flash_attention_and_packing_exclude_each_other():
     config_lib.validate(config)
 
 
+def test_new_games_in_each_step_must_be_there():
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {"consolidation.games_per_step": 64, "deployment.episodes": 1279}
+  )
+  told = (
+    "config.deployment.episodes is 1279: it must be at least 1280: consolidation.games_per_step"
+  )
+  with pytest.raises(ValueError, match=re.escape(told)):
+    config_lib.validate(config)
+  config.deployment.episodes = 1280
+  config_lib.validate(config)
+  distill = config_lib.default_distill()
+  distill.consolidation.games_per_step = 1
+  with pytest.raises(ValueError, match="games_per_step is 1: it must be 0, as config.task is dis"):
+    config_lib.validate(distill, config_lib.default_distill())
+
+
+def test_imitation_knows_no_equivalent_ends():
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {"consolidation.kind": "imitation", "consolidation.one_end": True}
+  )
+  with pytest.raises(
+    ValueError, match="one_end is True: it must be False where consolidation.kind"
+  ):
+    config_lib.validate(config)
+
+
 @pytest.mark.parametrize(
   "edge",
   [
@@ -326,7 +359,7 @@ def test_the_edges_are_inside(edge):
 
 # The files of experiments/.
 
-SIZES = (*experiment("frozen_lake").POCKET, *experiment("frozen_lake").PAPER)
+SIZES = experiment("frozen_lake").SIZES
 CHOICES = [("frozen_lake", size) for size in SIZES]
 CHOICES += [
   *(("controls", name) for name in experiment("controls").CONTROLS),
@@ -444,8 +477,31 @@ def test_every_size_of_every_experiment_is_a_configuration():
 
 
 def test_every_experiment_opens_with_its_command():
-  files = sorted(EXPERIMENTS.glob("*.py"))
-  assert len(files) >= 3
-  for path in files:
-    head = path.read_text().split('"""')[1]
-    assert re.search(rf"^ *python .*experiments/{path.name}", head, re.MULTILINE), path
+  texts = {path.name: path.read_text() for path in sorted(EXPERIMENTS.glob("*.py"))}
+  run = {
+    n: text for n, text in texts.items() if re.search("^(def get_config|if __name__)", text, re.M)
+  }
+  assert len(run) >= 3 and texts.keys() - run.keys() == {"readings.py", "study.py"}
+  for name, text in run.items():
+    head = text.split('"""')[1]
+    assert re.search(rf"^ *(JOBS=\d+ )?python .*experiments/{name}", head, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+  "name, size, steps",
+  [
+    ("frozen_lake", "qwen3-1.7b", 20),
+    ("frozen_lake", "qwen3-8b", 100),
+    ("sokoban", "qwen3-4b-instruct", 100),
+  ],
+)
+def test_the_papers_update_is_64_new_games_a_step_and_the_students_top_256(name, size, steps):
+  module = experiment(name)
+  plain, exact = (leaves(module.get_config(each)) for each in (size, f"{size}-paper"))
+  assert {field: exact[field] for field in exact if exact[field] != plain[field]} == {
+    "consolidation.games_per_step": 64,
+    "consolidation.support": "topk",
+    "deployment.episodes": 64 * steps,
+  }
+  assert (exact["consolidation.k"], exact["extraction.texts"]) == (256, 10)
+  assert exact["consolidation.steps"] == steps

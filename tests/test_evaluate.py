@@ -47,6 +47,43 @@ def test_a_count_of_nothing_says_so():
   assert statistics.count(0, 0) == {"rate": None, "hits": 0, "of": 0, "interval": None}
 
 
+def test_paired_intervals_by_hand():
+  # Differences 1 0 1 0 and 0 0 -1 1: means 0.5 and 0; variances 1/3 and 2/3.
+  first = [np.array([1.0, 1, 1, 0]), np.array([0.0, 1, 0, 1])]
+  second = [np.array([0.0, 1, 0, 0]), np.array([0.0, 1, 1, 0])]
+  found = statistics.paired(first, second)
+  assert found["difference"] == 0.25
+  error = math.sqrt(1 / 3 / 4 + 2 / 3 / 4) / 2
+  np.testing.assert_allclose(found["games"], [0.25 - Z * error, 0.25 + Z * error])
+  # Over two seeds: standard error 0.25, one degree of freedom, 12.706 of it.
+  np.testing.assert_allclose(found["seeds"], [0.25 - 12.7062 * 0.25, 0.25 + 12.7062 * 0.25], 1e-5)
+  assert statistics.paired(first[:1], second[:1])["seeds"] is None
+  assert statistics.paired([np.ones(1)] * 2, [np.zeros(1)] * 2)["games"] is None
+  with pytest.raises(ValueError, match="2 and 1 seeds"):
+    statistics.paired(first, second[:1])
+  with pytest.raises(ValueError, match=r"seed number 2 has games of the shapes \(4,\) and \(3,\)"):
+    statistics.paired(first, [second[0], second[1][:3]])
+
+
+def test_the_interval_over_games_covers_as_often_as_it_says():
+  """Brute force: games of one seed drawn 2,000 times."""
+  rng, hits, truth = np.random.default_rng(0), 0, 0.6 - 0.5
+  for _ in range(2000):
+    luck = rng.random(200)  # a game's own; half of it is the same for both ways
+    other = np.where(rng.random(200) < 0.5, luck, rng.random(200))
+    pair = [(luck < 0.6).astype(float)], [(other < 0.5).astype(float)]
+    low, high = statistics.paired(*pair)["games"]
+    hits += low <= truth <= high
+  assert 0.93 < hits / 2000 < 0.965
+
+
+@pytest.mark.parametrize(
+  "freedom, right", [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (30, 2.042272)]
+)
+def test_students_t_is_that_of_the_tables(freedom, right):
+  assert statistics.student_t(freedom) == pytest.approx(right, abs=1e-6)
+
+
 def test_a_mean_has_the_normal_interval():
   values = [96, 41, 23.5, 23, 80]
   found = statistics.mean(values)

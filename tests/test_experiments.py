@@ -100,6 +100,8 @@ def fixture_one_device(monkeypatch):
     ("frozen_lake", "qwen3-1.7b"),
     ("frozen_lake", "qwen3-4b"),
     ("frozen_lake", "qwen3-8b"),
+    ("frozen_lake", "qwen3-1.7b-paper"),
+    ("sokoban", "qwen3-4b-instruct-paper"),
   ],
 )
 def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
@@ -107,6 +109,8 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
 ):
   config = load(name, size)
   config.update_from_flattened_dict(FEWER | {"rounds": 2, "policy.weights": str(folder)})
+  if size.endswith("-paper"):
+    config.update_from_flattened_dict({"consolidation.games_per_step": 2, "consolidation.k": 64})
   results = loop.run(config, tmp_path / "run")
   assert [entry["round"] for entry in results["rounds"]] == [1, 2]
   knowledge = (tmp_path / "run/round_1/knowledge/00.md").read_text()
@@ -114,8 +118,11 @@ def test_the_papers_settings_run_two_rounds_and_go_back_to_hugging_face(
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   steps = [line for line in lines if line["stage"] == "consolidate" and line["step"] > 0]
   assert [(line["round"], line["step"]) for line in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-  # Near 0: knowledge hardly moves so bent a head.
-  assert all(np.isfinite(line["loss"]) and line["loss"] > -1e-5 for line in steps)
+  # Near 0: knowledge hardly moves so bent a head. Over some tokens it is no divergence.
+  some = size.endswith("-paper")
+  assert all(np.isfinite(line["loss"]) and line["loss"] > -1e-5 - some for line in steps)
+  if some:  # all the prompts of two games of one turn or two, which no other step has
+    assert all(2 <= line["samples"] <= 4 for line in steps)
 
   export.run(config, tmp_path / "run", dtype="float32")
   again = transformers.Qwen3ForCausalLM.from_pretrained(

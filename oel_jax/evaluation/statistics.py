@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 Z = 1.959963984540054  # the normal distribution's 97.5% point
 
 
@@ -51,3 +53,62 @@ def fewer(hits: int, of: int, other_hits: int, other_of: int) -> float:
     for k in range(max(0, hits_of_both - other_of), hits + 1)
   )
   return ways / math.comb(of_both, hits_of_both)
+
+
+def paired(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> dict[str, Any]:
+  """The mean difference between two ways to play the same games, with two 95% intervals.
+
+  A game is the unit, however many turns it has; seeds count alike, however many games they have.
+
+  Args:
+    first, second: an array [games] a seed, what the game shows under the one and the other way; the
+      same games in the same order.
+
+  Returns:
+    "difference", first less second; "games", [low, high] if these trained models played other
+    games (normal, games within each seed); "seeds", [low, high] if other seeds were trained
+    (Student's t over the seeds' mean differences). An interval is None where there are not two of
+    its units.
+
+  Raises:
+    ValueError: no seeds, not the same number of them, or not the same number of games in one.
+  """
+  if not first or len(first) != len(second):
+    raise ValueError(f"{len(first)} and {len(second)} seeds: there must be as many of both")
+  for place, (one, other) in enumerate(zip(first, second)):
+    if np.shape(one) != np.shape(other) or np.ndim(one) != 1 or not len(one):
+      raise ValueError(
+        f"seed number {place + 1} has games of the shapes {np.shape(one)} and {np.shape(other)}: "
+        "both must be [games], at least one, the same games in the same order"
+      )
+  differences = [np.subtract(*pair, dtype=np.float64) for pair in zip(first, second, strict=True)]
+  means = np.array([each.mean() for each in differences])
+  middle, of = float(means.mean()), len(means)
+  found = {"difference": middle, "games": None, "seeds": None}
+  if all(len(each) > 1 for each in differences):
+    error = math.sqrt(sum(each.var(ddof=1) / len(each) for each in differences)) / of
+    found["games"] = [middle - Z * error, middle + Z * error]
+  if of > 1:
+    half = student_t(of - 1) * float(means.std(ddof=1)) / math.sqrt(of)
+    found["seeds"] = [middle - half, middle + half]
+  return found
+
+
+def student_t(freedom: int) -> float:
+  """The 97.5% point of Student's t with so many degrees of freedom, at least 1."""
+  low, high = 0.0, math.pi / 2
+  for _ in range(60):  # bisection of the angle, whose sine and cosine the distribution is made of
+    middle = (low + high) / 2
+    low, high = (middle, high) if _inside(middle, freedom) < 0.95 else (low, middle)
+  return math.sqrt(freedom) * math.tan(low)
+
+
+def _inside(angle: float, freedom: int) -> float:
+  """P(|T| < sqrt(freedom) tan(angle)): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+  sine, cosine = math.sin(angle), math.cos(angle)
+  odd = freedom % 2
+  term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+  for power in range(1 + odd, freedom, 2):
+    total += term
+    term *= cosine * cosine * power / (power + 1)
+  return 2 / math.pi * (angle + sine * total) if odd else sine * total
