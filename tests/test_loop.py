@@ -393,7 +393,7 @@ def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch)
   class Enough(Exception):
     pass
 
-  def spy(task, student, teacher, *_):
+  def spy(task, student, teacher, *_, **__):
     seen.update(
       round=task.round,
       student=jax.device_get(student.params),

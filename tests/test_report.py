@@ -6,6 +6,7 @@ import math
 import pathlib
 import random
 import re
+import types
 import warnings
 
 import pytest
@@ -18,7 +19,7 @@ from oel_jax.conversations.schema import LOG, Conversation, Message, Source, Too
 from oel_jax.extraction import provenance
 from oel_jax.extraction.knowledge import Item, Knowledge
 from oel_jax.report import answers as answers_lib
-from oel_jax.report import games, page, plots, records
+from oel_jax.report import cuts, games, page, plots, records
 from oel_jax.report import items as items_lib
 from oel_jax.report import results as results_lib
 from oel_jax.runtime.workdir import open_workdir
@@ -259,6 +260,15 @@ def test_results_are_the_inputs_with_count_and_interval(run):
     results["config"]["consolidation.learning_rate"] == 1e-6
     and results["config"]["policy.weights"] is None
   )
+
+
+def test_steps_of_many_samples_weigh_more_than_those_of_few():
+  steps = [{"cut": 0.5, "samples": 2}, {"cut": 0.25, "samples": 8}, {"cut": 1.0}]
+  found = types.SimpleNamespace(
+    config={"consolidation.batch_size": 4}, steps=[{"round": 1, **step} for step in steps]
+  )
+  share = cuts._samples(found, 1)  # a line of before does not say how many they were
+  assert (share.value, share.of) == (7 / 14, 14)
 
 
 def test_responses_that_the_limit_cut_are_counted_wherever_there_are_any(run):
