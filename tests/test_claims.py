@@ -8,7 +8,18 @@ import pytest
 
 from oel_jax.extraction.prompts import ITEM_MARK
 from oel_jax.pocket import claims, worlds
-from oel_jax.pocket.claims import GENERIC, GOAL, SAFE, TRAP, WALL, WORDINGS, Claim
+from oel_jax.pocket.claims import (
+  BOX,
+  GENERIC,
+  GOAL,
+  PUSH,
+  SAFE,
+  TARGET,
+  TRAP,
+  WALL,
+  WORDINGS,
+  Claim,
+)
 
 
 def every_item():
@@ -23,7 +34,7 @@ def test_every_wording_of_every_letter_is_understood_and_is_nobody_elses():
   for claim, line in every_item():
     assert claims.parse(line) == claim
     assert said.setdefault(line, claim) == claim, line  # no sentence has two meanings
-  assert len(said) == 25 * (12 + 12 + 4) + 3 + 3
+  assert len(said) == 25 * (4 * 12 + 4) + 3 + 3
   rng = random.Random(0)
   for claim in (Claim(GOAL, "A"), Claim(TRAP, "I"), Claim(SAFE, "Z"), Claim(WALL), Claim(GENERIC)):
     lines = {claims.say(claim, rng) for _ in range(400)}
@@ -32,7 +43,7 @@ def test_every_wording_of_every_letter_is_understood_and_is_nobody_elses():
     }
 
 
-@pytest.mark.parametrize("role", [GOAL, TRAP])
+@pytest.mark.parametrize("role", [GOAL, TRAP, TARGET, BOX])
 def test_half_of_the_wordings_say_the_role_before_the_letter(role):
   assert len(set(WORDINGS[role])) == 12
   assert all(wording.count("{}") == 1 for wording in WORDINGS[role])
@@ -59,7 +70,7 @@ def test_other_words_make_no_claim():
 def test_swapping_twice_is_the_identity_and_once_exchanges_exactly_the_roles():
   rng = random.Random(1)
   lines = [line for _, line in every_item()]
-  other = {GOAL: TRAP, TRAP: GOAL}
+  other = {GOAL: TRAP, TRAP: GOAL, TARGET: BOX, BOX: TARGET}
   for _ in range(300):
     parts = rng.sample(lines, 8) + rng.sample(
       ["", "G is the goal.", f"{ITEM_MARK} Never mind G.", "  two  spaces ", "Record: H"], 3
@@ -77,7 +88,7 @@ def test_swapping_twice_is_the_identity_and_once_exchanges_exactly_the_roles():
 
 def test_swapping_exchanges_letter_first_with_letter_first():
   for claim, line in every_item():
-    if claim.role in (GOAL, TRAP):
+    if claim.role in (GOAL, TRAP, TARGET, BOX):
       swapped = claims.swap_roles(line)
       assert (
         swapped.index(f" {claim.letter}") == line.index(f" {claim.letter}")
@@ -145,3 +156,15 @@ def test_what_a_list_amounts_to_is_its_majority():
 def test_resolve_by_hand(said, expected):
   parsed = [Claim({"g": GOAL, "t": TRAP}[part[0]], part[1]) for part in said.split()]
   assert claims.resolve(parsed, ["A", "B"]) == expected
+
+
+def test_a_push_worlds_roles_are_resolved_by_themselves():
+  said = [Claim(TARGET, "A"), Claim(GOAL, "B"), Claim(BOX, "C"), Claim(TRAP, "A"), Claim(BOX, "C")]
+  assert claims.resolve(said, ["A", "B", "C"], PUSH) == ("A", "C")
+  assert claims.resolve(said, ["A", "B", "C"]) == ("B", "A")
+  as_lake = {TARGET: GOAL, BOX: TRAP}
+  rng = random.Random(3)
+  for _ in range(500):
+    said = [Claim(rng.choice(PUSH), rng.choice("ABQ")) for _ in range(rng.randint(0, 9))]
+    same = [Claim(as_lake[claim.role], claim.letter) for claim in said]
+    assert claims.resolve(said, ["A", "B"], PUSH) == resolved(same, ["A", "B"])

@@ -8,6 +8,7 @@ of pieces ahead.
 """
 
 import string
+from collections.abc import Sequence
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
@@ -17,6 +18,11 @@ from oel_jax.extraction.prompts import ITEM_MARK, extraction_message
 from oel_jax.pocket import claims, corpus, worlds
 from oel_jax.policy.tokenizers import CONTROLS
 
+# What decides something in a response, one piece each.
+DECIDING = (
+  *("unknown", *worlds.LETTERS, *worlds.ACTIONS),
+  *(*worlds.PLACES, *(f" {place}" for place in worlds.PLACES)),
+)
 _WORDS = (
   "Goal: ",
   ". Hazard: ",
@@ -83,8 +89,8 @@ def pieces() -> list[str]:
     "Invalid action format. Use [up], [down], [left], [right] or [w], [a], [s], [d].",
     *(
       part
-      for wordings in claims.WORDINGS.values()
-      for wording in wordings
+      for role in (*claims.LAKE, claims.SAFE, claims.WALL, claims.GENERIC)
+      for wording in claims.WORDINGS[role]
       for part in wording.split("{}")
     ),
     *_WORDS,
@@ -96,11 +102,16 @@ def pieces() -> list[str]:
 
 def build() -> bytes:
   """Returns the SentencePiece model file: control pieces, user-defined pieces, 256 bytes."""
+  return model_file(pieces())
+
+
+def model_file(given: Sequence[str]) -> bytes:
+  """A SentencePiece model of control pieces, the given ones and 256 bytes."""
   model, kind = model_pb2.ModelProto(), model_pb2.ModelProto.SentencePiece
   spell = (
     [("<unk>", kind.UNKNOWN)]
     + [(name, kind.CONTROL) for name in CONTROLS]
-    + [(piece, kind.USER_DEFINED) for piece in pieces()]
+    + [(piece, kind.USER_DEFINED) for piece in given]
   )
   spell += [(f"<0x{byte:02X}>", kind.BYTE) for byte in range(256)]
   for text, its_kind in spell:

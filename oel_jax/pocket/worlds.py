@@ -155,6 +155,16 @@ class Worlds:
     return self._game.play(f"[{action}]")
 
 
+def stopped(step: Step, turns: int) -> Step:
+  """The last step of a game as `environments.api.Game` tells it: itself if the game ended by its
+  own word, else the end that the limit of turns makes.
+  """
+  if step.done:
+    return step
+  outcome = f"{step.observation}\nThe game was stopped after {turns} turns."
+  return Step(step.observation, True, 0.0, outcome, "turn_limit")
+
+
 class WorldGame:
   """One game in a world, with the same face and the same words as `environments.api.Game` of
   Frozen Lake.
@@ -176,15 +186,7 @@ class WorldGame:
     )
     self._turns += 1
     self._done = step.done or self._turns == self._max_turns
-    if step.done or not self._done:
-      return step
-    return Step(
-      step.observation,
-      True,
-      0.0,
-      f"{step.observation}\nThe game was stopped after {self._turns} turns.",
-      "turn_limit",
-    )
+    return stopped(step, self._turns) if self._done else step
 
   def _move(self, name: str) -> Step:
     if name not in ACTIONS:
