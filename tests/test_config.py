@@ -125,7 +125,7 @@ def test_every_field_is_explained_where_it_stands():
 @pytest.mark.parametrize(
   "field, value, right",
   [
-    ("policy.architecture", "qwen9-1b", "one of 'auto', 'pocket', 'pocket-tiny', 'qwen3-0.6b'"),
+    ("policy.architecture", "qwen9-1b", "one of 'auto', 'pocket', 'pocket-tiny', 'boards-4m'"),
     ("policy.compute_dtype", "int8", "one of 'auto', 'bfloat16', 'float32'"),
     ("extraction.form", "poem", "one of 'items', 'text'"),
     ("extraction.start_from", "", "one of 'nothing', 'previous_round'"),
@@ -456,7 +456,7 @@ def test_a_control_differs_from_the_own_round_in_what_it_says():
   }
 
 
-@pytest.mark.parametrize("size", ["pocket", "pocket-tiny"])
+@pytest.mark.parametrize("size", ["pocket", "pocket-tiny", "boards-4m", "boards-6m", "boards-tiny"])
 def test_pre_training_names_a_known_architecture(size):
   config = experiment("pretrain_pocket").get_config(size)
   assert (

@@ -448,3 +448,15 @@ def test_an_example_is_its_seeds_and_the_mix_is_as_written():
   assert sum(corpus.MIX.values()) == pytest.approx(1)
   for kind, share in corpus.MIX.items():
     assert abs(counts[kind] - share * n) < 4 * (share * (1 - share) * n) ** 0.5, counts
+
+
+def test_a_guess_that_is_kept_to_is_of_a_letter_that_the_last_move_came_nearer_to():
+  world = World((("A", " ", "B"), (" ",) * 3, (" ",) * 3), (2, 1), "A", "B", (0, 0))
+  how = dict(guess=1.0, onward=0.0)
+  for last, keep, expected in (("left", True, "A"), ("right", True, "B"), ("left", False, "AB")):
+    at, rng = (2, {"left": 0, "right": 2}[last]), random.Random(1)
+    named = {
+      THOUGHT.fullmatch(corpus.respond(rng, world, at, "", "", last=last, keep=keep, **how)[0])[1]
+      for _ in range(40)
+    }
+    assert named == set(expected)

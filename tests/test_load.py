@@ -318,8 +318,10 @@ def test_a_gate_has_two_sides():
       for rate in ((low + high) / 2, high + 0.002, low - 0.002)
     )
     assert (
-      probes.passes(name, inside)
-      and not probes.passes(name, above)
-      and not probes.passes(name, below)
+      probes.passes(probes.GATES[name], inside)
+      and not probes.passes(probes.GATES[name], above)
+      and not probes.passes(probes.GATES[name], below)
     )
-  assert not probes.passes("swapped", probes.Count(0, 0))  # nothing measured is nothing passed
+  assert not probes.passes(
+    probes.GATES["swapped"], probes.Count(0, 0)
+  )  # nothing measured is nothing passed

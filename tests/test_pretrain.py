@@ -36,7 +36,7 @@ NAMES = ("tokens", "targets", "weight", "tokens_segment_ids", "tokens_positions"
 
 def config(**changes):
   return ml_collections.ConfigDict(
-    dict(seed=3, length=LENGTH, decisive=DECISIVE, rows=8, workers=0) | changes
+    dict(curriculum="lake", seed=3, length=LENGTH, decisive=DECISIVE, rows=8, workers=0) | changes
   )
 
 
@@ -50,7 +50,7 @@ def test_examples_are_next_token_pairs_with_weight_on_the_response_only():
   words = ["unknown", *worlds.LETTERS, *worlds.ACTIONS, *places, *(f" {place}" for place in places)]
   assert all(len(tokenizer.encode(word)) == 1 for word in words)
   decisive = {tokenizer.encode(word)[0] for word in words}
-  examples = pretrain.Examples(3, DECISIVE, MODEL)
+  examples = pretrain.Examples("lake", 3, DECISIVE, MODEL)
   for i in range(200):
     pairs, example = examples.map(i), corpus.example(derive(3, "corpus", i))
     prompt, response = (
@@ -70,17 +70,20 @@ def test_examples_are_next_token_pairs_with_weight_on_the_response_only():
 
 
 def test_examples_are_reproducible_survive_a_process_and_differ():
-  examples = pretrain.Examples(3, DECISIVE, MODEL)
+  examples = pretrain.Examples("lake", 3, DECISIVE, MODEL)
   first = examples.map(7)
   again = pickle.loads(pickle.dumps(examples)).map(7)  # as grain hands it to a worker
   for name, array in first.items():
     np.testing.assert_array_equal(again[name], array)
   assert first["tokens"].tolist() != examples.map(8)["tokens"].tolist()
-  assert first["tokens"].tolist() != pretrain.Examples(4, DECISIVE, MODEL).map(7)["tokens"].tolist()
+  assert (
+    first["tokens"].tolist()
+    != pretrain.Examples("lake", 4, DECISIVE, MODEL).map(7)["tokens"].tolist()
+  )
 
 
 def test_rows_hold_whole_examples_each_once():
-  examples = pretrain.Examples(3, DECISIVE, MODEL)
+  examples = pretrain.Examples("lake", 3, DECISIVE, MODEL)
   wanted = {tuple(pairs["tokens"].tolist()) for pairs in map(examples.map, range(400))}
   found = []
   for batch in batches(3):
@@ -108,7 +111,7 @@ def test_packing_teaches_the_lengths_that_were_drawn():
     [np.bincount(row)[1:] for batch in batches(30) for row in batch["tokens_segment_ids"]]
   )
   packed = packed[packed > 0]
-  examples = pretrain.Examples(3, DECISIVE, MODEL)
+  examples = pretrain.Examples("lake", 3, DECISIVE, MODEL)
   lengths = np.array([len(examples.map(i)["tokens"]) for i in range(5000, 8000)])
   lengths = lengths[lengths <= LENGTH]
   error = (lengths.var() / len(lengths) + packed.var() / len(packed)) ** 0.5
@@ -307,6 +310,7 @@ def fixture_pretraining(tmp_path, monkeypatch):
         gates_every=9,
         checkpoint_every=2,
         gate_count=4,
+        curriculum="lake",
       )
     )
     shape = architecture.named("pocket-tiny")

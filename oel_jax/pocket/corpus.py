@@ -34,6 +34,8 @@ GUESS = 0.3
 # how often a move straight back is ruled out while exploring; a free walk seldom wins, one that
 # never turns wins too often
 ONWARD = 0.27
+# what a game is played with: nothing, raw trajectories or items, and how often
+FORMS = (("none", "raw", "items"), (22, 6, 72))
 MIX = {"play": 0.56, "extract": 0.26, "ask": 0.10, "other": 0.08}
 
 
@@ -62,12 +64,19 @@ def example(seed: int) -> Example:
 # Play
 
 
-def play_example(rng: random.Random, world: worlds.World | None = None) -> Example:
+def play_example(
+  rng: random.Random,
+  world: worlds.World | None = None,
+  *,
+  guess: float = GUESS,
+  onward: float = ONWARD,
+  keep: bool = False,
+) -> Example:
   """One turn of a game, under full, partial, redundant, contradictory, wrong, raw or no
-  knowledge.
+  knowledge; `guess`, `onward` and `keep` as in `respond`.
   """
   world = world or worlds.random_world(rng)
-  form = rng.choices(("none", "raw", "items"), (22, 6, 72))[0]
+  form = rng.choices(*FORMS)[0]
   if form == "none":
     knowledge, said = "", []
   elif form == "raw":
@@ -81,12 +90,26 @@ def play_example(rng: random.Random, world: worlds.World | None = None) -> Examp
   said_before, player = history(rng, world, (goal, trap))
   harmless = {claim.letter for claim in said if claim.role == SAFE}
   last = said_before[-2].action.strip("[]") if len(said_before) > 1 else ""
-  thinking, action = respond(rng, world, player, goal, trap, harmless, last)
+  thinking, action = respond(
+    rng, world, player, goal, trap, harmless, last, guess=guess, onward=onward, keep=keep
+  )
+  return turn(rng, form, knowledge, said_before, thinking, action)
+
+
+def turn(
+  rng: random.Random,
+  form: str,
+  knowledge: str,
+  said: list[Message],
+  thinking: str,
+  action: str,
+) -> Example:
+  """The play example of a turn: what was said so far behind the knowledge, if there is any."""
   # A wrapper with nothing in it must say as little as no wrapper, which weights that never saw one
   # did not know.
   empty = form == "none" and rng.random() < 0.5
   front = (knowledge_message(EMPTY if empty else knowledge),) if knowledge or empty else ()
-  return Example("play", front + shown(said_before), thinking, f"[{action}]")
+  return Example("play", front + shown(said), thinking, f"[{action}]")
 
 
 def respond(
@@ -97,9 +120,15 @@ def respond(
   trap: str,
   harmless: Set[str] = frozenset(),
   last: str = "",
+  *,
+  guess: float = GUESS,
+  onward: float = ONWARD,
+  keep: bool = False,
 ) -> tuple[str, str]:
   """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not
-  tell, `last` is the move before.
+  tell, `last` is the move before; `guess` and `onward` are explained at GUESS and ONWARD. With
+  `keep` the goal is guessed among the letters that the move before came nearer to, if there are
+  such, so that a guess is kept to.
 
   The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is
   guessed now and then. While a slot stays unknown, every letter without a role is weighed in a
@@ -109,10 +138,10 @@ def respond(
   unclaimed = [
     letter for letter in letters if letter not in (goal, trap) and letter not in harmless
   ]
-  if not goal and unclaimed and rng.random() < GUESS:
-    goal = rng.choice(unclaimed)
+  if not goal and unclaimed and rng.random() < guess:
+    goal = rng.choice(keep and last and _approached(world, player, last, unclaimed) or unclaimed)
     unclaimed.remove(goal)
-  if not trap and unclaimed and rng.random() < GUESS:
+  if not trap and unclaimed and rng.random() < guess:
     trap = rng.choice(unclaimed)
     unclaimed.remove(trap)
   words = f"Goal: {_located(world, goal)}. Hazard: {_located(world, trap)}."
@@ -123,7 +152,7 @@ def respond(
       for letter in unclaimed[:3]
     )
   actions = good_actions(world, player, goal, trap)
-  if not goal and last and rng.random() < ONWARD:
+  if not goal and last and rng.random() < onward:
     actions = [name for name in actions if name != BACK[last]] or actions
   action = rng.choice(actions)
   closed = [
@@ -133,6 +162,23 @@ def respond(
   ]
   beside = f" Not {', '.join(closed)}." if closed else ""
   return f"{words} I am at ({player[0]}, {player[1]}).{beside} Next: {action}.", action
+
+
+def _approached(
+  world: worlds.World, player: worlds.Cell, last: str, letters: list[str]
+) -> list[str]:
+  """The letters to whose nearest cell the last move came nearer."""
+  before = tuple(x - step for x, step in zip(player, worlds.ACTIONS[last], strict=True))
+
+  def distance(cell: tuple[int, ...], letter: str) -> int:
+    return min(
+      abs(r - cell[0]) + abs(c - cell[1])
+      for r in range(world.size)
+      for c in range(world.size)
+      if world.symbol((r, c)) == letter
+    )
+
+  return [letter for letter in letters if distance(player, letter) < distance(before, letter)]
 
 
 def _located(world: worlds.World, letter: str) -> str:
@@ -174,35 +220,9 @@ def good_actions(world: worlds.World, player: worlds.Cell, goal: str, trap: str)
 
 
 def item_list(rng: random.Random, world: worlds.World, allow_strangers: bool = True) -> list[Claim]:
-  """Draws the claims of a knowledge text about a world: how many, how skewed, how wrong, and about
-  letters that are elsewhere.
-  """
-  size = rng.randint(*rng.choices(((1, 4), (5, 12), (13, 34)), (4, 3, 3))[0])
-  told = [role for role in (GOAL, TRAP) if rng.random() < 0.8]
-  weights = [rng.choice((1, 1, 1, 4, 0.25)) for _ in told]
-  wrong = rng.choices((0.0, 0.15, 0.3), (4, 2, 1))[0]
-  strangers = rng.choice((0.0, 0.3)) if allow_strangers else 0.0
-  filler = rng.choice((0.0, 0.1, 0.4)) if told else 1.0
-  letters = world.letters()
-  elsewhere = rng.sample([letter for letter in worlds.LETTERS if letter not in letters], 3)
-  result = []
-  for _ in range(size):
-    if rng.random() < strangers:
-      result.append(Claim(rng.choice((GOAL, TRAP, SAFE)), rng.choice(elsewhere)))
-    elif rng.random() < filler:
-      role = rng.choice((SAFE, WALL, GENERIC))
-      decoys = [letter for letter in letters if letter not in (world.goal, world.trap)] or elsewhere
-      result.append(Claim(role, rng.choice(decoys) if role == SAFE else ""))
-    elif rng.random() < wrong:
-      result.append(Claim(rng.choice((GOAL, TRAP)), rng.choice(letters)))
-    else:
-      role = rng.choices(told, weights)[0]
-      result.append(Claim(role, world.goal if role == GOAL else world.trap))
-  missing = [role for role in told if not any(claim.role == role for claim in result)]
-  if missing and size > 4 and rng.random() < 0.5:  # a single mention in a long list must count too
-    role = rng.choice(missing)
-    result[rng.randrange(size)] = Claim(role, world.goal if role == GOAL else world.trap)
-  return result
+  """Draws the claims of a knowledge text about a world, as `claims.draw` does."""
+  truth = {GOAL: world.goal, TRAP: world.trap}
+  return claims_lib.draw(rng, truth, world.letters(), worlds.LETTERS, allow_strangers)
 
 
 def history(
@@ -297,13 +317,19 @@ def lessons(facts: list[Claim], known: list[Claim]) -> list[Claim]:
   ]
 
 
-def extract_example(rng: random.Random) -> Example:
+def extract_example(rng: random.Random, world: worlds.World | None = None) -> Example:
   """One trajectory in the real extraction prompt, with or without what is known before; the answer
   says what it reveals.
   """
-  world = worlds.random_world(rng)
+  world = world or worlds.random_world(rng)
   game, facts = episode(rng, world)
-  known = item_list(rng, world) if rng.random() < 0.7 else []
+  return written_down(rng, game, facts, item_list(rng, world) if rng.random() < 0.7 else [])
+
+
+def written_down(
+  rng: random.Random, game: Conversation, facts: list[Claim], known: list[Claim]
+) -> Example:
+  """The extraction example of a game that reveals these facts, given what is known before."""
   knowledge = "\n".join(claims_lib.say(claim, rng) for claim in known)
   taught = lessons(facts, known) or [Claim(GENERIC)]
   answer = "\n".join(claims_lib.say(claim, rng) for claim in taught)

@@ -1,13 +1,15 @@
-"""Pre-trains the embedded policy on its procedural corpus and measures its gates.
+"""Pre-trains an embedded policy on its procedural corpus and measures its gates.
 
 python -m oel_jax.main --config=experiments/pretrain_pocket.py --workdir=runs/pretrain
 """
 
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -19,7 +21,10 @@ import optax
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import failure
-from oel_jax.pocket import corpus, load, probes, vocabulary, worlds
+from oel_jax.pocket import corpus, load, probes, vocabulary
+from oel_jax.pocket.boards import corpus as boards_corpus
+from oel_jax.pocket.boards import probes as boards_probes
+from oel_jax.pocket.boards import vocabulary as boards_vocabulary
 from oel_jax.policy import architecture, transformer
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import SentencePieceTokenizer
@@ -31,6 +36,38 @@ from oel_jax.runtime.seeds import derive
 from oel_jax.runtime.workdir import opened
 
 
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+  """What a policy is taught and held to.
+
+  Attributes:
+    example: of a seed.
+    model_file: returns the SentencePiece model.
+    deciding: texts of one piece each that decide something in a response.
+    probes: the module that has GATES and measure_gates.
+  """
+
+  example: Callable[[int], corpus.Example]
+  model_file: Callable[[], bytes]
+  deciding: tuple[str, ...]
+  probes: Any
+
+
+CURRICULA = {
+  "lake": Curriculum(corpus.example, vocabulary.build, vocabulary.DECIDING, probes),
+  "boards": Curriculum(
+    boards_corpus.example, boards_vocabulary.frozen, boards_vocabulary.DECIDING, boards_probes
+  ),
+}
+
+
+def curriculum(name: str) -> Curriculum:
+  """The curriculum of this name; ValueError lists the known ones."""
+  if name not in CURRICULA:
+    raise ValueError(f"config.curriculum is {name!r}: it must be one of {', '.join(CURRICULA)}")
+  return CURRICULA[name]
+
+
 class Examples(grain.transforms.Map):
   """Example i of the corpus as int32 arrays of one length: `tokens` and `targets` are next-token
   pairs, `weight` is 0 but on the response.
@@ -39,8 +76,9 @@ class Examples(grain.transforms.Map):
   the rest, which is mostly foregone. The tokenizer is built in each worker process.
   """
 
-  def __init__(self, seed: int, decisive: int, model_file: bytes):
-    self._seed, self._decisive, self._model_file, self._tokenizer = seed, decisive, model_file, None
+  def __init__(self, name: str, seed: int, decisive: int, model_file: bytes):
+    self._name, self._seed, self._decisive = name, seed, decisive
+    self._model_file, self._tokenizer = model_file, None
 
   def __getstate__(self):
     return {**self.__dict__, "_tokenizer": None}
@@ -52,13 +90,13 @@ class Examples(grain.transforms.Map):
       signal.signal(signal.SIGINT, signal.SIG_IGN)
 
   def map(self, i: int) -> dict[str, np.ndarray]:
+    taught = curriculum(self._name)
     if self._tokenizer is None:
       self._tokenizer = SentencePieceTokenizer(self._model_file)
-      places = (*worlds.PLACES, *(f" {place}" for place in worlds.PLACES))
-      words = ("unknown", *worlds.LETTERS, *worlds.ACTIONS, *places)
       self._weights = np.ones(self._tokenizer.vocabulary, np.int32)
-      self._weights[[self._tokenizer.encode(word)[0] for word in words]] = self._decisive
-    drawn = corpus.example(derive(self._seed, "corpus", int(i)))
+      deciding = [self._tokenizer.encode(text)[0] for text in taught.deciding]
+      self._weights[deciding] = self._decisive
+    drawn = taught.example(derive(self._seed, "corpus", int(i)))
     prompt, response = (
       self._tokenizer.chat(drawn.messages),
       self._tokenizer.response(drawn.thinking, drawn.answer),
@@ -75,7 +113,8 @@ def dataset(config: Any, model_file: bytes) -> grain.IterDataset:
   An example that does not fit a row goes into another; one longer than a whole row, rare at 768
   tokens, is left out.
   """
-  examples = grain.MapDataset.range(10**9).map(Examples(config.seed, config.decisive, model_file))
+  drawn = Examples(config.curriculum, config.seed, config.decisive, model_file)
+  examples = grain.MapDataset.range(10**9).map(drawn)
   examples = examples.filter(functools.partial(_fits, length=config.length))
   batches = grain.experimental.FirstFitPackIterDataset(
     examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)),
@@ -123,11 +162,13 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   Returns what gates.json holds: each gate's hits, count, rate and bounds, and `passed`.
 
   Raises:
-    ValueError: the architecture is unknown, or `workdir` belongs to another configuration.
+    ValueError: the architecture or the curriculum is unknown, or `workdir` belongs to another
+      configuration.
     NotFiniteError, Terminated: as in `train`.
   """
   config_lib.check_finite(config)
-  shape, model_file = architecture.named(config.architecture), vocabulary.build()
+  shape, taught = architecture.named(config.architecture), curriculum(config.curriculum)
+  model_file = taught.model_file()
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(opened(config, workdir, resume_anyway))
     files.write_bytes(folder / load.TOKENIZER, model_file)
@@ -146,12 +187,14 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   native.save(folder / load.WEIGHTS, params, dtype=np.float16, metadata=header)
   sums = [f"{native.digest(folder / name)}  {name}\n" for name in (load.WEIGHTS, load.TOKENIZER)]
   files.write_text(folder / load.SUMS, "".join(sums))
-  counts = probes.measure_gates(load.load(folder=folder), config.gate_count, seed=0)
+  counts = taught.probes.measure_gates(load.load(folder=folder), config.gate_count, seed=0)
+  bounds = taught.probes.GATES
   gates = {
-    name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": probes.GATES[name]}
+    name: {"hits": c.hits, "of": c.of, "rate": round(c.rate, 4), "bounds": bounds[name]}
     for name, c in counts.items()
   }
-  passed = all(probes.passes(name, count) for name, count in counts.items())
+  fits = {name: probes.passes(bounds[name], count) for name, count in counts.items()}
+  passed = all(fits.values())
   result = {
     "schema": 1,
     "passed": passed,
@@ -163,7 +206,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     "gate": name,
     **gate,
     "bounds": str(gate["bounds"]),
-    "passed": probes.passes(name, counts[name]),
+    "passed": fits[name],
   }
   progress.table([seen(name, gate) for name, gate in gates.items()], "gates")
   return result
@@ -257,7 +300,7 @@ def train(
       if broken:
         raise _not_finite(config, i, broken, checkpoints)
       if i % config.gates_every == 0 and i < config.steps:
-        counts = probes.measure_gates(
+        counts = curriculum(config.curriculum).probes.measure_gates(
           Policy(shape, state[0], SentencePieceTokenizer(model_file)),
           config.gate_count // 4,
           seed=i,

@@ -8,9 +8,10 @@ drawn from seeds that no training example uses.
 import dataclasses
 import functools
 import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from oel_jax.conversations.schema import transcript
+from oel_jax.conversations.schema import Conversation, Message, transcript
 from oel_jax.environments import Episode, GameSpec, play, textarena_game
 from oel_jax.evaluation.tasks import Count
 from oel_jax.pocket import claims as claims_lib
@@ -36,16 +37,21 @@ def world_of(seed: int, layout: str | None = None) -> worlds.World:
 
 
 def full_list(world: worlds.World, rng: random.Random, strangers: bool = False) -> str:
-  """A knowledge text that names goal and trap, 2 to 12 items, some of no use, and on request as
-  many about letters that are elsewhere.
+  """A knowledge text that names goal and trap, as `full_text` writes it."""
+  elsewhere = [letter for letter in worlds.LETTERS if letter not in world.letters()]
+  return full_text({GOAL: world.goal, TRAP: world.trap}, rng, elsewhere if strangers else [])
+
+
+def full_text(truth: Mapping[str, str], rng: random.Random, elsewhere: Sequence[str] = ()) -> str:
+  """A knowledge text that names the letter of each role, 2 to 12 items, some of no use, and as many
+  about the letters that are elsewhere, if there are any.
   """
-  said = [Claim(GOAL, world.goal), Claim(TRAP, world.trap)] + [
-    rng.choice((Claim(GOAL, world.goal), Claim(TRAP, world.trap), Claim(WALL), Claim(GENERIC)))
-    for _ in range(rng.randint(0, 10))
+  told = [Claim(role, letter) for role, letter in truth.items()]
+  said = told + [
+    rng.choice((*told, Claim(WALL), Claim(GENERIC))) for _ in range(rng.randint(0, 10))
   ]
-  if strangers:
-    elsewhere = [letter for letter in worlds.LETTERS if letter not in world.letters()]
-    said += [Claim(rng.choice((GOAL, TRAP)), rng.choice(elsewhere)) for _ in range(len(said))]
+  if elsewhere:
+    said += [Claim(rng.choice(list(truth)), rng.choice(elsewhere)) for _ in range(len(said))]
   rng.shuffle(said)
   return "\n".join(claims_lib.say(claim, rng) for claim in said)
 
@@ -56,41 +62,58 @@ def play_worlds(
   """Games passed in worlds, with knowledge "full", "swapped" (the full list with its roles
   exchanged), "strangers" or "none".
   """
+  draw = functools.partial(world_of, layout=layout)
+  spec = dataclasses.replace(
+    LAKE, name="world", make=lambda: worlds.Worlds(draw), max_turns=worlds.MAX_TURNS
+  )
+  tell = lambda map_seed, rng, strangers: full_list(draw(map_seed), rng, strangers)
+  return play_drawn(policy, count, spec, tell, seed=seed, knowledge=knowledge)
+
+
+def play_drawn(
+  policy: Any,
+  count: int,
+  spec: GameSpec,
+  tell: Callable[[int, random.Random, bool], str],
+  *,
+  seed: int,
+  knowledge: str,
+) -> Count:
+  """Games passed in worlds that seeds make, with knowledge as in `play_worlds`: `tell` is given a
+  world's seed, a generator and whether letters that are elsewhere are to be spoken of, and returns
+  the full text.
+  """
   episodes = []
   for i in range(count):
     map_seed = derive(seed, "world", i)
-    world, rng = world_of(map_seed, layout), random.Random(f"list {map_seed}")
-    text = "" if knowledge == "none" else full_list(world, rng, strangers=knowledge == "strangers")
-    episodes.append(
-      Episode(
-        str(i),
-        map_seed,
-        derive(seed, "sample", i),
-        claims_lib.swap_roles(text) if knowledge == "swapped" else text,
-      )
-    )
-  spec = dataclasses.replace(
-    LAKE,
-    name="world",
-    make=lambda: worlds.Worlds(functools.partial(world_of, layout=layout)),
-    max_turns=worlds.MAX_TURNS,
-  )
-  played = _play(policy, spec, episodes)
-  return Count(sum(game.passed for game in played), count)
+    rng = random.Random(f"list {map_seed}")
+    text = "" if knowledge == "none" else tell(map_seed, rng, knowledge == "strangers")
+    text = claims_lib.swap_roles(text) if knowledge == "swapped" else text
+    episodes.append(Episode(str(i), map_seed, derive(seed, "sample", i), text))
+  return Count(sum(game.passed for game in play_all(policy, spec, episodes)), count)
 
 
 def play_lake(
-  policy: Any, count: int, *, seed: int, knowledge: str = "", spec: GameSpec = LAKE
+  policy: Any,
+  count: int,
+  *,
+  seed: int,
+  knowledge: str = "",
+  spec: GameSpec = LAKE,
+  held: bool = False,
 ) -> Count:
-  """Games passed in TextArena's Frozen Lake, with this knowledge in the prompt."""
+  """Games passed in TextArena's Frozen Lake, or another game, with this knowledge in the prompt;
+  `held`: on seeds of held-out games alone, which are odd.
+  """
   episodes = [
-    Episode(str(i), derive(seed, "lake", i), derive(seed, "lake sample", i), knowledge)
+    Episode(str(i), derive(seed, "lake", i) | held, derive(seed, "lake sample", i), knowledge)
     for i in range(count)
   ]
-  return Count(sum(game.passed for game in _play(policy, spec, episodes)), count)
+  return Count(sum(game.passed for game in play_all(policy, spec, episodes)), count)
 
 
-def _play(policy, spec, episodes):
+def play_all(policy: Any, spec: GameSpec, episodes: Sequence[Episode]) -> list[Conversation]:
+  """Plays the episodes as the paper's evaluation does, thinking included in 96 tokens a turn."""
   return play(
     policy,
     spec,
@@ -113,48 +136,63 @@ def binding(policy: Any, count: int, *, seed: int) -> Count:
     world = worlds.random_world(rng)
     role = rng.choice((GOAL, TRAP))
     answers.append(world.goal if role == GOAL else world.trap)
-    prompts.append(
-      policy.tokenizer.chat(
-        (corpus.knowledge_message(full_list(world, rng)), corpus.ask_message(role))
-      )
-    )
-  return Count(
-    sum(
-      answer != right
-      for answer, right in zip(_answers(policy, prompts, seed, 4), answers, strict=True)
-    ),
-    count,
-  )
+    prompts.append((corpus.knowledge_message(full_list(world, rng)), corpus.ask_message(role)))
+  return wrong_answers(policy, prompts, answers, seed)
+
+
+def wrong_answers(
+  policy: Any, prompts: Sequence[Sequence[Message]], answers: Sequence[str], seed: int
+) -> Count:
+  """How many prompts are not answered by exactly these words."""
+  encoded = [policy.tokenizer.chat(messages) for messages in prompts]
+  given = _answers(policy, encoded, seed, 6)
+  return Count(sum(a != b for a, b in zip(given, answers, strict=True)), len(answers))
 
 
 def extraction(policy: Any, count: int, *, seed: int) -> Count:
   """Trajectories of random worlds of which what they reveal is written down: the deciding symbol if
   there is one, and nothing false.
   """
-  prompts, revealed = [], []
+  games = []
   for i in range(count):
     rng = random.Random(f"extraction {seed} {i}")
     world = worlds.random_world(rng)
     game, facts = corpus.episode(rng, world)
-    known = (
-      "\n".join(claims_lib.say(claim, rng) for claim in corpus.item_list(rng, world))
-      if rng.random() < 0.7
-      else ""
-    )
-    prompts.append(
-      policy.tokenizer.chat((corpus.extraction_message(transcript(game), known, form="items"),))
-    )
+    games.append((game, facts, corpus.item_list(rng, world) if rng.random() < 0.7 else [], rng))
+  return written_right(policy, games, (GOAL, TRAP), seed=seed)
+
+
+def written_right(
+  policy: Any,
+  games: Sequence[tuple[Conversation, list[Claim], list[Claim], random.Random]],
+  roles: Sequence[str],
+  *,
+  seed: int,
+) -> Count:
+  """Games of which what they reveal of the roles is written down, and nothing false.
+
+  Args:
+    policy: whose answers are read.
+    games: of each what it reveals, what is known before, and a generator for the words of that.
+    roles: those that must be written down if they are revealed.
+    seed: of the samples.
+  """
+  prompts, revealed = [], []
+  for game, facts, known, rng in games:
+    text = "\n".join(claims_lib.say(claim, rng) for claim in known)
+    message = corpus.extraction_message(transcript(game), text, form="items")
+    prompts.append(policy.tokenizer.chat((message,)))
     revealed.append(facts)
   hits = 0
   for answer, facts in zip(_answers(policy, prompts, seed, 32), revealed, strict=True):
     lines = [line for line in answer.splitlines() if line.strip()]
     said = [claims_lib.parse(line) for line in lines]
-    deciding = {fact for fact in facts if fact.role in (GOAL, TRAP)}
+    deciding = {fact for fact in facts if fact.role in roles}
     true = all(
       claim is not None and (claim in facts or claim.role in (GENERIC, WALL)) for claim in said
     )
     hits += bool(said) and true and deciding <= set(said)
-  return Count(hits, count)
+  return Count(hits, len(games))
 
 
 def other_tasks(policy: Any, count: int, *, seed: int) -> Count:
@@ -213,7 +251,6 @@ def measure_gates(policy: Any, count: int, *, seed: int) -> dict[str, Count]:
   }
 
 
-def passes(name: str, count: Count) -> bool:
-  """Whether this gate's measured rate lies within its bounds."""
-  low, high = GATES[name]
-  return low <= count.rate <= high
+def passes(bounds: tuple[float, float], count: Count) -> bool:
+  """Whether a gate's measured rate lies within its bounds."""
+  return bounds[0] <= count.rate <= bounds[1]

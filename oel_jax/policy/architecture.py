@@ -125,6 +125,10 @@ ARCHITECTURES = {
   # The embedded policy (pocket.md, model S) and its smaller sister for tests.
   "pocket": Architecture(576, 128, 8, 4, 2, 32, 352, rope_theta=1e4),
   "pocket-tiny": Architecture(576, 32, 2, 2, 1, 16, 64, rope_theta=1e4),
+  # The policy of both games (`pocket/boards`), in two sizes, and its smaller sister.
+  "boards-4m": Architecture(704, 192, 10, 6, 2, 32, 512, rope_theta=1e4),
+  "boards-6m": Architecture(704, 256, 10, 8, 2, 32, 576, rope_theta=1e4),
+  "boards-tiny": Architecture(704, 32, 2, 2, 1, 16, 64, rope_theta=1e4),
   "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, True),
   "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, True),
   "qwen3-4b": _qwen3(2560, 36, 32, 9728, True),
