@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs what the help desk's table is made of, and prints it: three seeds of one model, a desk for each of twelve kinds of case.
+# Runs what the help desk's table is made of, and prints it: three seeds of one model, a desk for each of twelve kinds of case. SIZE=all and
+# SIZE=changing (help_desk.py) have all kinds of rules, and a second table that has a line for each.
 #   JOBS=3 bash experiments/help_desk.sh DIRECTORY FOLDER_OR_GGUF [--config.FIELD=VALUE ...]
 # JOBS runs share the device. Called again, it goes on with what was cut off. PYTHON, SEEDS and SIZE may be set.
 set -uo pipefail
@@ -19,3 +20,4 @@ export -f one
 mkdir -p "$DIRECTORY"
 printf '%s\n' $SEEDS | xargs -P "${JOBS:-1}" -I{} bash -c 'one "$@"' _ {} "$@"
 "$PYTHON" experiments/table.py "$DIRECTORY"/[0-9]*/
+[ "$SIZE" = desk ] || { echo; "$PYTHON" experiments/table.py --categories "$DIRECTORY"/[0-9]*/; }

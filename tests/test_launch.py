@@ -169,3 +169,32 @@ def test_a_worker_with_an_old_python_makes_its_environment_with_another(launch, 
     "-m pip install --quiet --user uv",
     "-m uv python install --quiet 3.12",
   ]
+
+
+@pytest.mark.parametrize("size", ["desk", "all"])
+def test_the_help_desks_script_runs_each_seed_and_prints_its_tables(size, tmp_path):
+  """A seed that fails is told, and neither the others nor the tables wait for it."""
+  stand_in = tmp_path / "python"  # makes the seed's folder, and prints its arguments
+  fails = '[[ "$*" != *--config.seed=1\\ * ]] || exit 3'
+  script(stand_in, f'echo "$@"\n{fails}\n[ $1 != -m ] || mkdir "${{4#--workdir=}}"')
+  done = subprocess.run(
+    ["bash", "experiments/help_desk.sh", tmp_path / "runs", "/m/it's", "--config.rounds=2"],
+    cwd=ROOT,
+    env=os.environ | {"PYTHON": str(stand_in), "SEEDS": "0 1 7", "JOBS": "3", "SIZE": size},
+    capture_output=True,
+    text=True,
+  )
+  runs = tmp_path / "runs"
+  for seed in (0, 1, 7):
+    assert (runs / f"{seed}.log").read_text().split() == [
+      *MAIN,
+      f"--config=experiments/help_desk.py:{size}",
+      f"--workdir={runs}/{seed}",
+      f"--config.seed={seed}",
+      "--config.policy.weights=/m/it's",
+      "--config.rounds=2",
+    ]
+  assert done.stderr == f"error: seed 1 ended with status 3: see {runs}/1.log\n"
+  tables = [f"experiments/table.py {runs}/0/ {runs}/7/"]
+  tables += [f"experiments/table.py --categories {runs}/0/ {runs}/7/"] if size == "all" else []
+  assert [line for line in done.stdout.splitlines() if line] == tables

@@ -8,7 +8,14 @@ import pytest
 from oel_jax import config as config_lib
 from oel_jax.conversations import exporters, logs, tools
 from oel_jax.conversations.redact import Redactor
-from oel_jax.conversations.schema import Conversation, Message, Source, to_json, tool_text
+from oel_jax.conversations.schema import (
+  Conversation,
+  Message,
+  Source,
+  by_policy,
+  to_json,
+  tool_text,
+)
 from oel_jax.stages import collect, user_side
 
 PARAMETERS = {"type": "object", "properties": {"zone": {"type": "string"}}}
@@ -137,6 +144,23 @@ def test_agents_that_name_no_tools_are_offered_those_of_the_file(tmp_path):
   config_lib.validate(config)
   with pytest.raises(FileNotFoundError, match="tools.json"):
     user_side.check(config, tmp_path / "run")
+
+
+def test_people_are_found_by_their_names_and_by_what_redaction_leaves_of_them(tmp_path):
+  config = config_lib.default()
+  assert collect.people(config) == ()
+  config.logs.people = "ann, ben@example.com,"
+  assert collect.people(config) == ("ann", "ben@example.com", "[EMAIL]")
+  names = tmp_path / "names.txt"
+  names.write_text("Ann\n")
+  config.logs.redact_names = str(names)
+  people = collect.people(config)
+  assert people == ("ann", "ben@example.com", "[NAME]", "[EMAIL]")
+  for name, own in (("ann", False), ("ben@example.com", False), ("carl", True), ("", True)):
+    said = collect.redactor(config)(Message("assistant", "To Rowan.", name=name))
+    assert by_policy(said, people) is own
+  config.logs.people = "*"
+  assert not by_policy(Message("assistant", "x"), collect.people(config))
 
 
 def test_an_exported_log_holds_them(tmp_path):

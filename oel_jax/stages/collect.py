@@ -20,7 +20,7 @@ from oel_jax.conversations import logs, tools
 from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.redact import Redactor, read_names
-from oel_jax.conversations.schema import AGENT, Conversation, Prompt, cut_prompts
+from oel_jax.conversations.schema import AGENT, Conversation, Message, Prompt, cut_prompts
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import leave_out
 from oel_jax.runtime import files, schema
@@ -133,8 +133,16 @@ def _offering(offered: tuple[str, ...], conversation: Conversation) -> Conversat
 
 
 def people(config: Any) -> tuple[str, ...]:
-  """The names of config.logs.people, as `schema.by_policy` takes them."""
-  return tuple(name.strip() for name in config.logs.people.split(",") if name.strip())
+  """The names of config.logs.people, as `schema.by_policy` takes them, and as redaction leaves them
+  where it changes them: what is extracted from is redacted.
+
+  Raises:
+    ValueError, OSError: as `redactor`.
+  """
+  names = [name.strip() for name in config.logs.people.split(",") if name.strip()]
+  redact = redactor(config) if names else None
+  changed = [redact(Message("assistant", "", name=name)).name for name in names]
+  return tuple(dict.fromkeys(names + changed))
 
 
 def place(config: Any, number: int) -> str:
