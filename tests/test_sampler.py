@@ -14,7 +14,7 @@ from jax.extend import core as jax_core
 
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import named
-from oel_jax.policy.sampling import engine, kv_cache, model, sampler, scheduler, slot_state
+from oel_jax.policy.sampling import engine, model, sampler, scheduler, sizes, slot_state
 from oel_jax.policy.sampling.sampler import Policy, generate
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime.finite import NotFiniteError
@@ -174,7 +174,7 @@ def four_prompts():
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
   whole, run = sample(prompts), engine.prefill_insert
-  monkeypatch.setattr(scheduler, "MAX_BATCH_TOKENS", 4 * (256 + 96))
+  monkeypatch.setattr(sizes, "MAX_BATCH_TOKENS", 4 * (256 + 96))
   monkeypatch.setattr(
     engine, "prefill_insert", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how)
   )
@@ -243,7 +243,7 @@ def test_the_ring_grows_with_what_it_holds_and_goes_round(monkeypatch):
   """60 tokens and then 30 more, in a ring of 64 that becomes 128; short ones enter behind long
   ones, where the ring has gone round.
   """
-  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (64, 128))
   long, short = random_prompts(60, 50, seed=5), random_prompts(3, 8, 5, 9, 4, 7, seed=6)
   expected = [naive_sampled(prompt, seed, limit=30) for seed, prompt in enumerate(long + short)]
   assert sample(long + short, limit=30, slots=4) == expected
@@ -418,17 +418,6 @@ def test_a_program_is_compiled_once_wherever_its_arrays_came_from():
   drawn = [generate(tree, TINY, prompts, range(12), **how) for tree in (placed, params(), placed)]
   assert engine.prefill_insert._cache_size() == engine.decode._cache_size() == 1
   assert drawn[0] == drawn[1] == drawn[2]
-
-
-@pytest.mark.parametrize(
-  "size,expected", [(1, 96), (96, 96), (97, 256), (16384, 16384), (16385, 32768), (40000, 49152)]
-)
-def test_buckets(size, expected):
-  assert scheduler.bucket(size, scheduler.PREFILL_LENGTHS) == expected
-
-
-def test_every_ring_is_whole_blocks():
-  assert all(size % kv_cache.BLOCK == 0 for size in scheduler.CACHE_LENGTHS)
 
 
 def test_bad_input_is_one_clear_error():

@@ -18,7 +18,7 @@ from test_sampler import (
 )  # noqa: F401
 from test_sampler_mesh import on_mesh, placed
 
-from oel_jax.policy.sampling import driver, engine, model, scheduler, slot_state
+from oel_jax.policy.sampling import driver, engine, model, scheduler, sizes, slot_state
 
 
 def alike_prompts():
@@ -99,7 +99,7 @@ def converse(prompts, turns, **how):
 def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
   """Ten conversations of three turns, through fewer slots, in a ring that goes round and grows."""
   monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
-  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (64, 128))
   answers, asked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
   for i, (each, prompts) in enumerate(zip(answers, asked, strict=True)):
     assert len(each) == len(prompts) == 3
@@ -113,7 +113,7 @@ def test_a_conversation_reads_only_what_is_new(monkeypatch, entered, slots):
 @pytest.mark.parametrize("slots", [None, 8])
 def test_a_conversation_on_a_mesh_goes_on_where_it_was(monkeypatch, entered, slots):
   monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
-  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (64, 128))
   monkeypatch.setitem(globals(), "params", placed)
   _, asked = talked = converse(random_prompts(*range(20, 30), seed=12), 2, slots=slots)
   monkeypatch.undo()
@@ -133,9 +133,9 @@ def test_a_text_before_all_prompts_is_read_once_a_device(monkeypatch, entered):
 
 def test_what_the_ring_has_overwritten_is_read_again(monkeypatch, entered):
   """One conversation waits, while a long answer goes round the ring in the other slot."""
-  monkeypatch.setattr(scheduler, "REPLY_LENGTH", 96)  # both are read in one batch
+  monkeypatch.setattr(sizes, "REPLY_LENGTH", 96)  # both are read in one batch
   monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
-  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (64, 128))
   first, second = random_prompts(50, 3, seed=13)
   calls = []
 
@@ -161,9 +161,9 @@ def test_a_larger_ring_does_not_bring_back_what_was_overwritten(monkeypatch, ent
   """As above, and a long prompt makes the ring grow before the overwritten slot is looked at: 91
   columns would fit into it now.
   """
-  monkeypatch.setattr(scheduler, "REPLY_LENGTH", 96)
+  monkeypatch.setattr(sizes, "REPLY_LENGTH", 96)
   monkeypatch.setattr(scheduler, "MIN_SHARED_CPU", 4)
-  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (64, 128))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (64, 128))
   monkeypatch.setattr(scheduler, "CHUNK_REPLIES", 40)
   first, second, long = random_prompts(50, 3, 70, seed=13)
   further = {0: [(long, 7), (first + [5, 6], 8)], 1: []}

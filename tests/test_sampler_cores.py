@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_sampler import TINY, naive_sampled, random_prompts, sample
 
-from oel_jax.policy.sampling import engine, model, sampler, scheduler
+from oel_jax.policy.sampling import engine, model, sampler, sizes
 
 
 @pytest.fixture(name="threads", autouse=True)
@@ -59,7 +59,7 @@ def test_each_prompt_gets_its_own_seed_limit_and_place(threads, count, parts):
 
 @pytest.mark.parametrize("slots,each", [(2, 1), (6, 2), (13, 4), (None, 4)])
 def test_the_slots_are_shared_out_too(threads, slots, each, monkeypatch):
-  monkeypatch.setattr(scheduler, "SLOT_COUNTS", (1, 2, 4, 8))
+  monkeypatch.setattr(sizes, "SLOT_COUNTS", (1, 2, 4, 8))
   sample([[1]] * 12, slots=slots)
   assert {size for _, size in threads} == {each} and len(threads) == min(3, slots or 3)
 

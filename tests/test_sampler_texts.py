@@ -28,6 +28,7 @@ from oel_jax.policy.sampling import (
   model,
   sampler,
   scheduler,
+  sizes,
   slot_state,
   text_cache,
 )
@@ -41,7 +42,7 @@ def fixture_short(monkeypatch):
   monkeypatch.setattr(beginnings, "MIN_TOKENS", 10)
   monkeypatch.setattr(beginnings, "MIN_PROMPTS", 2)
   monkeypatch.setattr(beginnings, "STEP", 2)
-  monkeypatch.setattr(beginnings, "MULTIPLE", 64)
+  monkeypatch.setattr(sizes, "TEXT_LENGTHS", (64, 128))
 
 
 @pytest.fixture(name="exact")
@@ -57,7 +58,7 @@ def fixture_texts(monkeypatch):
   counts, run = [], engine.decode
 
   def spy(*args, texts=None, **how):
-    counts.append(len(texts.length) if texts else 0)
+    counts.append(int((np.asarray(texts.length) > 0).sum()) if texts else 0)
     return run(*args, texts=texts, **how)
 
   monkeypatch.setattr(engine, "decode", spy)
@@ -75,7 +76,7 @@ def behind_texts():
 
 
 def test_the_texts_are_those_that_save_most(short, monkeypatch):
-  monkeypatch.setattr(beginnings, "MULTIPLE", 1)
+  monkeypatch.setattr(sizes, "TEXT_LENGTHS", range(1, 100))
   a, b, c, *rest = random_prompts(30, 20, 12, *[5] * 12, seed=22)
   found = lambda prompts, most=1000: beginnings.find(prompts, most).texts
   head = [7] * 12
@@ -100,10 +101,13 @@ def test_the_texts_are_those_that_save_most(short, monkeypatch):
   assert found([*wide, b + rest[0], b + rest[1]]) == [a, b]
 
 
-def test_room_is_counted_in_whole_multiples():
-  common = beginnings.Beginnings([[0] * 513, [0]])
-  assert common.tokens == 2048 and beginnings.Beginnings([]).tokens == 0
-  prompts = [[1] * 600 + [n] for n in range(4)]
+def test_there_is_room_for_texts_of_few_lengths():
+  common = beginnings.Beginnings([[0] * 513, [0]], 4)
+  assert common.tokens == 4096 and beginnings.Beginnings([], 0).tokens == 0
+  prompts = [[text] * 600 + [n] for text in range(5) for n in range(4)]
+  places = lambda tokens: beginnings.find(prompts, tokens).places
+  assert places(12 * 1024) == 12 and places(12 * 1024 - 1) == 5 and places(4 * 1024) == 4
+  prompts = prompts[4:8]
   assert beginnings.find(prompts, 1023).texts == []
   assert beginnings.find(prompts, 1024).texts == [[1] * 600]
 
@@ -147,10 +151,12 @@ def test_short_texts_and_few_prompts_are_not_shared():
   a.append(3)
   assert beginnings.find([a + own for own in rest], 10**6).texts == [a]
   assert beginnings.find([a + own for own in rest[:3]], 10**6).texts == []
+  # In games, others will follow those two.
+  assert beginnings.find([a + own for own in rest[:2]], 10**6, replies=True).texts == [a]
 
 
 def test_a_prompt_is_split_behind_the_longest_text():
-  common = beginnings.Beginnings([[1, 2], [1, 2, 3], [4]])
+  common = beginnings.Beginnings([[1, 2], [1, 2, 3], [4]], 4)
   given = [[1, 2, 3, 9], [1, 2, 3], [1, 2, 4], [1, 2], [4, 4], [5, 2, 3]]
   assert [common.split(prompt) for prompt in given] == [
     (1, [9]),
@@ -235,7 +241,7 @@ def test_each_block_sees_its_text(exact, monkeypatch, attn_impl, programs):
 def test_without_a_kernel_texts_are_kept_once_in_float32_only(monkeypatch, dtype, attn_impl, kept):
   rooms = []
 
-  def find(prompts, max_tokens):
+  def find(prompts, max_tokens, **_):
     rooms.append(max_tokens)
     raise InterruptedError
 
@@ -275,7 +281,7 @@ def test_slots_hold_only_what_is_behind_the_text(short, monkeypatch):
     made.append((how["rows"], how["columns"], how["texts"]))
     raise InterruptedError
 
-  monkeypatch.setattr(scheduler, "CACHE_LENGTHS", (32, 64, 128))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (32, 64, 128))
   monkeypatch.setattr(slot_state, "empty", empty)
   monkeypatch.setattr(text_cache, "read", lambda *_, **__: None)
   # Memory for one prompt of 128 tokens, or for a text of 90 in 128 and for 16 of 32.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from oel_jax.policy.sampling import scheduler as scheduling
-from oel_jax.policy.sampling import slot_table
+from oel_jax.policy.sampling import sizes, slot_table
 from oel_jax.policy.sampling.scheduler import Scheduler
 
 JUNK = -7  # what a slot that does not draw writes
@@ -18,13 +18,17 @@ JUNK = -7  # what a slot that does not draw writes
 @pytest.fixture(name="small", autouse=True)
 def fixture_small(monkeypatch):
   """Sizes at which a few tokens do what takes hundreds."""
-  monkeypatch.setattr(scheduling, "CACHE_LENGTHS", (32, 48, 64, 128, 256))
-  monkeypatch.setattr(scheduling, "PREFILL_LENGTHS", (6, 12, 24, 48, 96))
-  monkeypatch.setattr(scheduling, "PREFILL_BATCHES", (1, 4))
+  monkeypatch.setattr(sizes, "CACHE_LENGTHS", (32, 48, 64, 128, 256))
+  monkeypatch.setattr(sizes, "PREFILL_LENGTHS", (6, 12, 24, 48, 96))
+  monkeypatch.setattr(sizes, "PREFILL_BATCHES_CPU", (1, 4))
+  monkeypatch.setattr(sizes, "PREFILL_BATCHES", (1, 2, 4, 8))
+  monkeypatch.setattr(sizes, "FULL_BATCH_TOKENS", 48)
+  monkeypatch.setattr(sizes, "FEW_PROMPTS", 4)
+  monkeypatch.setattr(sizes, "PIECE_LENGTHS", (6, 12, 24))
   monkeypatch.setattr(scheduling, "MIN_SHARED", 4)
   monkeypatch.setattr(scheduling, "MIN_SHARED_CPU", 3)
   monkeypatch.setattr(scheduling, "MIN_SHARED_TO_WAIT", 6)
-  monkeypatch.setattr(scheduling, "SMALL_BATCH_TOKENS", 40)
+  monkeypatch.setattr(sizes, "SMALL_BATCH_TOKENS", 40)
   monkeypatch.setattr(scheduling, "CHUNK", 8)
 
 
@@ -67,7 +71,7 @@ class Game:
 
   def __init__(self, prompts, lengths, reply=None, seed=0, slots=4, **how):
     self.rng = np.random.default_rng(seed)
-    columns = scheduling.bucket(max(map(len, prompts)) + 1, scheduling.CACHE_LENGTHS)
+    columns = sizes.bucket(max(map(len, prompts)) + 1, sizes.CACHE_LENGTHS)
     how = dict(replies=reply is not None) | how
     self.scheduler = Scheduler(prompts, slots=slots, columns=columns, **how)
     self.cache = Cache(self.scheduler.table.rows, columns)
@@ -88,7 +92,7 @@ class Game:
     s = self.scheduler
     taken = [*s.seated, *s.kept]
     entries = s.next_entries()
-    taken += [row for entry in entries for row in entry.rows.tolist()]
+    taken += [row for entry in entries for row in entry.rows[entry.whole].tolist()]
     assert len(set(taken)) == len(taken) == len(s.seated) + len(s.kept)
     firsts = [(entry, self.insert(entry)) for entry in entries]
     rows = s.shrink()
@@ -107,8 +111,8 @@ class Game:
     if drawn is None:
       assert not firsts
       return
-    for entry, ids in firsts:
-      s.entered(entry, ids)
+    for _, whole in firsts:
+      s.entered(whole, [self.said[i][0] for i in whole])
     ids, active = drawn
     seated = dict(s.seated)
     s.drawn(ids, active)
@@ -139,18 +143,19 @@ class Game:
     before = Cache(*self.cache.tokens.shape)
     before.tokens, before.column = self.cache.tokens.copy(), self.cache.column
     behind = self.behind.copy()
-    given = zip(entry.prompts, entry.rows, entry.sources, entry.shared, entry.back, strict=True)
-    for i, row, source, shared, back in given:
+    given = entry.prompts, entry.rows, entry.sources, entry.shared, entry.back, entry.whole
+    for i, row, source, shared, back, whole in zip(*given, strict=True):
       prompt = s.prompts[i]
       assert shared < len(prompt) < entry.columns == len(self.cache.tokens.T)
-      assert len(prompt) - shared <= entry.length
+      assert whole == (len(prompt) - shared <= entry.length)
       assert before.back(source, back, shared) == prompt[:shared]
       assert not shared or behind[source] == s.texts[i]
       self.behind[row] = s.texts[i]
-      self.cache.put(row, prompt)
-      self.said[i] = [int(self.rng.integers(100))]
+      self.cache.put(row, prompt[: shared + entry.length])
+      if whole:
+        self.said[i] = [int(self.rng.integers(100))]
     self.entries.append(entry)
-    return [self.said[i][0] for i in entry.prompts]
+    return [i for i, whole in zip(entry.prompts, entry.whole, strict=True) if whole]
 
   def decode(self, draw):
     s = self.scheduler
@@ -206,9 +211,9 @@ def test_every_prompt_ends_once_and_the_cache_holds_what_is_believed(seed, monke
   if seed % 2:
     how["texts"] = rng.integers(-1, 2, count)
   if rng.random() < 0.3:
-    monkeypatch.setattr(scheduling, "MAX_BATCH_TOKENS", 150)
+    monkeypatch.setattr(sizes, "MAX_BATCH_TOKENS", 150)
   if rng.random() < 0.5:
-    monkeypatch.setattr(scheduling, "MAX_SLOTS_CPU", 10)
+    monkeypatch.setattr(sizes, "MAX_SLOTS_CPU", 10)
 
   def reply(i, turn):
     if turn >= turns[i]:
@@ -227,7 +232,7 @@ def test_every_prompt_ends_once_and_the_cache_holds_what_is_believed(seed, monke
   ).play()
   assert game.scheduler.done
   assert game.ended == [1 + turns[i] * talks for i in range(count)]
-  entered = [i for entry in game.entries for i in entry.prompts]
+  entered = [i for entry in game.entries for i in np.compress(entry.whole, entry.prompts)]
   assert np.bincount(entered, minlength=count).tolist() == game.ended
   assert [len(ids) for ids in game.scheduler.responses] == [
     lengths[i, turns[i] * talks] for i in range(count)
@@ -237,8 +242,8 @@ def test_every_prompt_ends_once_and_the_cache_holds_what_is_believed(seed, monke
 # Admit
 
 
-def admitted(prompts, **how):
-  return Game(prompts, lambda i, turn: 3, **how).play().entries
+def admitted(prompts, reply=None, **how):
+  return Game(prompts, lambda i, turn: 3, reply, **how).play().entries
 
 
 def distinct(*lengths):
@@ -247,18 +252,40 @@ def distinct(*lengths):
 
 
 def test_the_longest_enter_first_with_those_of_their_length():
-  entries = admitted(distinct(10, 40, 11, 42, 9, 41, 3))
+  entries = admitted(distinct(10, 40, 11, 42, 9, 41, 3), cpu=True)
   # Batches of at most half padding: 42 and 41 and 40 tokens in rows of 48; then rows of 12.
   assert [(e.prompts, e.batch, e.length) for e in entries[:2]] == [([3, 5, 1], 4, 48), ([2], 1, 12)]
   assert sorted(i for e in entries for i in e.prompts) == list(range(7))
 
 
-def test_a_batch_is_more_than_half_full_unless_it_is_small():
-  size = lambda *how: scheduling._batch_size(*how)
-  assert size(5, [1, 4, 8], 100) == 8 and size(4, [1, 4, 8], 100) == 4
-  assert size(3, [1, 4, 8], 100) == 4 and size(2, [1, 4, 8], 100) == 1
-  assert size(2, [1, 4, 8], 10) == 4 and size(1, [1, 4, 8], 5) == 8
-  assert size(9, [1, 4, 8], 100) == 8
+def test_a_long_prompt_is_read_in_pieces_one_behind_the_other():
+  entries = admitted(distinct(40, 20, 3), lambda i, turn: None)
+  assert [(e.length, dict(zip(e.prompts, e.shared.tolist()))) for e in entries] == [
+    (12, {0: 0, 1: 0, 2: 0}),
+    (12, {0: 12, 1: 12}),
+    (12, {0: 24}),
+    (6, {0: 36}),
+  ]
+  assert [e.whole.tolist() for e in entries] == [
+    [False, False, True],
+    [False, True],
+    [False],
+    [True],
+  ]
+  assert {e.batch for e in entries} == {4}
+
+
+def test_without_replies_a_prompt_looks_at_the_cache_for_a_quarter_of_it_or_more():
+  text = list(range(16))
+  prompts = [text + [50] * 8, text + [51] * 20, text[:5] + [52] * 35, [53] * 3]
+  entries = admitted(prompts, slots=8)
+  seen = {}
+  for entry in entries:
+    for i, n, whole in zip(entry.prompts, entry.shared.tolist(), entry.whole, strict=True):
+      seen.setdefault(i, []).append((n, bool(whole), entry.length))
+  # The longest first. To the second five tokens of 36 are not worth a look; to the third 16 of 24
+  # are, and the last one fills its batch.
+  assert seen == {2: [(0, True, 48)], 1: [(0, True, 48)], 0: [(16, True, 12)], 3: [(0, True, 12)]}
 
 
 def test_nobody_enters_before_an_eighth_of_the_slots_is_free():
@@ -285,7 +312,7 @@ def test_prompts_are_spread_over_devices():
 def test_a_beginning_is_taken_over_once_a_slot_holds_it():
   text = list(range(20))
   prompts = [text + [50] * 5, text + [51] * 4, [60] * 24, [61] * 23]
-  entries = admitted(prompts)
+  entries = admitted(prompts, cpu=True)
   # The second one waits while the first is read, then reads the rest, from the other one's slot.
   assert [e.prompts for e in entries] == [[0, 2, 3], [1]]
   assert entries[1].shared.tolist() == [20] and entries[1].sources[0] == entries[0].rows[0]
@@ -350,9 +377,11 @@ def test_a_conversation_reads_only_what_is_new(slots):
   # The prompt before and the answer, but for its last id, stand in the cache.
   shared = {}
   for entry in game.entries:
-    for i, n in zip(entry.prompts, entry.shared.tolist(), strict=True):
-      shared.setdefault(i, []).append(n)
-  assert shared == {
+    for i, n, whole in zip(entry.prompts, entry.shared.tolist(), entry.whole, strict=True):
+      if whole:
+        shared.setdefault(i, []).append(n)
+  assert all(turns[0] in (0, sizes.PIECE_LENGTHS[1]) for turns in shared.values())
+  assert {i: [0, *turns[1:]] for i, turns in shared.items()} == {
     i: [0] + [len(prompt) + 7 * turn - 3 for turn in (1, 2, 3)] for i, prompt in enumerate(prompts)
   }
 
@@ -367,7 +396,7 @@ def test_the_first_who_waits_is_in_the_next_batch(seed):
   text = rng.integers(0, 100, 30).tolist()
   prompts = [text + random_prompts(rng, 1, 12)[0] for _ in range(60)]
   prompts += [[200] * int(n) for n in rng.integers(1, 70, 6)]
-  game = Game(prompts, lambda i, turn: 1 + i % 7, slots=int(rng.choice([1, 4, 8])))
+  game = Game(prompts, lambda i, turn: 1 + i % 7, slots=int(rng.choice([1, 4, 8])), cpu=True)
   places = {i: n for n, i in enumerate(game.scheduler.waiting)}
   game.play()
   for n, entry in enumerate(game.entries):

@@ -28,7 +28,7 @@ from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt
 from oel_jax.evaluation import statistics
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy, Sampling
-from oel_jax.policy.sampling.scheduler import PREFILL_LENGTHS, bucket
+from oel_jax.policy.sampling.sizes import PREFILL_LENGTHS, bucket
 from oel_jax.report import distilled
 from oel_jax.runtime import files, finite, mesh, progress, schema
 from oel_jax.runtime.checksum import fingerprint

@@ -23,8 +23,8 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
-from oel_jax.policy.sampling import engine, kv_cache, model, sampler, slot_state
-from oel_jax.policy.sampling.scheduler import CACHE_LENGTHS, CHUNK, Scheduler, bucket
+from oel_jax.policy.sampling import engine, kv_cache, model, sampler, slot_room, slot_state
+from oel_jax.policy.sampling.scheduler import CHUNK, Scheduler
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime import target
@@ -248,13 +248,12 @@ class Planner:
     ready = {"sampler's weights": device_bytes(weights)}
     yield _program("sampling: weights made ready", held, ready, model.prepare, given, **how)
     prompts = -(-work.samples // self.hosts)
-    longest = bucket(work.prompt + work.response, CACHE_LENGTHS)
-    room = sampler.slot_room(
+    room = slot_room.slot_room(
       [work.prompt] * prompts,
       work.response,
       attn_impl=attn_impl,
       devices=devices,
-      fitting=sampler.MAX_CACHE_BYTES // sampler.token_bytes(a, dtype) // longest,
+      tokens=sampler.MAX_CACHE_BYTES // sampler.token_bytes(a, dtype),
     )
     # All prompts are unlike: none takes over what another's slot holds.
     asked = [[i, *[0] * (work.prompt - 1)] for i in range(prompts)]
@@ -310,7 +309,7 @@ class Planner:
     return Mesh(np.array(own).reshape(-1, 1, 1), mesh_lib.AXES, axis_types=self.mesh.axis_types)
 
   def _slots(
-    self, room: sampler.SlotRoom, attn_impl: str, local: Mesh | None
+    self, room: slot_room.SlotRoom, attn_impl: str, local: Mesh | None
   ) -> tuple[slot_state.Slots, Callable[..., Any]]:
     """The slots at their largest, and what makes arrays of so many rows as these lie."""
     empty = functools.partial(

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from oel_jax.policy.sampling import sizes
+
 MIN_TOKENS = 512  # of a text: a shorter one costs as much as it saves
 MIN_PROMPTS = 4  # that begin with it
+MIN_PROMPTS_REPLIES = 2  # the same where replies come, many of which will begin with it, too
 MAX_TEXTS = 32
-MULTIPLE = 512  # of the room of a text, so that one a little longer has the same shapes
 STEP = 128  # runs are cut where they have least in common, up to so many tokens: few cuts
 MAX_DEPTH = 200  # of cuts within cuts: longer steps where that were more
 
@@ -32,9 +34,12 @@ class Beginnings:
 
   Attributes:
     texts: token ids of each.
+    places: how many texts are kept room for; those of few numbers, so that few programs are
+      compiled.
   """
 
   texts: list[list[int]]
+  places: int
 
   def split(self, prompt: Sequence[int]) -> tuple[int, list[int]]:
     """The number of the longest text that the prompt begins with, and what stands behind it, which
@@ -57,13 +62,13 @@ class Beginnings:
 
   @property
   def tokens(self) -> int:
-    """Those that all texts together have room for."""
-    return len(self.texts) * room(max(map(len, self.texts), default=0))
+    """Those that all places together have room for."""
+    return self.places * room(max(map(len, self.texts), default=0))
 
 
 def room(longest: int) -> int:
   """P, the tokens that each text has room for if the longest has so many."""
-  return -(-longest // MULTIPLE) * MULTIPLE
+  return sizes.bucket(longest, sizes.TEXT_LENGTHS)
 
 
 class _Group(NamedTuple):
@@ -74,22 +79,32 @@ class _Group(NamedTuple):
   tokens: int
 
 
-def find(prompts: Sequence[Sequence[int]], max_tokens: int) -> Beginnings:
+def find(prompts: Sequence[Sequence[int]], max_tokens: int, *, replies: bool = False) -> Beginnings:
   """The texts worth keeping once, those first that save most; there is room for all of them in
-  `max_tokens`.
+  `max_tokens`. `replies`: whether further prompts will come, in the place of these.
   """
-  if len(prompts) < MIN_PROMPTS or max(map(len, prompts)) <= MIN_TOKENS:
-    return Beginnings([])
+  min_prompts = MIN_PROMPTS_REPLIES if replies else MIN_PROMPTS
+  if len(prompts) < min_prompts or max(map(len, prompts)) <= MIN_TOKENS:
+    return Beginnings([], 0)
   # Bytes in this order compare as the ids do, and much faster than lists.
   arrays = sorted((np.asarray(prompt, ">u4") for prompt in prompts), key=lambda a: a.tobytes())
   common = [_common(*pair) for pair in zip(arrays[:-1], arrays[1:], strict=True)]
   # The texts that save most may be more than can be kept; then fewer, shorter ones that more
   # prompts begin with may save more.
   choices = []
-  for doubled in range((len(prompts) // MIN_PROMPTS).bit_length()):
-    choices.append(_fitting(_groups(common, MIN_PROMPTS << doubled), max_tokens))
+  for doubled in range((len(prompts) // min_prompts).bit_length()):
+    choices.append(_fitting(_groups(common, min_prompts << doubled), max_tokens))
   best = max(choices, key=lambda groups: sum(group.saved for group in groups))
-  return Beginnings([arrays[group.first][: group.tokens].tolist() for group in best])
+  texts = [arrays[group.first][: group.tokens].tolist() for group in best]
+  return Beginnings(texts, _places(texts, max_tokens))
+
+
+def _places(texts: Sequence[Sequence[int]], max_tokens: int) -> int:
+  """Places for these texts: the next of TEXT_COUNTS, if there is room for so many."""
+  if not texts:
+    return 0
+  more = sizes.bucket(len(texts), sizes.TEXT_COUNTS)
+  return more if more * room(max(map(len, texts))) <= max_tokens else len(texts)
 
 
 def _fitting(groups: list[_Group], max_tokens: int) -> list[_Group]:

@@ -76,9 +76,10 @@ class Driver:
       return
     firsts, drawn, active = jax.device_get(([f for _, f in entries], drawn, self._slots.active))
     for (entry, _), first in zip(entries, firsts, strict=True):
-      own = [array[entry.places, None] for array in first]
-      self._keep(entry.prompts, own)
-      self.scheduler.entered(entry, own[0][:, 0])
+      prompts = [i for i, whole in zip(entry.prompts, entry.whole, strict=True) if whole]
+      own = [array[entry.places[entry.whole], None] for array in first]
+      self._keep(prompts, own)
+      self.scheduler.entered(prompts, own[0][:, 0])
     seated = self.scheduler.seated
     self._keep(list(seated.values()), [array[list(seated)] for array in drawn])
     self.scheduler.drawn(drawn[0], active)
@@ -91,16 +92,20 @@ class Driver:
     # Which of the entry's prompts stands where in the batch; the first one fills it.
     order = np.zeros((scheduler.devices * entry.batch,), np.int32)
     order[entry.places] = np.arange(len(entry.prompts))
+    length, parts = entry.length, zip(entry.prompts, entry.shared, strict=True)
     tokens, lengths = pad_right(
-      [scheduler.prompts[i][n:] for i, n in zip(entry.prompts, entry.shared, strict=True)],
+      [scheduler.prompts[i][begin : begin + length] for i, begin in parts],
       len(entry.prompts),
-      entry.length,
+      length,
       self._pad_id,
     )
     # A row beyond all slots is written nowhere: what fills the batch goes there.
     rows = np.full(order.shape, scheduler.table.rows, np.int32)
     rows[entry.places] = entry.rows % slots
-    requests = tuple(array[entry.prompts][order] for array in self.requests)
+    seeds, limits, eos_ids = (array[entry.prompts] for array in self.requests)
+    # After one id, which nobody looks at, those end that are not read whole: they go on waiting.
+    requests = seeds, np.where(entry.whole, limits, 1).astype(np.int32), eos_ids
+    requests = tuple(array[order] for array in requests)
     shared = None
     if scheduler.always_looks or entry.shared.any():
       shared = engine.Shared(

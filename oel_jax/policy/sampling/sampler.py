@@ -19,14 +19,22 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import beginnings, kv_cache, model, slot_state, spread, text_cache
+from oel_jax.policy.sampling import (
+  beginnings,
+  kv_cache,
+  model,
+  slot_room,
+  slot_state,
+  spread,
+  text_cache,
+)
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -176,9 +184,9 @@ def generate(
   # In less than float32 XLA may round a query for its text and not for its own tokens.
   if attn_impl == "xla" and jnp.dtype(dtype) != jnp.float32:
     max_tokens = 0
-  common = beginnings.find(prompts, max_tokens)
+  common = beginnings.find(prompts, max_tokens, replies=reply is not None)
   if common.texts:
-    how["texts"] = text_cache.read(weights, common.texts, architecture=architecture, mesh=mesh)
+    how["texts"] = text_cache.read(weights, common, architecture=architecture, mesh=mesh)
   # Each part has slots, a share of the memory and on a CPU a thread of its own; long and short
   # prompts are dealt out evenly.
   parts = min(_cores(mesh), len(prompts) // MIN_PROMPTS_PER_CORE, slots or len(prompts)) or 1
@@ -248,26 +256,24 @@ def _slots(
   """
   a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
   texts, prompts = zip(*prompts, strict=True)
-  longest, limit = max(map(len, prompts)), int(requests.limits.max())
   cache_tokens = MAX_CACHE_BYTES // token_bytes(a, dtype)
-  fitting = (cache_tokens - common.tokens) // parts // _columns(longest + limit)
-  if replies:
-    # A reply may leave its text, and is whole in its slot then.
-    whole = [common.length(text) + len(own) for text, own in zip(texts, prompts, strict=True)]
-    fitting = min(fitting, cache_tokens // parts // _columns(max(whole) + limit))
-  room = slot_room(
+  # A reply may leave its text, and is whole in its slot then.
+  whole = [common.length(text) + len(own) for text, own in zip(texts, prompts, strict=True)]
+  room = slot_room.slot_room(
     list(map(len, prompts)),
-    limit,
+    int(requests.limits.max()),
     attn_impl=attn_impl,
     devices=mesh.size if slot_state.row_axes(mesh) else 1,
     slots=slots,
-    fitting=fitting,
+    tokens=(cache_tokens - common.tokens) // parts,
+    replies=slot_room.Replies(max(whole), cache_tokens // parts) if replies else None,
   )
   scheduler = scheduling.Scheduler(
     prompts,
     texts=texts,
     slots=room.slots,
     columns=room.columns,
+    cache_lengths=room.cache_lengths,
     devices=room.devices,
     cpu=target.backend() == "cpu",
     replies=replies,
@@ -283,44 +289,6 @@ def _slots(
     texts="texts" in how,
   )
   return scheduler, empty
-
-
-class SlotRoom(NamedTuple):
-  """How many slots a device has, and the columns of their cache, to begin with and at the most."""
-
-  devices: int
-  slots: int
-  columns: int
-  max_columns: int
-
-
-def slot_room(
-  lengths: Sequence[int],
-  limit: int,
-  *,
-  attn_impl: str,
-  devices: int,
-  fitting: int,
-  slots: int | None = None,
-) -> SlotRoom:
-  """The slots for prompts of these lengths and responses of up to `limit` tokens, as `generate`
-  describes them; `fitting` is how many a device has memory for.
-  """
-  longest, cpu = max(lengths), target.backend() == "cpu"
-  max_slots = scheduling.MAX_SLOTS_CPU if cpu else scheduling.MAX_SLOTS
-  most = slots // devices if slots else min(fitting, max_slots)
-  own = min(
-    scheduling.bucket(-(-len(lengths) // devices), scheduling.SLOT_COUNTS),
-    max(n for n in scheduling.SLOT_COUNTS if n <= max(1, most)),
-  )
-  # In XLA the attention reads the whole cache: there it grows with what is filled.
-  whole = _columns(longest + limit)
-  return SlotRoom(devices, own, whole if attn_impl == "triton" else _columns(longest + 1), whole)
-
-
-def _columns(tokens: int) -> int:
-  """Of a cache that holds so many."""
-  return scheduling.bucket(tokens, scheduling.CACHE_LENGTHS)
 
 
 def _cores(mesh: Any) -> int:

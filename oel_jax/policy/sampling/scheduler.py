@@ -23,45 +23,23 @@ One round, as the driver goes through it:
 The same prompts, ids and replies give the same decisions: no clock is looked at.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from oel_jax.policy.sampling import sizes
 from oel_jax.policy.sampling.slot_table import SlotTable, common_prefix
 
-# Few sizes and lengths, so that few programs are compiled.
-SLOT_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
-SHRUNK_SLOT_COUNTS = (8, 16)  # on a CPU, when no more are left of MAX_SLOTS_CPU or more
-# Prompts that enter together; more than half of a batch is filled, unless the batch is small.
-PREFILL_BATCHES = (1, 4, 32, 256)
-SMALL_BATCH_TOKENS = 1024  # tokens, padding included, up to which a batch is small
-# Tokens that are prefilled at once, padding and the cache that is looked at included.
-MAX_BATCH_TOKENS = 65536
-PREFILL_LENGTHS = (
-  *(96, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048),
-  *(3072, 4096, 6144, 8192, 12288, 16384),
-)
-# One more length for replies on a CPU, which are short: there, padding is not for nothing.
-REPLY_LENGTH = 40
-CACHE_LENGTHS = (
-  *(128, 256, 512, 1024, 1536, 2048, 3072, 4096),
-  *(6144, 8192, 12288, 16384, 24576, 32768),
-)
-MAX_SLOTS = 256  # of a device, if it is not said how many there are
-MAX_SLOTS_CPU = 32  # the same; there, a token takes twice as long with twice as many
 MIN_SHARED = 48  # tokens in common that are worth taking over from a slot
 MIN_SHARED_CPU = 24  # the same; there, the cache is looked at for every prompt anyway
+MIN_SHARE = 4  # this part of a prompt is worth a look at the cache where not every prompt takes one
 MIN_SHARED_TO_WAIT = 128  # tokens in common that are worth waiting for until a slot holds them
 CHUNK = 64  # steps between two looks at who has ended
 CHUNK_REPLIES = 4  # the same while replies are made up
 MAX_OVERTAKEN = 64  # prompts that enter while one waits, for each prompt of the call
-
-
-def bucket(size: int, sizes: Sequence[int]) -> int:
-  """The smallest of `sizes` that holds `size`; beyond the largest, the next multiple of it."""
-  return next((s for s in sizes if s >= size), -(-size // sizes[-1]) * sizes[-1])
 
 
 class Entry(NamedTuple):
@@ -72,6 +50,7 @@ class Entry(NamedTuple):
     rows: the slot of each.
     sources, shared: the slot that holds what the prompt begins with, and how many tokens of it.
     back: how many columns before the next one the source's first token stands.
+    whole: whether it is read to its end; if not, nothing is drawn for it, and it goes on waiting.
     places: where in the batch, which is all devices' parts one after the other.
     batch: rows of the batch on one device.
     length: tokens of a row of the batch.
@@ -83,6 +62,7 @@ class Entry(NamedTuple):
   sources: Int[np.ndarray, "n"]
   shared: Int[np.ndarray, "n"]
   back: Int[np.ndarray, "n"]
+  whole: Bool[np.ndarray, "n"]
   places: Int[np.ndarray, "n"]
   batch: int
   length: int
@@ -144,11 +124,13 @@ class Scheduler:
     slots: int,
     columns: int,
     devices: int = 1,
+    cache_lengths: Sequence[int] | None = None,
     cpu: bool = False,
     replies: bool = False,
   ):
     """`prompts` wait for `devices` times `slots` slots, over `columns` that hold the longest prompt
-    and one id. `cpu`: whether the device is one; `replies`: whether responses may be replied to.
+    and one id; they may become any of `cache_lengths`, those of `sizes.CACHE_LENGTHS` if it is
+    None. `cpu`: whether the device is one; `replies`: whether responses may be replied to.
     """
     self.prompts = [list(prompt) for prompt in prompts]
     self.texts = [-1] * len(prompts) if texts is None else list(texts)
@@ -158,10 +140,10 @@ class Scheduler:
     self.kept: dict[int, int] = {}
     self.table = SlotTable.empty(devices, slots, columns)
     self.devices, self.replies = devices, replies
-    self._batches = [*(size for size in PREFILL_BATCHES if size < slots), slots]
-    self._lengths = (REPLY_LENGTH, *PREFILL_LENGTHS) if replies and cpu else PREFILL_LENGTHS
+    self._batches = sizes.Batches(slots, cpu, replies)
+    self._cache_lengths = cache_lengths or sizes.CACHE_LENGTHS
     self._min_shared = MIN_SHARED_CPU if cpu else MIN_SHARED
-    self._shrinks = cpu and devices == 1 and slots >= MAX_SLOTS_CPU
+    self._shrinks = cpu and devices == 1 and slots >= sizes.MAX_SLOTS_CPU
     # Whether to look at the cache for every prompt, also where nothing is shared: half as many
     # programs, and for a small model no loss.
     self.always_looks = replies or cpu
@@ -188,7 +170,7 @@ class Scheduler:
     and few are left; None: all.
     """
     used = [*self.seated, *self.kept]
-    fewer = next((n for n in SHRUNK_SLOT_COUNTS if len(used) <= n < self.table.rows), None)
+    fewer = next((n for n in sizes.SHRUNK_SLOT_COUNTS if len(used) <= n < self.table.rows), None)
     if self.waiting or not fewer or not self._shrinks:
       return None
     rows = np.int32([*used, *self._free()][:fewer])
@@ -197,7 +179,8 @@ class Scheduler:
     # In the order of the slots, as who is looked at first decides who goes on first.
     self.seated = {n: self.seated[row] for row, n in now.items() if row in self.seated}
     self.kept = {n: self.kept[row] for row, n in now.items() if row in self.kept}
-    self._batches = [size for size in self._batches if size < fewer]
+    largest = max(n for n in sizes.PREFILL_BATCHES_CPU if n < fewer)
+    self._batches = dataclasses.replace(self._batches, slots=largest)
     return rows
 
   def next_draw(self) -> Draw | None:
@@ -230,9 +213,9 @@ class Scheduler:
     self.waiting.insert(0, i)
     self._arrived[i] = self._entered
 
-  def entered(self, entry: Entry, ids: Sequence[int]) -> None:
-    """The first id of each of the entry's prompts."""
-    for i, token in zip(entry.prompts, ids, strict=True):
+  def entered(self, prompts: Sequence[int], ids: Sequence[int]) -> None:
+    """The first id of each of these prompts, which have just been read whole."""
+    for i, token in zip(prompts, ids, strict=True):
       self.responses[i].append(int(token))
 
   def drawn(self, ids: Int[np.ndarray, "R chunk"], active: Bool[np.ndarray, "R"]) -> None:
@@ -255,29 +238,32 @@ class Scheduler:
     return [row for row in range(self.table.rows) if row not in used]
 
   def _grow(self, length: int) -> None:
-    self.table.grow(bucket(length, CACHE_LENGTHS))
+    self.table.grow(sizes.bucket(length, self._cache_lengths))
 
   def _next_entry(self) -> Entry:
     """The next batch: chooses the prompts and their slots, and seats them."""
     self._overtaken_first()
     free = self._free()
-    candidates, wanted, sizes, length = self._candidates(free)
-    batch = _batch_size(1 + max(c.nth for c in candidates), sizes, length)
+    candidates, wanted, counts, length = self._candidates(free)
+    batch = sizes.batch_size(1 + max(c.nth for c in candidates), counts, length)
     entering = [c for c in candidates if c.nth < batch]
     wanted |= {c.source for c in candidates if c.nth >= batch and c.shared}
     rows = self._rows(free, entering, wanted)
-    longest = max(len(self.prompts[c.prompt]) for c in entering)
+    tokens = np.int32([len(self.prompts[c.prompt]) for c in entering])
+    longest = int(tokens.max())
     # Room for the prompt and the first id.
     if longest >= self.table.columns:
       self._grow(longest + 1)
     sources = np.int32([c.source for c in entering])
+    shared = np.int32([c.shared for c in entering])
     entry = Entry(
       prompts=[c.prompt for c in entering],
       rows=rows,
       sources=sources,
-      shared=np.int32([c.shared for c in entering]),
+      shared=shared,
       # Before the seats are taken: the batch reads the cache as it was.
       back=(self.table.behind + self.table.count)[sources],
+      whole=shared + length >= tokens,
       places=self.table.device[sources] * batch + np.int32([c.nth for c in entering]),
       batch=batch,
       length=length,
@@ -287,12 +273,17 @@ class Scheduler:
     return entry
 
   def _seat(self, entry: Entry) -> None:
-    gone = set(entry.prompts)
+    gone = set()
+    ends = (entry.shared + entry.length).tolist()
+    for row, i, end, whole in zip(
+      entry.rows.tolist(), entry.prompts, ends, entry.whole, strict=True
+    ):
+      self.table.insert(row, self.prompts[i][:end], self.texts[i])
+      if whole:
+        self.seated[row] = i
+        gone.add(i)
     self.waiting = [i for i in self.waiting if i not in gone]
     self._entered += len(gone)
-    for row, i in zip(entry.rows.tolist(), entry.prompts, strict=True):
-      self.table.insert(row, self.prompts[i], self.texts[i])
-      self.seated[row] = i
 
   def _overtaken_first(self) -> None:
     """Puts first who has waited while very many entered. Else conversations without an end, which
@@ -318,7 +309,7 @@ class Scheduler:
     room = np.bincount(self.table.device[free], minlength=self.devices)  # of each device
     beginnings = np.full((len(free), max(map(len, self.prompts))), -1, np.int32)
     beside: list[list[int]] = [[] for _ in range(self.devices)]  # those chosen for each device
-    sizes, batch_length = self._batches, 0
+    batches, counts, batch_length = self._batches, [1], 0
     for i in self.waiting[: 2 * len(free)]:
       prompt = np.asarray(self.prompts[i], np.int32)
       source, shared = self._source(prompt, self.texts[i], room)
@@ -326,15 +317,16 @@ class Scheduler:
       alike = [n for n in mates if self.texts[chosen[n].prompt] == self.texts[i]]
       # A prompt that begins like one of these waits until that one's slot can be read: the batch
       # reads the cache as it was before any of them entered.
-      if alike and common_prefix(beginnings[alike], prompt, shared + MIN_SHARED_TO_WAIT).any():
+      worth = max(shared + MIN_SHARED_TO_WAIT, self._worth(len(prompt)))
+      if alike and common_prefix(beginnings[alike], prompt, worth).any():
         continue
-      length = bucket(len(prompt) - shared, self._lengths)
       if not chosen:
-        batch_length = length
-        sizes = self._batch_sizes(len(prompt), length)
-        room = np.minimum(room, sizes[-1])
-      # No longer than the batch, and at most half of its row is padding.
-      elif not length <= batch_length <= 2 * length:
+        columns = max(self.table.columns, sizes.bucket(len(prompt) + 1, self._cache_lengths))
+        batches = self._batches.over(columns if self.always_looks or shared else 0)
+        batch_length = batches.length(len(prompt) - shared)
+        counts = batches.counts(batch_length)
+        room = np.minimum(room, counts[-1])
+      elif not self._joins(batches, len(prompt) - shared, shared, batch_length):
         wanted |= {source} if shared else set()
         continue
       beginnings[len(chosen), : len(prompt)] = prompt
@@ -343,7 +335,17 @@ class Scheduler:
       room[self.table.device[source]] -= 1
       if not room.any():
         break
-    return chosen, wanted, sizes, batch_length
+    return chosen, wanted, counts, batch_length
+
+  def _joins(self, batches: sizes.Batches, rest: int, shared: int, length: int) -> bool:
+    """Whether a prompt, of which a slot holds `shared` tokens and `rest` are to be read, may enter
+    with others in a batch of this length.
+    """
+    if not self.always_looks:
+      # It takes over nothing in a batch without a look; it gains nothing from pieces by one.
+      if shared and not batches.columns or not shared and batches.columns and rest > length:
+        return False
+    return batches.fits(rest, length)
 
   def _source(
     self, prompt: Int[np.ndarray, "T"], text: int, room: Int[np.ndarray, "D"]
@@ -355,16 +357,11 @@ class Scheduler:
     there = room[self.table.device]
     # No device has more room than there are slots: what is shared decides first.
     source = int(np.where(there > 0, shared * (self.table.rows + 1) + there, -1).argmax())
-    return source, int(shared[source])
+    return source, int(shared[source]) if shared[source] >= self._worth(len(prompt)) else 0
 
-  def _batch_sizes(self, prompt: int, length: int) -> list[int]:
-    """Sizes of a batch of this length that stay within MAX_BATCH_TOKENS; `prompt` tokens are the
-    first one's, for which the cache may have to grow.
-    """
-    columns = max(self.table.columns, bucket(prompt + 1, CACHE_LENGTHS))
-    looked = columns if self.always_looks or self.table.readable().any() else 0
-    fitting = [n for n in self._batches if n * (looked + length) <= MAX_BATCH_TOKENS]
-    return fitting or self._batches[:1]
+  def _worth(self, prompt: int) -> int:
+    """The tokens in common for which a prompt of so many looks at the cache."""
+    return 0 if self.always_looks else -(-prompt // MIN_SHARE)
 
   def _rows(
     self, free: list[int], entering: list[_Candidate], wanted: set[int]
@@ -386,15 +383,3 @@ class Scheduler:
       if rows[n] is None:
         rows[n] = others[self.table.device[c.source]].pop()
     return np.int32(rows)
-
-
-def _batch_size(prompts: int, sizes: Sequence[int], length: int) -> int:
-  """The largest size of which more than half is filled by so many prompts, or that is small; or
-  else the largest that they fill, and the others wait.
-  """
-  filled = [
-    size
-    for size in sizes
-    if prompts <= size and (size < 2 * prompts or size * length <= SMALL_BATCH_TOKENS)
-  ]
-  return max(filled or [size for size in sizes if size <= prompts])

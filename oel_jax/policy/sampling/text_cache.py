@@ -25,7 +25,6 @@ forgets, but not the weight of one part against the other.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,21 +73,34 @@ class Blocks(NamedTuple):
 
 def read(
   weights: Any,
-  texts: Sequence[Sequence[int]],
+  common: beginnings.Beginnings,
   *,
   architecture: Architecture,
   mesh: Mesh | None = None,
 ) -> Texts:
-  """Reads each text once. `weights` are from `model.prepare`; on a mesh every device gets all."""
+  """Reads each text once; places beyond the last are of no tokens. `weights` are from
+  `model.prepare`; on a mesh every device gets all.
+  """
+  texts = common.texts
   room = beginnings.room(max(map(len, texts)))
-  # Filled up with a text's own last id: another one's embedding might be no number.
-  tokens = np.int32([[*ids, *[ids[-1]] * (room - len(ids))] for ids in texts])
-  keys, values = _read(weights, tokens, architecture=architecture, mesh=mesh)
-  return Texts(keys, values, np.int32([len(ids) for ids in texts]))
+  tokens = np.zeros((common.places, room), np.int32)
+  length = np.zeros((common.places,), np.int32)
+  for row, ids in enumerate(texts):
+    # Filled up with a text's own last id: another one's embedding might be no number.
+    tokens[row] = [*ids, *[ids[-1]] * (room - len(ids))]
+    length[row] = len(ids)
+  count = np.int32(len(texts))
+  keys, values = _read(weights, tokens, count, architecture=architecture, mesh=mesh)
+  return Texts(keys, values, length)
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh"))
-def _read(weights, tokens_nxP, *, architecture, mesh):
+def _read(weights, tokens_nxP, count, *, architecture, mesh):
+  """The keys and values of the first `count` texts, and zeros."""
+  n, P = tokens_nxP.shape
+  shape = n, architecture.kv_heads, P, architecture.head_size
+  dtype = weights["embed"]["embedding"].dtype
+
   def one(weights, tokens_P):
     keys, values = [], []
 
@@ -96,7 +108,6 @@ def _read(weights, tokens_nxP, *, architecture, mesh):
       q, k, v = own
       keys.append(k.swapaxes(1, 2))
       values.append(v.swapaxes(1, 2))
-      dtype = weights["embed"]["embedding"].dtype
       attn_impl = model.prefill_attn_impl(architecture, dtype)
       return attention.causal(q, keys[-1], values[-1], attn_impl)
 
@@ -104,13 +115,19 @@ def _read(weights, tokens_nxP, *, architecture, mesh):
     model.forward(
       weights, architecture, tokens_P[None], model.heads_at(architecture, positions), attend
     )
-    return tuple(k[0] for k in keys), tuple(v[0] for v in values)
+    return keys, values
 
-  run = lambda weights, tokens_nxP: jax.lax.map(functools.partial(one, weights), tokens_nxP)
+  def run(weights, tokens_nxP, count):
+    put = lambda i: lambda all_of_them, new: all_of_them.at[i].set(new[0])
+    read = lambda i, found: jax.tree.map(put(i), found, one(weights, tokens_nxP[i]))
+    nothing = [jnp.zeros(shape, dtype)] * architecture.layers
+    found = jax.lax.fori_loop(0, count, read, (nothing, nothing))
+    return tuple(map(tuple, found))
+
   if mesh is not None:
     whole = PartitionSpec()
     run = jax.shard_map(run, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-  return run(weights, tokens_nxP)
+  return run(weights, tokens_nxP, count)
 
 
 def lengths(texts: Texts, text_R: Int[Array, "R"]) -> Int[Array, "R"]:
