@@ -17,7 +17,17 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 def fixture_script(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
   yield importlib.import_module
-  for name in ("cold", "conversations", "loading", "loss", "packing", "step", "measure"):
+  for name in (
+    "cold",
+    "conversations",
+    "loading",
+    "loss",
+    "packing",
+    "sent",
+    "size",
+    "step",
+    "measure",
+  ):
     sys.modules.pop(name, None)
 
 
@@ -74,6 +84,33 @@ def test_conversations_are_read_and_extracted_from_at_any_number(script, tmp_pat
   assert (found["reading"]["lines"], found["reading"]["damaged"]) == (3000, 3)
   assert 0 < found["reading"]["first s"] < found["reading"]["all s"]
   assert [row["trajectories"] for row in found["extraction"]] == [5, 9]
+
+
+@pytest.mark.slow
+def test_four_processes_make_of_a_log_what_one_makes(script, tmp_path):
+  script("size").main(["--tiny", f"--json={tmp_path / 'found.json'}"])
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert found["the same"] and [row["processes"] for row in found["rows"]] == [1, 4]
+  (samples,) = found["samples"]
+  assert found["lines"] == 2000 and 190 < int(samples.partition(" ")[0]) <= 202
+  assert all(row["logs s"] > 0 and row["sampling s"] > 0 for row in found["rows"])
+  peaks = [float(peak) for peak in found["rows"][1]["peak MB"].split(", ")]
+  assert len(peaks) == 4 and min(peaks) > 0
+
+
+@pytest.mark.slow
+def test_what_a_layer_sends_is_what_the_last_of_fewer_does(script, tmp_path):
+  def found(*arguments):
+    path = tmp_path / "found.json"
+    script("sent").main(
+      ["pocket", "cpu,8", "--fsdp=4", "--samples=8", *arguments, f"--json={path}"]
+    )
+    return {row["along"]: row for row in json.loads(path.read_text())["rows"]}
+
+  whole, scaled = found(), found("--layers=3")
+  assert whole.keys() == scaled.keys() >= {"data", "fsdp"}
+  assert all(whole[axis] == pytest.approx(scaled[axis]) for axis in whole)
+  assert whole["fsdp"]["reduce-scatter GB"] > 0 and whole["data"]["micro-batches"] == 1
 
 
 def test_shapes_of_packed_batches_are_counted_without_a_step(script, tmp_path):
