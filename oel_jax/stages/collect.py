@@ -10,7 +10,7 @@ import dataclasses
 import heapq
 import itertools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from absl import logging
@@ -177,9 +177,11 @@ class _Draw:
     else:
       heapq.heappushpop(self.kept, entry)
 
-  def taken(self) -> list[Conversation]:
-    """What was drawn, in the order of the stream."""
-    return [conversation for _, _, conversation in sorted(self.kept, key=lambda entry: -entry[1])]
+  def taken(self) -> Iterator[Conversation]:
+    """What was drawn, in the order of the stream; the draw lets go of each."""
+    self.kept.sort(key=lambda entry: entry[1])
+    while self.kept:
+      yield self.kept.pop()[2]
 
 
 def _drawn(config: Any, number: int) -> dict[str, _Draw]:
