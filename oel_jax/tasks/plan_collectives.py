@@ -90,6 +90,8 @@ def read(text: str, mesh: Mapping[str, int], loops: Sequence[int] = ()) -> list[
       if line.operation.endswith(("-done", "-update")):  # of what is counted where it starts
         continue
       if line.operation in SENT:
+        if name.startswith("all-reduce-scatter"):  # XLA's for TPUs: of the sum each keeps a part
+          line = dataclasses.replace(line, operation="reduce-scatter")
         one = _collective(line, computations[name], mesh, times)
         sends |= one is not None
         found.extend([one] if one else [])
