@@ -63,8 +63,8 @@ def sent(
     planner = plan_programs.Planner(config, policy, mesh, work)
     program = planner.step()
     count = planner.micro_batches(*planner.batch(work.samples))
-  if program.failed:
-    raise RuntimeError(program.failed)
+  if not program.sent:
+    raise RuntimeError(program.failed or "nothing could be counted, for the reason logged above")
   return program.sent, count
 
 

@@ -261,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--prompts", type=int, default=100_001)
   parser.add_argument("--games", type=int, default=2001)
   parser.add_argument("--batch", type=int, default=1001)
+  parser.add_argument("--counts", type=int, nargs="+", default=[1, 4], help="of processes")
   parser.add_argument("--tiny", action="store_true", help="2,000 lines, and the rest to fit")
   parser.add_argument("--json", default="size.json")
   for name, kind in (("log", pathlib.Path), ("folder", pathlib.Path)):
@@ -279,12 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files.write_chunks(given.log, lines(given.lines))
     found = {"lines": given.lines, "MB": given.log.stat().st_size / 1e6, "rows": []}
     made = []
-    for processes in (1, 4):
+    for processes in given.counts:
       each = started(given, processes, folder / str(processes))
       made.append([outcome(folder / str(processes)), {one["samples"] for one in each}])
       found["rows"].append(row(each))
-    found["the same"] = made[0] == made[1]
-    found["samples"] = sorted(made[0][1])
+    found["samples"] = sorted(set().union(*(samples for _, samples in made)))
+    found["the same"] = len(found["samples"]) == 1 and all(one == made[0] for one in made)
   progress.table(found["rows"], f"{given.lines} lines, {found['MB']:.0f} MB")
   print(f"{found['samples'][0]}; the same in all: {found['the same']}", flush=True)
   pathlib.Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
