@@ -11,11 +11,13 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from test_claims import resolved
 from test_rooms import STEP, forward
 
-from oel_jax.conversations.schema import KNOWLEDGE
+from oel_jax.conversations.schema import KNOWLEDGE, Message
+from oel_jax.environments import prompts
 from oel_jax.extraction.prompts import ITEM_MARK
 from oel_jax.pocket import claims, worlds
 from oel_jax.pocket.boards import chosen, corpus, plans, rooms, vocabulary
 from oel_jax.pocket.claims import BOX, GENERIC, GOAL, SAFE, TARGET, TRAP, WALL, Claim
+from oel_jax.pocket.corpus import ACTION_LIST
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.policy.tokenizers import CONTROLS, SentencePieceTokenizer
 
@@ -250,3 +252,28 @@ def test_a_symbol_is_one_piece_on_a_board_in_an_item_and_in_a_thought():
   assert tokenizer().encode("Goal: X at (1, 2).").count(piece) == 1
   assert tokenizer().encode("It is X.").count(piece) == 1
   assert set(STEP) <= set(map(str.strip, vocabulary.DECIDING))
+
+
+def test_no_prompt_of_a_game_is_longer_than_what_is_taught():
+  """Positions beyond a training row are untrained: it must hold the longest game, knowledge of the
+  size that experiments/new_boards.py allows, and a response.
+  """
+  limits = {"row": 1024, "knowledge": 192, "response": 96}
+  room = rooms.Room(
+    ("######", "#____#", "#____#", "#__O_#", "#____#", "######"), (1, 1), (3, 2), "X", "O"
+  )
+  lake = worlds.World(
+    tuple(tuple("GH   "[:5]) if r == 4 else (" ",) * 5 for r in range(5)), (0, 0), "G", "H", (4, 0)
+  )
+  for game, turns in (
+    (rooms.RoomGame(room), rooms.MAX_TURNS),
+    (worlds.WorldGame(lake), worlds.MAX_TURNS),
+  ):
+    messages = [prompts.first_message(game.observation, player="P", actions=ACTION_LIST)]
+    for turn in range(turns - 1):
+      action = ("[right]", "[left]")[turn % 2]
+      heard = game.play(action)
+      assert not heard.done
+      messages += [Message("assistant", action), Message("user", heard.observation)]
+    length = len(tokenizer().chat(messages))
+    assert length + limits["knowledge"] + limits["response"] <= limits["row"], length
