@@ -98,19 +98,13 @@ def test_four_processes_make_of_a_log_what_one_makes(script, tmp_path):
   assert len(peaks) == 4 and min(peaks) > 0
 
 
-@pytest.mark.slow
-def test_what_a_layer_sends_is_what_the_last_of_fewer_does(script, tmp_path):
-  def found(*arguments):
-    path = tmp_path / "found.json"
-    script("sent").main(
-      ["pocket", "cpu,8", "--fsdp=4", "--samples=8", *arguments, f"--json={path}"]
-    )
-    return {row["along"]: row for row in json.loads(path.read_text())["rows"]}
-
-  whole, scaled = found(), found("--layers=3")
-  assert whole.keys() == scaled.keys() >= {"data", "fsdp"}
-  assert all(whole[axis] == pytest.approx(scaled[axis]) for axis in whole)
-  assert whole["fsdp"]["reduce-scatter GB"] > 0 and whole["data"]["micro-batches"] == 1
+def test_layers_that_are_not_compiled_send_what_the_last_compiled_one_does(script):
+  two = {"fsdp": {"all-gather": 8.0}, "data": {"all-reduce": 4.0}}
+  three = {"fsdp": {"all-gather": 11.0, "all-reduce": 1.0}, "data": {"all-reduce": 5.0}}
+  assert script("sent").scaled(two, three, 5) == {
+    "fsdp": {"all-gather": 11.0 + 5 * 3.0, "all-reduce": 1.0 + 5 * 1.0},
+    "data": {"all-reduce": 5.0 + 5 * 1.0},
+  }
 
 
 def test_shapes_of_packed_batches_are_counted_without_a_step(script, tmp_path):
