@@ -43,6 +43,8 @@ class Options(NamedTuple):
 
   def names(self) -> tuple[str, ...]:
     """The statistics that are asked for."""
+    if self.kind == "imitation":
+      return ("nll",) * self.statistics
     mass = self.wants_top_k()
     return (
       ("kl", "student_entropy", "teacher_entropy") + ("topk_mass",) * mass
@@ -136,8 +138,8 @@ def imitate(
   head: Float[Array, "V D"],
   _: None,
 ) -> Compared:
-  """`compare` with the sampled tokens in the place of a teacher; at temperature 1, and without
-  statistics.
+  """`compare` with the sampled tokens in the place of a teacher; at temperature 1. Its statistic is
+  the value itself.
   """
   s = jnp.maximum(jax.lax.optimization_barrier(_product(hidden, head)), losses.FLOOR)
   total = _log_add(jax.nn.logsumexp(s, axis=-1), options.axes)
@@ -145,7 +147,8 @@ def imitate(
   here = (0 <= ids) & (ids < s.shape[-1])
   chosen = jnp.take_along_axis(s, jnp.where(here, ids, 0)[:, None], axis=-1)[:, 0]
   value = total - vocabulary_sum(jnp.where(here, chosen, 0), options.axes)
-  return value, {}, lambda: jnp.exp(s - total[:, None]) - (jnp.arange(s.shape[-1]) == ids[:, None])
+  gradient = lambda: jnp.exp(s - total[:, None]) - (jnp.arange(s.shape[-1]) == ids[:, None])
+  return value, dict.fromkeys(options.names(), value), gradient
 
 
 def vocabulary_sum(x: Array, axes: tuple[str, ...]) -> Array:

@@ -135,10 +135,12 @@ def linear_imitation(
   *,
   chunk: int = 512,
   vocabulary_axes: tuple[str, ...] = (),
+  statistics: bool = False,
   head_sink: Float32[Array, "V D"] | None = None,
-) -> tuple[Scalar, Scalar]:
+) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, "*tokens"]]]:
   """Returns `losses.imitation(student_hidden @ student_head.T, tokens, mask)`: (sum in nats,
-  count), float32 scalars.
+  count), float32 scalars; with `statistics` also {"nll": each token's, float32 [*tokens]}, 0 where
+  the mask is 0.
 
   Gradients, memory, devices, `head_sink` and errors are those of `linear_divergence`.
   """
@@ -148,10 +150,14 @@ def linear_imitation(
     (student_hidden, student_head, head_sink), student_hidden, tokens, mask
   )
   options = chunk_loss.Options(
-    "imitation", temperature=1.0, chunk=chunk, axes=tuple(vocabulary_axes)
+    "imitation",
+    temperature=1.0,
+    chunk=chunk,
+    axes=tuple(vocabulary_axes),
+    statistics=statistics,
   )
-  total, _ = _total(options, student_hidden, student_head, tokens, None, mask, head_sink)
-  return total, mask.sum(dtype=jnp.float32)
+  total, found = _total(options, student_hidden, student_head, tokens, None, mask, head_sink)
+  return (total, mask.sum(dtype=jnp.float32), *(found,) * statistics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -36,11 +36,20 @@ def linear_divergence(
 
 
 def linear_imitation(
-  mesh: Mesh | None, *args: Array, chunk: int, head_sink: Array | None = None
+  mesh: Mesh | None,
+  *args: Array,
+  chunk: int,
+  statistics: bool = False,
+  head_sink: Array | None = None,
 ) -> tuple[Array, Array, dict[str, Array]]:
-  """`fused.linear_imitation` in the same way; its statistics are none."""
+  """`fused.linear_imitation` in the same way; {} in the place of statistics without them."""
+
+  def loss(*args, **options):
+    found = fused.linear_imitation(*args, statistics=statistics, head_sink=head_sink, **options)
+    return found if statistics else (*found, {})
+
   return _spread(
-    lambda *args, **options: (*fused.linear_imitation(*args, head_sink=head_sink, **options), {}),
+    loss,
     mesh,
     args,
     (1,),

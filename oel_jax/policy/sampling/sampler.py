@@ -81,14 +81,16 @@ class Policy:
     *,
     sampling: Sampling,
     max_new_tokens: int,
+    logprobs: bool = False,
     reply: Reply | None = None,
-  ) -> list[list[int]]:
+  ) -> Any:
     """`generate` with this policy's own parts; where several processes have the parameters,
     `spread.sample`.
     """
     if spread.is_spread(self.params):
       if reply is None:
-        return spread.sample(self, list(prompts), list(seeds), sampling, max_new_tokens)
+        asked = list(prompts), list(seeds), sampling, max_new_tokens
+        return spread.sample(self, *asked, logprobs=logprobs)
       # What replies is here alone; games are shared out whole, before they come here.
       how = dict(sampling=sampling, max_new_tokens=max_new_tokens, reply=reply)
       return spread.own(self).sample(prompts, seeds, **how)
@@ -102,6 +104,7 @@ class Policy:
       eos_ids=self.tokenizer.eos_ids,
       pad_id=self.tokenizer.pad_id,
       dtype=self.dtype,
+      logprobs=logprobs,
       reply=reply,
     )
 

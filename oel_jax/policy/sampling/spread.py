@@ -37,23 +37,29 @@ def sample(
   seeds: Sequence[int],
   sampling: Sampling,
   max_new_tokens: int,
-) -> list[list[int]]:
-  """`Policy.sample` without a reply, where `policy` has spread parameters; the same ids in all
-  processes.
+  logprobs: bool = False,
+) -> Any:
+  """`Policy.sample` without a reply, where `policy` has spread parameters; the same ids, and
+  log-probabilities, in all processes.
   """
   local, first, step = own(policy), distributed.process(), distributed.count()
-  how = dict(sampling=sampling, max_new_tokens=max_new_tokens)
+  how = dict(sampling=sampling, max_new_tokens=max_new_tokens, logprobs=logprobs)
 
-  def work() -> list[list[int]]:
+  def work() -> list[list[Any]]:
     try:
-      return local.sample(prompts[first::step], seeds[first::step], **how)
+      found = local.sample(prompts[first::step], seeds[first::step], **how)
     except NotFiniteError as error:
       raise NotFiniteError(str(error), [first + step * i for i in error.prompts]) from error
+    # Each number of float32 is one that JSON has, too.
+    return [found[0], [scores.tolist() for scores in found[1]]] if logprobs else [found]
 
-  responses: list[list[int]] = [[] for _ in prompts]
+  parts: list[list[Any]] = [[[] for _ in prompts] for _ in range(1 + logprobs)]
   for number, found in enumerate(distributed.gather_done(work, "sampling")):
-    responses[number::step] = found
-  return responses
+    for whole, share in zip(parts, found, strict=True):
+      whole[number::step] = share
+  if not logprobs:
+    return parts[0]
+  return parts[0], [np.asarray(scores, np.float32) for scores in parts[1]]
 
 
 @together.everywhere
