@@ -79,6 +79,7 @@ NOT_NEGATIVE = (
   "consolidation.log_probe",
   "consolidation.knowledge_gib",
   "consolidation.weight_decay",
+  "consolidation.anchor",
   "evaluation.retention",
   "logs.held_out",
   "logs.near",
@@ -283,6 +284,18 @@ def default() -> ml_collections.ConfigDict:
       # else warn
       on_no_gain="warn",
       gate_episodes=64,  # games of each kind for that comparison
+      # share of a step's samples, by their tokens, that are trained on: those over which teacher
+      # and student disagree most (consolidation/selection.py); 1: all
+      select=1.0,
+      # whether prompts are drawn so that each conversation counts alike; False: each of its turns
+      balance=False,
+      # weight of the term that keeps what the round's first weights do with knowledge in their
+      # prompts (consolidation/anchor.py); 0: none
+      anchor=0.0,
+      anchor_share=0.125,  # share of a step's samples that it is of
+      # MODULE:NAME or FILE.py:NAME, a function (knowledge text) -> text, which stands in its
+      # prompts instead; "": the round's own
+      anchor_edit="",
       checkpoint_every=10,  # steps
       # what a finished training leaves: "checkpoints", the last two, or "weights", the parameters
       # alone, a third of one checkpoint, with which it cannot be trained for more steps
@@ -450,6 +463,7 @@ def _check_together(config: Any) -> None:
     'False where consolidation.kind is "imitation", which knows the sampled token alone',
   )
   _check_games(config)
+  _check_guard(config)
   _check_endpoint(config)
   _need(
     config,
@@ -502,6 +516,40 @@ def _check_games(config: Any) -> None:
     bool(config.logs.path) or config.deployment.episodes >= needed,
     f"at least {needed}: consolidation.games_per_step ({games}) new ones in each of "
     f"consolidation.steps ({config.consolidation.steps})",
+  )
+
+
+def _check_guard(config: Any) -> None:
+  """Raises ValueError where what is trained on beside the plain loss, or left out, cannot be so."""
+  training = config.consolidation
+  _need(config, "consolidation.select", 0 < training.select <= 1, "above 0 and at most 1 (all)")
+  _need(
+    config,
+    "consolidation.select",
+    training.select == 1 or (training.data, training.renewed) == ("student", "step"),
+    '1 where consolidation.data is not "student" or consolidation.renewed not "step": what the '
+    "student thinks of the tokens is known from its own sampling",
+  )
+  _need(config, "consolidation.anchor_share", 0 < training.anchor_share <= 1, "above 0, at most 1")
+  _need(
+    config,
+    "consolidation.anchor",
+    not training.anchor or training.kind != "imitation" and training.teacher == "frozen",
+    '0 where consolidation.kind is "imitation" or consolidation.teacher "live": there is no frozen '
+    "teacher to be held to",
+  )
+  _need(
+    config,
+    "consolidation.anchor_edit",
+    not training.anchor_edit or training.anchor > 0 and "distill" not in config,
+    '"" where consolidation.anchor is 0 or a text is distilled',
+  )
+  _need(
+    config,
+    "consolidation.balance",
+    not training.balance or not training.games_per_step and "distill" not in config,
+    "False where consolidation.games_per_step takes whole games, or a text is distilled, whose "
+    "prompts are turns of no conversation",
   )
 
 

@@ -17,14 +17,14 @@ from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_
 from oel_jax.conversations.schema import Message, Prompt
 from oel_jax.evaluation.instruction_kinds import KINDS
 from oel_jax.extraction import knowledge as knowledge_lib
-from oel_jax.runtime import files, schema
+from oel_jax.runtime import files, named, schema
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import play as play_lib
 from oel_jax.stages import resume
 from oel_jax.stages.consolidate import note_trained
 from oel_jax.stages.deploy import deploy
 from oel_jax.stages.evaluate import evaluate
-from oel_jax.stages.extract import extract, read_edit
+from oel_jax.stages.extract import extract
 from oel_jax.stages.gate import gate
 from oel_jax.stages.run import Run
 
@@ -183,10 +183,10 @@ def test_instructions_are_measured_where_nothing_is_played(make_run, tmp_path):
     ("return text[9]", r"it fails \(IndexError.*:2"),
   ],
 )
-def test_an_edit_of_ones_own_that_fails_is_told(make_run, tmp_path_factory, body, told):
+def test_an_edit_of_ones_own_that_fails_is_told(tmp_path_factory, body, told):
   file = tmp_path_factory.mktemp("own") / "own.py"
   file.write_text(f"def edit(text):\n  {body}\n")
-  edit = read_edit(make_run(extraction__edit=f"{file}:edit").config)
+  edit = named.edit(f"{file}:edit", "config.extraction.edit")
   with pytest.raises(ValueError, match=f"config.extraction.edit is '{file}:edit': {told}"):
     edit("short")
 

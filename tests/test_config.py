@@ -161,6 +161,10 @@ def test_every_field_is_explained_where_it_stands():
     ("consolidation.renewed", "often", "one of 'step', 'round', 'never'"),
     ("consolidation.teacher", "alive", "one of 'frozen', 'live'"),
     ("evaluation.accumulation_rounds", 0, "more than 0"),
+    ("consolidation.anchor_share", 0.0, "above 0, at most 1"),
+    ("consolidation.anchor", -1.0, "0 or more"),
+    ("consolidation.select", 0.0, "above 0 and at most 1"),
+    ("consolidation.select", 1.5, "above 0 and at most 1"),
   ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
@@ -336,6 +340,31 @@ def test_imitation_knows_no_equivalent_ends():
     ValueError, match="one_end is True: it must be False where consolidation.kind"
   ):
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+  "changes, told",
+  [
+    (dict(select=0.25, data="teacher"), 'select is 0.25: it must be 1 where .*data is not "stud'),
+    (dict(select=0.25, renewed="round"), 'or consolidation.renewed not "step"'),
+    (dict(anchor=1.0, kind="imitation"), "anchor is 1.0: it must be 0 where"),
+    (dict(anchor=1.0, teacher="live"), "anchor is 1.0: it must be 0 where"),
+    (dict(balance=True, games_per_step=1), "balance is True: it must be False where"),
+    (dict(anchor_edit="own.py:edit"), 'anchor_edit is .*: it must be "" where'),
+  ],
+)
+def test_what_guards_the_rounds_and_cannot_be_so_is_refused(changes, told):
+  config = config_lib.default()
+  config.consolidation.update(changes)
+  with pytest.raises(ValueError, match=told):
+    config_lib.validate(config)
+
+
+def test_prompts_of_no_conversation_are_not_balanced():
+  config = config_lib.default_distill()
+  config.consolidation.balance = True
+  with pytest.raises(ValueError, match="consolidation.balance is True: it must be False where"):
+    config_lib.validate(config, config_lib.default_distill())
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,26 @@ def test_order_and_state_are_those_of_earlier_versions(count, batch_size):
   assert orders[0] not in orders[1:] and orders[1] != orders[2]
 
 
+def test_each_conversation_counts_alike_and_each_of_its_turns():
+  groups = [[0, 1, 2], [3], [4, 5]]  # the numbers of their turns
+  batches = iter(dataset.batches(range(6), 3, seed=3, round=2, groups=groups))
+  passes = [next(batches) for _ in range(12)]
+  assert [n for batch in passes for n in batch["draw"]] == list(range(36))
+  drawn = [batch["prompt"] for batch in passes]
+  own = [[next(n for n in one if n in group) for one in drawn] for group in groups]
+  assert all(len(set(one) & set(group)) == 1 for one in drawn for group in groups)
+  # Each turn as often as the conversation's others: 12 draws are 4, 12 and 6 of each.
+  assert [[turns.count(n) for n in group] for turns, group in zip(own, groups)] == [
+    [4, 4, 4],
+    [12],
+    [6, 6],
+  ]
+  first = [iter(dataset.batches(range(6), 3, seed=s, round=2, groups=groups)) for s in range(9)]
+  assert {next(n for n in next(one)["prompt"] if n < 3) for one in first} == {0, 1, 2}
+  again = iter(dataset.batches(range(6), 3, seed=3, round=2, groups=groups))
+  assert [next(again) for _ in range(12)] == passes
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_get_together_what_one_gets_alone(processes):
   alone = iter(dataset.batches(range(11), 6, seed=0, round=1))

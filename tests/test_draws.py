@@ -116,15 +116,20 @@ def test_a_response_that_ends_with_the_limits_last_token_is_whole():
 
 def run(policy, folder, task, monkeypatch, **changes):
   """Trains; returns what each step was sampled with, and the lines of metrics."""
-  seen, sample_batch = [], samples.sample_batch
+  seen, draw, assemble = [], samples.draw, samples.assemble
 
-  def spy(*args, **how):
-    batch, responses = sample_batch(*args, **how)
-    seen.append((list(args[3]), responses, batch))
-    return batch, responses
+  def drawing(*args, **how):
+    drawn = draw(*args, **how)
+    seen.append([list(args[3]), drawn.responses])
+    return drawn
+
+  def assembling(*args, **how):
+    seen[-1].append(assemble(*args, **how))
+    return seen[-1][-1]
 
   with Metrics(folder) as metrics, monkeypatch.context() as patch:
-    patch.setattr(samples, "sample_batch", spy)
+    patch.setattr(samples, "draw", drawing)
+    patch.setattr(samples, "assemble", assembling)
     params, _ = trainer.consolidate(
       _config(**BARE | changes),
       task,

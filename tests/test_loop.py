@@ -401,7 +401,7 @@ def test_each_round_starts_from_the_weights_of_the_one_before(copy, monkeypatch)
     )
     raise Enough
 
-  monkeypatch.setattr(samples, "sample_batch", spy)
+  monkeypatch.setattr(samples, "draw", spy)
   with pytest.raises(Enough):
     loop_lib.run(config, copy, resume_anyway=True)
   first = final_params(copy, 1)

@@ -78,15 +78,9 @@ def assemble(
     ):
       if size > room:
         raise ValueError(f"sample {i}: the {name} has {size} tokens, the batch has room for {room}")
-  sizes = [
-    (len(prompt) + len(response), len(response))
-    for prompt, response in zip(prompts, responses, strict=True)
-  ]
-  rows = (
-    _fit(sizes, knowledge, (length, response_length), texts)
-    if pack
-    else [[i] for i in range(len(sizes))]
-  )
+  sizes = _sizes(prompts, responses)
+  room = dict(length=length, response_length=response_length, texts=texts, pack=pack)
+  rows = rows_of(prompts, knowledge, responses, **room)
   tokens, answers = (np.full((len(rows), n), pad_id, np.int32) for n in (length, response_length))
   positions, segments, slots = (np.zeros_like(tokens) for _ in range(3))
   (at, offsets), mask = (np.zeros_like(answers) for _ in range(2)), np.zeros(answers.shape, bool)
@@ -108,6 +102,29 @@ def assemble(
       at[s, there] = offsets[s, there] + begin + size - answer - 1
       begin, counted = begin + size, counted + answer
   return Batch(tokens, positions, segments, given, slots, at, answers, offsets, mask)
+
+
+def rows_of(
+  prompts: Sequence[Sequence[int]],
+  knowledge: Sequence[int],
+  responses: Sequence[Sequence[int]],
+  *,
+  length: int,
+  response_length: int,
+  texts: int = 1,
+  pack: bool = True,
+) -> list[list[int]]:
+  """Which samples stand in each row of `assemble`, in order; arguments as there."""
+  sizes = _sizes(prompts, responses)
+  if not pack:
+    return [[i] for i in range(len(sizes))]
+  return _fit(sizes, knowledge, (length, response_length), texts)
+
+
+def _sizes(prompts, responses) -> list[tuple[int, int]]:
+  """Tokens of each sample, and of its response."""
+  pairs = zip(prompts, responses, strict=True)
+  return [(len(prompt) + len(response), len(response)) for prompt, response in pairs]
 
 
 def _fit(sizes, knowledge, room, texts) -> list[list[int]]:

@@ -22,11 +22,12 @@ def batches(task: Task, config: Any) -> grain.IterDataset:
   endless order, lists of the same length.
 
   The order derives from the task's seed and round (`dataset.batches`); the ids are in the task, so
-  no file is read. `config` is config.consolidation: batch_size prompts at a time, or all those of
-  games_per_step games.
+  no file is read. `config` is config.consolidation: batch_size prompts at a time, with `balance`
+  each game's as often as any other's; or all those of games_per_step games.
   """
   how = dict(seed=task.seed, round=task.round)
   if not config.games_per_step:
+    how["groups"] = games_of(task) if config.balance else None
     return dataset.batches(range(len(task.prompts)), config.batch_size, **how)
   games = games_of(task)
   longest = max(map(len, games))

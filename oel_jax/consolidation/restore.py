@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import optax
+from absl import logging
 
 from oel_jax.consolidation import id_lists
 from oel_jax.consolidation import step as step_lib
@@ -101,6 +102,31 @@ def newest(checkpoints: Checkpoints, abstract: Any) -> Restored | None:
       "folder, and the same command goes on from the one before it, or begins the round anew"
     )
   return restored
+
+
+def go_on(
+  restored: Restored,
+  batches: Any,
+  config: Any,
+  task: task_lib.Task,
+  made_from: dict[str, str],
+  directory: str | os.PathLike,
+) -> int:
+  """Returns the step of the round's last whole checkpoint, and sets the batches to what follows it.
+
+  Raises:
+    ValueError: it was trained from something else, or for more steps than the configuration says.
+  """
+  compare_inputs(directory, restored.extra.get("made_from"), made_from)
+  batches.set_state(restored.extra["iterator"])
+  if restored.step < config.steps:
+    logging.warning("round %d: consolidation goes on after step %d", task.round, restored.step)
+  if restored.step > config.steps:
+    raise ValueError(
+      f"{directory}: holds step {restored.step}, but config.consolidation.steps is "
+      f"{config.steps}: it must be at least that"
+    )
+  return restored.step
 
 
 def keep_weights(

@@ -34,6 +34,34 @@ MICRO_BATCHES = 8
 MICRO_BATCH_COST = 256
 
 
+class Drawn(NamedTuple):
+  """Samples of a step, in the order of its prompts.
+
+  Attributes:
+    prompts: ids of each, without knowledge.
+    texts: which knowledge of the task each is given.
+    responses: sampled ids.
+    logprobs: of these ids, float32, as `sampler.generate` gives them; () if not asked for.
+    longest: tokens of the longest response that was sampled with these.
+  """
+
+  prompts: list[Sequence[int]]
+  texts: list[int]
+  responses: list[list[int]]
+  logprobs: Sequence[Any]
+  longest: int
+
+  def tokens(self) -> list[int]:
+    """Of each sample, prompt and response."""
+    pairs = zip(self.prompts, self.responses, strict=True)
+    return [len(prompt) + len(response) for prompt, response in pairs]
+
+  def only(self, chosen: Sequence[int]) -> "Drawn":
+    """The samples of these numbers, in this order."""
+    lists = [[x[i] for i in chosen] if len(x) else x for x in self[:-1]]
+    return Drawn(*lists, self.longest)
+
+
 def sample_batch(
   task: Task,
   student: Policy,
@@ -47,8 +75,29 @@ def sample_batch(
   whole: bool = False,
 ) -> tuple[batch_lib.Batch, list[list[int]]]:
   """Draws a knowledge text and a response for each chosen prompt; returns the batch, packed, and
-  the responses' ids; with `whole`, those that the limit cut are not in the batch, and if all are,
-  none of its tokens counts.
+  the responses' ids; with `whole`, those that the limit cut are not in the batch (`usable`).
+  Arguments as those of `draw`.
+  """
+  drawn = draw(task, student, teacher, chosen, numbers, config, limit, stage)
+  eos_ids = student.tokenizer.eos_ids if whole else None
+  left, counts = usable(drawn, limit, eos_ids)
+  return assemble(task, student, left, config, limit, counts=counts), drawn.responses
+
+
+def draw(
+  task: Task,
+  student: Policy,
+  teacher: Policy,
+  chosen: Sequence[int],
+  numbers: Sequence[int],
+  config: Any,
+  limit: int,
+  stage: str,
+  *,
+  logprobs: bool = False,
+) -> Drawn:
+  """Draws a knowledge text and a response for each chosen prompt; with `logprobs`, also what the
+  student's own responses had.
 
   `config` is config.consolidation; its `data` says who samples: the student from the prompt, or the
   teacher from knowledge and prompt.
@@ -57,33 +106,60 @@ def sample_batch(
   lots = [derive(task.seed, task.round, stage, "knowledge", int(n)) for n in numbers]
   texts = [task.given[i][lot % len(task.given[i])] for i, lot in zip(chosen, lots, strict=True)]
   seeds = [derive(task.seed, task.round, stage, int(n)) for n in numbers]
-  sampling = Sampling(temperature=config.temperature)
-  if config.data == "student":
-    responses = student.sample(prompts, seeds, sampling=sampling, max_new_tokens=limit)
+  how, scores = dict(sampling=Sampling(temperature=config.temperature), max_new_tokens=limit), ()
+  if config.data == "student" and logprobs:
+    responses, scores = student.sample(prompts, seeds, logprobs=True, **how)
+  elif config.data == "student":
+    responses = student.sample(prompts, seeds, **how)
   else:
     pairs = zip(texts, prompts, strict=True)
     informed = [task.knowledge[text] + prompt[task.skip[text] :] for text, prompt in pairs]
-    responses = teacher.sample(informed, seeds, sampling=sampling, max_new_tokens=limit)
+    responses = teacher.sample(informed, seeds, **how)
+  responses = [list(response) for response in responses]
+  return Drawn(prompts, texts, responses, scores, max(map(len, responses)))
+
+
+def usable(drawn: Drawn, limit: int, eos_ids: Sequence[int] | None) -> tuple[Drawn, bool]:
+  """The samples whose responses the limit did not cut, all of them if `eos_ids` is None, and True;
+  if all were cut, one of them, and False: none of its tokens is to count.
+  """
+  if eos_ids is None:
+    return drawn, True
+  left = draws.whole(drawn.responses, limit, eos_ids)
+  return drawn.only(left or [0]), bool(left)
+
+
+def assemble(
+  task: Task, policy: Policy, drawn: Drawn, config: Any, limit: int, *, counts: bool = True
+) -> batch_lib.Batch:
+  """The samples laid out in rows; of the policy only shapes and padding id are read. `counts` says
+  whether their tokens count.
+  """
+  how = _layout(task, policy, drawn, config, limit)
+  pad_id = policy.tokenizer.pad_id
+  made = batch_lib.assemble(drawn.prompts, drawn.texts, drawn.responses, pad_id=pad_id, **how)
+  if not counts:
+    made.mask[:] = False
+  return made
+
+
+def rows_of(task: Task, policy: Policy, drawn: Drawn, config: Any, limit: int) -> list[list[int]]:
+  """Which samples stand in each row of `assemble`, in order."""
+  how = _layout(task, policy, drawn, config, limit)
+  return batch_lib.rows_of(drawn.prompts, drawn.texts, drawn.responses, **how)
+
+
+def _layout(task, policy, drawn, config, limit) -> dict[str, Any]:
+  """How `batch.assemble` is to lay the samples out."""
   shape = row_shape(
-    student.architecture,
+    policy.architecture,
     task.prompts,
     task.knowledge,
     limit=limit,
-    longest=max(map(len, responses)),
+    longest=drawn.longest,
     pack=config.pack,
   )
-  kept = range(len(responses))
-  if whole:
-    kept = draws.whole(responses, limit, student.tokenizer.eos_ids)
-  made = batch_lib.assemble(
-    *([given[i] for i in kept or [0]] for given in (prompts, texts, responses)),
-    pad_id=student.tokenizer.pad_id,
-    pack=config.pack,
-    **shape._asdict(),
-  )
-  if not kept:
-    made.mask[:] = False
-  return made, [list(response) for response in responses]
+  return {"pack": config.pack, **shape._asdict()}
 
 
 class RowShape(NamedTuple):

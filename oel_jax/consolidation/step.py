@@ -126,9 +126,11 @@ def make_step(
   attn_impl: str = "xla",
   one: tuple[int, ...] = (),
   shardings: Any = None,
-) -> Callable[[State, teacher_lib.Teacher, batch_lib.Batch], tuple[State, dict[str, Array]]]:
-  """Makes the jitted step(state, teacher, batch) -> (state, metrics). The state is donated, the
-  teacher is not.
+  anchor: float = 0.0,
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+  """Makes the jitted step(state, teacher, batch, kept=None) -> (state, metrics). The state is
+  donated, the teacher is not. `kept`, a batch too, has prompts as they stand, of which the teacher
+  reads no other knowledge: on them, the student is held to what the teacher does (`anchor`).
 
   Args:
     architecture: of student and teacher.
@@ -144,13 +146,15 @@ def make_step(
       (`attention.attend`), and makes the loss of others NaN.
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's
       rows are a multiple of the mesh's data x fsdp (`mesh.pad_batch`).
+    anchor: weight of the mean divergence over the tokens of `kept`, beside that over the batch's.
 
   Returns:
     step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means
     over the tokens: kl (exact and reverse, whatever the loss), the same in each of
     `metrics_lib.BUCKETS`, student_entropy, teacher_entropy, all at `temperature`, and topk_mass
     where the top k are found for the loss. "imitation" has the first three only. Beside them stand
-    gradient_norm/PATH of each parameter, and not_finite (int32): how many arrays of the new
+    gradient_norm/PATH of each parameter, anchor (the mean divergence over `kept`, not weighted) if
+    there is such a batch, and not_finite (int32): how many arrays of the new
     parameters and of the optimizer's state hold a number that is not finite.
   """
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
@@ -202,27 +206,37 @@ def make_step(
 
     return _fold(add, zero, batch, micro_batches, where.get("axis"))
 
-  def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch):
+  def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, kept=None):
     is_unrolled = teacher_lib.is_unrolled(teacher)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
     params = (
       unrolled.fuse(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
     )
-    if is_unrolled and mesh is not None and mesh.size > 1:
-      found = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=True)
-    else:
-      found = add_up(params, teacher, batch, mesh=mesh)
-    value, count, sums, gradient = found
-    count = jnp.maximum(count, 1)
-    gradient = unrolled.unfuse(gradient, architecture) if is_unrolled else gradient
-    gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
+
+    def found(teacher, batch):
+      """Value, count, sums and the mean's gradient."""
+      if is_unrolled and mesh is not None and mesh.size > 1:
+        every = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=True)
+      else:
+        every = add_up(params, teacher, batch, mesh=mesh)
+      value, count, sums, gradient = every
+      count = jnp.maximum(count, 1)
+      gradient = unrolled.unfuse(gradient, architecture) if is_unrolled else gradient
+      return value, count, sums, jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
+
+    value, count, sums, gradient = found(teacher, batch)
+    more = {}
+    if kept is not None:
+      apart, tokens, _, slope = found(teacher_lib.without_knowledge(teacher), kept)
+      gradient = jax.tree.map(lambda g, s: g + anchor * s, gradient, slope)
+      more = {"anchor": apart / tokens}
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
     norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
     metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count}
-    metrics |= metrics_lib.means(sums)
+    metrics |= metrics_lib.means(sums) | more
     for path, square in jax.tree_util.tree_leaves_with_path(squares):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       metrics[GRADIENT + name] = jnp.sqrt(square)
@@ -312,28 +326,45 @@ def make_probe(
     )
     return count, {name: value.sum() for name, value in found.items()}
 
+  @jax.jit
+  def probe(params, teacher, batch):
+    names = chunk_loss.Options(statistics=True, topk_mass=True).names()
+    zero = lambda: (jnp.float32(0), dict.fromkeys(names, jnp.float32(0)))
+    params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
+    given = params, teacher, batch
+    count, sums = add_up_rows(total, zero, *given, mesh=mesh, micro_tokens=micro_tokens)
+    return {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
+
+  return probe
+
+
+def add_up_rows(
+  total: Callable[..., Any],
+  zero: Callable[[], Any],
+  params: Any,
+  teacher: teacher_lib.Teacher,
+  batch: batch_lib.Batch,
+  *,
+  mesh: Mesh | None,
+  micro_tokens: int | None,
+) -> Any:
+  """The sums `total(params, teacher, batch, mesh=…, axis=…, check_vma=…)` over all rows, by
+  micro-batches and on every device for its own where layers run without a loop; without gradients.
+  `zero()` are those of no rows; the last two arguments are `make_step`'s.
+  """
+
   def add_up(params, teacher, batch, **where):
     shards = mesh_lib.row_shards(where.get("mesh"))
     micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
     if micro_batches == 1:
       return total(params, teacher, batch, **where)
-    names = chunk_loss.Options(statistics=True, topk_mass=True).names()
-    zero = jnp.float32(0), dict.fromkeys(names, jnp.float32(0))
 
     def add(so_far, micro_batch):
       held = _held(so_far, params, teacher, where.get("axis"))
       return jax.tree.map(jnp.add, so_far, total(*held, micro_batch, **where))
 
-    return _fold(add, zero, batch, micro_batches, where.get("axis"))
+    return _fold(add, zero(), batch, micro_batches, where.get("axis"))
 
-  @jax.jit
-  def probe(params, teacher, batch):
-    is_unrolled = teacher_lib.is_unrolled(teacher)
-    params = unrolled.fuse(params, dtype) if is_unrolled else params
-    if is_unrolled and mesh is not None and mesh.size > 1:
-      count, sums = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=False)
-    else:
-      count, sums = add_up(params, teacher, batch, mesh=mesh)
-    return {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
-
-  return probe
+  if teacher_lib.is_unrolled(teacher) and mesh is not None and mesh.size > 1:
+    return on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=False)
+  return add_up(params, teacher, batch, mesh=mesh)

@@ -121,6 +121,14 @@ def prepare(
   return Teacher(params, keys, values, *jax.device_put((length, skip_G)))
 
 
+def without_knowledge(teacher: Teacher) -> Teacher:
+  """The same teacher, which has read one text of no tokens; inside a jitted function."""
+  layers, _, kv_heads, _, head_size = teacher.keys.shape
+  nothing = jnp.zeros((layers, 1, kv_heads, 0, head_size), teacher.keys.dtype)
+  zero = jnp.zeros(1, jnp.int32)
+  return teacher._replace(keys=nothing, values=nothing, length=zero, skip=zero)
+
+
 def room(knowledge: Sequence[Sequence[int]]) -> int:
   """P, the tokens that each text has room for: those of the longest, rounded up to MULTIPLE."""
   return -(-max(map(len, knowledge)) // MULTIPLE) * MULTIPLE

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from absl import logging
 
-from oel_jax.consolidation import draws, failure, placement, restore, samples
+from oel_jax.consolidation import anchor as anchor_lib
+from oel_jax.consolidation import draws, failure, placement, probing, restore, samples, selection
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
@@ -25,7 +26,7 @@ from oel_jax.consolidation.metrics import BUCKETS
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import distributed, finite, signals
 from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.runtime.checkpoint import Checkpoints, Restored
+from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
 
 
@@ -38,6 +39,7 @@ def consolidate(
   directory: str | os.PathLike,
   mesh: jax.sharding.Mesh,
   metrics: Metrics,
+  kept: task_lib.Task | None = None,
   advance: Callable[..., None] = lambda n, note="": None,
   base: Policy | None = None,
 ) -> tuple[Any, dict[str, float]]:
@@ -51,12 +53,14 @@ def consolidate(
     directory: of the round's checkpoints; what is there is gone on with.
     mesh: devices.
     metrics: gets a line a step.
+    kept: whose knowledge the term config.anchor is of (`anchor`); None: the task's own.
     advance: told of each step done, as `progress.bar` wants it, with the loss as its note.
     base: the run's first weights; None: the round's are.
 
   Returns:
-    The new parameters, and what it cost in this process: sampled and trained-on "tokens", "flops"
-    (2 a parameter and token, forward).
+    The new parameters, and what it cost in this process: "tokens" of the samples, prompts too,
+    those that the student was "trained" on, with what was kept, and "flops" (2 a parameter and
+    token, forward).
 
   Raises:
     ValueError: the checkpoints hold more steps than config.steps, or weights alone of fewer; or
@@ -70,7 +74,7 @@ def consolidate(
   begin = restore.beginning(optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
   made_from = restore.inputs(task, policy)
-  cost = {"tokens": 0.0, "flops": 0.0}
+  cost = {"tokens": 0.0, "trained": 0.0, "flops": 0.0}
   finished = restore.weights(directory, abstract.params, config.steps, made_from)
   if finished is not None:
     restore.drop_checkpoints(directory)  # which a kill may have left
@@ -79,7 +83,7 @@ def consolidate(
   with Checkpoints(directory) as checkpoints:
     batches = iter(draws.batches(task, config))
     restored = restore.newest(checkpoints, abstract)
-    first = _go_on(restored, batches, config, task, made_from, directory) if restored else 0
+    first = restore.go_on(restored, batches, config, task, made_from, directory) if restored else 0
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     if first:
       advance(first)
@@ -100,14 +104,14 @@ def consolidate(
       checkpoints,
       first,
       draws.samplers(config, policy, base or policy),
+      kept or task,
     )
     if first == 0:
       training.probe_untrained()
     with signals.deferred() as terminated:
       for i in range(first + 1, config.steps + 1):
-        state, loss, tokens = training.run_step(i, state, next(batches))
-        cost["tokens"] += tokens
-        cost["flops"] += training.flops(tokens)
+        state, loss, spent = training.run_step(i, state, next(batches))
+        cost = {name: total + spent[name] for name, total in cost.items()}
         ending = distributed.anywhere(terminated(), "the end of a step")
         last = i == config.steps and config.keep == "weights"
         if ending or (training.saves(i) and not last):
@@ -141,6 +145,8 @@ class _Training:
     teacher: what it has read of the knowledge.
     step: the jitted step (`step.make_step`).
     probe: parameters → statistics on the fixed batch; {} without one.
+    select: what chooses the samples to be trained on; None: all are.
+    anchor: what lays out the samples that are kept; None: none are.
     samplers: whose samples the steps take.
     attn_impl: the attention implementation.
     limit: most tokens of a response.
@@ -155,6 +161,8 @@ class _Training:
   teacher: teacher_lib.Teacher
   step: Callable
   probe: Callable[[Any], dict[str, float]]
+  select: selection.Selection | None
+  anchor: anchor_lib.Anchor | None
   samplers: draws.Samplers
   attn_impl: str
   limit: int
@@ -177,7 +185,7 @@ class _Training:
 
   def run_step(
     self, i: int, state: step_lib.State, drawn: dict[str, np.ndarray]
-  ) -> tuple[step_lib.State, float, float]:
+  ) -> tuple[step_lib.State, float, dict[str, float]]:
     """Samples, scores and updates once, and writes the step's line of metrics.
 
     Args:
@@ -186,7 +194,7 @@ class _Training:
       drawn: "prompt" and "draw" of the data iterator.
 
     Returns:
-      The new state, the loss, and how many tokens the batch has.
+      The new state, the loss, and what the step cost (`consolidate`).
 
     Raises:
       NotFiniteError: as `consolidate` says.
@@ -196,7 +204,7 @@ class _Training:
     teacher = self._teacher_of(student)
     try:
       by, informed, numbers = self.samplers(student, drawn)
-      batch, responses = samples.sample_batch(
+      sampled = samples.draw(
         self.task,
         by,
         informed,
@@ -205,15 +213,19 @@ class _Training:
         self.config,
         self.limit,
         "consolidate",
-        whole=not self.config.cut_responses,
+        logprobs=self.select is not None,
       )
     except finite.NotFiniteError as error:
       self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
       raise self.failed(i, str(error), [drawn["prompt"][k] for k in error.prompts]) from error
+    chosen, told, counts = self._chosen(sampled, teacher)
+    how = self.task, self.policy, chosen, self.config, self.limit
+    batch = samples.assemble(*how, counts=counts)
     placed = samples.place(batch, self.mesh, self.most, self.micro_tokens)
-    state, measured = self.step(state, teacher, placed)
+    kept, more = self.anchor(sampled) if self.anchor else (None, 0)
+    state, measured = self.step(state, teacher, placed, *[kept] * bool(self.anchor))
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-    scalars = _logged(measured, [len(ids) for ids in responses], self.limit)
+    scalars = _logged(measured, [len(ids) for ids in sampled.responses], self.limit) | told
     if self.saves(i):
       scalars |= self.probe(state.params)
     # The line comes before the checkpoint: if a kill falls between them, the step is done again
@@ -228,7 +240,16 @@ class _Training:
     )
     if what := failure.broken(scalars, measured, state):
       raise self.failed(i, what, drawn["prompt"])
-    return state, measured["loss"], float((batch.segments > 0).sum())
+    return state, measured["loss"], self.spent(sum(sampled.tokens()), sum(chosen.tokens()) + more)
+
+  def _chosen(
+    self, sampled: samples.Drawn, teacher: teacher_lib.Teacher
+  ) -> tuple[samples.Drawn, dict[str, float], bool]:
+    """The samples to be trained on, what the choice tells, and whether their tokens count."""
+    eos_ids = None if self.config.cut_responses else self.policy.tokenizer.eos_ids
+    left, counts = samples.usable(sampled, self.limit, eos_ids)
+    chosen, told = self.select(left, teacher) if self.select and counts else (left, {})
+    return chosen, told, counts
 
   def _teacher_of(self, student: Policy) -> teacher_lib.Teacher:
     """The round's teacher; a live one is the student, which has read the knowledge anew. The step
@@ -243,12 +264,14 @@ class _Training:
     """Whether step i leaves a checkpoint."""
     return i % self.config.checkpoint_every == 0 or i == self.config.steps
 
-  def flops(self, tokens: float) -> float:
-    """Of so many tokens: a pass of the sampler, one of the teacher, and three of the student
-    (forward, and both gradients), each 2 a parameter and token.
+  def spent(self, sampled: int, trained: int) -> dict[str, float]:
+    """What a step cost with so many tokens sampled, and so many trained on, those kept too: a pass
+    of the sampler over the first, and one of the teacher if it chooses; over the second one of the
+    teacher and three of the student (forward, and both gradients); each 2 a parameter and token.
     """
     parameters = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
-    return 2.0 * parameters * 5 * tokens
+    passes = (1 + (self.select is not None)) * sampled + 4 * trained
+    return {"tokens": float(sampled), "trained": float(trained), "flops": 2.0 * parameters * passes}
 
   def failed(self, step: int, what: str, drawn: Sequence[int]) -> finite.NotFiniteError:
     """The error that ends the run at this step (`failure.failed`)."""
@@ -264,7 +287,18 @@ class _Training:
 
 
 def _prepare(
-  config, task, policy, optimizer, shardings, limit, mesh, metrics, checkpoints, first, samplers
+  config,
+  task,
+  policy,
+  optimizer,
+  shardings,
+  limit,
+  mesh,
+  metrics,
+  checkpoints,
+  first,
+  samplers,
+  kept,
 ) -> _Training:
   """Reads the knowledge once, and makes the step and the probe.
 
@@ -275,7 +309,10 @@ def _prepare(
   teacher = placement.prepare_teacher(config, task, policy, mesh, attn_impl)
   _tell_if_on_host(config, task, teacher)
   most = draws.max_samples(task, config)
-  micro_tokens = samples.micro_tokens_of(config, task.prompts, limit=limit, samples=most, mesh=mesh)
+  count = selection.trained(config, most)
+  micro_tokens = samples.micro_tokens_of(
+    config, task.prompts, limit=limit, samples=count, mesh=mesh
+  )
   training = _Training(
     config,
     task,
@@ -283,6 +320,8 @@ def _prepare(
     teacher,
     make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens),
     lambda params: {},
+    selection.prepare(config, task, policy, limit, mesh, attn_impl, most),
+    anchor_lib.prepare(config, kept, policy, limit, mesh, micro_tokens, most),
     samplers,
     attn_impl,
     limit,
@@ -293,35 +332,10 @@ def _prepare(
     checkpoints,
   )
   try:
-    probe = _make_probe(config, task, policy, teacher, limit, mesh, attn_impl)
+    probe = probing.make(config, task, policy, teacher, limit, mesh, attn_impl)
   except finite.NotFiniteError as error:
     raise training.failed(first, str(error), error.prompts) from error
   return dataclasses.replace(training, probe=probe)
-
-
-def _go_on(
-  restored: Restored,
-  batches: Any,
-  config: Any,
-  task: task_lib.Task,
-  made_from: dict[str, str],
-  directory: str | os.PathLike,
-) -> int:
-  """Returns the step of the round's last whole checkpoint, and sets the batches to what follows it.
-
-  Raises:
-    ValueError: it was trained from something else, or for more steps than the configuration says.
-  """
-  restore.compare_inputs(directory, restored.extra.get("made_from"), made_from)
-  batches.set_state(restored.extra["iterator"])
-  if restored.step < config.steps:
-    logging.warning("round %d: consolidation goes on after step %d", task.round, restored.step)
-  if restored.step > config.steps:
-    raise ValueError(
-      f"{directory}: holds step {restored.step}, but config.consolidation.steps is "
-      f"{config.steps}: it must be at least that"
-    )
-  return restored.step
 
 
 def _tell_if_on_host(config: Any, task: task_lib.Task, teacher: teacher_lib.Teacher) -> None:
@@ -361,6 +375,7 @@ def make_step(
     remat=config.remat,
     attn_impl=attn_impl,
     one=tuple(policy.tokenizer.eos_ids) if config.one_end else (),
+    anchor=config.anchor,
   )
 
 
@@ -383,32 +398,4 @@ def _logged(measured: dict[str, float], lengths: Sequence[int], limit: int) -> d
     "samples": len(lengths),
     "response_tokens": float(np.mean(lengths)),
     "cut": cut,
-  }
-
-
-def _make_probe(config, task, policy, teacher, limit, mesh, attn_impl):
-  """Statistics on one fixed batch, the same at every step of the round: exact KL, entropies, top-k
-  mass, named probe_kl and so on.
-  """
-  count = min(config.log_probe, len(task.prompts))
-  if count == 0:
-    return lambda params: {}
-  numbers = list(range(count))
-  batch, _ = samples.sample_batch(task, policy, policy, numbers, numbers, config, limit, "probe")
-  micro_tokens = samples.micro_tokens_of(
-    config, task.prompts, limit=limit, samples=count, mesh=mesh
-  )
-  batch = samples.place(batch, mesh, count, micro_tokens)
-  probe = step_lib.make_probe(
-    policy.architecture,
-    k=config.k,
-    temperature=config.temperature,
-    chunk=config.chunk,
-    micro_tokens=micro_tokens,
-    dtype=policy.dtype,
-    attn_impl=attn_impl,
-    mesh=mesh,
-  )
-  return lambda params: {
-    f"probe_{name}": float(value) for name, value in probe(params, teacher, batch).items()
   }

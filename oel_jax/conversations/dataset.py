@@ -20,6 +20,7 @@ def batches(
   round: int,
   process_index: int = 0,
   process_count: int = 1,
+  groups: Sequence[Sequence[int]] | None = None,
 ) -> grain.IterDataset:
   """Batches without end of what the source holds, shuffled anew in each pass.
 
@@ -33,6 +34,8 @@ def batches(
     round: from 1.
     process_index: this process, from 0.
     process_count: of all processes.
+    groups: numbers of items that count together as one: a pass has one item of each group, the next
+      pass the group's next one, from one that is drawn by lot. None: each item counts alone.
 
   Returns:
     {"prompt": items of the source, "draw": their places in the endless order, from 0}, lists of
@@ -51,12 +54,23 @@ def batches(
       f"the batch of {batch_size} prompts does not divide by {process_count} processes: it must be "
       "a multiple"
     )
+  count = len(source if groups is None else groups)
+
+  def item(number: int, draw: int) -> int:
+    """The item that draw `draw` has of a group."""
+    if groups is None:
+      return number
+    first = derive(seed, round, "turn", number)
+    return groups[number][(first + draw // count) % len(groups[number])]
+
   order = (
-    grain.MapDataset.range(len(source))
+    grain.MapDataset.range(count)
     .seed(derive(seed, round, "prefixes"))  # as the draw was named from the first: orders stay
     .shuffle()
     .repeat()
-    .map_with_index(lambda draw, number: {"prompt": int(number), "draw": int(draw)})
+    .map_with_index(
+      lambda draw, number: {"prompt": item(int(number), int(draw)), "draw": int(draw)}
+    )
   )
   if process_count > 1:
     order = order[process_index::process_count]

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import pathlib
 import re
+import reprlib
 import sys
 import traceback
 import types
@@ -96,6 +97,27 @@ def called(
   except Exception as error:
     reason = explained(error, found(text), words=words)
     raise ValueError(f"{field} is {text!r}: it fails ({reason})") from error
+
+
+def edit(text: str, field: str) -> Callable[[str], str] | None:
+  """The function (text) -> text that `text` names, with errors that say so; None if it is "".
+
+  Raises:
+    ValueError, OSError: as `function`; and by the function itself as `called`, or where it returns
+      something else.
+  """
+  if not text:
+    return None
+  own = function(text, field)
+
+  def edited(given: str) -> str:
+    found = called(text, field, own, given)
+    if not isinstance(found, str):
+      seen = reprlib.repr(found)
+      raise ValueError(f"{field} is {text!r}: it returns {seen}: it must be a text")
+    return found
+
+  return edited
 
 
 def explained(error: BaseException, file: pathlib.Path | None = None, *, words: bool = True) -> str:

@@ -27,6 +27,7 @@ FUNCTIONS = (
   "distill.content",
   "deployment.environment",
   "extraction.edit",
+  "consolidation.anchor_edit",
   "evaluation.tasks",
   "logs.redact_hook",
 )

@@ -77,12 +77,11 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   there.
 
   The fields are policy.weights, extraction.weights, deployment.environment, evaluation.tasks,
-  evaluation.unrelated and extraction.edit, where they name a file, and those of `distill`. Up to
-  64 MiB a file's digest is of all its bytes; of a larger one it is of its size, its first MiB
-  (where safetensors and GGUF list their tensors), its last, and 256 blocks of 64 KiB spread evenly
-  between. A folder's is of
-  the names and digests of the files in it that end as WEIGHTS says; that of one part of a split
-  GGUF file is of all its parts.
+  evaluation.unrelated, extraction.edit and consolidation.anchor_edit, where they name a file, and
+  those of `distill`. Up to 64 MiB a file's digest is of all its bytes; of a larger one it is of its
+  size, its first MiB (where safetensors and GGUF list their tensors), its last, and 256 blocks of
+  64 KiB spread evenly between. A folder's is of the names and digests of the files in it that end
+  as WEIGHTS says; that of one part of a split GGUF file is of all its parts.
   """
   weights = (config.policy.weights or "") if "policy" in config else ""
   found_at = {"policy.weights": _python_file(weights) or weights}
@@ -92,7 +91,8 @@ def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
     found_at["deployment.environment"] = str(named.found(environment) or "")
   extractor = config.get("extraction", {}).get("weights", "")
   found_at["extraction.weights"] = _python_file(extractor) or extractor
-  found_at["extraction.edit"] = _python_file(config.get("extraction", {}).get("edit", ""))
+  for group, name in (("extraction", "edit"), ("consolidation", "anchor_edit")):
+    found_at[f"{group}.{name}"] = _python_file(config.get(group, {}).get(name, ""))
   found_at["evaluation.unrelated"] = config.get("evaluation", {}).get("unrelated", "")
   if "distill" in config:
     found_at |= {

@@ -11,7 +11,7 @@ from oel_jax.consolidation import trainer
 from oel_jax.conversations import jsonl
 from oel_jax.conversations.schema import knowledge_message
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import together
+from oel_jax.runtime import named, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages.run import CHECKPOINTS, Run
 
@@ -21,17 +21,24 @@ def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> 
   reads prompts.jsonl alone.
   """
   config = run.config.consolidation
-  task = _make_task(run, number, policy, list(texts))
+  task, kept = _make_task(run, number, policy, list(texts), "task"), None
+  if edit := named.edit(config.anchor_edit, "config.consolidation.anchor_edit"):
+    kept = _make_task(run, number, policy, [edit(text) for text in texts], "kept task")
   with run.stage(number, "consolidate", policy, config.steps) as (meter, advance):
-    params, cost = _train(run, number, policy, task, advance)
+    params, cost = _train(run, number, policy, task, kept, advance)
     meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
+    meter.trained = int(cost["trained"])
   note_trained(run, number, params)
   return params
 
 
 @together.everywhere
-def _make_task(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> task_lib.Task:
-  """What the round's steps draw from; each process reads it, for it may be large."""
+def _make_task(
+  run: Run, number: int, policy: Policy, texts: Sequence[str], name: str
+) -> task_lib.Task:
+  """What the round's steps draw from, with these texts; each process reads it, for it may be large,
+  and has it under this name.
+  """
   task = task_lib.make_task(
     policy.tokenizer,
     jsonl.prompts(run.prompts(number), max_damaged=0.0),
@@ -42,13 +49,18 @@ def _make_task(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> t
     limit=run.config.policy.max_prompt_tokens,
     message=functools.partial(knowledge_message, wording=run.config.extraction.wording),
   )
-  together.share("task", task)
+  together.share(name, task)
   return task
 
 
 @together.everywhere
 def _train(
-  run: Run, number: int, policy: Policy, task: task_lib.Task, advance: Callable[..., None] | None
+  run: Run,
+  number: int,
+  policy: Policy,
+  task: task_lib.Task,
+  kept: task_lib.Task | None,
+  advance: Callable[..., None] | None,
 ) -> tuple[Any, dict[str, float]]:
   """`trainer.consolidate`; `advance` is None in all processes but the first."""
   params, cost = trainer.consolidate(
@@ -59,6 +71,7 @@ def _train(
     directory=run.round(number) / CHECKPOINTS,
     mesh=run.mesh,
     metrics=run.metrics,
+    kept=kept,
     advance=advance or (lambda n, note="": None),
     base=run.base,
   )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,23 +44,6 @@ def extract(run: Run, number: int, policy: Policy) -> list[str]:
     games = read_conversations(path, max_damaged=0.0) if there else None
     _write(run, number, policy, games or deploy.play_for_knowledge(run, number, policy))
   return knowledge.texts(run, number)
-
-
-def read_edit(config: Any) -> Callable[[str], str] | None:
-  """The function that config.extraction.edit names; None if it names none."""
-  name, field = config.extraction.edit, "config.extraction.edit"
-  if not name:
-    return None
-  own = named.function(name, field)
-
-  def edit(text: str) -> str:
-    edited = named.called(name, field, own, text)
-    if not isinstance(edited, str):
-      seen = reprlib.repr(edited)
-      raise ValueError(f"{field} is {name!r}: it returns {seen}: it must be a text")
-    return edited
-
-  return edit
 
 
 def texts_after(run: Run, number: int, step: int, policy: Policy) -> list[str]:
@@ -252,7 +234,7 @@ def _edit(config: Any) -> Callable[[str], str] | None:
   """What changes an item before it crosses: where logs are learned from, whatever must not cross is
   taken out of it, and then config.extraction.edit; None if nothing does.
   """
-  edit = read_edit(config)
+  edit = named.edit(config.extraction.edit, "config.extraction.edit")
   if not config.logs.path:
     return edit
   redact = collect.redactor(config).text

@@ -110,6 +110,7 @@ class Run:
           "seconds": time.monotonic() - started,
           "tokens": meter.tokens,
           "flops": meter.flops,
+          **({"trained": meter.trained} if meter.trained is not None else {}),
           "programs": compiles() - programs,
           "compile_seconds": compiles.seconds - compiling,
         }
@@ -127,6 +128,7 @@ class Meter:
   policy: Policy
   tokens: int = 0
   flops: float = 0.0
+  trained: int | None = None  # of these tokens, those that went through the student's gradients
 
   @property
   def tokenizer(self) -> Any:

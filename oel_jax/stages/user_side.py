@@ -7,7 +7,8 @@ from typing import Any
 from absl import logging
 
 from oel_jax.evaluation import tasks
-from oel_jax.stages import collect, extract, unrelated
+from oel_jax.runtime import named
+from oel_jax.stages import collect, unrelated
 from oel_jax.stages.run import PROMPTS
 
 
@@ -22,7 +23,7 @@ def check(config: Any, workdir: str | os.PathLike) -> str:
   """
   tasks.read_tasks(config.evaluation.tasks)
   unrelated.prompts(config)
-  extract.read_edit(config)
+  named.edit(config.extraction.edit, "config.extraction.edit")
   name = _check_logs(config, pathlib.Path(workdir)) if config.logs.path else ""
   if config.deployment.environment:
     # Here, for who begins from logs may have no game at all.
