@@ -81,6 +81,7 @@ NOT_NEGATIVE = (
   "consolidation.weight_decay",
   "consolidation.anchor",
   "evaluation.retention",
+  "evaluation.own_answers",
   "logs.held_out",
   "logs.near",
 )
@@ -319,6 +320,9 @@ def default() -> ml_collections.ConfigDict:
       # lost
       tasks=(),
       retention=0,  # examples of each of those tasks; 0: none
+      # held-out games whose first prompt the policy answers without knowledge, for the entropy and
+      # the mass on consolidation.k tokens of its own answers (`stages/own_answers.py`); 0: none
+      own_answers=0,
       # prompts (.txt, .jsonl or .json, `conversations/importers.py`) that have nothing to do with
       # what is learned: on them is measured how far the model has moved from the one that the run
       # began with (`stages/unrelated.py`); "": not measured
@@ -477,12 +481,13 @@ def _check_together(config: Any) -> None:
     bool(config.deployment.environment) or not config.consolidation.gate_episodes,
     '0 where deployment.environment is "", as there is nothing to play',
   )
-  _need(
-    config,
-    "evaluation.accumulation",
-    bool(config.deployment.environment) or not evaluation.accumulation,
-    '() where deployment.environment is "", as there is nothing to play',
-  )
+  for field, nothing in (("accumulation", ()), ("own_answers", 0)):
+    _need(
+      config,
+      f"evaluation.{field}",
+      bool(config.deployment.environment) or not evaluation[field],
+      f'{nothing} where deployment.environment is "", as there is nothing to play',
+    )
   _need(
     config,
     "deployment.endpoint",

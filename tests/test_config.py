@@ -161,6 +161,7 @@ def test_every_field_is_explained_where_it_stands():
     ("consolidation.renewed", "often", "one of 'step', 'round', 'never'"),
     ("consolidation.teacher", "alive", "one of 'frozen', 'live'"),
     ("evaluation.accumulation_rounds", 0, "more than 0"),
+    ("evaluation.own_answers", -1, "0 or more"),
     ("consolidation.anchor_share", 0.0, "above 0, at most 1"),
     ("consolidation.anchor", -1.0, "0 or more"),
     ("consolidation.select", 0.0, "above 0 and at most 1"),
@@ -183,6 +184,7 @@ def test_a_wrong_value_is_named_with_what_would_be_right(field, value, right):
   [
     ("consolidation.gate_episodes", 4, "0 where deployment.environment is"),
     ("evaluation.accumulation", (4,), "() where deployment.environment is"),
+    ("evaluation.own_answers", 4, "0 where deployment.environment is"),
     ("deployment.endpoint", "http://127.0.0.1:1/v1", '"" where logs.path says'),
     ("logs.path", "", '"textarena", FILE.py:NAME or MODULE:NAME'),
   ],

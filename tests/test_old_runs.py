@@ -55,6 +55,7 @@ NEW = (
   ("consolidation", "anchor"),
   ("consolidation", "anchor_share"),
   ("consolidation", "anchor_edit"),
+  ("evaluation", "own_answers"),
   ("evaluation", "tasks"),
   ("evaluation", "unrelated"),
   ("evaluation", "accumulation_rounds"),

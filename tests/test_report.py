@@ -328,6 +328,7 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_else(run):
     "passed.png",
     "response_tokens.png",
     "accumulation.png",
+    "rounds.png",
     "consolidation.png",
   }
   assert all(data.startswith(b"\x89PNG") for name, data in first.items() if name.endswith(".png"))
@@ -397,8 +398,8 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
     for name, value in attributes.items()
     if name in ("src", "href", "srcset", "action")
   ]
-  # Four plots, light and dark.
-  assert len(addresses) == 8 and all(
+  # Five plots, light and dark.
+  assert len(addresses) == 10 and all(
     address.startswith("data:image/png;base64,") for address in addresses
   )
   assert "url(" not in page_of(run) and "@import" not in page_of(run)

@@ -1,5 +1,5 @@
 """Divergences that a round was measured on, in nats a token: from the teacher where nothing was
-learned, and from the base where nothing was to be learned.
+learned, and from the base where nothing was to be learned; and how sure it is of its own answers.
 """
 
 import dataclasses
@@ -39,6 +39,29 @@ class Unrelated:
   prompts: int
   kl: float
   response_tokens: Measure
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnAnswers:
+  """How sure the policy is of its own answers to `prompts` first prompts of held-out games
+  (`stages.own_answers`): `entropy` and `kl`, from the one that the run began with, in nats a token;
+  `topk_mass`, the share of the mass on the `k` likeliest tokens.
+  """
+
+  prompts: int
+  entropy: float
+  k: int
+  topk_mass: float
+  kl: float
+
+
+def own_answers(value: Any) -> OwnAnswers:
+  """The "own_answers" of an evaluation.json; raises ValueError naming the field."""
+  where = "own_answers"
+  numbers = {name: get(value, name, where) for name in ("entropy", "topk_mass", "kl")}
+  for name, number in numbers.items():
+    need(schema.is_number(number), f"{where}.{name}", number, "a number")
+  return OwnAnswers(whole(value, "prompts", where), k=whole(value, "k", where), **numbers)
 
 
 def held_out(value: Any) -> HeldOut:

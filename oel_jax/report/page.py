@@ -253,6 +253,12 @@ def _plots(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
       "Played with round 1’s knowledge after so many trajectories.",
     ),
     (
+      "rounds",
+      "wide",
+      "Round by round",
+      "The consolidated weights, with knowledge in the prompt and without; round 0 is the base.",
+    ),
+    (
       "consolidation",
       "wide",
       "Consolidation, step by step",
@@ -263,6 +269,7 @@ def _plots(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
   figures = [
     figure(title, about, light.get(name), dark.get(name), kind, absent)
     for name, kind, title, about in plots
+    if name in light or name != "rounds"  # of one round there is nothing to say
   ]
   return f'<div class="plots">{"".join(figures)}</div>'
 

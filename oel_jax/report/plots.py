@@ -35,7 +35,7 @@ DARK = Theme("#1c2027", "#e4e7ec", "#98a2b3", "#323843", "#7fb0ff", "#f2a65a")
 
 def draw(run: Run, theme: Theme) -> dict[str, bytes]:
   """Returns PNG files by name, only those that the run has numbers for: passed, response_tokens,
-  accumulation, consolidation.
+  accumulation, rounds, consolidation.
   """
   style = {
     "font.size": 9,
@@ -66,6 +66,7 @@ def draw(run: Run, theme: Theme) -> dict[str, bytes]:
     ("passed", _passed),
     ("response_tokens", _tokens),
     ("accumulation", _accumulation),
+    ("rounds", _rounds),
     ("consolidation", _consolidation),
   ):
     # No pyplot: a figure of its own leaves the caller's backend and figures alone.
@@ -218,6 +219,62 @@ def _accumulation(run: Run, theme: Theme) -> Figure | None:
   axes.set_xlabel("trajectories the knowledge was drawn from")
   _legend(axes)
   return figure
+
+
+def _rounds(run: Run, theme: Theme) -> Figure | None:
+  """What is held to from round to round: play with knowledge in the prompt of what each round made,
+  tasks, and how sure it is of its own answers. None of a run with fewer than two rounds.
+  """
+  found = sorted(run.evaluations.items())
+  if sum(number > 0 for number, _ in found) < 2:
+    return None
+  share = lambda measure: measure and measure.value is not None and 100 * measure.value
+  passed = {
+    "no knowledge": lambda one: share(one.without.passed),
+    "that round’s": lambda one: share(one.after_in_context and one.after_in_context.passed),
+    "round 1’s": lambda one: share(one.first_knowledge and one.first_knowledge.passed),
+  }
+  kept = {task: lambda one, task=task: share(one.retention.get(task)) for task in run.tasks}
+  sure = {
+    "entropy": {"": lambda one: one.own_answers and one.own_answers.entropy},
+    "mass": {"": lambda one: one.own_answers and 100 * one.own_answers.topk_mass},
+  }
+  panels = [
+    (title, unit, curves)
+    for title, unit, values in (
+      ("Passed, by knowledge in the prompt", "games, %", passed),
+      ("What else it can do", "right, %", kept),
+      ("Entropy of its own answers", "nats a token", sure["entropy"]),
+      ("Mass on the likeliest tokens", "%", sure["mass"]),
+    )
+    if (curves := _by_round(found, values))
+  ]
+  figure = _figure(2.6 * -(-len(panels) // 2), 10.6)
+  every = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
+  colors = (theme.without, theme.context, theme.dim, theme.ink)
+  for axes, (title, unit, curves) in zip(every, panels):
+    for i, (name, points) in enumerate(curves.items()):
+      style = dict(marker="o", markersize=3, linewidth=1.5, linestyle=("-", "--")[i // 4 % 2])
+      axes.plot(*zip(*points), color=colors[i % 4], label=name, **style)
+    axes.set_ylabel(unit)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, pad=20 if len(curves) > 1 else None)
+    if len(curves) > 1:
+      axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=4, handlelength=1.2)
+  for axes in every[len(panels) :]:
+    axes.set_visible(False)
+  return figure
+
+
+def _by_round(found: Sequence[tuple[int, Any]], values: dict[str, Any]) -> dict[str, list]:
+  """Name → (round, value) where there is one, of the names that have any."""
+  curves = {}
+  for name, value in values.items():
+    points = [(number, y) for number, one in found if type(y := value(one)) in (int, float)]
+    if points:
+      curves[name] = points
+  return curves
 
 
 def _consolidation(run: Run, theme: Theme) -> Figure | None:

@@ -15,7 +15,7 @@ from oel_jax.conversations.schema import Conversation
 from oel_jax.extraction import provenance
 from oel_jax.extraction.provenance import Origin
 from oel_jax.report import divergences, gates
-from oel_jax.report.divergences import HeldOut, Unrelated
+from oel_jax.report.divergences import HeldOut, OwnAnswers, Unrelated
 from oel_jax.report.gates import Gate
 from oel_jax.report.measures import Measure, read_categories, read_share
 from oel_jax.report.plays import Play, read_play
@@ -25,7 +25,8 @@ from oel_jax.runtime.schema import get, need, whole
 from oel_jax.runtime.workdir import read_config
 
 SCHEMA = 1
-COUNTED = ("tokens", "flops", "programs", "compile_seconds")  # of a `Cost`, where they are known
+# Of a `Cost`, where they are known.
+COUNTED = ("tokens", "flops", "programs", "compile_seconds", "trained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Evaluation:
     held_out: where logs are learned from.
     retention_categories: of those of the tasks that have parts, the share of each.
     unrelated: where config.evaluation.unrelated has prompts.
+    own_answers: where config.evaluation.own_answers asks for some.
     deployed_cut: responses of the round's deployed games that the limit of tokens ended, of those
       for "knowledge" and those for "prompts"; {} without games, or by an earlier version.
   """
@@ -62,6 +64,7 @@ class Evaluation:
   retention_categories: dict[str, dict[str, Measure]] = dataclasses.field(default_factory=dict)
   unrelated: Unrelated | None = None
   deployed_cut: dict[str, Measure] = dataclasses.field(default_factory=dict)
+  own_answers: OwnAnswers | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Cost:
     tokens: sampled or trained on.
     programs: compiled, or fetched from the compilation cache.
     compile_seconds: of the compiler for them, which may work on several at a time.
+    trained: of the tokens, those that the student's gradients were formed of.
   """
 
   round: int
@@ -81,6 +85,7 @@ class Cost:
   flops: float | None
   programs: float | None = None
   compile_seconds: float | None = None
+  trained: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +271,7 @@ def _evaluation(value: Any, number: int) -> Evaluation:
     {task: parts for task, share in retention.items() if (parts := _parts(share, task))},
     value.get("unrelated") and divergences.unrelated(value["unrelated"]),
     _shares(value, "deployed_cut"),
+    value.get("own_answers") and divergences.own_answers(value["own_answers"]),
   )
 
 
@@ -305,7 +311,7 @@ def _costs(value: Any, number: int) -> list[Cost]:
       known = entry.get(name)
       ok = (schema.is_number(known) and known >= 0) or (name != "seconds" and known is None)
       need(ok, f"{where}.{name}", known, "a number, 0 or more")
-    before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0, 0, 0.0))
+    before = result.get(entry["stage"], Cost(number, entry["stage"], 0.0, 0, 0.0, 0, 0.0, 0))
     counted = {name: _sum(getattr(before, name), entry.get(name)) for name in COUNTED}
     seconds = before.seconds + entry["seconds"]
     result[entry["stage"]] = Cost(number, entry["stage"], seconds, **counted)

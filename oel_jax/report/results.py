@@ -43,6 +43,11 @@ CONFIG_FIELDS = (
   "consolidation.support",
   "consolidation.temperature",
   "consolidation.learning_rate",
+  "consolidation.select",
+  "consolidation.balance",
+  "consolidation.anchor",
+  "consolidation.anchor_share",
+  "consolidation.anchor_edit",
   "evaluation.episodes",
   "evaluation.retention",
 )
@@ -134,6 +139,9 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
       row["response tokens"] = away["response_tokens_after"]
     if moved := entry["unrelated"]:
       row["KL to the base"] = f"{moved['kl']:z.4f}"  # 0 of the base, but for rounding
+    if sure := entry["own_answers"]:
+      row["entropy"] = f"{sure['entropy']:.4f}"
+      row[f"top-{sure['k']} mass %"] = _percent(sure["topk_mass"])
     kept = entry["retention"]
     row.update({name: _percent(kept[name]) for name in kept if f"{name}_interval" in kept})
     table.append(row)
@@ -218,7 +226,9 @@ def _play_numbers(run: Run, evaluation: Evaluation) -> dict[str, Any]:
   cut = {name: _numbers("cut", share) for name, share in cuts.measured(run, evaluation).items()}
   found |= {"ended": play.ended, "categories": _shares(play.categories), "cut": cut}
   moved = evaluation.unrelated
-  return found | {"unrelated": _unrelated_numbers(moved) if moved else None}
+  found["unrelated"] = _unrelated_numbers(moved) if moved else None
+  sure = evaluation.own_answers
+  return found | {"own_answers": dataclasses.asdict(sure) if sure else None}
 
 
 def _unrelated_numbers(moved: Unrelated) -> dict[str, Any]:

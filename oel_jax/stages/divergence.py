@@ -18,10 +18,11 @@ BATCH = 32  # prompts at a time
 
 
 def scorer(
-  run: Run, task: task_lib.Task, teacher: Policy, where: str
-) -> Callable[[Policy], tuple[float, list[list[int]]]]:
-  """Makes score(student) -> the student's mean KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)) over the
-  tokens y of its own answers, nats a token, and the answers' ids.
+  run: Run, task: task_lib.Task, teacher: Policy, where: str, k: int = 1
+) -> Callable[[Policy], tuple[dict[str, float], list[list[int]]]]:
+  """Makes score(student) -> means over the tokens y of its own answers, and the answers' ids: "kl",
+  the student's KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), and the other statistics of
+  `fused.linear_divergence`, nats a token.
 
   The vocabulary is whole; the temperature, of samples and divergence, is that of
   config.consolidation. Which knowledge and which random stream a prompt has is the same for every
@@ -32,12 +33,13 @@ def scorer(
     task: the prompts, and what the teacher reads before each.
     teacher: the policy that reads it.
     where: the prompts stand, for errors.
+    k: tokens of "topk_mass".
 
   Raises:
     NotFiniteError: by `score`, where a divergence is not finite.
   """
   if together.leads():
-    return lambda student: _score(run, task, teacher, student, where)
+    return lambda student: _score(run, task, teacher, student, where, k)
   # Answers of its own, whoever samples in training.
   config = run.config.consolidation.copy_and_resolve_references()
   config.data = "student"
@@ -49,7 +51,7 @@ def scorer(
   )
   probe = step_lib.make_probe(
     teacher.architecture,
-    k=1,
+    k=k,
     temperature=config.temperature,
     chunk=config.chunk,
     micro_tokens=micro_tokens,
@@ -58,31 +60,33 @@ def scorer(
     mesh=run.mesh,
   )
 
-  def score(student: Policy) -> tuple[float, list[list[int]]]:
-    total, count, answers = 0.0, 0.0, []
+  def score(student: Policy) -> tuple[dict[str, float], list[list[int]]]:
+    total, count, answers = {}, 0.0, []
     for start in range(0, len(task.prompts), BATCH):
       chosen = range(start, min(start + BATCH, len(task.prompts)))
       batch, responses = samples.sample_batch(
         task, student, student, chosen, chosen, config, limit, "held out"
       )
       placed = samples.place(batch, run.mesh, BATCH, micro_tokens)
-      kl = float(jax.device_get(probe(student.params, prepared, placed))["kl"])
-      if not math.isfinite(kl):
+      means = jax.device_get(probe(student.params, prepared, placed))
+      if not math.isfinite(kl := means["kl"]):
         names = finite.listed([task.ids[i] for i in chosen])
         raise finite.NotFiniteError(
           f"{where}: the divergence from the teacher is {kl} on the prompts {names}: one of the "
           "two models gives numbers that are none there"
         )
       tokens = float(batch.mask.sum())
-      total, count, answers = total + tokens * kl, count + tokens, answers + responses
-    return total / count, answers
+      count, answers = count + tokens, answers + responses
+      for name, mean in means.items():
+        total[name] = total.get(name, 0.0) + tokens * float(mean)
+    return {name: value / count for name, value in total.items()}, answers
 
   return score
 
 
 @together.everywhere
 def _score(
-  run: Run, task: task_lib.Task, teacher: Policy, student: Policy, where: str
-) -> tuple[float, list[list[int]]]:
+  run: Run, task: task_lib.Task, teacher: Policy, student: Policy, where: str, k: int
+) -> tuple[dict[str, float], list[list[int]]]:
   """In several processes: `scorer`'s score of one student."""
-  return scorer(run, task, teacher, where)(student)
+  return scorer(run, task, teacher, where, k)(student)

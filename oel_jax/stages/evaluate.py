@@ -14,7 +14,7 @@ from oel_jax.runtime import files, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.seeds import derive
-from oel_jax.stages import extract, held_out, knowledge, play, unrelated
+from oel_jax.stages import extract, held_out, knowledge, own_answers, play, unrelated
 from oel_jax.stages.run import DEPLOYED, EVALUATION, HELD_OUT, PROMPT_GAMES, Run, made_from
 
 
@@ -45,7 +45,7 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
   }
   if (prompts := run.round(number) / HELD_OUT).exists():
     inputs[HELD_OUT] = files.sha256(prompts)[:16]
-  if run.config.evaluation.unrelated:
+  if run.config.evaluation.unrelated or run.config.evaluation.own_answers:
     inputs["base's weights"] = fingerprint(run.base.params)
   if path.exists():
     measured_from = records.read_evaluation(path, number).made_from
@@ -93,6 +93,7 @@ def _measure(
   total = config.episodes * (len(plays) + len(curve)) + config.retention * len(kept)
   limit = run.config.deployment.max_response_tokens
   found = {"without": episodes.play_summary([], limit)}  # what no environment can say
+  without: list[Conversation] = []
   with run.stage(number, "evaluate", policy, total) as (meter, advance):
 
     def summary(name: str, player: Policy, given: Sequence[str]) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def _measure(
       games = play.held_out(run, number, name, given)
       played = play.play(run, number, games, meter, advance)
       result = episodes.play_summary(played, limit)
+      without.extend(played if name == "without" else ())
       if name == "in_context":
         result["texts"] = _by_text(run, number, play.by_text(run, number, games, played))
       return result
@@ -110,6 +112,7 @@ def _measure(
       meter.policy = policy
       found["held_out"] = held_out.measure(run, number, policy, before, texts)
     found["unrelated"] = unrelated.measure(run, policy)
+    found["own_answers"] = own_answers.measure(run, policy, without)
     found["accumulation"] = [
       {
         "trajectories": step,
@@ -168,6 +171,8 @@ def _log(run: Run, number: int, found: dict[str, Any]) -> None:
     scalars |= {f"held_out_{name}": away[name]["rate"] for name in ("cut_before", "cut_after")}
   if moved := found["unrelated"]:
     scalars["unrelated_kl"] = moved["kl"]
+  if sure := found["own_answers"]:
+    scalars |= {f"own_{name}": sure[name] for name in ("entropy", "topk_mass", "kl")}
   # A task that had no examples has no share.
   scalars = {name: value for name, value in scalars.items() if value is not None}
   if scalars:

@@ -76,7 +76,8 @@ def measure(
   score = divergence.scorer(run, task, before, HELD_OUT)
   kl, numbers = {}, {}
   for when, student in (("before", before), ("after", policy)):
-    kl[when], responses = score(student)
+    found, responses = score(student)
+    kl[when] = found["kl"]
     _keep(run, number, ANSWERS[when], student, prompts, responses)
     sizes = [len(ids) for ids in responses]
     numbers[f"response_tokens_{when}"] = statistics.mean(sizes)

@@ -118,7 +118,8 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   """
   values = json.loads(config.to_json())
   evaluation = values["evaluation"]
-  unrelated, curves = evaluation.pop("unrelated"), evaluation.pop("accumulation_rounds")
+  unrelated, answers = evaluation.pop("unrelated"), evaluation.pop("own_answers")
+  curves = evaluation.pop("accumulation_rounds")
   if not all_of_it:
     others = ("in_context", "accumulation", "tasks", "retention")
     evaluation = {name: value for name, value in evaluation.items() if name not in others}
@@ -139,6 +140,9 @@ def settings(config: Any, *, all_of_it: bool = False) -> str:
   if all_of_it and unrelated:
     prompts = files.sha256(pathlib.Path(unrelated).expanduser())
     parts.append({"unrelated": prompts, "temperature": values["consolidation"]["temperature"]})
+  if all_of_it and answers:
+    training = values["consolidation"]
+    parts.append({"own_answers": answers} | {name: training[name] for name in ("k", "temperature")})
   return schema.digest(parts)
 
 

@@ -47,17 +47,17 @@ def measure(run: Run, policy: Policy) -> dict[str, Any] | None:
     OSError: it is missing.
     NotFiniteError: a divergence is not finite.
   """
-  config, found = run.config, prompts(run.config)
-  if not found:
+  config, asked = run.config, prompts(run.config)
+  if not asked:
     return None
   task = task_lib.plain_task(
     policy.tokenizer,
-    found,
+    asked,
     seed=config.seed,
     round=0,
     thinking=config.policy.thinking,
     limit=config.policy.max_prompt_tokens,
   )
-  kl, answers = divergence.scorer(run, task, run.base, FIELD)(policy)
+  found, answers = divergence.scorer(run, task, run.base, FIELD)(policy)
   sizes = [len(ids) for ids in answers]
-  return {"prompts": len(found), "kl": kl, "response_tokens": statistics.mean(sizes)}
+  return {"prompts": len(asked), "kl": found["kl"], "response_tokens": statistics.mean(sizes)}
