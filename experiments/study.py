@@ -95,6 +95,9 @@ SETTINGS = {
     Setting("pocket-4x4", "frozen_lake.py:pocket-4x4", "embedded policy, 4 × 4", **_POCKET),
     Setting("desk", "help_desk.py:desk", "help desk", **_DESK),
     Setting(
+      "desk-changing", "help_desk.py:changing", "help desk, rules that change each round", **_DESK
+    ),
+    Setting(
       "smollm2-135m",
       "system_prompt.py:smollm2-135m",
       "SmolLM2-135M, a system prompt",

@@ -52,6 +52,7 @@ COMMANDS = {
   "oel_figure6": ([], "| other %, off-policy-imitation, round 2 |  | "),
   "oel_figure7": (["--sizes=1.5M=pocket"], "| 1.5M, consolidated | gains | "),
   "opcd_tables": ([], "| on-policy, live teacher |  | 18.8 | "),
+  "ten_rounds": (["--rounds=2", "--variants=plain,guard"], "| guard, round 1 | "),
   "contested_axes": (["--axes=renewed,cut"], "| renewed=never+cut=out, round 2, passed % |  | "),
 }
 
