@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from oel_jax.consolidation import placement
 from oel_jax.policy import transformer
 from oel_jax.policy.ops import common
-from oel_jax.policy.sampling import kv_cache, model
+from oel_jax.policy.sampling import groups, kv_cache, model
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
 from oel_jax.runtime import mesh as mesh_lib
@@ -31,6 +31,7 @@ def choose(
     exact: whether it has so many; if not, where the knowledge lies is known in each round only.
   """
   a, dtype, gib = policy.architecture, jnp.dtype(policy.dtype), config.consolidation.knowledge_gib
+  together = config.mesh.sample_tensor
   large = placement.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30
   on_host = large and exact
   knowledge = "on the host" if on_host else "on the device"
@@ -40,7 +41,8 @@ def choose(
   activation = jax.ShapeDtypeStruct((), dtype)
   kernels = common.supported(activation, a.head_size)
   sampling_kernels = common.supported(activation)
-  prefill, step = model.prefill_attn_impl(a, dtype), kv_cache.attn_impl(a, dtype)
+  prefill = model.prefill_attn_impl(a, dtype)
+  step = kv_cache.attn_impl(groups.share(a, together), dtype)
   scanned = "scanned"
   if kernels and mesh.shape["tensor"] > 1:
     scanned += f", for mesh.tensor is {mesh.shape['tensor']}"
@@ -55,6 +57,9 @@ def choose(
     "layers": "unrolled" if is_unrolled and not on_host else scanned,
     "kernels": "Pallas" if is_unrolled and not on_host and kernels else "plain",
     "sampling_kernels": "Pallas" if sampling_kernels else "plain",
+    "sampling_weights": "whole on each device"
+    if together == 1
+    else f"split over {together} devices, as are texts kept once",
     "knowledge": knowledge,
   }
 

@@ -39,6 +39,7 @@ CHOICES = {
 }
 POSITIVE = (
   "rounds",
+  "mesh.sample_tensor",
   "plan.prompt_tokens",
   "policy.max_prompt_tokens",
   "deployment.episodes",
@@ -329,8 +330,17 @@ def default() -> ml_collections.ConfigDict:
       unrelated="",
     )
   )
-  # Devices on each axis; -1: all that are left.
-  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  config.mesh = ml_collections.ConfigDict(
+    dict(
+      # devices on each axis; -1: all that are left
+      data=-1,
+      fsdp=1,
+      tensor=1,
+      # devices of a process that hold the weights together while they sample, each its share of
+      # heads, feed-forward and vocabulary (`policy/sampling/groups.py`); 1: each has them whole
+      sample_tensor=1,
+    )
+  )
   return config.lock()
 
 

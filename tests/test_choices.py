@@ -41,6 +41,7 @@ def test_a_cpu_runs_everything_plain():
     "layers": "scanned",
     "kernels": "plain",
     "sampling_kernels": "plain",
+    "sampling_weights": "whole on each device",
     "knowledge": "on the device",
   }
 
@@ -59,6 +60,14 @@ def test_a_gpu_runs_kernels_in_bfloat16_and_not_in_float32(monkeypatch):
   assert found(jnp.float32) == ["xla", "xla (prompts), xla (tokens)", "scanned", "plain", "plain"]
   # Knowledge on the host is fetched layer by layer, in a loop.
   assert found(jnp.bfloat16, knowledge_gib=1e-9)[2:4] == ["scanned", "plain"]
+
+
+def test_devices_that_sample_together_are_told():
+  config = config_lib.default()
+  config.mesh.sample_tensor = 2
+  policy = types.SimpleNamespace(architecture=SHAPE, dtype=jnp.float32)
+  chosen = choices.choose(config, policy, _mesh(data=2), **KNOWLEDGE)
+  assert chosen["sampling_weights"] == "split over 2 devices, as are texts kept once"
 
 
 def test_a_tpu_runs_splash_attention_and_no_kernels_of_a_gpu(monkeypatch):

@@ -105,6 +105,15 @@ def read(**fields):
   return load_policy(config_lib.policy(config), devices)
 
 
+def test_weights_that_do_not_divide_are_refused_before_they_are_read(monkeypatch):
+  monkeypatch.setattr(mesh, "param_shardings", None)
+  config = config_lib.default()
+  config.policy.weights = "pocket"
+  devices = mesh.make_mesh(config.mesh)
+  with pytest.raises(ValueError, match="config.mesh.sample_tensor is 8: .* heads, "):
+    load_policy(config_lib.policy(config), devices, sample_tensor=8)
+
+
 @pytest.mark.parametrize("weights", ["pocket", "oel_jax.pocket.load:load", "FILE"])
 def test_it_is_the_same_by_its_short_name_its_function_and_its_file(tmp_path, policy, weights):
   if weights == "FILE":

@@ -64,6 +64,7 @@ NEW = (
   ("consolidation", "cut_responses"),
   ("consolidation", "teacher"),
   ("consolidation", "one_end"),
+  ("mesh", "sample_tensor"),
 )
 
 

@@ -2,6 +2,7 @@
 those that were measured.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -34,12 +35,13 @@ EMBEDDING, MATRICES = 64 * 32, 2 * (32 * 16 * (4 + 2 + 2) + 4 * 16 * 32 + 3 * 32
 NORMS = 2 * (2 * 32 + 2 * 16) + 32
 
 
-def planner(sizes, count, dtype="float32", **fields):
+def planner(sizes, count, dtype="float32", sample_tensor=1, **fields):
   config = config_lib.default().consolidation
   config.update(fields)
   devices = jax.devices()[:count]
   mesh = mesh_lib.make_mesh(ml_collections.ConfigDict(sizes), devices)
-  return plan_programs.Planner(config, plan_shapes.unread(A, mesh, dtype), mesh, WORK)
+  policy = plan_shapes.unread(A, mesh, dtype, sample_tensor)
+  return plan_programs.Planner(config, policy, mesh, WORK)
 
 
 def test_what_is_held_by_hand_on_one_device():
@@ -110,6 +112,19 @@ def test_what_the_arguments_take_is_what_the_compiler_says():
   assert program.arguments > 0.8 * 4 * weights  # the last norm is not read
 
 
+def test_what_devices_that_sample_together_hold_by_hand():
+  sizes = dict(data=8, fsdp=1, tensor=1)
+  ready, prefill, decode = planner(sizes, 8, sample_tensor=2).sampling()
+  # Norms of the heads have a row a head: a device has two of queries and one of keys.
+  norms = 2 * (2 * 32 + 3 * 16) + 32
+  assert ready.held["sampler's weights"] == 4 * ((EMBEDDING + MATRICES) // 2 + norms)
+  # One slot a group; keys and values of two layers, one head, 128 columns of 16 numbers.
+  assert prefill.held["key-value cache"] == decode.held["key-value cache"] == 2 * 2 * 128 * 16 * 4
+  whole = next(planner(sizes, 8).sampling())
+  norms = 2 * (2 * 32 + 6 * 16) + 32
+  assert whole.held["sampler's weights"] == 4 * (EMBEDDING + MATRICES + norms)
+
+
 def test_no_column_of_the_table_is_lost():
   program = plan_programs.Program(
     "step",
@@ -145,6 +160,14 @@ def test_sampling_takes_what_was_measured(count, measured):
   found = plan_seconds.sampling_seconds(named("qwen3-1.7b"), target.DEVICES["h200"], 1, sampled)
   # One sequence alone reaches less of the bandwidth.
   assert found == pytest.approx(count * 256 / measured, rel=0.18 if count == 1 else 0.05)
+
+
+def test_two_devices_together_sample_as_one_of_twice_the_speed():
+  a, h200 = named("qwen3-1.7b"), target.DEVICES["h200"]
+  twice = dataclasses.replace(h200, flops=2 * h200.flops, bandwidth=2 * h200.bandwidth)
+  sampled = plan_seconds.Sampled(64, 600, 256, 64)
+  found = plan_seconds.sampling_seconds(a, h200, 4, sampled, together=2)
+  assert found == plan_seconds.sampling_seconds(a, twice, 2, sampled)
 
 
 def test_a_round_by_hand():
@@ -213,6 +236,8 @@ def test_configurations_that_cannot_be_planned(monkeypatch):
   for name, value, plain in (("select", 0.25, 1.0), ("anchor", 1.0, 0.0)):
     told = refused(plan__device="cpu", **{f"consolidation__{name}": value})
     assert f"config.consolidation.{name} is {value}" in told and f"it must be {plain}" in told
+  told = refused(plan__device="cpu,8", mesh__sample_tensor=3)
+  assert told.startswith("config.mesh.sample_tensor is 3: it must divide the number of a process's")
   told = refused(plan__device="cpu", policy__architecture="auto")
   assert told.startswith('config.policy.architecture is "auto"') and "qwen3-8b" in told
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_sampler import FREE, LIMIT, TINY, naive_sampled, params, random_prompts, sample
 
-from oel_jax.policy.sampling import engine, kv_cache, model, slot_state
+from oel_jax.policy.sampling import engine, groups, kv_cache, model, slot_state
 from oel_jax.policy.sampling.sampler import generate
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
@@ -108,7 +108,7 @@ def test_the_kernel_runs_on_a_mesh(monkeypatch):
 
 
 def test_on_a_mesh_nothing_is_exchanged_but_how_many_rows_are_left():
-  mesh = jax.tree.leaves(placed())[0].sharding.mesh
+  mesh = groups.of_params(placed(), TINY, 1)
   weights = model.prepare(placed(), architecture=TINY, dtype=jnp.float32, mesh=mesh)
   slots = slot_state.empty(
     architecture=TINY, rows=16, columns=64, eos_ids=2, dtype=jnp.float32, attn_impl="xla", mesh=mesh

@@ -25,9 +25,11 @@ from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.checksum import fingerprint
 
 SCRIPT = """
+import dataclasses
 import jax
 import orbax.checkpoint as ocp
 from test_spread import *
+from oel_jax.policy.sampling import spread as spread_lib
 from oel_jax.policy import load
 from oel_jax.policy.sampling import beginnings
 from oel_jax.tasks import export
@@ -47,7 +49,17 @@ if me:
 else:
   with together.leading(policy=policy, base=policy.params):
     told = {"ids": [ask(policy, count) for count in (3, 1)]}
-    told |= {"texts": texts, "fingerprint": fingerprint(policy.params)}
+    told |= {"texts": list(texts), "fingerprint": fingerprint(policy.params)}
+
+# Two groups of two devices in each.
+split = dataclasses.replace(policy, sample_tensor=2)
+shapes = spread_lib.own(split).params["layers"]["feedforward"]["up"]["kernel"]
+if me:
+  together.follow(policy=split, base=split.params)
+else:
+  with together.leading(policy=split, base=split.params):
+    told |= {"split ids": [ask(split, count) for count in (3, 1)]}
+    told |= {"split shape": shapes.addressable_shards[0].data.shape}
 
 # Step 4 is whole, and one process cannot read its part of step 6.
 config = run_config(place)
@@ -147,7 +159,8 @@ def test_they_answer_as_on_one_device(told):
   """
   policy = tiny_policy()
   right = ask(policy, 3)
-  assert told["ids"] == [right, right[:1]]
+  assert told["ids"] == [right, right[:1]] == told["split ids"]
+  assert told["split shape"] == [2, 16, 12]  # half of the feed-forward
   assert told["texts"] == [[[3]], []]
   assert told["fingerprint"] == fingerprint(policy.params)
 

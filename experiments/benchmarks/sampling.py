@@ -5,6 +5,7 @@ generate beside it.
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b \\
         --rows=goals,growth,mixed --peer
     python experiments/benchmarks/sampling.py --architecture=qwen3-1.7b --rows=goals --devices=2
+    python experiments/benchmarks/sampling.py --architecture=qwen3-8b --devices=2 --sample_tensor=2
     python experiments/benchmarks/sampling.py --architecture=pocket --rows=episodes
 
     python experiments/benchmarks/sampling.py --architecture=qwen3-4b --rows=shared
@@ -12,7 +13,8 @@ generate beside it.
 `shared`: prompts behind texts that many of them begin with. Beside it, run this file in a checkout
 whose sampler keeps a copy of the text in every slot.
 
-With several devices each of them gets as many prompts, from weights that are spread over them.
+With several devices each of them gets as many prompts, from weights that are spread over them; with
+--sample_tensor each group of so many devices, which hold the sampler's weights together.
 
 The limit is the time in which the device reads the weights, the texts and the filled part of the
 cache once a token, at the speed of a copy that is measured first. "decode" is without the prefill:
@@ -76,6 +78,7 @@ def sampled(
   dtype: Any,
   slots: int | None = None,
   texts: tuple[int, int] = (0, 0),
+  together: int = 1,
 ) -> Callable[[], Any]:
   """A call of `generate` on prompts of these lengths; no response ends before `new` tokens. Before
   each prompt stands one of so many texts of so many tokens.
@@ -88,7 +91,9 @@ def sampled(
   how = dict(
     sampling=Sampling(0.7), max_new_tokens=new, eos_ids=(), pad_id=0, dtype=dtype, slots=slots
   )
-  return lambda: generate(params, shape, prompts, range(len(prompts)), **how)
+  return lambda: generate(
+    params, shape, prompts, range(len(prompts)), sample_tensor=together, **how
+  )
 
 
 def measure(
@@ -102,12 +107,16 @@ def measure(
   repeats: int,
   devices: int = 1,
   texts: tuple[int, int] = (0, 0),
+  together: int = 1,
 ) -> dict[str, Any]:
-  """One row of the table; `batch` prompts a device, behind texts through as many slots as fit."""
-  everywhere = devices * batch
+  """One row of the table; `batch` prompts a device, or group of devices that sample `together`,
+  behind texts through as many slots as fit.
+  """
+  everywhere = devices // together * batch
   slots = None if texts[0] else everywhere
   run = lambda tokens: seconds(
-    sampled(params, shape, [prompt] * everywhere, tokens, dtype, slots, texts), repeats=repeats
+    sampled(params, shape, [prompt] * everywhere, tokens, dtype, slots, texts, together),
+    repeats=repeats,
   )
   whole, prefill = run(new), run(1)
   size = jnp.dtype(dtype).itemsize
@@ -115,7 +124,8 @@ def measure(
     0 if shape.tied_head else size * shape.vocabulary * shape.width
   )
   token = 2 * shape.layers * shape.kv_heads * shape.head_size * size
-  limit = (read + (texts[0] * texts[1] + batch * (prompt + new / 2)) * token) / speed
+  cache = (texts[0] * texts[1] + batch * (prompt + new / 2)) * token
+  limit = (read + cache) / (together * speed)
   step = (whole - prefill) / (new - 1)
   return {
     "batch": everywhere,
@@ -238,6 +248,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     "--rows", default="goals", help="of goals, growth, shared, tiny, mixed, episodes, with commas"
   )
   parser.add_argument("--devices", type=int, default=1, help="so many of those that there are")
+  parser.add_argument("--sample_tensor", type=int, default=1, help="of these so many a group")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--copy_bytes", type=int, default=1 << 32)
   parser.add_argument(
@@ -255,6 +266,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
   result: dict[str, Any] = {
     "device": device.device_kind,
     "devices": flags.devices,
+    "sample_tensor": flags.sample_tensor,
     "architecture": flags.architecture,
     "bytes_per_s": speed,
     "rows": [],
@@ -266,7 +278,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
   )
   params = random_params(shape, dtype, flags.devices)
   for batch, prompt, new, *texts in (row for name in names for row in ROWS.get(name, ())):
-    how = dict(devices=flags.devices, texts=tuple(texts) or (0, 0))
+    how = dict(devices=flags.devices, texts=tuple(texts) or (0, 0), together=flags.sample_tensor)
     row = measure(params, shape, batch, prompt, new, speed, dtype, flags.repeats, **how)
     if flags.peer:
       call = [

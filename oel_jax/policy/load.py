@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import parameters
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.sampling import groups
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from oel_jax.policy.weights import huggingface, native
@@ -32,6 +33,7 @@ def load_policy(
   *,
   response_tokens: int | None = None,
   field: str = "policy.weights",
+  sample_tensor: int = 1,
 ) -> Policy:
   """Returns the policy that config.policy names, its parameters in float32 and placed as training
   leaves them.
@@ -41,11 +43,13 @@ def load_policy(
     devices: the mesh.
     response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
     field: of the configuration, that its weights came from: errors name it.
+    sample_tensor: config.mesh.sample_tensor.
 
   Raises:
     ValueError: no such weights, or damaged ones; or they are of another architecture than
       config.policy.architecture; or, which shows before they are read: they are too small for the
-      tokenizer, or prompts and responses may be longer than the model's context.
+      tokenizer, do not divide into `sample_tensor`, or prompts and responses may be longer than the
+      model's context.
     OSError: a file is missing in the folder.
   """
   dtype = config.compute_dtype
@@ -56,8 +60,10 @@ def load_policy(
   _agree(config, architecture, tokenizer, f"config.{field}")
   if response_tokens is not None:
     _check_context(config, architecture.max_positions, response_tokens)
+  if sample_tensor != 1:
+    groups.check(architecture, sample_tensor, len(groups.local(devices)))
   params = read(shardings=mesh.param_shardings(devices, parameters.abstract(architecture)))
-  return Policy(architecture, params, tokenizer, dtype)
+  return Policy(architecture, params, tokenizer, dtype, sample_tensor)
 
 
 def _source(config: Any, dtype: jnp.dtype, field: str) -> tuple[Architecture, Any, Read]:

@@ -64,7 +64,8 @@ def _policy(config: Any) -> tuple[jax.sharding.Mesh, Policy]:
   """The mesh, and the policy that the run begins with on it."""
   devices = mesh.make_mesh(config.mesh)
   longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
-  return devices, load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
+  how = dict(response_tokens=longest, sample_tensor=config.mesh.sample_tensor)
+  return devices, load.load_policy(config_lib.policy(config), devices, **how)
 
 
 def _shared(run: Run) -> dict[str, Any]:

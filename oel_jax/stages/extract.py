@@ -99,7 +99,13 @@ def _writer(run: Run, policy: Policy) -> Iterator[Policy]:
 def _load_writer(run: Run) -> Policy:
   """The model of config.extraction.weights."""
   how, longest = config_lib.extractor(run.config), run.config.extraction.max_response_tokens
-  found = load.load_policy(how, run.mesh, response_tokens=longest, field="extraction.weights")
+  found = load.load_policy(
+    how,
+    run.mesh,
+    response_tokens=longest,
+    field="extraction.weights",
+    sample_tensor=run.config.mesh.sample_tensor,
+  )
   together.share("writer", found)
   together.share("writer's parameters", found.params)
   return found

@@ -1,5 +1,5 @@
-"""Games in several processes: each plays whole games of its share, with weights whole on its own
-devices, and process 0 is told what was said.
+"""Games in several processes: each plays whole games of its share, with weights of its own, and
+process 0 is told what was said.
 """
 
 import dataclasses

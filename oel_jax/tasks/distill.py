@@ -71,7 +71,8 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
   )
   longest = config.deployment.max_response_tokens
-  policy = load.load_policy(config_lib.policy(config), devices, response_tokens=longest)
+  how = dict(response_tokens=longest, sample_tensor=config.mesh.sample_tensor)
+  policy = load.load_policy(config_lib.policy(config), devices, **how)
   task = task_lib.make_task(
     policy.tokenizer,
     prompts,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from oel_jax import config as config_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.sampling import groups
 from oel_jax.policy.weights import huggingface
 from oel_jax.runtime import files, progress, target
 from oel_jax.runtime import mesh as mesh_lib
@@ -64,12 +65,14 @@ def run(config: Any, workdir: str | None) -> dict[str, Any]:
   # A program for devices that are not here is of no use to what runs here.
   jax.config.update("jax_enable_compilation_cache", False)
   mesh = mesh_lib.make_mesh(config.mesh, target.compile_only(device, count))
+  together = config.mesh.sample_tensor
+  groups.check(architecture, together, len(groups.local(mesh)))
   work = _work(config)
   with target.compiling_for(device):
-    policy = plan_shapes.unread(architecture, mesh, _dtype(config, device))
+    policy = plan_shapes.unread(architecture, mesh, _dtype(config, device), together)
     planner = plan_programs.Planner(config.consolidation, policy, mesh, work)
     programs = _compiled(planner, 5 + bool(work.probe))
-  found = _found(device, mesh, work, programs)
+  found = _found(device, mesh, together, work, programs)
   found |= _price(config, architecture, device, count, work)
   _tell(found)
   if workdir is not None:
@@ -140,7 +143,7 @@ def _price(
 
 
 def _found(
-  device: target.Device, mesh: Any, work: Work, programs: Sequence[Program]
+  device: target.Device, mesh: Any, together: int, work: Work, programs: Sequence[Program]
 ) -> dict[str, Any]:
   """The plan as plan.json holds it; sizes in bytes."""
   peak = max(programs, key=lambda program: program.total)
@@ -148,7 +151,7 @@ def _found(
     "schema": 1,
     "device": device.name,
     "count": mesh.size,
-    "mesh": {axis: mesh.shape[axis] for axis in mesh_lib.AXES},
+    "mesh": {axis: mesh.shape[axis] for axis in mesh_lib.AXES} | {"sample_tensor": together},
     "work": vars(work),
     "memory": device.memory,
     "programs": [

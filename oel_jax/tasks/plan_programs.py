@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,7 +22,7 @@ from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
-from oel_jax.policy.sampling import engine, kv_cache, model, sampler, slot_room, slot_state
+from oel_jax.policy.sampling import engine, groups, kv_cache, model, sampler, slot_room, slot_state
 from oel_jax.policy.sampling.scheduler import CHUNK, Scheduler
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
@@ -233,19 +232,22 @@ class Planner:
 
   def sampling(self) -> Iterator[Program]:
     """The sampler's programs as it draws a step's responses, each process its share of them."""
-    a, dtype, work = self.policy.architecture, self.policy.dtype, self.work
-    local = self._local_mesh()
-    devices = local.size if local else 1
+    dtype, work, local = self.policy.dtype, self.work, self._local_mesh()
+    a = groups.share(self.policy.architecture, self.policy.sample_tensor)
+    devices = mesh_lib.row_shards(local)
     whole = NamedSharding(local, PartitionSpec()) if local else self.whole
     held = self.held() | self.prefix_cache()
     given = self.state.params
-    if self.hosts > 1:  # cast, and gathered whole (`spread.own`)
-      given = placed(self.read_by, whole)
+    if self.hosts > 1:  # cast, and gathered (`spread.own`)
+      given = placed(self.read_by, mesh_lib.param_shardings(local, self.read_by))
       held["sampler's weights, gathered"] = device_bytes(given)
     attn_impl = kv_cache.attn_impl(a, dtype)
-    prepare = functools.partial(model.prepare, architecture=a, dtype=dtype, mesh=local)
-    weights = placed(jax.eval_shape(prepare, given), whole)
-    how = dict(architecture=a, dtype=dtype, mesh=local)
+    how = dict(architecture=self.policy.architecture, dtype=dtype, mesh=local)
+    weights = jax.eval_shape(functools.partial(model.prepare, **how), given)
+    places = self.whole
+    if local:
+      places = jax.tree.map(lambda spec: NamedSharding(local, spec), model.specs(local, weights))
+    weights = placed(weights, places)
     ready = {"sampler's weights": device_bytes(weights)}
     yield _program("sampling: weights made ready", held, ready, model.prepare, given, **how)
     prompts = -(-work.samples // self.hosts)
@@ -275,7 +277,7 @@ class Planner:
     each = rows(devices * entry.batch)
     requests = rows(devices * entry.batch, dtype=jnp.uint32), each, rows(each.shape[0], EOS_IDS)
     tokens = rows(devices * entry.batch, entry.length)
-    logits = {"logits": 4 * entry.batch * a.vocabulary}
+    logits = {"logits": 4 * entry.batch * self.policy.architecture.vocabulary}
     prefill = _program(
       "sampling: prefill",
       held,
@@ -298,16 +300,13 @@ class Planner:
       chunk=CHUNK,
       **how,
     )
-    logits = {"logits": 4 * room.slots * a.vocabulary}
+    logits = {"logits": 4 * room.slots * self.policy.architecture.vocabulary}
     yield dataclasses.replace(decode, known=logits)
 
   def _local_mesh(self) -> Mesh | None:
-    """Those of the mesh's devices that one process samples on; None for one."""
-    devices = list(self.mesh.devices.flat)
-    if self.hosts == 1:
-      return self.mesh if len(devices) > 1 else None
-    own = [device for device in devices if device.process_index == devices[0].process_index]
-    return Mesh(np.array(own).reshape(-1, 1, 1), mesh_lib.AXES, axis_types=self.mesh.axis_types)
+    """Those of the mesh's devices that one process samples on, in groups; None for one."""
+    own = groups.local(self.mesh)
+    return groups.make_mesh(own, self.policy.sample_tensor) if self.mesh.size > 1 else None
 
   def _slots(
     self, room: slot_room.SlotRoom, attn_impl: str, local: Mesh | None
@@ -315,7 +314,8 @@ class Planner:
     """The slots at their largest, and what makes arrays of so many rows as these lie."""
     empty = functools.partial(
       slot_state.empty,
-      architecture=self.policy.architecture,
+      architecture=groups.share(self.policy.architecture, self.policy.sample_tensor),
+      mesh=local,
       rows=room.devices * room.slots,
       columns=room.max_columns,
       eos_ids=EOS_IDS,

@@ -66,18 +66,24 @@ def step_seconds(a: Architecture, device: Device, count: int, work: Work) -> flo
   return flops / (count * device.flops * STEP_SHARE)
 
 
-def sampling_seconds(a: Architecture, device: Device, count: int, sampled: Sampled) -> float:
-  """Of a stage's responses, spread evenly over so many devices, each with the weights whole."""
+def sampling_seconds(
+  a: Architecture, device: Device, count: int, sampled: Sampled, together: int = 1
+) -> float:
+  """Of a stage's responses, spread evenly over so many devices, each with the weights whole; or
+  over groups of `together`, each of which reads and computes as fast as all of its devices.
+  """
+  count //= together
+  bandwidth, flops = together * device.bandwidth, together * device.flops
   layer, head = matrix_sizes(a)
   weights = 2 * (a.layers * layer + head)  # bfloat16
   a_token = 2 * 2 * a.layers * a.kv_heads * a.head_size
   own = -(-sampled.count // count)
   beside = min(own, max(1, sampled.beside // count))
   filled = sampled.prompt + sampled.response / 2
-  a_step = (weights + beside * filled * a_token) / (device.bandwidth * DECODE_SHARE)
+  a_step = (weights + beside * filled * a_token) / (bandwidth * DECODE_SHARE)
   read = own * sampled.prompt
   prefill = 2 * a.layers * (layer * read + a.heads * a.head_size * read * sampled.prompt)
-  return -(-own // beside) * sampled.response * a_step + prefill / (device.flops * PREFILL_SHARE)
+  return -(-own // beside) * sampled.response * a_step + prefill / (flops * PREFILL_SHARE)
 
 
 def sampled(config: Any, work: Work) -> dict[str, list[Sampled]]:
@@ -115,9 +121,9 @@ def stages(
   config: Any, a: Architecture, device: Device, count: int, work: Work
 ) -> list[dict[str, Any]]:
   """A round's stages: responses, tokens of them at the most, and seconds at the most."""
-  found = []
+  found, together = [], config.mesh.sample_tensor
   for name, each in sampled(config, work).items():
-    seconds = sum(sampling_seconds(a, device, count, one) for one in each)
+    seconds = sum(sampling_seconds(a, device, count, one, together) for one in each)
     if name == "consolidate":
       seconds += config.consolidation.steps * step_seconds(a, device, count, work)
     found.append(

@@ -55,16 +55,18 @@ class Unread:
   params: Any
   dtype: Any
   tokenizer: _Tokenizer
+  sample_tensor: int = 1
 
   def sample(self, prompts: Any, seeds: Any, *, max_new_tokens: int, **how: Any) -> list[list[int]]:
     return [[0] * max_new_tokens for _ in prompts]
 
 
-def unread(architecture: Architecture, mesh: Mesh, dtype: Any) -> Unread:
+def unread(architecture: Architecture, mesh: Mesh, dtype: Any, sample_tensor: int = 1) -> Unread:
   """The policy of this architecture, its parameters placed as training leaves them."""
   params = parameters.abstract(architecture)
   params = placed(params, mesh_lib.param_shardings(mesh, params))
-  return Unread(architecture, params, jnp.dtype(dtype), _Tokenizer(architecture.vocabulary))
+  tokenizer = _Tokenizer(architecture.vocabulary)
+  return Unread(architecture, params, jnp.dtype(dtype), tokenizer, sample_tensor)
 
 
 def placed(tree: Any, shardings: Any) -> Any:

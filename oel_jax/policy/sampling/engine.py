@@ -17,7 +17,8 @@ many prompts begin with stands before all of this, in no slot (`text_cache`): a 
 those behind it.
 
 On a mesh each device has rows of its own and the weights whole: nothing is exchanged but how many
-rows have not ended.
+rows have not ended. With groups of devices (`groups`) a group takes a device's place, and
+`architecture` is what each device of it runs.
 """
 
 import functools
@@ -28,9 +29,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from oel_jax.policy import attention, transformer
+from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import kv_cache, model, slot_state, text_cache
+from oel_jax.policy.sampling import groups, kv_cache, model, slot_state, text_cache
 from oel_jax.policy.sampling.slot_state import Slots
 from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
 
@@ -92,14 +93,22 @@ def prefill_insert(
     sampling=sampling,
     logprobs=logprobs,
     attn_impl=attn_impl,
+    axis=groups.axis_of(mesh),
   )
-  return slot_state.by_rows(
-    run, mesh, (weights, texts), slots, tokens_RxT, lengths_R, rows_R, requests, shared, text_R
-  )
+  of_rows = slots, tokens_RxT, lengths_R, rows_R, requests, shared, text_R
+  return slot_state.by_rows(run, mesh, *_held(weights, texts, mesh), *of_rows)
+
+
+def _held(weights: Any, texts: text_cache.Texts | None, mesh: Mesh | None) -> tuple[Any, Any]:
+  """Weights and texts, and how they lie on the mesh."""
+  held = weights, texts
+  if mesh is None:
+    return held, None
+  return held, (model.specs(mesh, weights), texts and text_cache.specs(mesh, texts))
 
 
 def _prefill_insert(
-  whole,
+  held,
   slots,
   tokens_RxT,
   lengths_R,
@@ -112,8 +121,9 @@ def _prefill_insert(
   sampling,
   logprobs,
   attn_impl,
+  axis,
 ):
-  (weights, texts), (R, T), S = whole, tokens_RxT.shape, slots.values[0].shape[2]
+  (weights, texts), (R, T), S = held, tokens_RxT.shape, slots.values[0].shape[2]
   keys, values = [], []
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
@@ -154,17 +164,16 @@ def _prefill_insert(
     return kv_cache.attend_many(*own, seen)[0]
 
   with jax.named_scope("prefill"):
-    hidden = model.forward(
-      weights, architecture, tokens_RxT, model.heads_at(architecture, positions), attend
-    )
+    split = model.heads_at(architecture, positions)
+    hidden = model.forward(weights, architecture, tokens_RxT, split, attend, axis)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
   seeds, limits, eos_ids = requests
-  token, scores = _draw(
-    weights, last, seeds, jnp.zeros_like(limits), rows_R < slots.active.shape[0], sampling, logprobs
-  )
+  entering = rows_R < slots.active.shape[0]
+  how = sampling, logprobs, axis
+  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), entering, *how)
   active = ~_ended(token, 1, limits, eos_ids)
   index = _insert_index(lengths_R, shared, slots.column, S, T)
-  slots = _insert(
+  slots = slot_state.insert(
     slots,
     rows_R,
     index,
@@ -181,35 +190,6 @@ def _prefill_insert(
     **(dict(text=text_R) if texts else {}),
   )
   return slots, (token, *scores)
-
-
-def _insert(
-  slots: Slots,
-  rows_R: Int[Array, "R"],
-  index_RxS: Int[Array, "R S"],
-  keys: list[Array],
-  values: list[Array],
-  attn_impl: str,
-  **entered: Array,
-) -> Slots:
-  """The slots with prompts in these rows; rows beyond the last are dropped. Keys and values
-  [R, K, …, H] of each layer are put where `index_RxS` says, `entered` are other fields' [R, …].
-  """
-
-  def put(cache: Array, new: Array, axis: int) -> Array:
-    new = jnp.take_along_axis(new, index_RxS[:, None, :, None], axis=2)
-    return cache.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
-
-  keys = zip(slots.keys, keys, strict=True)
-  values = zip(slots.values, values, strict=True)
-  fields = {
-    name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
-  }
-  return slots._replace(
-    keys=tuple(put(cache, new, slot_state.column_axis(attn_impl)) for cache, new in keys),
-    values=tuple(put(cache, new, 2) for cache, new in values),
-    **fields,
-  )
 
 
 def _insert_index(
@@ -276,14 +256,16 @@ def decode(
     logprobs=logprobs,
     attn_impl=attn_impl,
     axes=slot_state.row_axes(mesh),
+    axis=groups.axis_of(mesh),
   )
-  return slot_state.by_rows(run, mesh, (weights, texts), slots, steps, min_active)
+  held = _held(weights, texts, mesh)
+  return slot_state.by_rows(run, mesh, *held, slots, steps, min_active)
 
 
 def _decode(
-  whole, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, attn_impl, axes
+  held, slots, steps, min_active, *, architecture, sampling, chunk, logprobs, attn_impl, axes, axis
 ):
-  (weights, texts), B = whole, len(slots.active)
+  (weights, texts), B = held, len(slots.active)
   where = None
   if texts:
     group = architecture.heads // architecture.kv_heads
@@ -292,7 +274,7 @@ def _decode(
   if logprobs:
     drawn += (jnp.zeros((B, chunk), jnp.float32),)
 
-  # Counted on all devices, which so stop together.
+  # Counted in all groups, which so stop together.
   left = lambda active: jax.lax.psum(active.sum(), axes)
 
   def going_on(state):
@@ -301,9 +283,9 @@ def _decode(
 
   def step(state):
     i, _, slots, out = state
-    hidden, keys, values = _read_last(weights, slots, architecture, attn_impl, texts, where)
+    hidden, keys, values = _read_last(weights, slots, architecture, attn_impl, texts, where, axis)
     token, scores = _draw(
-      weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs
+      weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs, axis
     )
     out = tuple(
       ids.at[:, i].set(jnp.where(slots.active, new, -1))
@@ -334,6 +316,7 @@ def _read_last(
   attn_impl: str,
   texts: text_cache.Texts | None,
   where: text_cache.Blocks | None,
+  axis: str | None,
 ) -> tuple[Float[Array, "B D"], tuple[Array, ...], tuple[Array, ...]]:
   """Each row's hidden state behind the id drawn last, and the keys and values with its column
   written.
@@ -371,17 +354,17 @@ def _read_last(
       y = text_cache.join((y, logsumexp), before_it, slots.text)
     return y
 
-  hidden = model.forward(weights, a, slots.token[:, None], split, attend)[:, 0]
+  hidden = model.forward(weights, a, slots.token[:, None], split, attend, axis)[:, 0]
   return hidden, tuple(keys), tuple(values)
 
 
 def _draw(
-  weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs
+  weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs, axis
 ) -> tuple[Array, tuple[Array, ...]]:
   """Each row's next id, from the stream of its seed and position, and its log-probability under the
   model as it is, if asked for.
   """
-  logits = transformer.logits(hidden_BxD, transformer.head(weights))
+  logits = model.logits(weights, hidden_BxD, axis)
   token = sample_token(
     logits,
     jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B),

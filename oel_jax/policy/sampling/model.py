@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from oel_jax.policy import attention, transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import heads, norm, small_matmul, splash
+from oel_jax.policy.sampling import groups
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
@@ -27,44 +28,87 @@ def prepare(
   on a GPU one row an output.
 
   Matrices and tables are in `dtype`; norms' scales and biases stay what they are, as in training.
-  On a mesh each device gets them whole, however training has placed them.
+  On a mesh, however training has placed them, each device gets what it runs of `architecture`, the
+  whole model's: all of it, or with groups of devices (`groups`) its share, as `specs` says.
   """
+  a, size = architecture, groups.size_of(mesh)
   params = unrolled.fuse(params, dtype)
 
+  def by_device(layer: Any) -> Any:
+    width = len(layer["qkv"])
+    qkv = groups.heads_by_device(layer["qkv"].reshape(width, -1, a.head_size), a, size)
+    bias = {
+      name: groups.heads_by_device(layer[name], a, size) for name in ("qkv_bias",) if name in layer
+    }
+    gate_up = groups.halves_by_device(layer["gate_up"], size)
+    return {**layer, **bias, "qkv": qkv.reshape(width, -1), "gate_up": gate_up}
+
   def turn(layer: Any) -> Any:
+    layer = layer if size == 1 else by_device(layer)
     made = {name: small_matmul.lay_out(layer[name]) for name in unrolled.MATRICES}
     made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
-    made |= {"qkv_bias": layer["qkv_bias"]} if architecture.qkv_bias else {}
-    if architecture.qk_norm:
-      made["qk_norm"] = heads.by_head(architecture, layer["qk_norm"])
+    made |= {"qkv_bias": layer["qkv_bias"]} if a.qkv_bias else {}
+    if a.qk_norm:
+      made["qk_norm"] = heads.by_head(groups.share(a, size), layer["qk_norm"])
     return made
 
   params = {**params, "layers": tuple(map(turn, params["layers"]))}
-  return (
-    jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
-    if mesh
-    else params
-  )
+  if mesh is None:
+    return params
+  places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, params))
+  return jax.lax.with_sharding_constraint(params, places)
+
+
+def specs(mesh: Mesh, weights: Any) -> Any:
+  """How prepared weights lie on the mesh: whole on each device, or split over its group's."""
+  axis = groups.axis_of(mesh)
+
+  def one(path, _) -> PartitionSpec:
+    name = path[-1].key
+    if axis is None:
+      return PartitionSpec()
+    if path[0].key in unrolled.TABLES or name == "qkv_bias":
+      return PartitionSpec(axis)
+    if name not in unrolled.MATRICES:
+      return PartitionSpec()
+    # Not along the width; on a GPU the two dimensions have changed places.
+    first = (unrolled.WIDTH[name] == 1) != small_matmul.on_gpu()
+    return PartitionSpec(axis) if first else PartitionSpec(None, axis)
+
+  return jax.tree_util.tree_map_with_path(one, weights)
 
 
 def forward(
-  weights: Any, a: Architecture, tokens_BxT: Int[Array, "B T"], split: Callable, attend: Callable
+  weights: Any,
+  a: Architecture,
+  tokens_BxT: Int[Array, "B T"],
+  split: Callable,
+  attend: Callable,
+  axis: str | None = None,
 ) -> Float[Array, "B T D"]:
   """`transformer.apply` on prepared weights.
 
   `split(layer, qkv)` gets the heads [B, T, N + 2 K, H] as projected; `attend(layer, …)` what that
-  gives, and keeps what it must.
+  gives, and keeps what it must. With an `axis`, within `jax.shard_map`, the weights are a device's
+  share, and `a` its architecture.
   """
   B, T = tokens_BxT.shape
-  run = _operations(a, (B, T), split, attend)
-  x, y = weights["embed"]["embedding"][tokens_BxT].reshape(B * T, -1), None
+  run = _operations(a, (B, T), split, attend, axis)
+  x, y = groups.embed(weights["embed"]["embedding"], tokens_BxT, axis).reshape(B * T, -1), None
   for layer in weights["layers"]:
     x, y = transformer.block(run, layer, x, y)
   return norm.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
 
 
+def logits(
+  weights: Any, hidden_BxD: Float[Array, "B D"], axis: str | None = None
+) -> Float[Array, "B V"]:
+  """Float32 logits of the whole vocabulary; `axis` as in `forward`."""
+  return groups.gather(transformer.logits(hidden_BxD, transformer.head(weights)), axis)
+
+
 def _operations(
-  a: Architecture, shape: tuple[int, int], split: Callable, attend: Callable
+  a: Architecture, shape: tuple[int, int], split: Callable, attend: Callable, axis: str | None
 ) -> transformer.Operations:
   """The block's operations on prepared weights and the tokens of B rows of T."""
 
@@ -76,14 +120,18 @@ def _operations(
     x, normed = norm.add_norm(x, y, scale, a.norm_eps)
     return x, small_matmul.swiglu(normed, matrix)
 
+  def product(x, matrix):
+    made = small_matmul.addend(x, matrix)
+    return made if axis is None else groups.add_up(made, x, axis)
+
   side_by_side = lambda qkv: qkv.reshape(*shape, a.heads + 2 * a.kv_heads, a.head_size)
   return transformer.Operations(
     norm_product=norm_product,
     heads=lambda layer, qkv: split(layer, side_by_side(qkv)),
     attend=lambda layer, own: attend(layer, own).reshape(-1, a.heads * a.head_size),
-    product=small_matmul.addend,
+    product=product,
     norm_swiglu=norm_swiglu,
-    down=small_matmul.addend,
+    down=product,
   )
 
 

@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import (
   beginnings,
+  groups,
   kv_cache,
   model,
   slot_room,
@@ -38,6 +38,7 @@ from oel_jax.policy.sampling import (
 from oel_jax.policy.sampling import scheduler as scheduling
 from oel_jax.policy.sampling.driver import Driver, Requests
 from oel_jax.policy.sampling.token_sampling import Sampling
+from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime import target
 
 # A device's, of the keys and values of the first prompts and their responses; longer replies make
@@ -59,12 +60,14 @@ class Policy:
     params: as `transformer.init` makes them (layers stacked).
     tokenizer: its text side.
     dtype: of the activations.
+    sample_tensor: devices that sample together (`groups`).
   """
 
   architecture: Architecture
   params: Any
   tokenizer: Any
   dtype: Any = jnp.float32
+  sample_tensor: int = 1
 
   def __post_init__(self):
     if self.tokenizer.vocabulary > self.architecture.vocabulary:
@@ -106,6 +109,7 @@ class Policy:
       dtype=self.dtype,
       logprobs=logprobs,
       reply=reply,
+      sample_tensor=self.sample_tensor,
     )
 
   def replace(self, params: Any) -> "Policy":
@@ -127,6 +131,7 @@ def generate(
   slots: int | None = None,
   logprobs: bool = False,
   reply: Reply | None = None,
+  sample_tensor: int = 1,
 ) -> Any:
   """Samples one response a prompt.
 
@@ -144,14 +149,15 @@ def generate(
     slots: most sequences side by side, rounded down to one of SLOT_COUNTS; None: as many as fit
       into MAX_CACHE_BYTES beside the texts that are kept once, at most MAX_SLOTS, or MAX_SLOTS_CPU
       of each core of a CPU. Where replies become much longer than the first prompts, fewer must be
-      asked for: the slots stay as many. On a mesh of one process all this holds for each device's
-      share of them, which is one slot at least.
+      asked for: the slots stay as many. On a mesh of one process all this holds for the share of
+      each group of devices, which is one slot at least.
     logprobs: whether to return the log-probabilities of the ids, too: under the model as it is,
       without temperature and filters.
     reply: called as each response ends, with the prompt's index and the ids; may return a prompt to
       go on with and its seed, which takes that index's place. It runs while the device draws for
       others, on a CPU in one of several threads, an index always in the same, never in two at a
       time. A prompt that repeats the one before and goes on is cheap.
+    sample_tensor: devices of a mesh that hold the weights together (`groups`).
 
   Returns:
     The ids sampled (last), in the order of the prompts; with `logprobs` a pair, the second one
@@ -159,7 +165,8 @@ def generate(
 
   Raises:
     ValueError: an empty prompt, an id that the weights have no row for, a limit or slots below 1,
-      or not one seed, limit or list a prompt; a reply's prompt is checked when it comes.
+      or not one seed, limit or list a prompt; a reply's prompt is checked when it comes. Or devices
+      or weights that do not divide into `sample_tensor` (`groups.check`).
     NotFiniteError: NaN or an infinity is among a prompt's logits, and nothing is drawn from them.
       It names the prompt's index and how many tokens its response had.
   """
@@ -168,28 +175,26 @@ def generate(
   requests = _requests(architecture, prompts, seeds, max_new_tokens, eos_ids)
   if not prompts:
     return ([], []) if logprobs else []
-  placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
-  mesh = (
-    placed.mesh if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1 else None
-  )
+  mesh = groups.of_params(params, architecture, sample_tensor)
   weights = model.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
   weights = weights if mesh else slot_state.commit(weights)
-  attn_impl = kv_cache.attn_impl(architecture, dtype)
+  share = groups.share(architecture, sample_tensor)
+  attn_impl = kv_cache.attn_impl(share, dtype)
   how = dict(
-    architecture=architecture,
+    architecture=share,
     sampling=sampling,
     logprobs=logprobs,
     attn_impl=attn_impl,
     mesh=mesh,
   )
-  each = token_bytes(architecture, dtype)
+  each = token_bytes(share, dtype)
   max_tokens = int(MAX_TEXT_SHARE * MAX_CACHE_BYTES / each)
   # In less than float32 XLA may round a query for its text and not for its own tokens.
   if attn_impl == "xla" and jnp.dtype(dtype) != jnp.float32:
     max_tokens = 0
   common = beginnings.find(prompts, max_tokens, replies=reply is not None)
   if common.texts:
-    how["texts"] = text_cache.read(weights, common, architecture=architecture, mesh=mesh)
+    how["texts"] = text_cache.read(weights, common, architecture=share, mesh=mesh)
   # Each part has slots, a share of the memory and on a CPU a thread of its own; long and short
   # prompts are dealt out evenly.
   parts = min(_cores(mesh), len(prompts) // MIN_PROMPTS_PER_CORE, slots or len(prompts)) or 1
@@ -266,7 +271,7 @@ def _slots(
     list(map(len, prompts)),
     int(requests.limits.max()),
     attn_impl=attn_impl,
-    devices=mesh.size if slot_state.row_axes(mesh) else 1,
+    devices=mesh_lib.row_shards(mesh) if slot_state.row_axes(mesh) else 1,
     slots=slots,
     tokens=(cache_tokens - common.tokens) // parts,
     replies=slot_room.Replies(max(whole), cache_tokens // parts) if replies else None,

@@ -3,7 +3,7 @@ each row what is needed to go on drawing. The engine's docstring draws them.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jaxtyping import Array, Bool, Int, UInt
 
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.sampling import groups
 
 
 class Slots(NamedTuple):
@@ -70,12 +71,13 @@ def empty(
   texts: bool = False,
 ) -> Slots:
   """`rows` slots that wait for a prompt, over so many columns, with room for so many end ids each;
-  on a mesh the rows are spread over it. `texts`: whether rows may stand behind texts.
+  on a mesh the rows are spread over its groups, and heads over the devices of a group, of which
+  each runs `architecture`. `texts`: whether rows may stand behind texts.
   """
   H = architecture.head_size
 
   def cache(*shape: int) -> tuple[Array, ...]:
-    shape = (rows, architecture.kv_heads, *shape)
+    shape = (rows, architecture.kv_heads * groups.size_of(mesh), *shape)
     return tuple(jnp.zeros(shape, dtype) for _ in range(architecture.layers))
 
   zero = jnp.zeros((rows,), jnp.int32)
@@ -111,32 +113,70 @@ def commit(tree: Any, beside: Any = None) -> Any:
 
 def row_axes(mesh: Mesh | None) -> tuple[str, ...]:
   """The axes over which rows are spread. None where there are several processes: the host reads
-  what was drawn, of others' rows it could not; there every device has all rows.
+  what was drawn, of others' rows it could not; there every group has all rows.
   """
-  return mesh.axis_names if mesh and not mesh.is_multi_process else ()
+  if mesh is None or mesh.is_multi_process:
+    return ()
+  return tuple(name for name in mesh.axis_names if name != groups.AXIS)
 
 
 def specs(mesh: Mesh, tree: Any) -> Any:
-  """How the arrays of a tree lie on the mesh: those of rows spread over it, numbers whole."""
-  return jax.tree.map(
-    lambda leaf: PartitionSpec(row_axes(mesh) or None) if jnp.ndim(leaf) else PartitionSpec(), tree
-  )
+  """How the arrays of a tree lie on the mesh: those of rows spread over its groups, keys and values
+  also over the devices of a group, by heads; numbers whole.
+  """
+  rows, heads = row_axes(mesh) or None, groups.axis_of(mesh)
+
+  def one(leaf: Any) -> PartitionSpec:
+    if not jnp.ndim(leaf):
+      return PartitionSpec()
+    return PartitionSpec(rows, heads) if heads and jnp.ndim(leaf) == 4 else PartitionSpec(rows)
+
+  return jax.tree.map(one, tree)
 
 
 def by_rows(
-  run: Callable, mesh: Mesh | None, whole: Any, slots: Slots, *given: Any
+  run: Callable, mesh: Mesh | None, shared: Any, shared_specs: Any, slots: Slots, *given: Any
 ) -> tuple[Slots, tuple[Array, ...]]:
-  """`run` on the rows of each device, which returns the slots and arrays of rows. `whole`: weights
-  and what else each device has all of.
+  """`run` on the rows of each device, which returns the slots and arrays of rows. `shared`: weights
+  and what else is not of rows, which lies as `shared_specs` say.
   """
   if mesh is None:
-    return run(whole, slots, *given)
+    return run(shared, slots, *given)
   placed = specs(mesh, (slots, *given))
   out = placed[0], PartitionSpec(row_axes(mesh) or None)
   # A kernel does not say over which axes its results differ, which a check would want to know.
   return jax.shard_map(
-    run, mesh=mesh, in_specs=(PartitionSpec(), *placed), out_specs=out, check_vma=False
-  )(whole, slots, *given)
+    run, mesh=mesh, in_specs=(shared_specs, *placed), out_specs=out, check_vma=False
+  )(shared, slots, *given)
+
+
+def insert(
+  slots: Slots,
+  rows_R: Int[Array, "R"],
+  index_RxS: Int[Array, "R S"],
+  keys: Sequence[Array],
+  values: Sequence[Array],
+  attn_impl: str,
+  **entered: Array,
+) -> Slots:
+  """The slots with prompts in these rows; rows beyond the last are dropped. Keys and values
+  [R, K, …, H] of each layer are put where `index_RxS` says, `entered` are other fields' [R, …].
+  """
+
+  def put(cache: Array, new: Array, axis: int) -> Array:
+    new = jnp.take_along_axis(new, index_RxS[:, None, :, None], axis=2)
+    return cache.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
+
+  keys = zip(slots.keys, keys, strict=True)
+  values = zip(slots.values, values, strict=True)
+  fields = {
+    name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
+  }
+  return slots._replace(
+    keys=tuple(put(cache, new, column_axis(attn_impl)) for cache, new in keys),
+    values=tuple(put(cache, new, 2) for cache, new in values),
+    **fields,
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "attn_impl"))

@@ -1,5 +1,6 @@
 """Sampling in several processes: each draws the responses of its share of the prompts, with the
-weights whole on its own devices, and the ids are gathered.
+weights whole on each of its own devices, or in each group of them (`groups`), and the ids are
+gathered.
 
 Between the gathering of the weights and that of the ids no process waits for another, so that
 shares may be uneven, or empty; and no step depends on two machines drawing the same bits.
@@ -10,12 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from oel_jax.policy import transformer
+from oel_jax.policy.sampling import groups
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import distributed, together
+from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.finite import NotFiniteError
 
 if TYPE_CHECKING:
@@ -64,28 +66,30 @@ def sample(
 
 @together.everywhere
 def own(policy: "Policy") -> "Policy":
-  """The policy with its parameters whole on each device of this process, matrices and tables in the
-  type of the computation; gathered tensor by tensor.
+  """The policy with its parameters on the devices of this process, whole on each of them or split
+  over each group, matrices and tables in the type of the computation; gathered tensor by tensor.
   """
-  devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
-  names = ("data", "fsdp", "tensor")
-  here = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
-  whole = NamedSharding(here, PartitionSpec())
+  size = policy.sample_tensor
+  # In the order of the mesh that they were trained on: a program takes no arrays of another.
+  every = list(jax.tree.leaves(policy.params)[0].sharding.mesh.devices.flat)
+  devices = [device for device in every if device.process_index == jax.process_index()]
+  groups.check(policy.architecture, size, len(devices))
+  groups.check_processes(every, size)
+  here, everywhere = (groups.make_mesh(each, size) for each in (devices, every))
 
-  def one(leaf: jax.Array) -> jax.Array:
-    if not leaf.is_fully_replicated:
-      leaf = distributed.in_turn(_replicate(leaf.sharding.mesh)(leaf))
+  def one(leaf: jax.Array, place: NamedSharding) -> jax.Array:
+    if not (leaf.is_fully_replicated and place.is_fully_replicated):
+      leaf = distributed.in_turn(_placed(place)(leaf))
     parts = {shard.device: shard.data for shard in leaf.addressable_shards}
     return jax.make_array_from_single_device_arrays(
-      leaf.shape, whole, [parts[device] for device in devices.flat]
+      leaf.shape, NamedSharding(here, place.spec), [parts[device] for device in devices]
     )
 
   # Cast first, as sampling would: half of what travels.
-  return policy.replace(
-    jax.tree.map(one, transformer.cast(policy.params, policy.dtype, tables=True))
-  )
+  params = transformer.cast(policy.params, policy.dtype, tables=True)
+  return policy.replace(jax.tree.map(one, params, mesh_lib.param_shardings(everywhere, params)))
 
 
 @functools.cache
-def _replicate(mesh: Mesh) -> Any:
-  return jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _placed(place: NamedSharding) -> Any:
+  return jax.jit(lambda leaf: leaf, out_shardings=place)

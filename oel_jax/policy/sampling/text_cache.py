@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import beginnings, kv_cache, model
+from oel_jax.policy.sampling import beginnings, groups, kv_cache, model
 
 BLOCK = 64  # of a text's columns that are read at once; divides P
 QUERIES = 128  # of a key-value head that one program of the kernel takes, at most
@@ -79,7 +79,7 @@ def read(
   mesh: Mesh | None = None,
 ) -> Texts:
   """Reads each text once; places beyond the last are of no tokens. `weights` are from
-  `model.prepare`; on a mesh every device gets all.
+  `model.prepare`; on a mesh every group gets all, each device of it those of its heads.
   """
   texts = common.texts
   room = beginnings.room(max(map(len, texts)))
@@ -97,6 +97,7 @@ def read(
 @functools.partial(jax.jit, static_argnames=("architecture", "mesh"))
 def _read(weights, tokens_nxP, count, *, architecture, mesh):
   """The keys and values of the first `count` texts, and zeros."""
+  axis = groups.axis_of(mesh)
   n, P = tokens_nxP.shape
   shape = n, architecture.kv_heads, P, architecture.head_size
   dtype = weights["embed"]["embedding"].dtype
@@ -113,7 +114,7 @@ def _read(weights, tokens_nxP, count, *, architecture, mesh):
 
     positions = jnp.arange(len(tokens_P), dtype=jnp.int32)[None]
     model.forward(
-      weights, architecture, tokens_P[None], model.heads_at(architecture, positions), attend
+      weights, architecture, tokens_P[None], model.heads_at(architecture, positions), attend, axis
     )
     return keys, values
 
@@ -125,9 +126,19 @@ def _read(weights, tokens_nxP, count, *, architecture, mesh):
     return tuple(map(tuple, found))
 
   if mesh is not None:
-    whole = PartitionSpec()
-    run = jax.shard_map(run, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    given = model.specs(mesh, weights), PartitionSpec(), PartitionSpec()
+    run = jax.shard_map(run, mesh=mesh, in_specs=given, out_specs=_by_heads(axis), check_vma=False)
   return run(weights, tokens_nxP, count)
+
+
+def specs(mesh: Mesh, texts: Texts) -> Texts:
+  """How texts lie on the mesh: all on each device, or those of its heads."""
+  caches = jax.tree.map(lambda _: _by_heads(groups.axis_of(mesh)), texts.keys)
+  return Texts(caches, caches, PartitionSpec())
+
+
+def _by_heads(axis: str | None) -> PartitionSpec:
+  return PartitionSpec(None, axis) if axis else PartitionSpec()
 
 
 def lengths(texts: Texts, text_R: Int[Array, "R"]) -> Int[Array, "R"]:
