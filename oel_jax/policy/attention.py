@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from oel_jax.policy.architecture import Architecture, Llama3Scaling
-from oel_jax.policy.ops import splash
+from oel_jax.policy.ops import common, splash
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash", "splash")
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean instead of NaN
@@ -31,8 +31,8 @@ def attend(
   heads, size]. `attn_impl` is "xla", or one of cuDNN's: "cudnn" gets the mask whole, so segments
   and padding count there too; "flash" does not see it and is causal: right for rows that
   hold one sequence, padded on the right, and S = T. Or "splash", a TPU's, which does not see it
-  either: it is causal within `segments_BxT`, or without them as "flash", and on a mesh must be told
-  which.
+  either: it is causal within `segments_BxT`, or without them as "flash". All but "xla" must be told
+  the mesh: each device attends for its own rows and heads.
 
   Raises:
     ValueError: another attention implementation.
@@ -45,14 +45,9 @@ def attend(
   if attn_impl == "splash":
     return splash.attend(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, segments_BxT, mesh)
   if attn_impl != "xla":
-    k_BxKxSxH = _centred(k_BxKxSxH)
-  if attn_impl == "cudnn":
-    k_BxKxSxH, v_BxKxSxH, mask_BxTxS = _whole_tiles(k_BxKxSxH, v_BxKxSxH, mask_BxTxS)
-  if attn_impl != "xla":
-    how = dict(mask=mask_BxTxS[:, None]) if attn_impl == "cudnn" else dict(is_causal=True)
-    return jax.nn.dot_product_attention(
-      q_BxTxNxH, k_BxKxSxH.swapaxes(1, 2), v_BxKxSxH.swapaxes(1, 2), implementation="cudnn", **how
-    )
+    own = q_BxTxNxH.swapaxes(1, 2), k_BxKxSxH, v_BxKxSxH
+    mask = (mask_BxTxS,) if attn_impl == "cudnn" else ()
+    return common.spread(_by_cudnn, mesh, own, *mask).swapaxes(1, 2)
   B, T, N, H = q_BxTxNxH.shape
   K = k_BxKxSxH.shape[1]
   q = q_BxTxNxH.reshape(B, T, K, N // K, H) * (H**-0.5)
@@ -60,6 +55,20 @@ def attend(
   scores = jnp.where(mask_BxTxS[:, None, None], scores, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v_BxKxSxH.dtype)
   return jnp.einsum("bkgts,bksh->btkgh", weights, v_BxKxSxH).reshape(B, T, N, H)
+
+
+def _by_cudnn(
+  own: tuple[Array, Array, Array], mask_BxTxS: Array | None = None
+) -> Float[Array, "B N T H"]:
+  """One device's attention of queries [B, N, T, H]; causal without a mask."""
+  q, k, v = own
+  k = _centred(k)
+  how = dict(is_causal=True)
+  if mask_BxTxS is not None:
+    k, v, mask_BxTxS = _whole_tiles(k, v, mask_BxTxS)
+    how = dict(mask=mask_BxTxS[:, None])
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how).swapaxes(1, 2)
 
 
 def _centred(k_BxKxSxH: Array) -> Array:
@@ -134,14 +143,22 @@ def attend_with_prefix(
     return join(*splash.attend_apart(q_BxTxNxH, own, prefix, ids, mesh), jnp.bool_(True))
   if attn_impl != "flash":
     k, v = (jnp.concatenate(pair, axis=2) for pair in zip(prefix, own, strict=True))
-    return attend(q_BxTxNxH, k, v, mask_BxTxS, attn_impl)
-  B, T = q_BxTxNxH.shape[:2]
+    return attend(q_BxTxNxH, k, v, mask_BxTxS, attn_impl, mesh=mesh)
+  own = q_BxTxNxH.swapaxes(1, 2), *own
+  return common.spread(_apart_by_cudnn, mesh, own, prefix, length_B).swapaxes(1, 2)
+
+
+def _apart_by_cudnn(
+  own: tuple[Array, Array, Array], prefix: tuple[Array, Array], length_B: Array
+) -> Float[Array, "B N T H"]:
+  """One device's attention of queries [B, N, T, H] to their own keys and to a prefix."""
+  q, *own = own
+  q = q.swapaxes(1, 2)
+  B, T = q.shape[:2]
   filled = dict(q_seqlen=jnp.full(B, T, jnp.int32), kv_seqlen=jnp.maximum(length_B, 1))
-  return join(
-    *_cudnn(q_BxTxNxH, *own, "CAUSAL"),
-    *_cudnn(q_BxTxNxH, *prefix, "PADDING", **filled),
-    (length_B > 0)[:, None, None, None],
-  )
+  there = (length_B > 0)[:, None, None, None]
+  first, second = _cudnn(q, *own, "CAUSAL"), _cudnn(q, *prefix, "PADDING", **filled)
+  return join(*first, *second, there).swapaxes(1, 2)
 
 
 def with_logsumexp(

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
 
 from oel_jax.runtime import target
 
@@ -45,3 +47,32 @@ def with_rule(forward: Callable, backward: Callable, static: tuple[int, ...] = (
   function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=static)
   function.defvjp(forward, backward)
   return function
+
+
+def spread(
+  run: Callable[..., Any], mesh: Mesh | None, own: tuple[Array, Array, Array], *given: Any
+) -> Any:
+  """`run(own, *given)` on a mesh, where XLA cannot cut it: on each device for its own rows ("data"
+  and "fsdp") and heads ("tensor"); on all of them where an axis does not divide them, as for the
+  one row that is a text being read.
+
+  Args:
+    run: attention; what it returns are arrays [B, heads, …].
+    mesh: where the arrays lie; None on one device, and inside `jax.shard_map`.
+    own: queries, keys and values, [B, heads, …], of four dimensions.
+    given: trees of such arrays, and of others [B, …].
+  """
+  if mesh is None or mesh.size == 1:
+    return run(own, *given)
+  q, k, _ = own
+  rows = ("data", "fsdp") if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+  heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
+  place = lambda x: PartitionSpec(rows, heads) if x.ndim == 4 else PartitionSpec(rows)
+  # A kernel does not say over which axes its results differ, which a check would want to know.
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=jax.tree.map(place, (own, *given)),
+    out_specs=PartitionSpec(rows, heads),
+    check_vma=False,
+  )(own, *given)

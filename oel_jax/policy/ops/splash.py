@@ -2,8 +2,8 @@
 
 The plain form is `attention.attend` under `attention.segment_mask`, and behind a prefix also under
 `transformer.Prefix.mask`: here tokens and keys have ids in the place of a mask, and see each other
-where these are equal. Tokens are padded to whole blocks. XLA cannot cut a kernel: on a mesh each
-device attends for its own rows ("data" and "fsdp") and heads ("tensor").
+where these are equal. Tokens are padded to whole blocks. On a mesh each device attends for its own
+rows and heads.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from oel_jax.policy.ops import common
@@ -51,7 +51,7 @@ def attend(
   def local(own, segments=None):
     return _causal(own, segments, residuals=False, interpret=interpret)
 
-  y_BxNxTxH = _spread(local, mesh, _own(q_BxTxNxH, k_BxKxTxH, v_BxKxTxH), *ids)
+  y_BxNxTxH = common.spread(local, mesh, _own(q_BxTxNxH, k_BxKxTxH, v_BxKxTxH), *ids)
   return y_BxNxTxH.swapaxes(1, 2)[:, : q_BxTxNxH.shape[1]]
 
 
@@ -85,7 +85,7 @@ def attend_apart(
     return first, first_logsumexp[..., None], second, second_logsumexp[..., None]
 
   texts = tuple(_padded(x, 2) for x in prefix)
-  found = _spread(local, mesh, _own(q_BxTxNxH, *own), texts, *(_padded(x, 1) for x in ids))
+  found = common.spread(local, mesh, _own(q_BxTxNxH, *own), texts, *(_padded(x, 1) for x in ids))
   return tuple(x.swapaxes(1, 2)[:, : q_BxTxNxH.shape[1]] for x in found)
 
 
@@ -142,25 +142,3 @@ def _kernel(
     residual_checkpoint_name=common.REMAT_SAVED,
     interpret=interpret,
   )
-
-
-def _spread(
-  run: Callable[..., Any], mesh: Mesh | None, own: tuple[Array, Array, Array], *given: Any
-) -> Any:
-  """`run` of heads [B, heads, …] and ids [B, …] on each device's rows and heads; on all of them
-  where an axis does not divide them, as for the one row that is a text being read.
-  """
-  if mesh is None or mesh.size == 1:
-    return run(own, *given)
-  q, k, _ = own
-  rows = ("data", "fsdp") if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-  heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
-  place = lambda x: PartitionSpec(rows, heads) if x.ndim == 4 else PartitionSpec(rows)
-  # A kernel does not say over which axes its results differ, which a check would want to know.
-  return jax.shard_map(
-    run,
-    mesh=mesh,
-    in_specs=jax.tree.map(place, (own, *given)),
-    out_specs=PartitionSpec(rows, heads),
-    check_vma=False,
-  )(own, *given)
