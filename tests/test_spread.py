@@ -35,8 +35,8 @@ from oel_jax.policy.sampling import beginnings
 from oel_jax.tasks import export
 
 texts, find = [], beginnings.find
-def spy(*given):
-  found = find(*given)
+def spy(*given, **how):
+  found = find(*given, **how)
   texts.append(found.texts)
   return found
 beginnings.find, beginnings.MIN_TOKENS, beginnings.MIN_PROMPTS = spy, 1, 2

@@ -254,8 +254,9 @@ def test_prefill_and_decode_behind_texts(devices):
   dtype = jnp.float32
   a, mesh, how, weights, slots, drawing = _sampling("qwen3-1.7b", devices, dtype, texts=True)
   tokens, where = _array(G, P), dict(architecture=a, mesh=mesh)
-  assert _lowered(text_cache._read, weights, tokens, **where) == 0
-  read = jax.eval_shape(functools.partial(text_cache._read, **where), weights, tokens)
+  given = weights, tokens, _array()
+  assert _lowered(text_cache._read, *given, **where) == 0
+  read = jax.eval_shape(functools.partial(text_cache._read, **where), *given)
   how["texts"] = text_cache.Texts(*read, _array(G))
   rows = 4 * devices
   each = _array(rows)
