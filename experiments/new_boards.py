@@ -4,7 +4,7 @@ shipped yet:
 
     python -m oel_jax.main --config=experiments/new_boards.py:sokoban \\
         --workdir=runs/new_boards/sokoban/0 --config.seed=0 \\
-        --config.policy.weights=runs/boards/pocket.safetensors
+        --config.policy.weights=runs/boards-6m/0/pocket.safetensors
 
 TextArena draws the boards; `oel_jax/pocket/boards/chosen.py` takes those that can be won within the
 turn limit, and divides them in two halves by a hash: games whose knowledge and prompts are learned
