@@ -13,6 +13,7 @@ import random
 import string
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from oel_jax.environments.api import Step
 
@@ -142,13 +143,15 @@ def render(world: World, player: Cell) -> str:
 
 
 class Worlds:
-  """Worlds as an `environments.api.Environment`: the one that `draw` makes of the seed."""
+  """Worlds as an `environments.api.Environment`: the one that `draw` makes of the seed. `game`
+  makes a game of what is drawn, as `WorldGame` does, which is the default.
+  """
 
-  def __init__(self, draw: Callable[[int], World]):
-    self._draw = draw
+  def __init__(self, draw: Callable[[int], Any], game: Callable[..., Any] | None = None):
+    self._draw, self._make = draw, game or WorldGame
 
   def reset(self, seed: int) -> str:
-    self._game = WorldGame(self._draw(seed), max_turns=sys.maxsize)  # the limit is the spec's
+    self._game = self._make(self._draw(seed), max_turns=sys.maxsize)  # the limit is the spec's
     return self._game.observation
 
   def step(self, action: str) -> Step:

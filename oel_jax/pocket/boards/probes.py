@@ -54,7 +54,10 @@ def play_rooms(
   """Games passed in push worlds, with knowledge as in `pocket.probes.play_worlds`."""
   draw = functools.partial(room_of, symmetric=symmetric)
   spec = dataclasses.replace(
-    probes.LAKE, name="room", make=lambda: rooms.Rooms(draw), max_turns=rooms.MAX_TURNS
+    probes.LAKE,
+    name="room",
+    make=lambda: worlds.Worlds(draw, rooms.RoomGame),
+    max_turns=rooms.MAX_TURNS,
   )
 
   def tell(map_seed: int, rng: random.Random, strangers: bool) -> str:

@@ -11,8 +11,6 @@ import dataclasses
 import hashlib
 import random
 import string
-import sys
-from collections.abc import Callable
 
 from oel_jax.environments.api import Step
 from oel_jax.pocket import worlds
@@ -196,20 +194,6 @@ _BESIDE = {
   cell: [other for name in ACTIONS if (other := plans.step(cell, name)) in _INNER]
   for cell in _INNER
 }
-
-
-class Rooms:
-  """Rooms as an `environments.api.Environment`: the one that `draw` makes of the seed."""
-
-  def __init__(self, draw: Callable[[int], Room]):
-    self._draw = draw
-
-  def reset(self, seed: int) -> str:
-    self._game = RoomGame(self._draw(seed), max_turns=sys.maxsize)  # the limit is the spec's
-    return self._game.observation
-
-  def step(self, action: str) -> Step:
-    return self._game.play(f"[{action}]")
 
 
 class RoomGame:
