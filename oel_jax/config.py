@@ -333,9 +333,9 @@ def default() -> ml_collections.ConfigDict:
   config.mesh = ml_collections.ConfigDict(
     dict(
       # devices on each axis; -1: all that are left
-      data=-1,
-      fsdp=1,
-      tensor=1,
+      data=-1,  # rows
+      fsdp=1,  # rows, and parameters and optimizer by their width
+      tensor=1,  # heads, feed-forward, vocabulary
       # devices of a process that hold the weights together while they sample, each its share of
       # heads, feed-forward and vocabulary (`policy/sampling/groups.py`); 1: each has them whole
       sample_tensor=1,

@@ -93,7 +93,7 @@ def test_a_model_that_names_no_context_length_has_none_and_equals_one_that_does(
 def test_runs_ask_with_their_longest_response(run, config, tmp_path, monkeypatch):
   asked = []
 
-  def load(config, devices, *, response_tokens):
+  def load(config, devices, *, response_tokens, **_):
     asked.append(response_tokens)
     raise ValueError("enough")
 

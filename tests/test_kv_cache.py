@@ -119,5 +119,8 @@ def test_the_kernel_is_for_gpus_in_bfloat16_and_heads_that_it_can_halve(monkeypa
   assert {kv_cache.attn_impl(shape, jnp.bfloat16) for shape in ARCHITECTURES.values()} == {"xla"}
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   found = {name: kv_cache.attn_impl(shape, jnp.bfloat16) for name, shape in ARCHITECTURES.items()}
-  assert {name for name, attn_impl in found.items() if attn_impl == "xla"} == {"pocket-tiny"}
+  assert {name for name, attn_impl in found.items() if attn_impl == "xla"} == {
+    "boards-tiny",
+    "pocket-tiny",
+  }
   assert {kv_cache.attn_impl(shape, jnp.float32) for shape in ARCHITECTURES.values()} == {"xla"}

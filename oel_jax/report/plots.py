@@ -223,7 +223,8 @@ def _accumulation(run: Run, theme: Theme) -> Figure | None:
 
 def _rounds(run: Run, theme: Theme) -> Figure | None:
   """What is held to from round to round: play with knowledge in the prompt of what each round made,
-  tasks, and how sure it is of its own answers. None of a run with fewer than two rounds.
+  tasks, and how sure it is of its own answers. None of a run with fewer than two rounds, or of which
+  nothing of this was measured.
   """
   found = sorted(run.evaluations.items())
   if sum(number > 0 for number, _ in found) < 2:
@@ -249,6 +250,8 @@ def _rounds(run: Run, theme: Theme) -> Figure | None:
     )
     if (curves := _by_round(found, values))
   ]
+  if not panels:
+    return None
   figure = _figure(2.6 * -(-len(panels) // 2), 10.6)
   every = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
   colors = (theme.without, theme.context, theme.dim, theme.ink)
