@@ -223,7 +223,7 @@ def _accumulation(run: Run, theme: Theme) -> Figure | None:
 
 def _rounds(run: Run, theme: Theme) -> Figure | None:
   """What is held to from round to round: play with knowledge in the prompt of what each round made,
-  tasks, and how sure it is of its own answers. None of a run with fewer than two rounds, or of which
+  tasks, and how sure it is of its own answers. None of a run with fewer than two rounds, or where
   nothing of this was measured.
   """
   found = sorted(run.evaluations.items())
