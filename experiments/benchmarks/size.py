@@ -118,7 +118,8 @@ class Words:
 class MadeUp(Policy):
   """Answers at once; in several processes each to its share, as a model does."""
 
-  def sample(self, prompts, seeds, *, sampling, max_new_tokens, reply=None):
+  def sample(self, prompts, seeds, *, sampling, max_new_tokens, logprobs=False, reply=None):
+    assert not logprobs, "what is made up has none"
     if spread.is_spread(self.params):
       return spread.sample(self, list(prompts), list(seeds), sampling, max_new_tokens)
     found = []
@@ -206,7 +207,7 @@ def play_games(run: Run, given: argparse.Namespace) -> None:
 def sample(run: Run, given: argparse.Namespace) -> str:
   """A digest of a response to every prompt, batch after batch as training lays them out."""
   texts = ["- Ask for the code."] * 3
-  task = consolidate._make_task(run, 1, run.base, texts)
+  task = consolidate._make_task(run, 1, run.base, texts, "task")
   config, found = run.config.consolidation, hashlib.sha256()
   drawn = iter(dataset.batches(range(len(task.prompts)), given.batch, seed=0, round=1))
   for _ in range(-(-len(task.prompts) // given.batch)):
