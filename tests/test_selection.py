@@ -16,6 +16,7 @@ from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import draws, restore, samples, selection, trainer
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer
+from oel_jax.runtime import finite
 from oel_jax.runtime import mesh as mesh_lib
 
 _logits = jax.jit(
@@ -139,6 +140,15 @@ def test_it_is_gone_on_with_to_the_same_bits(policy, tmp_path):  # noqa: F811
     _run(policy, tmp_path / "cut", config, advance=stop)
   again, _ = _run(policy, tmp_path / "cut", config)
   jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_a_score_that_is_no_number_ends_the_run(policy, tmp_path, monkeypatch):  # noqa: F811
+  """Though its sample is chosen last, and the others train on."""
+  scores = jnp.arange(5.0).at[1].set(jnp.nan)
+  monkeypatch.setattr(selection, "make_scorer", lambda *_, **__: lambda teacher, batch: scores)
+  config = _config(steps=1, select=0.5, batch_size=5, log_probe=0)
+  with pytest.raises(finite.NotFiniteError, match="disagreement is nan"):
+    _run(policy, tmp_path, config)
 
 
 def test_a_step_that_chooses_none_away_is_the_plain_one(policy, tmp_path):  # noqa: F811

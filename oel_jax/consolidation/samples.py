@@ -71,17 +71,12 @@ def sample_batch(
   config: Any,
   limit: int,
   stage: str,
-  *,
-  whole: bool = False,
 ) -> tuple[batch_lib.Batch, list[list[int]]]:
   """Draws a knowledge text and a response for each chosen prompt; returns the batch, packed, and
-  the responses' ids; with `whole`, those that the limit cut are not in the batch (`usable`).
-  Arguments as those of `draw`.
+  the responses' ids. Arguments as those of `draw`.
   """
   drawn = draw(task, student, teacher, chosen, numbers, config, limit, stage)
-  eos_ids = student.tokenizer.eos_ids if whole else None
-  left, counts = usable(drawn, limit, eos_ids)
-  return assemble(task, student, left, config, limit, counts=counts), drawn.responses
+  return assemble(task, student, drawn, config, limit), drawn.responses
 
 
 def draw(

@@ -3,18 +3,36 @@ without any.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from oel_jax.consolidation import placement, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
+from oel_jax.conversations.schema import Prompt
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import finite, together
 from oel_jax.stages.run import Run
 
 BATCH = 32  # prompts at a time
+
+
+def plain_task(run: Run, policy: Policy, prompts: Sequence[Prompt]) -> task_lib.Task:
+  """The prompts as the run shows them, without knowledge before teacher or student.
+
+  Raises:
+    ValueError: one is longer than config.policy.max_prompt_tokens.
+  """
+  config = run.config
+  return task_lib.plain_task(
+    policy.tokenizer,
+    prompts,
+    seed=config.seed,
+    round=0,
+    thinking=config.policy.thinking,
+    limit=config.policy.max_prompt_tokens,
+  )
 
 
 def scorer(

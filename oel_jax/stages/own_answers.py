@@ -5,7 +5,6 @@ games passed it shows a collapse coming.
 from collections.abc import Sequence
 from typing import Any
 
-from oel_jax.consolidation import task as task_lib
 from oel_jax.conversations.schema import Conversation, cut_prompts
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.stages import divergence
@@ -35,14 +34,7 @@ def measure(run: Run, policy: Policy, games: Sequence[Conversation]) -> dict[str
   asked = [cut_prompts(game)[0] for game in games[: config.evaluation.own_answers]]
   if not asked:
     return None
-  task = task_lib.plain_task(
-    policy.tokenizer,
-    asked,
-    seed=config.seed,
-    round=0,
-    thinking=config.policy.thinking,
-    limit=config.policy.max_prompt_tokens,
-  )
+  task = divergence.plain_task(run, policy, asked)
   k = config.consolidation.k
   found, _ = divergence.scorer(run, task, run.base, "held-out games", k)(policy)
   return {

@@ -4,7 +4,6 @@ to do with what was deployed.
 
 from typing import Any
 
-from oel_jax.consolidation import task as task_lib
 from oel_jax.conversations.importers import read_prompts
 from oel_jax.conversations.schema import Prompt
 from oel_jax.evaluation import statistics
@@ -47,17 +46,10 @@ def measure(run: Run, policy: Policy) -> dict[str, Any] | None:
     OSError: it is missing.
     NotFiniteError: a divergence is not finite.
   """
-  config, asked = run.config, prompts(run.config)
+  asked = prompts(run.config)
   if not asked:
     return None
-  task = task_lib.plain_task(
-    policy.tokenizer,
-    asked,
-    seed=config.seed,
-    round=0,
-    thinking=config.policy.thinking,
-    limit=config.policy.max_prompt_tokens,
-  )
+  task = divergence.plain_task(run, policy, asked)
   found, answers = divergence.scorer(run, task, run.base, FIELD)(policy)
   sizes = [len(ids) for ids in answers]
   return {"prompts": len(asked), "kl": found["kl"], "response_tokens": statistics.mean(sizes)}
