@@ -39,6 +39,8 @@ VARIANTS = {
   "skip": {"consolidation.on_no_gain": "skip"},
 }
 VARIANTS["guard"] = {name: value for each in VARIANTS.values() for name, value in each.items()}
+# the run's first weights teach in every round; "keep" holds to the round's, so not with it
+VARIANTS["first"] = VARIANTS["carry"] | {"consolidation.teacher": "first"}
 # What is told of each round: its head, and the cell's way and what.
 TOLD = {
   "passed without knowledge, %": ("without", "passed"),

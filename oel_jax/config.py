@@ -29,7 +29,7 @@ CHOICES = {
   "consolidation.data": ("student", "teacher"),
   "consolidation.kind": (*DIVERGENCES, "imitation"),
   "consolidation.renewed": ("step", "round", "never"),
-  "consolidation.teacher": ("frozen", "live"),
+  "consolidation.teacher": ("frozen", "first", "live"),
   "consolidation.support": ("full", "topk", "topk_tail"),
   "consolidation.remat": ("none", "dots", "full"),
   "consolidation.attention": ("auto", "xla", "cudnn", "flash", "splash"),
@@ -246,7 +246,8 @@ def default() -> ml_collections.ConfigDict:
       renewed="step",
       # whether responses that the limit of tokens cut are trained on
       cut_responses=True,
-      # "frozen" as the round began, or "live": the student as it is at each step, with knowledge
+      # whose view of the knowledge is learned: "frozen": that of the weights as the round began;
+      # "first": of those that the run began with; "live": of the student as it is at each step
       teacher="frozen",
       # a name in `consolidation.divergences.DIVERGENCES`, or "imitation": negative log-likelihood
       # of the sampled tokens
@@ -550,8 +551,8 @@ def _check_guard(config: Any) -> None:
     config,
     "consolidation.anchor",
     not training.anchor or training.kind != "imitation" and training.teacher == "frozen",
-    '0 where consolidation.kind is "imitation" or consolidation.teacher "live": there is no frozen '
-    "teacher to be held to",
+    '0 where consolidation.kind is "imitation" or consolidation.teacher not "frozen": kept is '
+    "what the round's first weights do",
   )
   _need(
     config,

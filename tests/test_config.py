@@ -159,7 +159,7 @@ def test_every_field_is_explained_where_it_stands():
     ("logs.held_out", 1.0, "below 1"),
     ("consolidation.games_per_step", -1, "0 or more"),
     ("consolidation.renewed", "often", "one of 'step', 'round', 'never'"),
-    ("consolidation.teacher", "alive", "one of 'frozen', 'live'"),
+    ("consolidation.teacher", "alive", "one of 'frozen', 'first', 'live'"),
     ("evaluation.accumulation_rounds", 0, "more than 0"),
     ("evaluation.own_answers", -1, "0 or more"),
     ("consolidation.anchor_share", 0.0, "above 0, at most 1"),

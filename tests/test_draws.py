@@ -5,6 +5,7 @@ so.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_trainer import TEXTS, _config, _lines, _one_device, _task
@@ -98,7 +99,9 @@ def test_a_prompt_whose_numbers_are_none_is_named_by_its_place():
   [
     ("step", "frozen", ("student", "policy", "draw")),
     ("step", "live", ("student", "student", "draw")),
+    ("step", "first", ("student", "first", "draw")),
     ("round", "frozen", ("policy", "policy", "prompt")),
+    ("round", "first", ("policy", "policy", "prompt")),
     ("never", "live", ("first", "first", "prompt")),
   ],
 )
@@ -110,11 +113,18 @@ def test_whose_samples_a_step_takes(renewed, teacher, who):
   assert (*names, numbers) == (*who[:2], drawn[who[2]])
 
 
+def test_the_first_weights_sample_once_a_round_what_they_teach():
+  found = draws.samplers(
+    _config(renewed="round", teacher="first", data="teacher"), "policy", "first"
+  )
+  assert found.once.policy == found.teacher == "first"
+
+
 def test_a_response_that_ends_with_the_limits_last_token_is_whole():
   assert draws.whole([[7] * 4, [7, 2], [7, 7, 7, 2], [2]], 4, (2, 3)) == [1, 2, 3]
 
 
-def run(policy, folder, task, monkeypatch, **changes):
+def run(policy, folder, task, monkeypatch, base=None, **changes):
   """Trains; returns what each step was sampled with, and the lines of metrics."""
   seen, draw, assemble = [], samples.draw, samples.assemble
 
@@ -138,6 +148,7 @@ def run(policy, folder, task, monkeypatch, **changes):
       directory=folder / "checkpoints",
       mesh=_one_device(),
       metrics=metrics,
+      base=base,
     )
   return seen, [line for line in _lines(folder) if line["step"]], jax.device_get(params)
 
@@ -222,6 +233,34 @@ def test_a_live_teacher_moves_with_the_student(policy, tmp_path, monkeypatch, sa
     found[teacher] = [line["kl"] for line in lines]
   assert abs(found["frozen"][0]) < 1e-6 and found["frozen"][1] > 1e-3
   assert max(map(abs, found["live"])) < 1e-6
+
+
+def test_the_first_weights_teach_in_every_round(policy, tmp_path, monkeypatch, said):
+  """Without knowledge, from a student of other weights: KL(student ‖ first), in NumPy float64."""
+  prompts = [Prompt(f"p{i}", (Message("user", "go " * (i + 1)),)) for i in range(5)]
+  how = dict(seed=3, round=2, thinking=True, limit=256)
+  task = task_lib.plain_task(policy.tokenizer, prompts, **how)
+  moved = policy.replace(jax.tree.map(lambda leaf: leaf * 1.05, policy.params))
+  changes = dict(steps=1, batch_size=5, teacher="first", base=policy)
+  [(chosen, responses, _)], [line], _ = run(moved, tmp_path, task, monkeypatch, **changes)
+  found = []
+  for k, response in zip(chosen, responses, strict=True):
+    ids = jnp.array([[*task.prompts[k], *response]])
+    ours, theirs = (_log_probabilities(each, ids)[-len(response) :] for each in (moved, policy))
+    found += (np.exp(ours) * (ours - theirs)).sum(-1).tolist()
+  assert line["kl"] > 1e-3
+  np.testing.assert_allclose(line["kl"], np.mean(found), rtol=1e-3)
+
+
+def _log_probabilities(policy, ids):
+  """Of what comes behind each id but the last, at the divergence's temperature."""
+  a, count = policy.architecture, ids.shape[1]
+  hidden, _ = transformer.apply(
+    policy.params, a, ids, jnp.arange(count)[None], jnp.ones((1, count), jnp.int32)
+  )
+  logits = transformer.logits(hidden[0, :-1], transformer.head(policy.params))
+  scaled = np.asarray(logits, np.float64) / _config().temperature
+  return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
 
 
 def test_ends_that_are_one_are_those_of_the_tokenizer(policy, tmp_path, monkeypatch, said):

@@ -91,12 +91,12 @@ class Samplers:
   """Whose samples the steps of a round take (config.consolidation.renewed and teacher).
 
   Attributes:
-    policy: the round's first weights.
+    teacher: a frozen one's weights.
     once: what samples each prompt once; None: the present student does, at every step.
     live: whether the teacher is the present student, with knowledge.
   """
 
-  policy: Policy
+  teacher: Policy
   once: Once | None
   live: bool
 
@@ -106,13 +106,15 @@ class Samplers:
     """Who samples as student and who as teacher, and the numbers that name the draws."""
     if self.once:
       return self.once, self.once, drawn["prompt"]
-    return student, student if self.live else self.policy, drawn["draw"]
+    return student, student if self.live else self.teacher, drawn["draw"]
 
 
 def samplers(config: Any, policy: Policy, first: Policy) -> Samplers:
   """As config.consolidation asks for; `policy` has the round's first weights, `first` the run's."""
-  once = {"step": None, "round": policy, "never": first}[config.renewed]
-  return Samplers(policy, Once(once) if once else None, config.teacher == "live")
+  teacher = first if config.teacher == "first" else policy
+  round_of = teacher if config.data == "teacher" else policy
+  once = {"step": None, "round": round_of, "never": first}[config.renewed]
+  return Samplers(teacher, Once(once) if once else None, config.teacher == "live")
 
 
 def whole(responses: Sequence[Sequence[int]], limit: int, eos_ids: Sequence[int]) -> list[int]:

@@ -48,7 +48,8 @@ def consolidate(
   Args:
     config: config.consolidation.
     task: prompts and knowledge.
-    policy: the round's first weights: student at step 0, and the frozen teacher.
+    policy: the round's first weights: student at step 0, and the frozen teacher unless
+      config.teacher names another.
     limit: most tokens of a response.
     directory: of the round's checkpoints; what is there is gone on with.
     mesh: devices.
@@ -141,7 +142,7 @@ class _Training:
   Attributes:
     config: config.consolidation.
     task: prompts and knowledge.
-    policy: the round's first weights, the frozen teacher's.
+    policy: the round's first weights.
     teacher: what it has read of the knowledge.
     step: the jitted step (`step.make_step`).
     probe: parameters → statistics on the fixed batch; {} without one.
@@ -255,7 +256,7 @@ class _Training:
     """The round's teacher; a live one is the student, which has read the knowledge anew. The step
     is given the student's arrays to write over, so these are copies.
     """
-    if self.config.teacher == "frozen":
+    if self.config.teacher != "live":
       return self.teacher
     copy = student.replace(jax.tree.map(jnp.copy, student.params))
     return placement.prepare_teacher(self.config, self.task, copy, self.mesh, self.attn_impl)
@@ -306,7 +307,7 @@ def _prepare(
     NotFiniteError: the probe's batch could not be sampled before step `first` + 1.
   """
   attn_impl = placement.attn_impl(config, policy)
-  teacher = placement.prepare_teacher(config, task, policy, mesh, attn_impl)
+  teacher = placement.prepare_teacher(config, task, samplers.teacher, mesh, attn_impl)
   _tell_if_on_host(config, task, teacher)
   most = draws.max_samples(task, config)
   count = selection.trained(config, most)
