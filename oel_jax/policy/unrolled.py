@@ -204,11 +204,64 @@ def forward(
   Raises:
     ValueError: another attention implementation, or several texts a row with the attention "flash".
   """
-  a, (B, T) = architecture, tokens_BxT.shape
+  a = architecture
+  x = embed(weights, tokens_BxT, segments_BxT, dtype=dtype, axis=axis)
+  how = dict(remat=remat, attn_impl=attn_impl, prefix=prefix, axis=axis)
+  block = blocks(a, positions_BxT, segments_BxT, at_BxR, **how)
+  y, tickets = None, {}
+  for i, layer in enumerate(weights["layers"]):
+    if i in tickets:
+      sinks = {name: layer[name] for name in layer if name.endswith("_sink")}
+      layer = {**layer, **split.redeemed(sinks, tickets.pop(i))}
+    x, y = block(
+      layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1
+    )
+    if axis is not None and "rows" in weights and i + 2 < a.layers:
+      # While a layer goes backward, the gradients of the one behind it are added up.
+      x, tickets[i + 2] = split.ticket(x)
+  return last_norm(weights, a, x, y).reshape(*at_BxR.shape, -1)
+
+
+def embed(
+  weights: Any,
+  tokens_BxT: Int[Array, "B T"],
+  segments_BxT: Int[Array, "B T"],
+  *,
+  dtype: Any,
+  axis: str | None = None,
+) -> Float[Array, "BT D"]:
+  """What the first layer reads, in `dtype`; arguments as in `forward`."""
   table = weights["embed"]["embedding"]
   x = embedding.embed(table, tokens_BxT) if axis is None else split.embed(table, tokens_BxT, axis)
   x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
+  return x.reshape(-1, x.shape[-1])
+
+
+def last_norm(
+  weights: Any, architecture: Architecture, x_MxD: Float[Array, "M D"], y_MxD: Float[Array, "M D"]
+) -> Float[Array, "M D"]:
+  """The hidden states behind the last norm, from the x and y that the last layer gives."""
+  return norm.add_norm_plain(x_MxD, y_MxD, weights["norm"]["scale"], architecture.norm_eps)[1]
+
+
+def blocks(
+  architecture: Architecture,
+  positions_BxT: Int[Array, "B T"],
+  segments_BxT: Int[Array, "B T"],
+  at_BxR: Int[Array, "B R"],
+  *,
+  remat: str,
+  attn_impl: str,
+  prefix: transformer.Prefix | None,
+  axis: str | None = None,
+) -> Callable[..., tuple[Array, Array | None]]:
+  """The layers of `forward` for these rows, one at a time: (its weights, x and y [B T, D], its keys
+  and values of the prefix or None, whether it is the last) → the x and y that the next one reads,
+  whose sum the hidden states are; y may be None for 0, and the last gives the positions `at_BxR`
+  alone. Arguments as in `forward`; of the prefix no keys and values are read.
+  """
+  a, (B, T) = architecture, positions_BxT.shape
   cos_sin = attention.cos_sin(positions_BxT.reshape(-1), a)
   mask, ids = transformer.mask_of(segments_BxT, prefix), transformer.ids_of(segments_BxT, prefix)
   pick = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
@@ -226,22 +279,9 @@ def forward(
     # Then a layer's inputs are kept: one is enough.
     return (x + y, None) if remat == "full" else (x, y)
 
-  if remat != "none":
-    block = jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
-  x, y = x.reshape(B * T, -1), None
-  tickets = {}
-  for i, layer in enumerate(weights["layers"]):
-    if i in tickets:
-      sinks = {name: layer[name] for name in layer if name.endswith("_sink")}
-      layer = {**layer, **split.redeemed(sinks, tickets.pop(i))}
-    x, y = block(
-      layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1
-    )
-    if axis is not None and "rows" in weights and i + 2 < a.layers:
-      # While a layer goes backward, the gradients of the one behind it are added up.
-      x, tickets[i + 2] = split.ticket(x)
-  _, normed = norm.add_norm_plain(x, y, weights["norm"]["scale"], a.norm_eps)
-  return normed.reshape(*at_BxR.shape, -1)
+  if remat == "none":
+    return block
+  return jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
 
 
 def _with_sinks(layer: dict[str, Array], axis: str | None) -> dict[str, Any]:
