@@ -32,11 +32,15 @@ def choose(
   """
   a, dtype, gib = policy.architecture, jnp.dtype(policy.dtype), config.consolidation.knowledge_gib
   together = config.mesh.sample_tensor
-  large = placement.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30
+  streams = placement.check_streams(config.consolidation, policy, mesh)
+  large = placement.knowledge_bytes(policy, mesh, texts, tokens) > gib * 2**30 and not streams
   on_host = large and exact
   knowledge = "on the host" if on_host else "on the device"
   if large and not exact:
     knowledge += f" up to {gib:g} GiB, more on the host (and then layers scanned)"
+  if streams:
+    share = config.consolidation.teacher_on_host
+    knowledge = f"{share:.0%} of the teacher's layers, on the host, and they with it"
   is_unrolled = placement.unroll(config.consolidation, policy, mesh)
   activation = jax.ShapeDtypeStruct((), dtype)
   kernels = common.supported(activation, a.head_size)

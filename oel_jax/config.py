@@ -283,6 +283,10 @@ def default() -> ml_collections.ConfigDict:
       # of a device, for keys and values of the knowledge; beyond, they stay on the host, if the run
       # is one process
       knowledge_gib=16.0,
+      # share of the teacher's layers that lie in the host's memory, matrices and knowledge's keys
+      # and values, and come to the device once a step, each while the one before runs; of one
+      # device, with layers without a loop (consolidation/streamed.py); 0: none
+      teacher_on_host=0.0,
       # play with knowledge no better: "warn" and train, or "stop"; "skip" training if it is worse,
       # else warn
       on_no_gain="warn",
@@ -545,6 +549,21 @@ def _check_guard(config: Any) -> None:
     training.select == 1 or (training.data, training.renewed) == ("student", "step"),
     '1 where consolidation.data is not "student" or consolidation.renewed not "step": what the '
     "student thinks of the tokens is known from its own sampling",
+  )
+  share = training.teacher_on_host
+  _need(config, "consolidation.teacher_on_host", 0 <= share <= 1, "0 to 1, a share of its layers")
+  _need(
+    config,
+    "consolidation.teacher_on_host",
+    not share or training.teacher != "live" and training.kind != "imitation",
+    '0 where consolidation.teacher is "live", which would be written to the host in each step, or '
+    'consolidation.kind "imitation", which has no teacher',
+  )
+  _need(
+    config,
+    "consolidation.teacher_on_host",
+    not share or not training.anchor,
+    "0 where consolidation.anchor is not, whose samples have a pass of the teacher in the step",
   )
   _need(config, "consolidation.anchor_share", 0 < training.anchor_share <= 1, "above 0, at most 1")
   _need(

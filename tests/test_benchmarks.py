@@ -13,6 +13,9 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 
 
+HOST = "xla:none:30:8:unroll"
+
+
 @pytest.fixture(name="script")
 def fixture_script(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
@@ -36,6 +39,7 @@ def fixture_script(monkeypatch):
   [
     pytest.param("loss", ["--tiny"], 7, marks=pytest.mark.slow),
     pytest.param("step", ["tiny", "--growth"], 2, marks=pytest.mark.slow),
+    pytest.param("step", ["tiny", f"--how={HOST},{HOST}:1"], 2, marks=pytest.mark.slow),
     pytest.param("step", ["tiny", "--mesh=fsdp=2", "--strong"], 3, marks=pytest.mark.slow),
   ],
 )

@@ -101,6 +101,17 @@ def test_where_the_knowledge_lies_is_told_as_far_as_it_is_known():
   )
 
 
+def test_layers_of_the_teacher_on_the_host_are_told_or_refused():
+  how = dict(unroll="yes", knowledge_gib=1e-9)
+  chosen = _chosen(jnp.float32, teacher_on_host=0.5, **how)
+  assert chosen["knowledge"] == "50% of the teacher's layers, on the host, and they with it"
+  assert chosen["layers"] == "unrolled"
+  with pytest.raises(ValueError, match='is 0.5, and layers run in a loop.*unroll "yes"'):
+    _chosen(jnp.float32, teacher_on_host=0.5)
+  with pytest.raises(ValueError, match="is 0.5, and the mesh has 2 devices: .* must be 0, or"):
+    _chosen(jnp.float32, _mesh(data=2), teacher_on_host=0.5, **how)
+
+
 def test_it_is_told_in_one_line_and_kept_for_the_report(tmp_path, capsys):
   chosen = {"devices": "1 x cpu", "attention": "xla"}
   (tmp_path / "round_0").mkdir()

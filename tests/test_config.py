@@ -353,6 +353,9 @@ def test_imitation_knows_no_equivalent_ends():
     (dict(anchor=1.0, teacher="live"), "anchor is 1.0: it must be 0 where"),
     (dict(balance=True, games_per_step=1), "balance is True: it must be False where"),
     (dict(anchor_edit="own.py:edit"), 'anchor_edit is .*: it must be "" where'),
+    (dict(teacher_on_host=2.0), "teacher_on_host is 2.0: it must be 0 to 1"),
+    (dict(teacher_on_host=1.0, teacher="live"), "teacher_on_host is 1.0: it must be 0 where"),
+    (dict(teacher_on_host=0.5, anchor=1.0), "teacher_on_host is 0.5: it must be 0 where .*anchor"),
   ],
 )
 def test_what_guards_the_rounds_and_cannot_be_so_is_refused(changes, told):

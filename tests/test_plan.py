@@ -233,7 +233,11 @@ def test_configurations_that_cannot_be_planned(monkeypatch):
   assert "for --stage=plan it must name a device and how many, as h200,8" in refused()
   told = refused(plan__device="cpu,8", mesh__fsdp=3)
   assert "config.mesh.fsdp (3)" in told and "does not divide the number of devices, 8" in told
-  for name, value, plain in (("select", 0.25, 1.0), ("anchor", 1.0, 0.0)):
+  for name, value, plain in (
+    ("select", 0.25, 1.0),
+    ("anchor", 1.0, 0.0),
+    ("teacher_on_host", 0.5, 0.0),
+  ):
     told = refused(plan__device="cpu", **{f"consolidation__{name}": value})
     assert f"config.consolidation.{name} is {value}" in told and f"it must be {plain}" in told
   told = refused(plan__device="cpu,8", mesh__sample_tensor=3)

@@ -557,6 +557,25 @@ def test_knowledge_that_is_too_large_stays_with_the_host(policy):
   np.testing.assert_allclose(here.keys, there.keys, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_teacher_in_the_hosts_memory_teaches_the_same(policy, tmp_path):
+  how = dict(steps=2, unroll="yes", select=0.5, chunk=64)
+  here, _ = _run(policy, tmp_path / "a", _config(**how))
+  there, _ = _run(policy, tmp_path / "b", _config(**how, teacher_on_host=0.5))
+  # Adam divides by the gradient's own size, as above.
+  pairs = zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True)
+  differ = np.concatenate([np.abs(a - b).ravel() for a, b in pairs])
+  assert np.quantile(differ, 0.99) < 1e-5
+  lines = [
+    [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for name in "ab"
+  ]
+  for one, other in zip(*lines, strict=True):
+    assert one.keys() == other.keys()
+    for name in one.keys() & {"loss", "kl", "probe_kl", "disagreement"}:
+      assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
 def test_the_vocabularies_must_belong_together(policy):
   small = dataclasses.replace(policy.architecture, vocabulary=policy.tokenizer.vocabulary - 1)
   with pytest.raises(ValueError, match="do not belong together"):

@@ -92,6 +92,19 @@ def kernels(function: Callable[[], Any]) -> dict[str, float]:
   }
 
 
+def gib(memory: Any) -> float:
+  """What a compiled program needs, arguments and all, by its `memory_analysis`."""
+  size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  return (size - memory.alias_size_in_bytes) / 2**30
+
+
+def link(tree: Any, put: Callable[[Any, str], Any]) -> dict[str, float]:
+  """How fast arrays in the host's pinned memory come to the device by `put(arrays, "device")`."""
+  size = sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e9
+  took = seconds(put, tree, "device")
+  return {"GB": size, "ms": took * 1e3, "GB/s": size / took}
+
+
 def peer(path: str | None, call: str) -> list[dict[str, Any]]:
   """Runs one function of the PyTorch peer in a process of its own, which must be over before JAX
   takes the memory; [] without a path.

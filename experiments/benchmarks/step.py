@@ -8,6 +8,7 @@ JAX_PLATFORMS=cpu python experiments/benchmarks/step.py --json=step.json tiny
 
 import argparse
 import dataclasses
+import functools
 import gc
 import math
 import time
@@ -23,6 +24,7 @@ import optax
 
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import streamed
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import parameters, transformer
@@ -81,6 +83,11 @@ def random_batch(work: Work, vocabulary: int, pack: bool) -> batch_lib.Batch:
   )
 
 
+def random_knowledge(work: Work, vocabulary: int) -> list[list[int]]:
+  """The texts' ids."""
+  return np.random.default_rng(1).integers(3, vocabulary, (work.texts, work.knowledge)).tolist()
+
+
 def flops(work: Work, a: architecture_lib.Architecture) -> tuple[float, float]:
   """Of the teacher's pass and of the update (`plan_seconds.step_flops`)."""
   return plan_seconds.step_flops(a, work.samples, work.prompt, work.response, work.knowledge)
@@ -90,48 +97,36 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
   """One measurement, in steady state; the knowledge is read before, once a round."""
   a = architecture_lib.named(work.architecture)
   params = jax.jit(lambda key: transformer.init(a, key))(jax.random.key(0))
-  knowledge = (
-    np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
-  )
+  knowledge = random_knowledge(work, a.vocabulary)
   attn_impl = "xla" if options["attn_impl"] == "xla" else "flash"
   read = lambda: teacher_lib.prepare(
     params, a, knowledge, dtype=dtype, attn_impl=attn_impl, unroll=options["unroll"]
   )
   reading = measure.seconds(lambda: read().keys, repeats=1)
   teacher = jax.block_until_ready(read())
+  if share := options["teacher_on_host"]:
+    teacher = streamed.from_teacher(teacher, share)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.01))
   state = jax.jit(lambda params: step_lib.init_state(params, optimizer))(params)
   del params, read  # of float32, one copy
   batch = jax.device_put(random_batch(work, a.vocabulary, options["attn_impl"] != "flash"))
-  how = {name: value for name, value in options.items() if name != "unroll"}
-  step = step_lib.make_step(a, optimizer, dtype=dtype, **how).lower(state, teacher, batch).compile()
+  how = {name: options[name] for name in ("attn_impl", "micro_tokens")} | {"dtype": dtype}
+  ahead = lambda: streamed.ahead(teacher, a, batch, **how)
+  step = step_lib.make_step(a, optimizer, **how, remat=options["remat"], chunk=options["chunk"])
+  step = step.lower(state, *ahead()).compile()
   # of this program alone; the device's own peak is that of all rows so far
   memory = step.memory_analysis()
-  held = [state]
+  held, losses = [state], []
   del state
 
   def call():
-    held[0], metrics = step(held[0], teacher, batch)
+    held[0], metrics = step(held[0], *ahead())
+    losses.append(metrics["loss"])
     return metrics
 
   took, kinds = measure.seconds(call), measure.kernels(call)
-  micro_batches = step_lib.micro_batches_of(*batch.tokens.shape, 1, options["micro_tokens"])
-  cut = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-  score = jax.jit(
-    lambda teacher, cut: jax.lax.map(
-      lambda micro_batch: teacher_lib.teacher_hidden(
-        teacher, a, micro_batch, dtype=dtype, attn_impl=options["attn_impl"]
-      ),
-      cut,
-    )
-  )
-  teacher_took = measure.seconds(score, teacher, cut, repeats=3)
-  peak = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-  )
+  stats = jax.local_devices()[0].memory_stats() or {}
+  teacher_took = measure.seconds(scorer(teacher, a, batch, how), repeats=3)
   teacher_flops, update_flops = flops(work, a)
   limit, head = (
     (teacher_flops + update_flops) / rate,
@@ -148,9 +143,27 @@ def row(work: Work, rate: float, dtype: Any, **options: Any) -> dict[str, Any]:
     "teacher s": teacher_took,
     "update MFU": (update_flops + head) / rate / (took - teacher_took),
     "texts read s": reading,
-    "GiB": peak / 2**30,
+    "GiB": measure.gib(memory),
+    "GiB, device's peak so far": stats.get("peak_bytes_in_use", 0) / 2**30,
+    "first loss": float(losses[0]),
     "kernels ms": kinds,
+    "link": measure.link(teacher.layers[-1], streamed.put) if share else {},
   }
+
+
+def scorer(
+  teacher: Any, a: architecture_lib.Architecture, batch: Any, how: dict[str, Any]
+) -> Callable[[], Any]:
+  """The teacher's pass alone."""
+  if isinstance(teacher, streamed.Streamed):
+    return lambda: streamed.hidden(teacher, a, batch, **how)
+  micro_batches = step_lib.micro_batches_of(*batch.tokens.shape, 1, how["micro_tokens"])
+  cut = step_lib.cut(batch, micro_batches)
+  one = functools.partial(
+    teacher_lib.teacher_hidden, dtype=how["dtype"], attn_impl=how["attn_impl"]
+  )
+  score = jax.jit(lambda teacher, cut: jax.lax.map(lambda part: one(teacher, a, part), cut))
+  return lambda: score(teacher, cut)
 
 
 def spread_row(
@@ -168,9 +181,7 @@ def spread_row(
   init = lambda key: transformer.init(a, key)
   places = mesh_lib.param_shardings(mesh, parameters.abstract(a))
   params = jax.jit(init, out_shardings=places)(jax.random.key(0))
-  knowledge = (
-    np.random.default_rng(1).integers(3, a.vocabulary, (work.texts, work.knowledge)).tolist()
-  )
+  knowledge = random_knowledge(work, a.vocabulary)
   attn_impl = "xla" if options["attn_impl"] == "xla" else "flash"
   room = teacher_lib.room(knowledge)
   texts = jax.ShapeDtypeStruct((a.layers, work.texts, a.kv_heads, room, a.head_size), dtype)
@@ -196,7 +207,7 @@ def spread_row(
   del params
   batch = random_batch(work, a.vocabulary, options["attn_impl"] != "flash")
   batch = mesh_lib.put(batch, mesh_lib.batch_sharding(mesh))
-  how = {name: value for name, value in options.items() if name != "unroll"}
+  how = {name: options[name] for name in ("attn_impl", "micro_tokens", "remat", "chunk")}
   step = step_lib.make_step(a, optimizer, dtype=dtype, shardings=shardings, **how)
   started = time.perf_counter()
   step = step.lower(state, teacher, batch).compile()
@@ -222,13 +233,7 @@ def spread_row(
     "first loss": float(losses[0]),
     "texts read s, compiled": reading,
     "compile s": compiling,
-    "GiB": (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-    )
-    / 2**30,
+    "GiB": measure.gib(memory),
     "collectives": collectives(step.as_text()),
     "kernels ms": kinds,
   }
@@ -248,7 +253,7 @@ def options(how: str, work: Work) -> list[dict[str, Any]]:
   ).format(work.micro_tokens)
   made = []
   for one in (how or default).split(","):
-    attn_impl, remat, micro_tokens, chunk, loop = one.split(":")
+    attn_impl, remat, micro_tokens, chunk, loop, *share = one.split(":")
     made.append(
       dict(
         attn_impl=attn_impl,
@@ -256,6 +261,7 @@ def options(how: str, work: Work) -> list[dict[str, Any]]:
         micro_tokens=int(micro_tokens),
         chunk=int(chunk),
         unroll=loop == "unroll",
+        teacher_on_host=float(*share),
       )
     )
   return made
@@ -350,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--how",
     default="",
-    help="PATH:REMAT:MICRO_TOKENS:CHUNK:LOOP[,…], LOOP unroll or scan, each a row; default: the "
-    "fastest",
+    help="PATH:REMAT:MICRO_TOKENS:CHUNK:LOOP[:TEACHER_ON_HOST][,…], LOOP unroll or scan, each a "
+    "row, those that need least first, as the device's peak never falls; default: the fastest",
   )
   parser.add_argument(
     "--growth", action="store_true", help="also fewer samples, and no to much knowledge"

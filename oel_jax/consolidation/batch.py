@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     response: [S, R] int32, the sampled ids.
     offsets: [S, R] int32, of each in its own response, from 0.
     mask: [S, R] bool, which of the R count: every response token, the end-of-sequence id too.
+    target: [S, R, D], the teacher's last hidden states at those positions, where they were computed
+      before (`streamed.ahead`).
   """
 
   tokens: Array
@@ -38,6 +40,7 @@ class Batch(NamedTuple):
   response: Array
   offsets: Array
   mask: Array
+  target: Array | None = None
 
 
 def assemble(

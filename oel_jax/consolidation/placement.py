@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
+from oel_jax.consolidation import streamed
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.ops import splash
@@ -72,16 +74,21 @@ def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
 
 def prepare_teacher(
   config: Any, task: Task, policy: Policy, mesh: jax.sharding.Mesh, attn_impl: str
-) -> teacher_lib.Teacher:
+) -> teacher_lib.Teacher | streamed.Streamed:
   """The round's teacher, its texts read once; heads of keys and values are spread as those of the
   parameters are.
 
   Where they would take more than config.knowledge_gib of a device, they stay in the host's memory
-  (of a run of one process).
+  (of a run of one process). With config.teacher_on_host, layers of the teacher do with theirs.
+
+  Raises:
+    ValueError: config.teacher_on_host is not 0 where layers run in a loop or on several devices.
   """
   a, longest = policy.architecture, max(map(len, task.knowledge))
   shardings = knowledge_shardings(policy, mesh, len(task.knowledge), longest)[1]
   size = knowledge_bytes(policy, mesh, len(task.knowledge), longest)
+  streams = check_streams(config, policy, mesh)
+  large = size > config.knowledge_gib * 2**30 and jax.process_count() == 1
   found = teacher_lib.prepare(
     policy.params,
     a,
@@ -91,9 +98,46 @@ def prepare_teacher(
     attn_impl="flash" if attn_impl == "cudnn" else attn_impl,
     unroll=unroll(config, policy, mesh),
     shardings=(shardings["keys"], shardings["values"]),
-    on_host=size > config.knowledge_gib * 2**30 and jax.process_count() == 1,
+    on_host=large and not streams,
   )
-  return distributed.in_turn(found)
+  found = distributed.in_turn(found)
+  return streamed.from_teacher(found, config.teacher_on_host) if streams else found
+
+
+def check_streams(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
+  """Whether layers of the teacher lie in the host's memory, as config.consolidation.teacher_on_host
+  asks for.
+
+  Raises:
+    ValueError: it asks for that where layers run in a loop or on several devices.
+  """
+  share = config.teacher_on_host
+  if not share:
+    return False
+  if mesh.size > 1:
+    raise ValueError(
+      f"config.consolidation.teacher_on_host is {share:g}, and the mesh has {mesh.size} devices: "
+      "layers come from the host to one device alone; it must be 0, or config.mesh one device"
+    )
+  if not unroll(config, policy, mesh):
+    raise ValueError(
+      f"config.consolidation.teacher_on_host is {share:g}, and layers run in a loop here: it must "
+      'be 0, or config.consolidation.unroll "yes"'
+    )
+  return True
+
+
+def tell_if_on_host(config: Any, task: Task, teacher: Any) -> None:
+  """Warns of knowledge that stays on the host though the configuration did not ask for that."""
+  if isinstance(teacher, streamed.Streamed):
+    return
+  if teacher.keys.sharding.memory_kind == "pinned_host":
+    logging.warning(
+      "round %d: keys and values of the knowledge are more than %g GiB, as "
+      "config.consolidation.knowledge_gib says: they stay on the host, layers run in a loop",
+      task.round,
+      config.knowledge_gib,
+    )
 
 
 def knowledge_shardings(

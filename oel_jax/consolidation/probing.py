@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from oel_jax.consolidation import samples
+from oel_jax.consolidation import samples, streamed
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
@@ -16,7 +16,7 @@ def make(
   config: Any,
   task: Task,
   policy: Policy,
-  teacher: teacher_lib.Teacher,
+  teacher: teacher_lib.Teacher | streamed.Streamed,
   limit: int,
   mesh: Mesh,
   attn_impl: str,
@@ -33,6 +33,8 @@ def make(
     config, task.prompts, limit=limit, samples=count, mesh=mesh
   )
   batch = samples.place(batch, mesh, count, micro_tokens)
+  how = dict(micro_tokens=micro_tokens, dtype=policy.dtype, attn_impl=attn_impl)
+  teacher, batch = streamed.ahead(teacher, policy.architecture, batch, **how)
   probe = step_lib.make_probe(
     policy.architecture,
     k=config.k,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import samples, sharded
+from oel_jax.consolidation import samples, sharded, streamed
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
@@ -110,6 +110,7 @@ class Selection:
     score: from `make_scorer`.
     micro_tokens: most tokens of a micro-batch in it.
     most: samples of a step.
+    attn_impl: the attention implementation.
   """
 
   config: Any
@@ -120,9 +121,10 @@ class Selection:
   score: Callable[[teacher_lib.Teacher, Scored], Float32[Array, "N"]]
   micro_tokens: int
   most: int
+  attn_impl: str
 
   def __call__(
-    self, drawn: samples.Drawn, teacher: teacher_lib.Teacher
+    self, drawn: samples.Drawn, teacher: teacher_lib.Teacher | streamed.Streamed
   ) -> tuple[samples.Drawn, dict[str, float]]:
     """The samples to be trained on, and what the step's line tells: "selected", their share of all
     samples' tokens; "disagreement" and "selected_disagreement", nats a response token of all and of
@@ -131,7 +133,10 @@ class Selection:
     how = self.task, self.policy, drawn, self.config, self.limit
     made = scored(samples.assemble(*how), samples.rows_of(*how), drawn)
     placed = samples.place(made, self.mesh, self.most, self.micro_tokens)
-    found = np.asarray(jax.device_get(self.score(teacher, placed)), np.float64)
+    how = dict(dtype=self.policy.dtype, attn_impl=self.attn_impl)
+    given = teacher, self.policy.architecture, placed
+    ready = streamed.ahead(*given, micro_tokens=self.micro_tokens, **how)
+    found = np.asarray(jax.device_get(self.score(*ready)), np.float64)
     # Of the first process: all must choose the same.
     scores = np.array(distributed.gather(found.tolist(), "scores")[0][: len(drawn.prompts)])
     tokens, sizes = drawn.tokens(), np.array([len(ids) for ids in drawn.responses])
@@ -167,7 +172,7 @@ def prepare(
     attn_impl=attn_impl,
     mesh=mesh,
   )
-  return Selection(config, task, policy, limit, mesh, score, micro_tokens, most)
+  return Selection(config, task, policy, limit, mesh, score, micro_tokens, most, attn_impl)
 
 
 def trained(config: Any, count: int) -> int:

@@ -271,12 +271,28 @@ def _fold(
   token counts. How many that are is no shape: batches of few samples and of many are one program.
   Devices along `axis` wait for one another in each part: they take as many.
   """
-  # Every device has its part of every micro-batch: number p is rows p, p + micro_batches…
-  cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-  filled = jnp.where(cut.mask.any(axis=(1, 2)), jnp.arange(1, micro_batches + 1), 0).max()
-  filled = filled if axis is None else jax.lax.pmax(filled, axis)
-  part = lambda p: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, p, keepdims=False), cut)
-  return jax.lax.fori_loop(0, filled, lambda p, so_far: add(so_far, part(p)), so_far)
+  parts = cut(batch, micro_batches)
+  count = filled(parts)
+  count = count if axis is None else jax.lax.pmax(count, axis)
+  return jax.lax.fori_loop(0, count, lambda p, so_far: add(so_far, part_of(parts, p)), so_far)
+
+
+def cut(tree: Any, micro_batches: int) -> Any:
+  """[rows, …] → [micro-batches, rows of each, …]. Every device has its part of every micro-batch:
+  number p is rows p, p + micro_batches…
+  """
+  return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def filled(parts: batch_lib.Batch) -> Array:
+  """How many of the micro-batches there are up to the last of which a token counts, int32."""
+  numbers = jnp.arange(1, len(parts.mask) + 1)
+  return jnp.where(parts.mask.any(axis=(1, 2)), numbers, 0).max()
+
+
+def part_of(parts: Any, p: Array) -> Any:
+  """Micro-batch number p of those that `cut` made."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, p, keepdims=False), parts)
 
 
 def _held(so_far: Any, params: Any, teacher: Any, axis: str | None) -> tuple[Any, Any]:

@@ -239,11 +239,24 @@ def teacher_hidden(
   axis: str | None = None,
 ) -> Float[Array, "S R D"]:
   """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response);
-  no gradient flows. `mesh` and `axis` as in `student_hidden`.
+  no gradient flows. `mesh` and `axis` as in `student_hidden`. Those of a batch that has them
+  already are its `target`.
   """
+  if batch.target is not None:
+    return jax.lax.stop_gradient(batch.target)
   how = dict(dtype=dtype, remat="none", attn_impl=attn_impl, axis=axis)
+  rest, prefix = as_read(teacher, batch, attn_impl)
+  return jax.lax.stop_gradient(
+    _hidden(teacher.params, architecture, rest, mesh, prefix=prefix, **how)
+  )
+
+
+def as_read(
+  teacher: Teacher, batch: batch_lib.Batch, attn_impl: str
+) -> tuple[batch_lib.Batch, transformer.Prefix | None]:
+  """The batch as the teacher reads it, behind its knowledge, and that; None without any."""
   if not teacher.keys.shape[3]:
-    return jax.lax.stop_gradient(_hidden(teacher.params, architecture, batch, mesh, **how))
+    return batch, None
   prefix = transformer.Prefix(
     teacher.keys, teacher.values, teacher.length, batch.texts, batch.slots
   )
@@ -257,9 +270,7 @@ def teacher_hidden(
   rest = batch._replace(segments=segments, positions=jnp.maximum(positions, 0))
   if attn_impl == "flash":
     rest = to_the_end(rest, skip_SxM[:, 0])
-  return jax.lax.stop_gradient(
-    _hidden(teacher.params, architecture, rest, mesh, prefix=prefix, **how)
-  )
+  return rest, prefix
 
 
 def to_the_end(batch: batch_lib.Batch, count: Array) -> batch_lib.Batch:

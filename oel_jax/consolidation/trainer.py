@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 
 from oel_jax.consolidation import anchor as anchor_lib
 from oel_jax.consolidation import draws, failure, placement, probing, restore, samples, selection
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import streamed as streamed_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.metrics import BUCKETS
@@ -159,7 +159,7 @@ class _Training:
   config: Any
   task: task_lib.Task
   policy: Policy
-  teacher: teacher_lib.Teacher
+  teacher: teacher_lib.Teacher | streamed_lib.Streamed
   step: Callable
   probe: Callable[[Any], dict[str, float]]
   select: selection.Selection | None
@@ -224,6 +224,8 @@ class _Training:
     batch = samples.assemble(*how, counts=counts)
     placed = samples.place(batch, self.mesh, self.most, self.micro_tokens)
     kept, more = self.anchor(sampled) if self.anchor else (None, 0)
+    how = dict(micro_tokens=self.micro_tokens, dtype=self.policy.dtype, attn_impl=self.attn_impl)
+    teacher, placed = streamed_lib.ahead(teacher, self.policy.architecture, placed, **how)
     state, measured = self.step(state, teacher, placed, *[kept] * bool(self.anchor))
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
     scalars = _logged(measured, [len(ids) for ids in sampled.responses], self.limit) | told
@@ -308,7 +310,7 @@ def _prepare(
   """
   attn_impl = placement.attn_impl(config, policy)
   teacher = placement.prepare_teacher(config, task, samplers.teacher, mesh, attn_impl)
-  _tell_if_on_host(config, task, teacher)
+  placement.tell_if_on_host(config, task, teacher)
   most = draws.max_samples(task, config)
   count = selection.trained(config, most)
   micro_tokens = samples.micro_tokens_of(
@@ -337,16 +339,6 @@ def _prepare(
   except finite.NotFiniteError as error:
     raise training.failed(first, str(error), error.prompts) from error
   return dataclasses.replace(training, probe=probe)
-
-
-def _tell_if_on_host(config: Any, task: task_lib.Task, teacher: teacher_lib.Teacher) -> None:
-  if teacher.keys.sharding.memory_kind == "pinned_host":
-    logging.warning(
-      "round %d: keys and values of the knowledge are more than %g GiB, as "
-      "config.consolidation.knowledge_gib says: they stay on the host, layers run in a loop",
-      task.round,
-      config.knowledge_gib,
-    )
 
 
 def make_step(

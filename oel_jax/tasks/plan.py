@@ -54,7 +54,7 @@ def run(config: Any, workdir: str | None) -> dict[str, Any]:
     raise ValueError(
       "config.plan.device is '': for --stage=plan it must name a device and how many, as h200,8"
     )
-  for name, plain in (("select", 1.0), ("anchor", 0.0)):
+  for name, plain in (("select", 1.0), ("anchor", 0.0), ("teacher_on_host", 0.0)):
     if config.consolidation[name] != plain:
       raise ValueError(
         f"config.consolidation.{name} is {config.consolidation[name]}: --stage=plan knows the "
