@@ -450,6 +450,34 @@ def test_an_example_is_its_seeds_and_the_mix_is_as_written():
     assert abs(counts[kind] - share * n) < 4 * (share * (1 - share) * n) ** 0.5, counts
 
 
+def test_the_way_to_the_goal_is_a_shortest_safe_one():
+  """Against a search over all ways of that many moves; without both roles none is told."""
+  rng, seen = random.Random(8), 0
+  for _ in range(300):
+    world = random_world(rng)
+    thought, action = corpus.respond(rng, world, world.start, world.goal, world.trap, way=True)
+    told = re.search(r" I go ((?: ?\(\d, \d\))+)\. Next", thought)[1]
+    cells = [tuple(map(int, pair)) for pair in re.findall(r"(\d), (\d)", told)]
+    assert worlds.neighbours(world.start, world.size)[action] == cells[0]
+    edge, moves = {world.start}, 0
+    while not any(world.symbol(cell) == world.goal for cell in edge):
+      edge = {
+        other
+        for cell in edge
+        for other in worlds.neighbours(cell, world.size).values()
+        if world.symbol(other) != world.trap
+      }
+      moves += 1
+    assert len(cells) == moves and world.symbol(cells[-1]) == world.goal
+    assert all(world.symbol(cell) != world.trap for cell in cells)
+    for before, after in zip([world.start, *cells], cells, strict=False):
+      assert after in worlds.neighbours(before, world.size).values()
+    seen += moves > 3
+    alone, _ = corpus.respond(rng, world, world.start, world.goal, "", guess=0.0, way=True)
+    assert "I go" not in alone
+  assert seen > 50
+
+
 def test_a_guess_that_is_kept_to_is_of_a_letter_that_the_last_move_came_nearer_to():
   world = World((("A", " ", "B"), (" ",) * 3, (" ",) * 3), (2, 1), "A", "B", (0, 0))
   how = dict(guess=1.0, onward=0.0)

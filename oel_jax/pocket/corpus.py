@@ -71,9 +71,10 @@ def play_example(
   guess: float = GUESS,
   onward: float = ONWARD,
   keep: bool = False,
+  way: bool = False,
 ) -> Example:
   """One turn of a game, under full, partial, redundant, contradictory, wrong, raw or no
-  knowledge; `guess`, `onward` and `keep` as in `respond`.
+  knowledge; `guess`, `onward`, `keep` and `way` as in `respond`.
   """
   world = world or worlds.random_world(rng)
   form = rng.choices(*FORMS)[0]
@@ -90,9 +91,8 @@ def play_example(
   said_before, player = history(rng, world, (goal, trap))
   harmless = {claim.letter for claim in said if claim.role == SAFE}
   last = said_before[-2].action.strip("[]") if len(said_before) > 1 else ""
-  thinking, action = respond(
-    rng, world, player, goal, trap, harmless, last, guess=guess, onward=onward, keep=keep
-  )
+  how = dict(guess=guess, onward=onward, keep=keep, way=way)
+  thinking, action = respond(rng, world, player, goal, trap, harmless, last, **how)
   return turn(rng, form, knowledge, said_before, thinking, action)
 
 
@@ -124,11 +124,12 @@ def respond(
   guess: float = GUESS,
   onward: float = ONWARD,
   keep: bool = False,
+  way: bool = False,
 ) -> tuple[str, str]:
   """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not
   tell, `last` is the move before; `guess` and `onward` are explained at GUESS and ONWARD. With
   `keep` the goal is guessed among the letters that the move before came nearer to, if there are
-  such, so that a guess is kept to.
+  such, so that a guess is kept to. With `way` the cells that lead to the goal are named, if both roles are.
 
   The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is
   guessed now and then. While a slot stays unknown, every letter without a role is weighed in a
@@ -160,8 +161,23 @@ def respond(
     for name, cell in worlds.neighbours(player, world.size).items()
     if trap and world.symbol(cell) == trap
   ]
-  beside = f" Not {', '.join(closed)}." if closed else ""
-  return f"{words} I am at ({player[0]}, {player[1]}).{beside} Next: {action}.", action
+  words += f" I am at ({player[0]}, {player[1]})."
+  words += f" Not {', '.join(closed)}." if closed else ""
+  if way and goal and trap:
+    cells = _way(world, player, goal, trap, action)
+    words += f" I go {' '.join(f'({r}, {c})' for r, c in cells)}."
+  return f"{words} Next: {action}.", action
+
+
+def _way(
+  world: worlds.World, player: worlds.Cell, goal: str, trap: str, action: str
+) -> list[worlds.Cell]:
+  """The cells from the move `action` on to the goal, by the first of `good_actions` each time."""
+  cells = [worlds.neighbours(player, world.size)[action]]
+  while world.symbol(cells[-1]) != goal:
+    following = good_actions(world, cells[-1], goal, trap)[0]
+    cells.append(worlds.neighbours(cells[-1], world.size)[following])
+  return cells
 
 
 def _approached(

@@ -26,7 +26,11 @@ PUSH_SHARE = 0.55  # of the examples that are of a game
 # how often an unknown role is guessed, and a move straight back ruled out, as in `corpus`; of a
 # Frozen Lake more often than there, and guesses are kept to: wide boards are seldom won by chance
 PUSH_GUESS = 0.3
-EXPLORING = {"guess": 0.7, "onward": 0.6, "keep": True}
+EXPLORING = {"guess": 0.7, "onward": 0.6, "keep": True, "way": True}
+# The lakes' sizes and layouts, and how often: where large ones with the goal in the corner were
+# seldom drawn, the way was not found on them. As many have a lone trap there, which tells nothing.
+LAKE_SIZES = ((3, 4, 5), (1, 2, 3))
+LAKE_LAYOUTS = (("symmetric", "corner_goal", "corner_trap"), (3, 2, 2))
 NAMES = {GOAL: "goal", TRAP: "hazard", TARGET: "target", BOX: "box"}  # in questions
 
 
@@ -47,9 +51,12 @@ def example(seed: int) -> Example:
 
 
 def lake(rng: random.Random, *, layout: str | None = None, held: bool = False) -> worlds.World:
-  """A Frozen Lake as `worlds.random_world` draws it, of the boards that are held out or not."""
+  """A Frozen Lake as `worlds.random_world` draws it, of the boards that are held out or not, by
+  LAKE_SIZES and LAKE_LAYOUTS.
+  """
   while True:
-    world = worlds.random_world(rng, layout=layout)
+    drawn = layout or rng.choices(*LAKE_LAYOUTS)[0]
+    world = worlds.random_world(rng, layout=drawn, size=rng.choices(*LAKE_SIZES)[0])
     if chosen.held_out(world) == held:
       return world
 
