@@ -129,7 +129,8 @@ def respond(
   """The taught thinking and action of one turn; goal and trap are "" where the knowledge does not
   tell, `last` is the move before; `guess` and `onward` are explained at GUESS and ONWARD. With
   `keep` the goal is guessed among the letters that the move before came nearer to, if there are
-  such, so that a guess is kept to. With `way` the cells that lead to the goal are named, if both roles are.
+  such, so that a guess is kept to. With `way` the cells that lead to the goal are named, if both
+  roles are.
 
   The thinking opens with two slots, goal then hazard, each named or "unknown". An unknown role is
   guessed now and then. While a slot stays unknown, every letter without a role is weighed in a
