@@ -259,7 +259,9 @@ def default() -> ml_collections.ConfigDict:
       # not learned
       one_end=False,
       temperature=0.7,  # of the divergence, on both sides; also of the samples
-      learning_rate=1e-6,  # AdamW's, constant, no warm-up
+      learning_rate=1e-6,  # AdamW's, no warm-up
+      # share of it that a round's last step has, to which it falls in a line; 1: constant
+      final_rate=1.0,
       b1=0.9,  # decay of the gradient's mean
       b2=0.999,  # decay of its square
       eps=1e-8,  # added to its root
@@ -542,6 +544,7 @@ def _check_games(config: Any) -> None:
 def _check_guard(config: Any) -> None:
   """Raises ValueError where what is trained on beside the plain loss, or left out, cannot be so."""
   training = config.consolidation
+  _need(config, "consolidation.final_rate", 0 <= training.final_rate <= 1, "from 0 to 1 (constant)")
   _need(config, "consolidation.select", 0 < training.select <= 1, "above 0 and at most 1 (all)")
   _need(
     config,

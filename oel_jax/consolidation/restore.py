@@ -27,18 +27,26 @@ WEIGHTS = "weights"  # beside the checkpoints, where the parameters alone are ke
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-  """AdamW at a constant rate after clipping by the global norm (OEL, training details). The same
-  numbers give the same one, so that no round compiles again what the round before has.
+  """AdamW after clipping by the global norm, at a constant rate (OEL, training details) unless
+  config.final_rate has it fall. The same numbers give the same one, so that no round compiles again
+  what the round before has.
   """
   names = ("clip_norm", "learning_rate", "b1", "b2", "eps", "weight_decay")
-  return _adamw(*(getattr(config, name) for name in names))
+  falls = (config.final_rate, config.steps) if config.final_rate < 1 else None
+  return _adamw(*(getattr(config, name) for name in names), falls)
 
 
 @functools.lru_cache(maxsize=2)
-def _adamw(clip_norm, learning_rate, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
+def _adamw(
+  clip_norm, learning_rate, b1, b2, eps, weight_decay, falls
+) -> optax.GradientTransformation:
+  rate = learning_rate
+  if falls:
+    share, steps = falls
+    rate = optax.linear_schedule(learning_rate, share * learning_rate, max(1, steps - 1))
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
-    optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
   )
 
 

@@ -43,6 +43,8 @@ CONFIG_FIELDS = (
   "consolidation.support",
   "consolidation.temperature",
   "consolidation.learning_rate",
+  "consolidation.final_rate",
+  "consolidation.teacher",
   "consolidation.select",
   "consolidation.balance",
   "consolidation.anchor",

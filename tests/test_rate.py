@@ -1,0 +1,56 @@
+"""The rate of a round's steps, and what weights become by it."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_draws import fixture_policy, fixture_said, run  # noqa: F401 (used by their names)
+from test_trainer import _config, _task
+
+from oel_jax import config as config_lib
+from oel_jax.consolidation import restore
+
+
+def moves(**changes):
+  """What each step takes from a weight whose gradient never changes: Adam's move is the rate."""
+  config = _config(weight_decay=0.0, **changes)
+  optimizer, weight = restore.make_optimizer(config), jnp.ones(())
+  state, found = optimizer.init(weight), []
+  for _ in range(config.steps):
+    update, state = optimizer.update(jnp.float32(0.3), state, weight)
+    found.append(-float(update))
+  return found
+
+
+@pytest.mark.parametrize(
+  "final, thousandths",
+  [(1.0, [4, 4, 4, 4, 4]), (0.0, [4, 3, 2, 1, 0]), (0.5, [4, 3.5, 3, 2.5, 2])],
+)
+def test_the_rate_falls_in_a_line_to_its_share(final, thousandths):
+  found = moves(steps=5, learning_rate=4e-3, final_rate=final)
+  np.testing.assert_allclose(1e3 * np.array(found), thousandths, atol=1e-4)
+
+
+def test_a_single_step_has_the_whole_rate():
+  np.testing.assert_allclose(moves(steps=1, learning_rate=1e-2, final_rate=0.0), 1e-2, rtol=1e-4)
+
+
+def test_a_round_goes_on_at_the_rate_where_it_stood(policy, tmp_path, monkeypatch, said):
+  """Cut off behind step 2 of 4, it comes to the same weights."""
+  changes = dict(steps=4, final_rate=0.1, checkpoint_every=2)
+  *_, whole = run(policy, tmp_path / "run", _task(policy), monkeypatch, **changes)
+  shutil.rmtree(tmp_path / "run/checkpoints/4")
+  seen, _, again = run(policy, tmp_path / "run", _task(policy), monkeypatch, **changes)
+  assert len(seen) == 2
+  jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+  config = config_lib.default()
+  config.consolidation.final_rate = share
+  told = "config.consolidation.final_rate is .*: it must be from 0 to 1"
+  with pytest.raises(ValueError, match=told):
+    config_lib.validate(config)
