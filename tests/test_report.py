@@ -546,6 +546,16 @@ def test_the_divergence_from_the_base_stands_in_every_row_that_has_one(tmp_path)
   assert "Round 1600.031321.0" in text
 
 
+def test_a_single_category_has_no_table_of_its_own(tmp_path):
+  (tmp_path / "round_0").mkdir()
+  found = {"schema": 1, "round": 0, "retention": {}}
+  found["without"] = play(2, 10, 50.0) | {"categories": {"desk": count(2, 10)}}
+  (tmp_path / "round_0/evaluation.json").write_text(json.dumps(found))
+  results = report.write(tmp_path)
+  assert results["base"]["categories"]["desk"]["passed"] == 0.2
+  assert "By category" not in Seen(page_of(tmp_path)).text
+
+
 def test_games_are_counted_by_what_the_environment_calls_them(tmp_path):
   for number, hits in enumerate((1, 4)):
     parts = {"desk": count(hits, 6), "form <b>": count(1, 4)}

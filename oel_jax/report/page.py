@@ -299,7 +299,9 @@ def _ended(run: Run) -> str:
 
 
 def _categories(run: Run) -> str:
-  """Passed games of each category, "" where no game has one; a category may be a kind of case."""
+  """Passed games of each category, which may be a kind of case; "" where all games are of one, for
+  then the rounds' own table says it.
+  """
   ways = {
     "without": "",
     "in_context": ", in context, before",
@@ -319,6 +321,6 @@ def _categories(run: Run) -> str:
   head = ("Round", *(escape(name.capitalize()) for name in names))
   return (
     table(head, lines) + note("Held-out games passed, by what the environment calls them.")
-    if names
+    if len(names) > 1
     else ""
   )
