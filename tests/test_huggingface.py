@@ -18,7 +18,7 @@ import safetensors.numpy
 from oel_jax.policy import architecture, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.attention import frequencies
-from oel_jax.policy.sampling import engine, sampler
+from oel_jax.policy.sampling import by_layer, engine, model, sampler
 from oel_jax.policy.weights import huggingface, huggingface_config, safetensors_folder
 from oel_jax.runtime import mesh
 
@@ -130,7 +130,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
   """
   folder, theirs = made
   shape, rows, seen = huggingface.read_architecture(folder), rows_of(30, 7, 19), {}
-  draw = engine._draw
+  draw = model.draw
 
   def keep(hidden, seeds, drawn):
     for seed, at, row in zip(seeds, drawn, np.asarray(hidden), strict=True):
@@ -141,20 +141,13 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
     jax.debug.callback(keep, hidden, seeds, drawn)
     return draw(weights, hidden, seeds, drawn, *how)
 
-  monkeypatch.setattr(engine, "_draw", watched)
+  monkeypatch.setattr(model, "draw", watched)
   # Functions of their own: programs that another test compiled keep nothing.
-  for name in (
-    "prefill_insert",
-    "decode",
-  ):
-    own = lambda *args, made=getattr(engine, name).__wrapped__, **how: made(*args, **how)
-    monkeypatch.setattr(
-      engine,
-      name,
-      jax.jit(
-        own, static_argnames=("architecture", "sampling", "chunk", "logprobs", "attn_impl", "mesh")
-      ),
-    )
+  drawing = "sampling", "logprobs"
+  decoding = *drawing, "architecture", "chunk", "attn_impl", "mesh"
+  for module, name, fixed in ((by_layer, "prefill_draw", drawing), (engine, "decode", decoding)):
+    own = lambda *args, made=getattr(module, name).__wrapped__, **how: made(*args, **how)
+    monkeypatch.setattr(module, name, jax.jit(own, static_argnames=fixed))
   found = sampler.generate(
     huggingface.load(folder, shape),
     shape,

@@ -376,7 +376,7 @@ def test_trained_weights_run_in_the_programs_of_the_first(run, cache):
   """A program for each of the shapes that prompts and ring have: 17 and 13; twice as many, if the
   base model's were not used again.
   """
-  assert 4 <= len(list(cache.glob("jit_prefill_insert-*-cache"))) <= 22
+  assert 4 <= len(list(cache.glob("jit_prefill_layer-*-cache"))) <= 22
   assert 4 <= len(list(cache.glob("jit_decode-*-cache"))) <= 17
   assert len(list(cache.glob("jit_prepare-*-cache"))) == 1
 

@@ -14,7 +14,15 @@ from jax.extend import core as jax_core
 
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import named
-from oel_jax.policy.sampling import engine, model, sampler, scheduler, sizes, slot_state
+from oel_jax.policy.sampling import (
+  by_layer,
+  engine,
+  model,
+  sampler,
+  scheduler,
+  sizes,
+  slot_state,
+)
 from oel_jax.policy.sampling.sampler import Policy, generate
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime.finite import NotFiniteError
@@ -173,10 +181,12 @@ def four_prompts():
 
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
-  whole, run = sample(prompts), engine.prefill_insert
+  whole, run = sample(prompts), by_layer.prefill_insert
   monkeypatch.setattr(sizes, "MAX_BATCH_TOKENS", 4 * (256 + 96))
   monkeypatch.setattr(
-    engine, "prefill_insert", lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how)
+    by_layer,
+    "prefill_insert",
+    lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how),
   )
   assert sample(prompts) == whole and shapes == [(4, 96), (4, 96)]
 
@@ -398,25 +408,28 @@ def test_the_ring_is_written_in_place():
 
 def test_few_programs_are_compiled():
   """24 batches of other sizes and lengths share a handful of compiled shapes."""
-  engine.prefill_insert.clear_cache()
-  engine.decode.clear_cache()
+  programs = by_layer.prefill_begin, by_layer.prefill_layer, by_layer.prefill_last, engine.decode
+  for program in (*programs, by_layer.prefill_draw):
+    program.clear_cache()
   for i in range(24):
     rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
     sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
   # Two sizes and two lengths; two sizes, and a ring that grows.
-  assert engine.prefill_insert._cache_size() == 3 and engine.decode._cache_size() == 3
+  assert [program._cache_size() for program in programs] == [3] * 4
+  assert by_layer.prefill_draw._cache_size() == 2
 
 
 def test_a_program_is_compiled_once_wherever_its_arrays_came_from():
   """Slots that are new, slots that other programs returned, and weights on a mesh of one device."""
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   placed = jax.device_put(params(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-  engine.prefill_insert.clear_cache()
-  engine.decode.clear_cache()
+  programs = by_layer.prefill_begin, by_layer.prefill_layer, by_layer.prefill_last, engine.decode
+  for program in (*programs, by_layer.prefill_draw):
+    program.clear_cache()
   how = dict(sampling=FREE, max_new_tokens=5, eos_ids=(510,), pad_id=1, slots=4)
   prompts = random_prompts(*[60] * 12)
   drawn = [generate(tree, TINY, prompts, range(12), **how) for tree in (placed, params(), placed)]
-  assert engine.prefill_insert._cache_size() == engine.decode._cache_size() == 1
+  assert [program._cache_size() for program in (*programs, by_layer.prefill_draw)] == [1] * 5
   assert drawn[0] == drawn[1] == drawn[2]
 
 

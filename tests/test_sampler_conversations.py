@@ -2,6 +2,8 @@
 with, too.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,15 @@ from test_sampler import (
 )  # noqa: F401
 from test_sampler_mesh import on_mesh, placed
 
-from oel_jax.policy.sampling import driver, engine, model, scheduler, sizes, slot_state
+from oel_jax.policy.sampling import (
+  by_layer,
+  driver,
+  engine,
+  model,
+  scheduler,
+  sizes,
+  slot_state,
+)
 
 
 def alike_prompts():
@@ -42,13 +52,15 @@ def fixture_entered(monkeypatch):
   """What each batch that enters looks like: its shape, and how much of each prompt in it is taken
   from a slot.
   """
-  batches, enter = [], engine.prefill_insert
+  batches = []
 
-  def spy(weights, slots, tokens, lengths, rows, requests, shared, **how):
+  def spy(enter, weights, slots, tokens, lengths, rows, requests, shared, **how):
     batches.append((tokens.shape, shared and shared.count[rows < len(slots.filled)].tolist()))
     return enter(weights, slots, tokens, lengths, rows, requests, shared, **how)
 
-  monkeypatch.setattr(engine, "prefill_insert", spy)
+  for module in (engine, by_layer):
+    watched = functools.partial(spy, module.prefill_insert)
+    monkeypatch.setattr(module, "prefill_insert", watched)
   return batches
 
 
@@ -212,7 +224,8 @@ def test_replies_where_every_response_is_one_id(monkeypatch):
     ]
 
 
-def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
+@pytest.mark.parametrize("prefill_insert", [engine.prefill_insert, by_layer.prefill_insert])
+def test_nothing_shared_is_the_same_as_no_look_at_the_slots(prefill_insert):
   """On a CPU every prompt looks at the slots; on a GPU only those that share."""
   weights = model.prepare(params(), architecture=TINY, dtype=jnp.float32)
   tokens, lengths = driver.pad_right(random_prompts(5, 20, 32, seed=15), 4, 32, 1)
@@ -231,7 +244,7 @@ def test_nothing_shared_is_the_same_as_no_look_at_the_slots():
       np.full((4, 1), -1, np.int32),
     )
     found.append(
-      engine.prefill_insert(
+      prefill_insert(
         weights, slots, tokens, lengths, np.int32([2, 0, 1, 4]), requests, shared, **how
       )
     )

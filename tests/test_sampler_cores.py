@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_sampler import TINY, naive_sampled, random_prompts, sample
 
-from oel_jax.policy.sampling import engine, model, sampler, sizes
+from oel_jax.policy.sampling import by_layer, engine, model, sampler, sizes
 
 
 @pytest.fixture(name="threads", autouse=True)
@@ -115,9 +115,9 @@ def test_all_read_the_same_weights(monkeypatch):
   monkeypatch.setattr(
     model, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
   )
-  seen, enter = [], engine.prefill_insert
+  seen, enter = [], by_layer.prefill_insert
   monkeypatch.setattr(
-    engine,
+    by_layer,
     "prefill_insert",
     lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how),
   )

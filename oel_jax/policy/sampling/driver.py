@@ -44,17 +44,20 @@ class Driver:
     requests: Requests,
     how: dict[str, Any],
     *,
+    prefill_insert: Callable,
     beginnings: Beginnings,
     indices: Sequence[int],
     pad_id: int,
     reply: Callable[[int, list[int]], tuple[Sequence[int], int] | None] | None,
   ):
-    """`weights`, `slots` and `how` are the engine's, `beginnings` the texts before the scheduler's
+    """`weights`, `slots` and `how` are the engine's, `prefill_insert` its own or `by_layer`'s,
+    `beginnings` the texts before the scheduler's
     prompts. `indices`: the caller's numbers of these, for errors; `reply` is given the scheduler's.
     """
     self.scheduler, self.requests = scheduler, requests
     self.scores: list[list[float]] = [[] for _ in scheduler.prompts]
     self._weights, self._slots, self._how = weights, slots, how
+    self._prefill_insert = prefill_insert
     self._beginnings, self._indices = beginnings, indices
     self._pad_id, self._reply = pad_id, reply
     self._columns = scheduler.table.columns
@@ -114,7 +117,7 @@ class Driver:
     texts = {}
     if self._beginnings.texts:
       texts = dict(text_R=np.int32([scheduler.texts[i] for i in entry.prompts])[order])
-    self._slots, first = engine.prefill_insert(
+    self._slots, first = self._prefill_insert(
       self._weights,
       self._slots,
       tokens[order],

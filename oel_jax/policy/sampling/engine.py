@@ -22,28 +22,19 @@ rows have not ended. With groups of devices (`groups`) a group takes a device's 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from oel_jax.policy import attention
 from oel_jax.policy.architecture import Architecture
-from oel_jax.policy.sampling import groups, kv_cache, model, slot_state, text_cache
+from oel_jax.policy.sampling import groups, kv_cache, model, reading, slot_state, text_cache
+from oel_jax.policy.sampling.reading import Shared
 from oel_jax.policy.sampling.slot_state import Slots
-from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
-
-
-class Shared(NamedTuple):
-  """What prompts begin with and the cache holds: of prompt r the first count[r] tokens are those of
-  row source[r], which begins back[r] columns before the one to be written next. All [R] int32.
-  """
-
-  source: Array
-  back: Array
-  count: Array
+from oel_jax.policy.sampling.token_sampling import Sampling
 
 
 @functools.partial(
@@ -123,93 +114,39 @@ def _prefill_insert(
   attn_impl,
   axis,
 ):
-  (weights, texts), (R, T), S = held, tokens_RxT.shape, slots.values[0].shape[2]
-  keys, values = [], []
-  count = shared.count if shared else jnp.zeros_like(lengths_R)
-  positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  if texts:
-    positions += text_cache.lengths(texts, text_R)[:, None]
-  axes = {"keys": slot_state.column_axis(attn_impl), "values": 2}
-  prompt_impl = model.prefill_attn_impl(architecture, weights["embed"]["embedding"].dtype)
-  seen = None
-  if shared:
-    # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
-    place = jnp.mod(jnp.arange(S) - slots.column + shared.back[:, None], S)
-    taken = jnp.broadcast_to((place < count[:, None])[:, None], (R, T, S))
-    own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, T, T))
-    seen = jnp.concatenate([taken, own], axis=-1)
-
-  def before(name: str, layer: int) -> Array:
-    """The whole cache of each prompt's source, in the cache's order, [R, K, S, H]."""
-    cache = getattr(slots, name)[layer][shared.source]
-    return cache if axes[name] == 2 else cache.swapaxes(2, 3)
+  (weights, texts), kept = held, []
+  given = reading.batch(
+    architecture,
+    *(lengths_R, rows_R, shared, text_R),
+    tokens=tokens_RxT.shape[1],
+    columns=slots.values[0].shape[2],
+    column=slots.column,
+    texts=texts,
+  )
 
   def attend(layer, own):
-    q, *new = own
-    for name, kept, ours in zip(axes, (keys, values), new, strict=True):
-      ours = ours.swapaxes(1, 2)
-      kept.append(jnp.concatenate([before(name, len(kept)), ours], axis=2) if shared else ours)
-    # One array for both: two fusions might round it differently (see `text_cache`).
-    q = jax.lax.optimization_barrier(q) if texts else q
-    own = q, keys[-1], values[-1]
-    if texts:
-      factor = architecture.head_size**-0.5
-      before_it = text_cache.attend(q, text_R, texts, len(keys) - 1, attn_impl, factor)
-      return text_cache.join(text_cache.attend_own(*own, seen, prompt_impl), before_it, text_R)
-    if shared is None:
-      return attention.causal(*own, prompt_impl)
-    if prompt_impl == "cudnn":
-      return attention.attend(*own, seen, "cudnn")
-    # Splash attention has no mask for columns that wrap round the end of the cache.
-    return kv_cache.attend_many(*own, seen)[0]
+    number = len(kept)
+    cache = slots.keys[number], slots.values[number]
+    y, new = reading.attend(architecture, own, cache, given, texts, number, attn_impl)
+    kept.append(new)
+    return y
 
   with jax.named_scope("prefill"):
-    split = model.heads_at(architecture, positions)
+    split = model.heads_by(architecture, given.cos_sin)
     hidden = model.forward(weights, architecture, tokens_RxT, split, attend, axis)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
-  seeds, limits, eos_ids = requests
+  caches = zip(slots.keys, slots.values, strict=True)
+  caches = [
+    reading.put(cache, new, given, attn_impl) for cache, new in zip(caches, kept, strict=True)
+  ]
+  keys, values = map(tuple, zip(*caches, strict=True))
   entering = rows_R < slots.active.shape[0]
+  seeds, nothing = requests[0], jnp.zeros_like(requests[1])
   how = sampling, logprobs, axis
-  token, scores = _draw(weights, last, seeds, jnp.zeros_like(limits), entering, *how)
-  active = ~_ended(token, 1, limits, eos_ids)
-  index = _insert_index(lengths_R, shared, slots.column, S, T)
-  slots = slot_state.insert(
-    slots,
-    rows_R,
-    index,
-    keys,
-    values,
-    attn_impl,
-    filled=jnp.where(active, lengths_R + count, 0),
-    token=token,
-    drawn=jnp.ones_like(limits),
-    active=active,
-    seeds=seeds,
-    limits=limits,
-    eos_ids=eos_ids,
-    **(dict(text=text_R) if texts else {}),
-  )
+  token, scores = model.draw(weights, last, seeds, nothing, entering, *how)
+  slots = slots._replace(keys=keys, values=values)
+  slots = reading.seat(slots, token, lengths_R, rows_R, requests, shared, text_R)
   return slots, (token, *scores)
-
-
-def _insert_index(
-  lengths_R: Int[Array, "R"], shared: Shared | None, column: Int[Array, ""], S: int, T: int
-) -> Int[Array, "R S"]:
-  """What each of a slot's S columns gets of a prompt: a place in what was read of it, `lengths_R`
-  of T tokens, or with `shared` in its source's S columns with those T behind them.
-
-  The prompt's last token goes to the column written last, `column - 1`, so token t of n to column
-  column - n + t, round the end. Columns that get no token are not filled: there, any will do.
-  """
-  columns = jnp.arange(S)
-  if shared is None:
-    return jnp.minimum(jnp.mod(columns - column + lengths_R[:, None], S), T - 1)
-  whole = lengths_R + shared.count
-  token = jnp.mod(columns - column + whole[:, None], S)
-  # In its source, token t stands in column - back + t.
-  taken = jnp.mod(columns + (whole - shared.back)[:, None], S)
-  own = token - shared.count[:, None]
-  return jnp.minimum(jnp.where(own < 0, taken, own + S), S + T - 1)
 
 
 @functools.partial(
@@ -284,14 +221,14 @@ def _decode(
   def step(state):
     i, _, slots, out = state
     hidden, keys, values = _read_last(weights, slots, architecture, attn_impl, texts, where, axis)
-    token, scores = _draw(
+    token, scores = model.draw(
       weights, hidden, slots.seeds, slots.drawn, slots.active, sampling, logprobs, axis
     )
     out = tuple(
       ids.at[:, i].set(jnp.where(slots.active, new, -1))
       for ids, new in zip(out, (token, *scores), strict=True)
     )
-    active = slots.active & ~_ended(token, slots.drawn + 1, slots.limits, slots.eos_ids)
+    active = slots.active & ~slot_state.ended(token, slots.drawn + 1, slots.limits, slots.eos_ids)
     slots = slots._replace(
       keys=keys,
       values=values,
@@ -356,28 +293,3 @@ def _read_last(
 
   hidden = model.forward(weights, a, slots.token[:, None], split, attend, axis)[:, 0]
   return hidden, tuple(keys), tuple(values)
-
-
-def _draw(
-  weights, hidden_BxD, seeds_B, drawn_B, active_B, sampling, logprobs, axis
-) -> tuple[Array, tuple[Array, ...]]:
-  """Each row's next id, from the stream of its seed and position, and its log-probability under the
-  model as it is, if asked for.
-  """
-  logits = model.logits(weights, hidden_BxD, axis)
-  token = sample_token(
-    logits,
-    jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B),
-    sampling,
-    active_B,
-  )
-  # `sample_token` takes -inf for a mask; here nothing is masked: it is no number to draw from.
-  token = jnp.where(logits.min(-1) > -jnp.inf, token, NOT_FINITE)
-  if not logprobs:
-    return token, ()
-  return token, (jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0],)
-
-
-def _ended(token_B, drawn_B, limits_B, eos_ids_BxE) -> Bool[Array, "B"]:
-  at_end = (token_B[:, None] == eos_ids_BxE).any(-1)
-  return at_end | (drawn_B >= limits_B) | (token_B == NOT_FINITE)

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from oel_jax.policy import attention, transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import heads, norm, small_matmul, splash
 from oel_jax.policy.sampling import groups
+from oel_jax.policy.sampling.token_sampling import NOT_FINITE, Sampling, sample_token
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "dtype", "mesh"))
@@ -93,7 +94,7 @@ def forward(
   share, and `a` its architecture.
   """
   B, T = tokens_BxT.shape
-  run = _operations(a, (B, T), split, attend, axis)
+  run = operations(a, (B, T), split, attend, axis)
   x, y = groups.embed(weights["embed"]["embedding"], tokens_BxT, axis).reshape(B * T, -1), None
   for layer in weights["layers"]:
     x, y = transformer.block(run, layer, x, y)
@@ -107,7 +108,7 @@ def logits(
   return groups.gather(transformer.logits(hidden_BxD, transformer.head(weights)), axis)
 
 
-def _operations(
+def operations(
   a: Architecture, shape: tuple[int, int], split: Callable, attend: Callable, axis: str | None
 ) -> transformer.Operations:
   """The block's operations on prepared weights and the tokens of B rows of T."""
@@ -135,9 +136,41 @@ def _operations(
   )
 
 
+def draw(
+  weights: Any,
+  hidden_BxD: Float[Array, "B D"],
+  seeds_B: UInt[Array, "B"],
+  drawn_B: Int[Array, "B"],
+  active_B: Bool[Array, "B"],
+  sampling: Sampling,
+  logprobs: bool,
+  axis: str | None = None,
+) -> tuple[Array, tuple[Array, ...]]:
+  """Each row's next id, from the stream of its seed and position, and its log-probability under the
+  model as it is, if asked for.
+  """
+  logits_BxV = logits(weights, hidden_BxD, axis)
+  token = sample_token(
+    logits_BxV,
+    jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds_B), drawn_B),
+    sampling,
+    active_B,
+  )
+  # `sample_token` takes -inf for a mask; here nothing is masked: it is no number to draw from.
+  token = jnp.where(logits_BxV.min(-1) > -jnp.inf, token, NOT_FINITE)
+  if not logprobs:
+    return token, ()
+  scores = jax.nn.log_softmax(logits_BxV)
+  return token, (jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0],)
+
+
 def heads_at(a: Architecture, positions: Int[Array, "B T"]) -> Callable:
   """`ops.heads` as `forward`'s `split`, for tokens at these positions."""
-  cos_sin = attention.cos_sin(positions, a)
+  return heads_by(a, attention.cos_sin(positions, a))
+
+
+def heads_by(a: Architecture, cos_sin: Float[Array, "B T H"]) -> Callable:
+  """The same for tokens whose cosines and sines are known."""
   return lambda layer, qkv: heads.plain(
     a, qkv, layer.get("qkv_bias"), layer.get("qk_norm"), cos_sin
   )

@@ -3,7 +3,7 @@ each row what is needed to go on drawing. The engine's docstring draws them.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, UInt
 
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import groups
+from oel_jax.policy.sampling.token_sampling import NOT_FINITE
 
 
 class Slots(NamedTuple):
@@ -150,33 +151,32 @@ def by_rows(
   )(shared, slots, *given)
 
 
-def insert(
-  slots: Slots,
-  rows_R: Int[Array, "R"],
-  index_RxS: Int[Array, "R S"],
-  keys: Sequence[Array],
-  values: Sequence[Array],
-  attn_impl: str,
-  **entered: Array,
-) -> Slots:
-  """The slots with prompts in these rows; rows beyond the last are dropped. Keys and values
-  [R, K, …, H] of each layer are put where `index_RxS` says, `entered` are other fields' [R, …].
+def put(
+  cache: Array, rows_R: Int[Array, "R"], index_RxS: Int[Array, "R S"], new: Array, axis: int
+) -> Array:
+  """The cache of one layer, whose columns lie along `axis`, with prompts in these rows: of
+  `new` [R, K, …, H] each column gets what `index_RxS` says. Rows beyond the last are dropped.
   """
+  new = jnp.take_along_axis(new, index_RxS[:, None, :, None], axis=2)
+  return cache.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
 
-  def put(cache: Array, new: Array, axis: int) -> Array:
-    new = jnp.take_along_axis(new, index_RxS[:, None, :, None], axis=2)
-    return cache.at[rows_R].set(new if axis == 2 else new.swapaxes(2, 3), mode="drop")
 
-  keys = zip(slots.keys, keys, strict=True)
-  values = zip(slots.values, values, strict=True)
-  fields = {
-    name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()
-  }
+def enter(slots: Slots, rows_R: Int[Array, "R"], **entered: Array) -> Slots:
+  """The slots with other fields [R, …] in these rows; rows beyond the last are dropped."""
   return slots._replace(
-    keys=tuple(put(cache, new, column_axis(attn_impl)) for cache, new in keys),
-    values=tuple(put(cache, new, 2) for cache, new in values),
-    **fields,
+    **{name: getattr(slots, name).at[rows_R].set(new, mode="drop") for name, new in entered.items()}
   )
+
+
+def ended(
+  token_B: Int[Array, "B"],
+  drawn_B: Int[Array, "B"],
+  limits_B: Int[Array, "B"],
+  eos_ids_BxE: Int[Array, "B E"],
+) -> Bool[Array, "B"]:
+  """Whether a response ends with this id, the `drawn_B`-th of it."""
+  at_end = (token_B[:, None] == eos_ids_BxE).any(-1)
+  return at_end | (drawn_B >= limits_B) | (token_B == NOT_FINITE)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "attn_impl"))
