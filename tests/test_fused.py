@@ -283,6 +283,19 @@ def test_the_heads_gradient_comes_out_at_its_sink_unrounded():
   np.testing.assert_array_equal(found, jax.jit(jax.grad(learn))(head.astype(jnp.float32), None))
 
 
+def test_the_heads_gradient_is_added_to_that_of_the_batches_before():
+  student, head, teacher, reference, mask = random_case(22, tokens=(40,), dtype=jnp.bfloat16)
+  before, zeros = random_case(23)[1], jnp.zeros(head.shape, jnp.float32)
+
+  def loss(sink, start):
+    how = dict(chunk=16, head_sink=sink, head_start=start)
+    value = fused.linear_divergence(student, head, teacher, reference, mask, **how)[0]
+    return value + fused.linear_imitation(student, head, jnp.arange(40), mask, **how)[0]
+
+  found, alone = (jax.jit(jax.grad(loss))(zeros, start) for start in (before, None))
+  np.testing.assert_allclose(found, alone + 2 * before, atol=1e-5)  # of two losses
+
+
 @pytest.mark.parametrize(
   "kind, statistics",
   [("reverse_kl", False), ("forward_kl", False), ("forward_kl", True), ("jsd", True)],

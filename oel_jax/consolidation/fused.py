@@ -45,6 +45,7 @@ def linear_divergence(
   check_vma: bool = True,
   one: tuple[int, ...] = (),
   head_sink: Float32[Array, "V D"] | None = None,
+  head_start: Float32[Array, "V D"] | None = None,
 ) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, "*tokens"]]]:
   """Returns `losses.divergence(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T,
   mask, ...)`.
@@ -92,6 +93,8 @@ def linear_divergence(
     one: as in `losses.divergence`, and for the statistics, too; not with `vocabulary_axes`.
     head_sink: its values do not matter; where it is given, `student_head` is taken as constant, and
       the gradient in it comes out here, not rounded.
+    head_start: with head_sink, what its gradient is added to, in the same place: that of batches
+      before. For a sum that is differentiated by itself: the cotangent is taken as 1 there.
 
   Raises:
     ValueError: an option out of range or shapes that do not match; the message names it, its value
@@ -122,7 +125,7 @@ def linear_divergence(
     trained, student_hidden, teacher_hidden, mask
   )
   total, found = _total(
-    options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink
+    options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink, head_start
   )
   return (total, mask.sum(dtype=jnp.float32), *(found,) * statistics)
 
@@ -137,12 +140,13 @@ def linear_imitation(
   vocabulary_axes: tuple[str, ...] = (),
   statistics: bool = False,
   head_sink: Float32[Array, "V D"] | None = None,
+  head_start: Float32[Array, "V D"] | None = None,
 ) -> tuple[Scalar, Scalar] | tuple[Scalar, Scalar, dict[str, Float32[Array, "*tokens"]]]:
   """Returns `losses.imitation(student_hidden @ student_head.T, tokens, mask)`: (sum in nats,
   count), float32 scalars; with `statistics` also {"nll": each token's, float32 [*tokens]}, 0 where
   the mask is 0.
 
-  Gradients, memory, devices, `head_sink` and errors are those of `linear_divergence`.
+  Gradients, memory, devices, `head_sink`, `head_start` and errors are those of `linear_divergence`.
   """
   _check_inputs(student_hidden, student_head, student_hidden, student_head, mask, chunk)
   mask = mask.astype(bool)
@@ -156,18 +160,22 @@ def linear_imitation(
     axes=tuple(vocabulary_axes),
     statistics=statistics,
   )
-  total, found = _total(options, student_hidden, student_head, tokens, None, mask, head_sink)
+  total, found = _total(
+    options, student_hidden, student_head, tokens, None, mask, head_sink, head_start
+  )
   return (total, mask.sum(dtype=jnp.float32), *(found,) * statistics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink):
+def _total(
+  options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink, head_start
+):
   """(Sum of the divergence, {name: statistic of each token}) of [*tokens, D], [V, D], [*tokens, E],
   [V, E], [*tokens].
 
   For imitation ids and None take the teacher's place.
   """
-  del head_sink
+  del head_sink, head_start
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
   xs, size, _ = _counted_first(options, student_hidden, teacher_hidden, mask)
 
@@ -183,10 +191,10 @@ def _total(options, student_hidden, student_head, teacher_hidden, teacher_head, 
 
 
 def _total_forward(
-  options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink
+  options, student_hidden, student_head, teacher_hidden, teacher_head, mask, head_sink, head_start
 ):
-  """`_total`, and its gradients in the student's hidden states, head and its sink for a cotangent
-  of 1.
+  """`_total`, and its gradients in the student's hidden states, head, its sink, and its sink where
+  they have begun with `head_start`, for a cotangent of 1.
   """
   heads = _cast(student_head, student_hidden), _cast(teacher_head, teacher_hidden)
   xs, size, group = _counted_first(options, student_hidden, teacher_hidden, mask)
@@ -230,7 +238,8 @@ def _total_forward(
     return seen, multiply(first, d_logits[None], carry[1])
 
   zero, (whole, rest) = _zero(options, xs, heads), trips(mask.sum(), size, group)
-  d_head = _like_varying(jnp.zeros(student_head.shape, jnp.float32), xs, heads)
+  d_head = jnp.zeros(student_head.shape, jnp.float32) if head_start is None else head_start
+  d_head = _like_varying(d_head, xs, heads)
   seen, gradients = (
     (zero, _room_for(options, xs, zero)),
     (jnp.zeros_like(xs[0]) + zero.astype(xs[0].dtype), d_head),
@@ -244,16 +253,21 @@ def _total_forward(
     whole, rest = 0, whole
   (total, statistics), (d_hidden, d_head) = jax.lax.fori_loop(0, rest, alone, (seen, gradients))
   statistics = {name: _put_back(x, mask) for name, x in statistics.items()}
-  d_heads = (d_head.astype(student_head.dtype), None) if head_sink is None else (None, d_head)
+  if head_sink is None:
+    d_heads = d_head.astype(student_head.dtype), None, None
+  else:
+    d_heads = (None, d_head, None) if head_start is None else (None, None, d_head)
   return (total, statistics), (_put_back(d_hidden, mask), *d_heads)
 
 
 def _total_backward(options, gradients, cotangents):
   del options
+  *gradients, begun = gradients
   d_hidden, d_head, d_sink = jax.tree.map(
     lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype), gradients
   )
-  return d_hidden, d_head, None, None, None, d_sink  # None is a zero cotangent
+  d_sink = d_sink if begun is None else begun
+  return d_hidden, d_head, None, None, None, d_sink, None  # None is a zero cotangent
 
 
 _total.defvjp(_total_forward, _total_backward)

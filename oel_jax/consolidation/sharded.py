@@ -41,11 +41,13 @@ def linear_imitation(
   chunk: int,
   statistics: bool = False,
   head_sink: Array | None = None,
+  head_start: Array | None = None,
 ) -> tuple[Array, Array, dict[str, Array]]:
   """`fused.linear_imitation` in the same way; {} in the place of statistics without them."""
 
   def loss(*args, **options):
-    found = fused.linear_imitation(*args, statistics=statistics, head_sink=head_sink, **options)
+    sinks = dict(head_sink=head_sink, head_start=head_start)
+    found = fused.linear_imitation(*args, statistics=statistics, **sinks, **options)
     return found if statistics else (*found, {})
 
   return _spread(

@@ -78,7 +78,8 @@ def loss_sum(
       mesh=mesh,
       axis=axis,
     )
-  head, sink = unrolled.head(params, axis)  # the sink is of fused parameters in training
+  head, sink = unrolled.head(params, axis)  # the sinks are of fused parameters in training
+  sinks = dict(head_sink=sink, head_start=params.get("head_start"))
   if kind == "imitation":
     total, count, found = sharded.linear_imitation(
       mesh,
@@ -87,7 +88,7 @@ def loss_sum(
       batch.response,
       batch.mask,
       chunk=chunk,
-      head_sink=sink,
+      **sinks,
     )
   else:
     total, count, found = sharded.linear_divergence(
@@ -104,7 +105,7 @@ def loss_sum(
       chunk=chunk,
       check_vma=check_vma,
       one=one,
-      head_sink=sink,
+      **sinks,
     )
   if attn_impl == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
@@ -162,9 +163,15 @@ def make_step(
   def value_and_gradient(params, teacher, batch, so_far=None, **where):
     """Of the batch, and of those before, if any: value, count, sums and gradient."""
     is_unrolled = teacher_lib.is_unrolled(teacher)
+    # The head's gradient, the largest, is added where it is made: apart it would have to be
+    # cleared, and read and written once more.
+    start = None
+    if so_far is not None and is_unrolled and where.get("axis") is None:
+      start = transformer.head(so_far[-1])
+      so_far = *so_far[:-1], unrolled.without_head(so_far[-1])
 
     def total(learned):
-      student = unrolled.attach(params, learned) if is_unrolled else learned
+      student = unrolled.attach(params, learned, start) if is_unrolled else learned
       return loss_sum(
         student,
         teacher,

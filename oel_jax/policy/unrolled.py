@@ -126,12 +126,13 @@ def sinks(weights: Any, tokens_BxT: Int[Array, "B T"]) -> Any:
   }
 
 
-def attach(weights: Any, learned: Any) -> Any:
+def attach(weights: Any, learned: Any, head_start: Float[Array, "V D"] | None = None) -> Any:
   """`weights` for `forward`, whose gradient is taken in `learned`: that in a matrix comes out at
   its sink, and is never rounded.
 
   A gradient has the type of what it belongs to, and the matrices are in that of the products: for
-  float32 it must belong to something else. "head_sink" is for the loss (`fused.linear_divergence`);
+  float32 it must belong to something else. "head_sink" is for the loss (`fused.linear_divergence`),
+  and so is "head_start", the gradient in the head of the batches before or None;
   what `add_rows` makes of the gradient in "rows" belongs to the embedding.
   """
   beside = lambda layer: {f"{name}_sink": layer[name] for name in MATRICES}
@@ -140,7 +141,8 @@ def attach(weights: Any, learned: Any) -> Any:
     {**ours, **{n: fixed[n] for n in MATRICES}, **beside(ours)} for fixed, ours in layers
   )
   tables = {name: weights[name] for name in TABLES if name in weights}
-  return {**learned, **tables, "head_sink": transformer.head(learned), "layers": layers}
+  sinks = {"head_sink": transformer.head(learned), "head_start": head_start}
+  return {**learned, **tables, **sinks, "layers": layers}
 
 
 def add_rows(
@@ -158,6 +160,12 @@ def add_rows(
   else:
     table = split.add_rows(table, tokens_BxT, rows_BxTxD, axis)
   return {**gradient, "embed": {"embedding": table}}
+
+
+def without_head(gradient: Any) -> Any:
+  """The tree with 0 in the place of the gradient in the output matrix."""
+  name = "head" if "head" in gradient else "embed"
+  return {**gradient, name: jax.tree.map(lambda _: jnp.float32(0), gradient[name])}
 
 
 def head(
