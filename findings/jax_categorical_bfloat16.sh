@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # jax 0.10.2: jax.random.categorical of bfloat16 (or float16) logits draws from another distribution than their softmax.
-# Seen the same with jax 0.11.2, but for mode="high", which is right there.
+# Seen the same with jax 0.11.2, but for mode="high", which is nearly right there.
 #
 # A guess: a narrow type rounds the logits, by 0.4% of each at most, and the draws follow the softmax of what is left, as they do for float32.
 # Seen, with a vocabulary of 4,096 whose shares fall as words' do, and 20,000 draws: the Gumbel noise is made in the logits' type, too, from a uniform
