@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oel_jax.consolidation import placement
+from oel_jax.consolidation import on_mesh, placement
 from oel_jax.policy import transformer
 from oel_jax.policy.ops import common
-from oel_jax.policy.sampling import groups, kv_cache, model
+from oel_jax.policy.sampling import kv_cache, model
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files
 from oel_jax.runtime import mesh as mesh_lib
@@ -46,10 +46,10 @@ def choose(
   kernels = common.supported(activation, a.head_size)
   sampling_kernels = common.supported(activation)
   prefill = model.prefill_attn_impl(a, dtype)
-  step = kv_cache.attn_impl(groups.share(a, together), dtype)
+  step = kv_cache.attn_impl(a.share(together), dtype)
   scanned = "scanned"
-  if kernels and mesh.shape["tensor"] > 1:
-    scanned += f", for mesh.tensor is {mesh.shape['tensor']}"
+  if kernels and (wrong := on_mesh.undivided(a, mesh)):
+    scanned += f", for mesh.tensor, {mesh.shape['tensor']}, does not divide {', '.join(wrong)}"
   replicated = mesh_lib.undivided(mesh, transformer.abstract(a))
   return {
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

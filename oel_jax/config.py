@@ -275,8 +275,8 @@ def default() -> ml_collections.ConfigDict:
       # what the backward pass computes again: "none", "dots" (all but products and attention) or
       # "full" (each whole layer)
       remat="dots",
-      # "yes": layers without a loop, if mesh.tensor is 1: faster on NVIDIA GPUs, compiled longer;
-      # "no"; "auto": there, in bfloat16
+      # "yes": layers without a loop, if mesh.tensor divides heads, feed-forward and vocabulary:
+      # faster on NVIDIA GPUs, compiled longer; "no"; "auto": there, in bfloat16
       unroll="auto",
       # "xla", "cudnn" (its mask honours packing), "flash" (needs pack=False) or a TPU's "splash";
       # "auto": the fastest of them here

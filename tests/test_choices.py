@@ -54,8 +54,10 @@ def test_a_gpu_runs_kernels_in_bfloat16_and_not_in_float32(monkeypatch):
   assert found(jnp.bfloat16) == fast
   assert found(jnp.bfloat16, pack=False)[0] == "flash"
   assert found(jnp.bfloat16, mesh=_mesh(data=2, fsdp=2)) == fast
-  split = found(jnp.bfloat16, mesh=_mesh(fsdp=2, tensor=2))
-  assert split[2:4] == ["scanned, for mesh.tensor is 2", "plain"]
+  assert found(jnp.bfloat16, mesh=_mesh(fsdp=2, tensor=2)) == fast
+  split = found(jnp.bfloat16, mesh=_mesh(fsdp=2, tensor=4))
+  told = "scanned, for mesh.tensor, 4, does not divide kv_heads (2)"
+  assert split[2:4] == [told, "plain"]
   assert found(jnp.bfloat16, unroll="no")[2:] == ["scanned", "plain", "Pallas"]
   assert found(jnp.float32) == ["xla", "xla (prompts), xla (tokens)", "scanned", "plain", "plain"]
   # Knowledge on the host is fetched layer by layer, in a loop.

@@ -118,33 +118,40 @@ slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-  "data, fsdp, a, how",
+  "sizes, a, how",
   [
-    (2, 4, SHORT, {}),
-    slow(2, 4, dataclasses.replace(A, layers=4), {}),
-    slow(8, 1, A, {}),
-    slow(1, 8, A, dict(remat="none")),
-    slow(1, 8, UNTIED, dict(remat="full", support="topk_tail")),
-    slow(4, 2, UNTIED, dict(kind="imitation")),
-    slow(2, 4, dataclasses.replace(A, width=18), dict(kind="jsd")),  # which 4 does not divide
-    slow(2, 4, A, dict(micro_tokens=None)),
+    ((2, 4), SHORT, {}),
+    ((2, 2, 2), SHORT, {}),
+    slow((2, 4), dataclasses.replace(A, layers=4), {}),
+    slow((2, 2, 2), dataclasses.replace(A, layers=4), {}),
+    slow((8, 1), A, {}),
+    slow((1, 8), A, dict(remat="none")),
+    slow((1, 8), UNTIED, dict(remat="full", support="topk_tail")),
+    slow((1, 2, 2), UNTIED, dict(remat="full", support="topk_tail")),
+    slow((4, 2), UNTIED, dict(kind="imitation")),
+    slow((4, 1, 2), UNTIED, dict(kind="imitation")),
+    slow((2, 4), dataclasses.replace(A, width=18), dict(kind="jsd")),  # which 4 does not divide
+    slow((1, 4, 2), dataclasses.replace(A, width=18), dict(kind="jsd")),
+    slow((2, 1, 4), dataclasses.replace(A, kv_heads=4), dict(support="topk", remat="none")),
+    slow((2, 4), A, dict(micro_tokens=None)),
+    slow((1, 1, 2), A, dict(micro_tokens=None)),
   ],
 )
-def test_eight_devices_step_as_one(data, fsdp, a, how):
-  one, eight = (_trained(_mesh(*sizes), a, **how) for sizes in ((1, 1), (data, fsdp)))
+def test_eight_devices_step_as_one(sizes, a, how):
+  one, eight = (_trained(_mesh(*each), a, **how) for each in ((1, 1), sizes))
   assert one[0]["tokens"] == sum(1 + 3 * i % 10 for i in range(30)) and one[0]["loss"] > 0.01
   _same(eight, one)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
-def test_eight_devices_probe_as_one(data, fsdp):
-  _same(_probed(_mesh(data, fsdp)), _probed(_mesh(1, 1)))
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (2, 2, 2)])
+def test_eight_devices_probe_as_one(sizes):
+  _same(_probed(_mesh(*sizes)), _probed(_mesh(1, 1)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, fsdp", [(1, 2), (2, 1)])
-def test_kernels_do_the_same_on_each_device(monkeypatch, data, fsdp):
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (1, 1, 2)])
+def test_kernels_do_the_same_on_each_device(monkeypatch, sizes):
   wanted, used = _trained(_mesh(1, 1), count=6), set()
 
   def wired(function, key):
@@ -157,15 +164,15 @@ def test_kernels_do_the_same_on_each_device(monkeypatch, data, fsdp):
   for key in KERNELS:
     monkeypatch.setattr(*key, wired(getattr(*key), key))
   monkeypatch.setattr(common, "supported", lambda x, head_size=2: True)
-  _same(_trained.__wrapped__(_mesh(data, fsdp), count=6), wanted)
+  _same(_trained.__wrapped__(_mesh(*sizes), count=6), wanted)
   assert used == set(KERNELS)
 
 
 @functools.cache
-def _traced(data, fsdp, layers, attn_impl="flash"):
+def _traced(sizes, layers, attn_impl="flash"):
   """The step in bfloat16 of a shape that a GPU's kernels take, from shapes alone."""
   a = architecture_lib.Architecture(512, 64, layers, 4, 2, 64, 128)
-  mesh, optimizer, dtype = _mesh(data, fsdp), _optimizer(), jnp.bfloat16
+  mesh, optimizer, dtype = _mesh(*sizes), _optimizer(), jnp.bfloat16
   abstract = parameters.abstract(a)
   state = mesh_lib.abstract_init(lambda p: step_lib.init_state(p, optimizer), mesh, abstract)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -205,17 +212,22 @@ def _calls(traced):
 
 
 @pytest.mark.parametrize(
-  "data, fsdp, layers, attn_impl",
-  [(2, 4, 1, "flash"), slow(8, 1, 1, "flash"), slow(1, 8, 2, "flash"), slow(2, 4, 3, "cudnn")],
+  "sizes, layers, attn_impl",
+  [
+    ((2, 4), 1, "flash"),
+    slow((8, 1), 1, "flash"),
+    slow((1, 8), 2, "flash"),
+    slow((2, 4), 3, "cudnn"),
+    slow((2, 2, 2), 2, "cudnn"),
+    slow((4, 1, 2), 1, "flash"),
+  ],
 )
-def test_every_device_runs_the_kernels_of_one_and_gathers_by_layer(
-  _gpu, data, fsdp, layers, attn_impl
-):
-  one, _ = _calls(_traced(1, 1, layers, attn_impl))
-  kernels, moves = _calls(_traced(data, fsdp, layers, attn_impl))
+def test_every_device_runs_the_kernels_of_one_and_gathers_by_layer(_gpu, sizes, layers, attn_impl):
+  one, _ = _calls(_traced((1, 1), layers, attn_impl))
+  kernels, moves = _calls(_traced(sizes, layers, attn_impl))
   assert kernels == one and one["row_sums"] == 1 and one["heads_backward"] == layers
   assert sum(n for name, n in one.items() if "fmha" in name and "Backward" in name) == layers
-  if fsdp == 1:
+  if sizes[1] == 1:
     assert set(moves) == {"all_reduce"}
     return
   # A layer's four matrices for the teacher, for the student and for its backward pass; both heads;
@@ -224,16 +236,20 @@ def test_every_device_runs_the_kernels_of_one_and_gathers_by_layer(
   assert moves["reduce_scatter"] == 4 * layers + 1
 
 
-@pytest.mark.slow
-def test_what_is_split_is_added_up_as_it_is_split():
-  """Of the compiled program: what is added up whole are norms' scales and single numbers."""
-  text = _traced(2, 4, 2, "xla").lower().compile().as_text()
-  shapes = lambda kind: [
+def _moved(text, kind):
+  """The shapes that such collectives of a compiled program make."""
+  return [
     [int(n) for n in shape.split(",") if n]
     for result in re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
     for shape in re.findall(r"\w+\[([\d,]*)\]", result)
   ]
-  width = 64
+
+
+@pytest.mark.slow
+def test_what_is_split_is_added_up_as_it_is_split():
+  """Of the compiled program: what is added up whole are norms' scales and single numbers."""
+  text = _traced((2, 4), 2, "xla").lower().compile().as_text()
+  shapes, width = functools.partial(_moved, text), 64
   assert shapes("reduce-scatter") and all(width // 4 in shape for shape in shapes("reduce-scatter"))
   # Over data: a device's part of each gradient.
   assert all(math.prod(s) <= 512 * width // 4 for s in shapes("all-reduce"))
@@ -241,14 +257,28 @@ def test_what_is_split_is_added_up_as_it_is_split():
   assert not stacked
 
 
-def test_heads_that_are_split_run_in_the_loop():
+@pytest.mark.slow
+def test_what_is_split_over_tensor_never_travels():
+  """Of the compiled program: hidden states are added up, and what all heads share."""
+  text = _traced((1, 1, 2), 2, "xla").lower().compile().as_text()
+  for kind in ("all-gather", "all-to-all", "reduce-scatter", "collective-permute"):
+    assert not _moved(text, kind), kind
+  # A micro-batch is two rows of 128 tokens, of which 64 are a response's.
+  hidden = ([2, 128, 64], [256, 64], [2, 64, 64], [128, 64])
+  large = [shape for shape in _moved(text, "all-reduce") if math.prod(shape) > 2 * 128]
+  assert large and all(shape in hidden for shape in large)
+
+
+def test_heads_that_cannot_be_split_run_in_the_loop():
   config = config_lib.default().consolidation
-  policy = types.SimpleNamespace(dtype=jnp.bfloat16)
+  policy = types.SimpleNamespace(dtype=jnp.bfloat16, architecture=A)
   config.unroll = "yes"
-  assert placement.unroll(config, policy, _mesh(2, 2))
-  with pytest.raises(ValueError, match='unroll is "yes" and config.mesh.tensor 2: .* must be 1'):
-    placement.unroll(config, policy, _mesh(2, 2, 2))
+  assert placement.unroll(config, policy, _mesh(2, 2)) and A.kv_heads == 2
+  assert placement.unroll(config, policy, _mesh(2, 2, 2))
+  told = 'unroll is "yes" and config.mesh.tensor 4, which does not divide the weights\' kv_heads '
+  with pytest.raises(ValueError, match=told + r"\(2\): config.mesh.tensor must, or"):
+    placement.unroll(config, policy, _mesh(1, 2, 4))
   config.unroll = "auto"
-  assert not placement.unroll(config, policy, _mesh(2, 2, 2))
-  with pytest.raises(ValueError, match="2 devices along tensor: .* tensor must be 1"):
-    on_mesh.check(_mesh(2, 2, 2))
+  assert not placement.unroll(config, policy, _mesh(1, 2, 4))
+  with pytest.raises(ValueError, match=r"4 devices along tensor, .* kv_heads \(2\): they must"):
+    on_mesh.check(A, _mesh(1, 2, 4))

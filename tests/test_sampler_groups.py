@@ -201,7 +201,7 @@ def test_what_a_group_exchanges():
   weights = placed("16:8")
   mesh = groups.of_params(weights, a, size)
   weights = model.prepare(weights, architecture=a, dtype=jnp.float32, mesh=mesh)
-  how = dict(architecture=groups.share(a, size), attn_impl="xla", mesh=mesh)
+  how = dict(architecture=a.share(size), attn_impl="xla", mesh=mesh)
   slots = slot_state.empty(rows=2 * rows, columns=64, eos_ids=1, dtype=jnp.float32, **how)
   lowered = engine.decode.lower(
     weights, slots, 3, 1, chunk=8, sampling=Sampling(0.7), logprobs=False, **how

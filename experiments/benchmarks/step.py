@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     "--mesh",
     action="append",
     default=[],
-    help="AXIS=SIZE[,…], data and fsdp: on so many devices beside one of them; may be given again",
+    help="AXIS=SIZE[,…], of data, fsdp, tensor: on so many devices beside one; may be given again",
   )
   parser.add_argument(
     "--strong", action="store_true", help="with --mesh: also with as many samples in all as on one"

@@ -1,9 +1,10 @@
-"""The fast step on a mesh of data x fsdp: the program of one device, on every device for its own
-rows, inside `jax.shard_map`.
+"""The fast step on a mesh: the program of one device, on every device for its own rows, and over
+"tensor" for its own heads and slice of the vocabulary, inside `jax.shard_map`.
 
 So kernels see whole arrays of one device, as they must. Matrices and tables lie split over "fsdp"
 and are gathered where they are used (`policy.ops.split`); over "data" nothing travels but the
-gradient, once a step.
+gradient, once a step. Over "tensor" they lie split, too, and stay so: devices along it have the
+same rows, and add up hidden states (`policy.ops.products`) and a few numbers a token of the loss.
 """
 
 from collections.abc import Callable
@@ -15,67 +16,114 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from oel_jax.policy import parameters, unrolled
+from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import split
 from oel_jax.runtime import mesh as mesh_lib
 
 ROWS = ("data", "fsdp")
 
 
-def check(mesh: Mesh) -> None:
-  """Raises a ValueError where the fast step is not for this mesh: heads are split."""
-  if mesh.shape["tensor"] > 1:
+def undivided(a: Architecture, mesh: Mesh) -> list[str]:
+  """What the devices along "tensor" cannot share equally, and the fast step is not for: "kv_heads
+  (2)".
+  """
+  size, names = mesh.shape["tensor"], ("heads", "kv_heads", "feedforward", "vocabulary")
+  return [f"{name} ({getattr(a, name)})" for name in names if getattr(a, name) % size]
+
+
+def check(a: Architecture, mesh: Mesh) -> None:
+  """Raises a ValueError where the fast step is not for these weights on this mesh."""
+  if wrong := undivided(a, mesh):
     raise ValueError(
-      f"layers without a loop got a mesh with {mesh.shape['tensor']} devices along tensor: they "
-      "run on data and fsdp, tensor must be 1"
+      f"layers without a loop got a mesh with {mesh.shape['tensor']} devices along tensor, which "
+      f"do not divide the weights' {', '.join(wrong)}: they must"
     )
 
 
-def width_axis(mesh: Mesh, weights: Any) -> str | None:
-  """The axis over which matrices and tables of these weights (any form) lie split along their
-  width; None where there is one device along "fsdp", or it does not divide the width.
+def axes_of(mesh: Mesh, weights: Any) -> split.Axes:
+  """The axes over which these weights (any form) lie split: along their width not where there is
+  one device along "fsdp", or it does not divide the width.
   """
-  size, width = mesh.shape["fsdp"], weights["norm"]["scale"].shape[0]
-  return "fsdp" if size > 1 and width % size == 0 else None
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  width = weights["norm"]["scale"].shape[0]
+  return split.Axes(
+    "fsdp" if fsdp > 1 and width % fsdp == 0 else None, "tensor" if tensor > 1 else None
+  )
+
+
+def fuse(params: Any, a: Architecture, dtype: Any, mesh: Mesh | None) -> Any:
+  """`unrolled.fuse`; where heads are split over "tensor", each device fuses its own, and nothing
+  travels: the columns of all stand device by device.
+  """
+  if mesh is None or mesh.shape["tensor"] == 1:
+    return unrolled.fuse(params, dtype)
+  run = lambda params: unrolled.fuse(params, dtype)
+  weights = unrolled.specs(jax.eval_shape(run, params), axes_of(mesh, params))
+  return jax.shard_map(
+    run, mesh=mesh, in_specs=(_specs(mesh, a),), out_specs=weights, check_vma=False
+  )(params)
+
+
+def unfuse(weights: Any, a: Architecture, mesh: Mesh | None) -> Any:
+  """Undoes `fuse`, but for the type (`unrolled.unfuse`)."""
+  if mesh is None or mesh.shape["tensor"] == 1:
+    return unrolled.unfuse(weights, a)
+  return jax.shard_map(
+    lambda weights: unrolled.unfuse(weights, a.share(mesh.shape["tensor"])),
+    mesh=mesh,
+    in_specs=(unrolled.specs(weights, axes_of(mesh, weights)),),
+    out_specs=_specs(mesh, a),
+    check_vma=False,
+  )(weights)
+
+
+def _specs(mesh: Mesh, a: Architecture) -> Any:
+  """How the parameters lie."""
+  places = mesh_lib.param_shardings(mesh, parameters.abstract(a))
+  return jax.tree.map(lambda place: place.spec, places)
 
 
 def weight_shardings(mesh: Mesh | None, params: Any, dtype: Any) -> Any:
-  """How `unrolled.fuse(params, dtype)` lies; None on one device."""
+  """How `fuse(params, …, dtype, mesh)` lies; None on one device."""
   if mesh is None or mesh.size == 1:
     return None
   weights = jax.eval_shape(lambda params: unrolled.fuse(params, dtype), params)
-  specs = unrolled.specs(weights, width_axis(mesh, params))
+  specs = unrolled.specs(weights, axes_of(mesh, params))
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def by_rows(
   run: Callable[..., Any], mesh: Mesh, params: Any, teacher: Any, batch: Any, *, gradient: bool
 ) -> Any:
-  """`run(params, teacher, batch, axis=…, check_vma=False)` on every device, for its own rows of the
-  batch.
+  """`run(params, teacher, batch, axes=…, check_vma=False)` on every device, for its own rows of the
+  batch and its own heads.
 
   Args:
     run: gives sums over the rows; with `gradient`, the last of them is the gradient in `params`, of
       what is split each device's own part, already added up over "fsdp".
-    mesh: of data x fsdp.
-    params: fused.
-    teacher: a `teacher.Teacher` with fused parameters.
+    mesh: of the devices.
+    params: from `fuse`.
+    teacher: a `teacher.Teacher` with such parameters.
     batch: rows a multiple of data x fsdp.
 
   Returns:
     The sums over all rows; the gradient lies as `params` do.
   """
-  axis, whole = width_axis(mesh, params), PartitionSpec()
-  weights = unrolled.specs(params, axis)
-  read = type(teacher)(unrolled.specs(teacher.params, axis), *(whole,) * (len(teacher) - 1))
+  axes, whole = axes_of(mesh, params), PartitionSpec()
+  weights, texts = unrolled.specs(params, axes), PartitionSpec(None, None, axes.heads)
+  read = type(teacher)(unrolled.specs(teacher.params, axes), texts, texts, whole, whole)
 
-  def add_up(slope, spec):
-    return jax.lax.psum(slope, tuple(name for name in ROWS if name not in spec))
+  def add_up(path, slope, spec):
+    # Each device has what its own heads give to the norms that all heads share.
+    apart = axes.vocabulary() if path[-1].key == "qk_norm" else ()
+    return jax.lax.psum(slope, (*(name for name in ROWS if name not in spec), *apart))
 
   def local(params, teacher, batch):
-    found = run(params, teacher, batch, axis=axis, check_vma=False)
+    found = run(params, teacher, batch, axes=axes, check_vma=False)
     if not gradient:
       return jax.lax.psum(found, ROWS)
     *sums, slope = found
-    return *jax.lax.psum(sums, ROWS), jax.tree.map(add_up, slope, weights)
+    return *jax.lax.psum(sums, ROWS), jax.tree_util.tree_map_with_path(add_up, slope, weights)
 
   return jax.shard_map(
     local,
@@ -94,9 +142,9 @@ def by_texts(
   length_G: Int[Array, "G"],
 ) -> Any:
   """`run(params, tokens, length, axis=…)` → arrays [L, G, …], on every device for texts of its own,
-  empty ones where there are not as many for each; `params` are stacked.
+  empty ones where there are not as many for each; `params` are stacked, and heads are not split.
   """
-  axis, G = width_axis(mesh, params), len(length_G)
+  axis, G = axes_of(mesh, params).width, len(length_G)
   room = -G % mesh_lib.row_shards(mesh)
   tokens, length = jnp.pad(tokens_GxP, ((0, room), (0, 0))), jnp.pad(length_G, (0, room))
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from oel_jax.consolidation import streamed
+from oel_jax.consolidation import on_mesh, streamed
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.ops import splash
@@ -55,20 +55,20 @@ def _fast(policy: Policy) -> bool:
 
 
 def unroll(config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> bool:
-  """Whether the layers run without a loop, as config.consolidation.unroll asks for: on a mesh where
-  each device has whole heads, the one-device program runs on each of them (`on_mesh`).
+  """Whether the layers run without a loop, as config.consolidation.unroll asks for: on a mesh whose
+  devices along "tensor" have equal shares, each runs the program of one (`on_mesh`).
 
   Raises:
-    ValueError: it asks for that where heads are split.
+    ValueError: it asks for that where they have not.
   """
-  parts = mesh.shape["tensor"]
-  if config.unroll == "yes" and parts > 1:
+  wrong = on_mesh.undivided(policy.architecture, mesh)
+  if config.unroll == "yes" and wrong:
     raise ValueError(
-      f'config.consolidation.unroll is "yes" and config.mesh.tensor {parts}: layers without a loop '
-      "run over data and fsdp; config.mesh.tensor must be 1, or config.consolidation.unroll "
-      '"auto" or "no"'
+      f'config.consolidation.unroll is "yes" and config.mesh.tensor {mesh.shape["tensor"]}, which '
+      f"does not divide the weights' {', '.join(wrong)}: config.mesh.tensor must, or "
+      'config.consolidation.unroll be "auto" or "no"'
     )
-  possible = parts == 1 and _fast(policy)
+  possible = not wrong and _fast(policy)
   return possible if config.unroll == "auto" else config.unroll == "yes"
 
 

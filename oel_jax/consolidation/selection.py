@@ -25,6 +25,7 @@ from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy import unrolled
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import split
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import distributed
 
@@ -52,14 +53,15 @@ def make_scorer(
   `samples` is N, the most that a batch has; other arguments are those of `step.make_step`.
   """
 
-  def total(params, teacher, batch, *, mesh=None, axis=None, check_vma=True):
+  def total(params, teacher, batch, *, mesh=None, axes=split.Axes(), check_vma=True):
     del params, check_vma
     hidden = teacher_lib.teacher_hidden(
-      teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh, axis=axis
+      teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh, axes=axes
     )
-    head = unrolled.head(teacher.params, axis)[0]
+    head = unrolled.head(teacher.params, axes)[0]
+    how = dict(chunk=chunk * axes.devices(), vocabulary_axes=axes.vocabulary())
     _, _, found = sharded.linear_imitation(
-      mesh, hidden, head, batch.response, batch.mask, chunk=chunk, statistics=True
+      mesh, hidden, head, batch.response, batch.mask, statistics=True, **how
     )
     apart_SxR = jnp.where(batch.mask, jnp.abs(batch.logprobs + found["nll"]), 0)
     # No scatter: on a GPU it would not add up in the same order twice.

@@ -24,7 +24,8 @@ def linear_divergence(
   """`fused.linear_divergence` with its statistics, of arrays of the whole mesh; hidden states [B,
   T, …], B a multiple of data x fsdp.
 
-  Chunks have as many logits on each device as `chunk` tokens have on one. No mesh is one device.
+  Chunks have as many logits on each device as `chunk` tokens have on one. No mesh is one device, or
+  the inside of `jax.shard_map`, where `vocabulary_axes` is one of the options.
   """
   return _spread(
     functools.partial(fused.linear_divergence, statistics=True, **options),
@@ -42,12 +43,13 @@ def linear_imitation(
   statistics: bool = False,
   head_sink: Array | None = None,
   head_start: Array | None = None,
+  vocabulary_axes: tuple[str, ...] = (),
 ) -> tuple[Array, Array, dict[str, Array]]:
   """`fused.linear_imitation` in the same way; {} in the place of statistics without them."""
 
-  def loss(*args, **options):
-    sinks = dict(head_sink=head_sink, head_start=head_start)
-    found = fused.linear_imitation(*args, statistics=statistics, **sinks, **options)
+  def loss(*args, vocabulary_axes=vocabulary_axes, **options):
+    options |= dict(head_sink=head_sink, head_start=head_start, vocabulary_axes=vocabulary_axes)
+    found = fused.linear_imitation(*args, statistics=statistics, **options)
     return found if statistics else (*found, {})
 
   return _spread(

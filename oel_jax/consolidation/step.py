@@ -15,6 +15,7 @@ from oel_jax.consolidation import metrics as metrics_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import split
 from oel_jax.runtime import mesh as mesh_lib
 
 GRADIENT = "gradient_norm/"  # begins the name of a metric that is one parameter's
@@ -49,14 +50,14 @@ def loss_sum(
   attn_impl: str,
   one: tuple[int, ...] = (),
   mesh: Mesh | None = None,
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
   check_vma: bool = True,
 ) -> tuple[Array, tuple[Array, metrics_lib.Sums]]:
   """The sum over response tokens of KL(π_θ(·|x, y<t) ‖ π_teacher(·|e, x, y<t)), or of another
   divergence; their count and `metrics`.
 
   OEL section 3. Arguments are those of `make_step`; `params` are stacked or fused, as the
-  teacher's are; `mesh` is None on one device, and inside `jax.shard_map`, for which `axis` and
+  teacher's are; `mesh` is None on one device, and inside `jax.shard_map`, for which `axes` and
   `check_vma` are (`on_mesh.by_rows`). Sums, not means: a mean is taken once, over the whole batch,
   so that how the batch is cut changes nothing. All are float32. `kind` "imitation" is the negative
   log-likelihood of the response under the student, and needs no teacher.
@@ -65,7 +66,7 @@ def loss_sum(
   if kind != "imitation":  # the teacher first: of its pass, only these rows stay
     with jax.named_scope("teacher"):
       target = teacher_lib.teacher_hidden(
-        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh, axis=axis
+        teacher, architecture, batch, dtype=dtype, attn_impl=attn_impl, mesh=mesh, axes=axes
       )
   with jax.named_scope("student"):
     hidden = teacher_lib.student_hidden(
@@ -76,10 +77,12 @@ def loss_sum(
       remat=remat,
       attn_impl=attn_impl,
       mesh=mesh,
-      axis=axis,
+      axes=axes,
     )
-  head, sink = unrolled.head(params, axis)  # the sinks are of fused parameters in training
-  sinks = dict(head_sink=sink, head_start=params.get("head_start"))
+  # As many logits on each device, of however few rows of the heads.
+  how = dict(chunk=chunk * axes.devices(), vocabulary_axes=axes.vocabulary())
+  head, sink = unrolled.head(params, axes)  # the sinks are of fused parameters in training
+  how |= dict(head_sink=sink, head_start=params.get("head_start"))
   if kind == "imitation":
     total, count, found = sharded.linear_imitation(
       mesh,
@@ -87,8 +90,7 @@ def loss_sum(
       head,
       batch.response,
       batch.mask,
-      chunk=chunk,
-      **sinks,
+      **how,
     )
   else:
     total, count, found = sharded.linear_divergence(
@@ -96,16 +98,15 @@ def loss_sum(
       hidden,
       head,
       target,
-      jax.lax.stop_gradient(unrolled.head(teacher.params, axis)[0]),
+      jax.lax.stop_gradient(unrolled.head(teacher.params, axes)[0]),
       batch.mask,
       kind=kind,
       support=support,
       k=k,
       temperature=temperature,
-      chunk=chunk,
       check_vma=check_vma,
       one=one,
-      **sinks,
+      **how,
     )
   if attn_impl == "flash":  # it sees no segments: rather no loss and no gradient than a wrong one
     total *= jnp.where(batch.segments.max() > 1, jnp.nan, 1)
@@ -166,7 +167,7 @@ def make_step(
     # The head's gradient, the largest, is added where it is made: apart it would have to be
     # cleared, and read and written once more.
     start = None
-    if so_far is not None and is_unrolled and where.get("axis") is None:
+    if so_far is not None and is_unrolled and where.get("axes", split.Axes()).width is None:
       start = transformer.head(so_far[-1])
       so_far = *so_far[:-1], unrolled.without_head(so_far[-1])
 
@@ -195,7 +196,7 @@ def make_step(
     found = value, count, sums, gradient
     *found, gradient = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
     if is_unrolled:
-      gradient = unrolled.add_rows(gradient, batch.tokens, rows, where.get("axis"))
+      gradient = unrolled.add_rows(gradient, batch.tokens, rows, where.get("axes", split.Axes()))
     return *found, gradient
 
   def add_up(params, teacher, batch, **where):
@@ -208,17 +209,19 @@ def make_step(
     zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
 
     def add(so_far, micro_batch):
-      held = _held(so_far, params, teacher, where.get("axis"))
+      held = _held(so_far, params, teacher, where.get("axes"))
       return value_and_gradient(*held, micro_batch, so_far, **where)
 
-    return _fold(add, zero, batch, micro_batches, where.get("axis"))
+    return _fold(add, zero, batch, micro_batches, where.get("axes"))
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, kept=None):
     is_unrolled = teacher_lib.is_unrolled(teacher)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
     params = (
-      unrolled.fuse(state.params, dtype) if is_unrolled else transformer.cast(state.params, dtype)
+      on_mesh.fuse(state.params, architecture, dtype, mesh)
+      if is_unrolled
+      else transformer.cast(state.params, dtype)
     )
 
     def found(teacher, batch):
@@ -229,7 +232,7 @@ def make_step(
         every = add_up(params, teacher, batch, mesh=mesh)
       value, count, sums, gradient = every
       count = jnp.maximum(count, 1)
-      gradient = unrolled.unfuse(gradient, architecture) if is_unrolled else gradient
+      gradient = on_mesh.unfuse(gradient, architecture, mesh) if is_unrolled else gradient
       return value, count, sums, jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
 
     value, count, sums, gradient = found(teacher, batch)
@@ -272,15 +275,15 @@ def _fold(
   so_far: Any,
   batch: batch_lib.Batch,
   micro_batches: int,
-  axis: str | None = None,
+  axes: split.Axes | None = None,
 ) -> Any:
   """add(so_far, micro-batch) → so_far, over equal parts of the rows, up to the last part of which a
   token counts. How many that are is no shape: batches of few samples and of many are one program.
-  Devices along `axis` wait for one another in each part: they take as many.
+  Devices along `axes.width` wait for one another in each part: they take as many.
   """
   parts = cut(batch, micro_batches)
   count = filled(parts)
-  count = count if axis is None else jax.lax.pmax(count, axis)
+  count = jax.lax.pmax(count, axes.width) if axes and axes.width else count
   return jax.lax.fori_loop(0, count, lambda p, so_far: add(so_far, part_of(parts, p)), so_far)
 
 
@@ -302,11 +305,11 @@ def part_of(parts: Any, p: Array) -> Any:
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, p, keepdims=False), parts)
 
 
-def _held(so_far: Any, params: Any, teacher: Any, axis: str | None) -> tuple[Any, Any]:
+def _held(so_far: Any, params: Any, teacher: Any, axes: split.Axes | None) -> tuple[Any, Any]:
   """Student's parameters and teacher, held in the loop over micro-batches: what is split over
-  `axis` would be gathered, all of it at once, before a loop in which it does not change.
+  `axes.width` would be gathered, all of it at once, before a loop in which it does not change.
   """
-  if axis is None:
+  if not (axes and axes.width):
     return params, teacher
   return jax.lax.optimization_barrier((params, teacher, so_far[0]))[:2]
 
@@ -330,20 +333,21 @@ def make_probe(
   in nats but for topk_mass.
   """
 
-  def total(params, teacher, batch, *, mesh=None, axis=None, check_vma=True):
-    how = dict(dtype=dtype, attn_impl=attn_impl, mesh=mesh, axis=axis)
+  def total(params, teacher, batch, *, mesh=None, axes=split.Axes(), check_vma=True):
+    how = dict(dtype=dtype, attn_impl=attn_impl, mesh=mesh, axes=axes)
     hidden = teacher_lib.student_hidden(params, architecture, batch, remat="none", **how)
     target = teacher_lib.teacher_hidden(teacher, architecture, batch, **how)
     _, count, found = sharded.linear_divergence(
       mesh,
       hidden,
-      unrolled.head(params, axis)[0],
+      unrolled.head(params, axes)[0],
       target,
-      unrolled.head(teacher.params, axis)[0],
+      unrolled.head(teacher.params, axes)[0],
       batch.mask,
       k=k,
       temperature=temperature,
-      chunk=chunk,
+      chunk=chunk * axes.devices(),
+      vocabulary_axes=axes.vocabulary(),
       topk_mass=True,
       check_vma=check_vma,
     )
@@ -353,7 +357,8 @@ def make_probe(
   def probe(params, teacher, batch):
     names = chunk_loss.Options(statistics=True, topk_mass=True).names()
     zero = lambda: (jnp.float32(0), dict.fromkeys(names, jnp.float32(0)))
-    params = unrolled.fuse(params, dtype) if teacher_lib.is_unrolled(teacher) else params
+    if teacher_lib.is_unrolled(teacher):
+      params = on_mesh.fuse(params, architecture, dtype, mesh)
     given = params, teacher, batch
     count, sums = add_up_rows(total, zero, *given, mesh=mesh, micro_tokens=micro_tokens)
     return {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
@@ -371,7 +376,7 @@ def add_up_rows(
   mesh: Mesh | None,
   micro_tokens: int | None,
 ) -> Any:
-  """The sums `total(params, teacher, batch, mesh=…, axis=…, check_vma=…)` over all rows, by
+  """The sums `total(params, teacher, batch, mesh=…, axes=…, check_vma=…)` over all rows, by
   micro-batches and on every device for its own where layers run without a loop; without gradients.
   `zero()` are those of no rows; the last two arguments are `make_step`'s.
   """
@@ -383,10 +388,10 @@ def add_up_rows(
       return total(params, teacher, batch, **where)
 
     def add(so_far, micro_batch):
-      held = _held(so_far, params, teacher, where.get("axis"))
+      held = _held(so_far, params, teacher, where.get("axes"))
       return jax.tree.map(jnp.add, so_far, total(*held, micro_batch, **where))
 
-    return _fold(add, zero(), batch, micro_batches, where.get("axis"))
+    return _fold(add, zero(), batch, micro_batches, where.get("axes"))
 
   if teacher_lib.is_unrolled(teacher) and mesh is not None and mesh.size > 1:
     return on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=False)

@@ -19,6 +19,8 @@ from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import on_mesh
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import split
+from oel_jax.runtime import mesh as mesh_lib
 
 MULTIPLE = 32  # so that a text a little longer has the same shapes
 
@@ -76,7 +78,7 @@ def prepare(
     shardings: of keys and values, as `mesh.param_shardings` gives them for {"teacher": {"keys": …,
       "values": …}}; None on one device.
     unroll: run the layers without a loop (`policy.unrolled`): faster on a GPU, compiled longer. Not
-      with on_host, and not where heads are split over a mesh.
+      with on_host.
     on_host: keep keys and values in the host's memory; every pass then fetches them layer by layer,
       in a loop. For a single process.
 
@@ -86,13 +88,14 @@ def prepare(
   """
   mesh = None if shardings is None else shardings[0].mesh
   if unroll and mesh is not None:
-    on_mesh.check(mesh)
+    on_mesh.check(architecture, mesh)
   params = _cast(params, dtype)
   length = np.array([len(ids) for ids in knowledge], np.int32)
   tokens = np.zeros((len(knowledge), room(knowledge)), np.int32)
   for row, ids in zip(tokens, knowledge, strict=True):
     row[: len(ids)] = ids
-  by_texts = unroll and not on_host and mesh is not None and mesh.size > 1
+  by_texts = unroll and not on_host and mesh is not None and mesh_lib.row_shards(mesh) == mesh.size
+  by_texts = by_texts and mesh.size > 1
   read = functools.partial(_read(architecture, dtype, attn_impl, shardings, by_texts), params)
   if on_host:  # text by text, for the devices have no room for all
     shape = (
@@ -115,7 +118,8 @@ def prepare(
     keys, values = read(tokens, length)
   if unroll and not on_host:
     places = on_mesh.weight_shardings(mesh, params, dtype)
-    params = jax.jit(unrolled.fuse, static_argnums=1, out_shardings=places)(params, dtype)
+    fuse = jax.jit(on_mesh.fuse, static_argnums=(1, 2, 3), out_shardings=places)
+    params = fuse(params, architecture, dtype, mesh)
   skip_G = np.broadcast_to(np.int32(skip), length.shape)
   # Not `jnp.asarray`, which compiles a program for each.
   return Teacher(params, keys, values, *jax.device_put((length, skip_G)))
@@ -207,22 +211,22 @@ def student_hidden(
   remat: str,
   attn_impl: str,
   mesh: Mesh | None = None,
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
 ) -> Float[Array, "S R D"]:
   """π_θ's last hidden states at the response positions, given (prompt, response), in `dtype`;
-  `mesh` is None on one device and inside `jax.shard_map`, where `axis` is as in `unrolled.forward`.
+  `mesh` is None on one device and inside `jax.shard_map`, where `axes` is as in `unrolled.forward`.
   """
-  how = dict(dtype=dtype, remat=remat, attn_impl=attn_impl, axis=axis)
+  how = dict(dtype=dtype, remat=remat, attn_impl=attn_impl, axes=axes)
   return _hidden(params, architecture, batch, mesh, **how)
 
 
-def _hidden(params, architecture, batch, mesh, *, prefix=None, axis=None, **how):
+def _hidden(params, architecture, batch, mesh, *, prefix=None, axes=split.Axes(), **how):
   """The last hidden states at the response positions; the form of the parameters says by which of
   the two decoders, of which the unrolled one is for a device's own rows.
   """
   read = batch.tokens, batch.positions, batch.segments
   if isinstance(params["layers"], tuple):
-    return unrolled.forward(params, architecture, *read, batch.at, prefix=prefix, axis=axis, **how)
+    return unrolled.forward(params, architecture, *read, batch.at, prefix=prefix, axes=axes, **how)
   return batch_lib.response_rows(
     transformer.apply(params, architecture, *read, prefix=prefix, mesh=mesh, **how)[0], batch.at
   )
@@ -236,15 +240,15 @@ def teacher_hidden(
   dtype: Any,
   attn_impl: str,
   mesh: Mesh | None = None,
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
 ) -> Float[Array, "S R D"]:
   """π_teacher's last hidden states at the response positions, given (knowledge, prompt, response);
-  no gradient flows. `mesh` and `axis` as in `student_hidden`. Those of a batch that has them
+  no gradient flows. `mesh` and `axes` as in `student_hidden`. Those of a batch that has them
   already are its `target`.
   """
   if batch.target is not None:
     return jax.lax.stop_gradient(batch.target)
-  how = dict(dtype=dtype, remat="none", attn_impl=attn_impl, axis=axis)
+  how = dict(dtype=dtype, remat="none", attn_impl=attn_impl, axes=axes)
   rest, prefix = as_read(teacher, batch, attn_impl)
   return jax.lax.stop_gradient(
     _hidden(teacher.params, architecture, rest, mesh, prefix=prefix, **how)

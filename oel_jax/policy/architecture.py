@@ -68,6 +68,18 @@ class Architecture:
         f"Architecture.head_size is {self.head_size}: rotary positions need an even number"
       )
 
+  def share(self, size: int) -> "Architecture":
+    """The model that one of `size` devices runs, which hold the weights together: heads,
+    feed-forward and vocabulary divide into so many; of fewer key-value heads each has one.
+    """
+    return dataclasses.replace(
+      self,
+      heads=self.heads // size,
+      kv_heads=max(1, self.kv_heads // size),
+      feedforward=self.feedforward // size,
+      vocabulary=self.vocabulary // size,
+    )
+
 
 def _qwen3(width: int, layers: int, heads: int, feedforward: int, tied_head: bool) -> Architecture:
   return Architecture(151936, width, layers, heads, 8, 128, feedforward, tied_head=tied_head)

@@ -7,9 +7,10 @@ Parameters are one nested dict (`policy.parameters`), each layer's leaves stacke
 that training scans over layers. Decoding takes them apart once, outside its loop (`unstack`):
 slicing stacked weights at every token is several times slower.
 
-The block is written once (`block`). The scanned run here (CPU, heads that are split over a mesh),
-the unrolled one (GPUs, `policy.unrolled`) and sampling (`policy.sampling.model`) call it, each with
-its own layout of a layer's weights and its own operations on them, which come from `policy.ops`.
+The block is written once (`block`). The scanned run here (CPU, heads that a mesh cannot share out
+equally), the unrolled one (GPUs, `policy.unrolled`) and sampling (`policy.sampling.model`) call it,
+each with its own layout of a layer's weights and its own operations on them, which come from
+`policy.ops`.
 """
 
 from collections.abc import Callable
@@ -256,7 +257,8 @@ def apply(
   # Cast after the rows are taken: the table's gradient is then summed in float32, and most of the
   # table never cast.
   table = params["embed"]["embedding"]
-  x = embed(table, tokens_BxT) if axis is None else split.embed(table, tokens_BxT, axis)
+  axes = split.Axes(axis)
+  x = embed(table, tokens_BxT) if axis is None else split.embed(table, tokens_BxT, axes)
   x = x.astype(dtype)
   # A masked NaN is still a NaN: 0 x NaN
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)

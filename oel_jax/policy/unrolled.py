@@ -3,9 +3,9 @@ read the same input fused.
 
 A loop over stacked layers copies what each of them keeps for the backward pass into stacks, and the
 weights out of them; apart, all of that stays where it was made. It compiles longer.
-`transformer.apply` is the reference, and what runs where heads are split over a mesh. On one of
-data x fsdp, each device runs this on its own rows, inside `jax.shard_map`; matrices and tables may
-then be split along their width over one axis, and are gathered layer by layer (`ops.split`).
+`transformer.apply` is the reference. On a mesh, each device runs this on its own rows and heads,
+inside `jax.shard_map`; over one axis heads, feed-forward and vocabulary are split, over another
+matrices and tables along their width, which are gathered layer by layer (`ops.split`).
 """
 
 from collections.abc import Callable
@@ -39,7 +39,6 @@ def fuse(params: transformer.Params, dtype: Any) -> Any:
     `dtype`; "qkv_bias" [N + 2 K, H] and "qk_norm" [2, H], if the architecture has them,
     "attention_norm" and "feedforward_norm" [D] as they were.
   """
-  width = params["norm"]["scale"].shape[0]
   tables = {
     name: jax.tree.map(lambda leaf: leaf.astype(dtype), params[name])
     for name in TABLES
@@ -50,8 +49,8 @@ def fuse(params: transformer.Params, dtype: Any) -> Any:
     attend, feed = layer["attention"], layer["feedforward"]
     cast = lambda part: part["kernel"].astype(dtype)
     made = {
-      "qkv": jnp.concatenate([cast(attend[x]).reshape(width, -1) for x in "qkv"], axis=1),
-      "o": cast(attend["o"]).reshape(-1, width),
+      "qkv": jnp.concatenate([jax.lax.collapse(cast(attend[x]), 1) for x in "qkv"], axis=1),
+      "o": jax.lax.collapse(cast(attend["o"]), 0, 2),
       "gate_up": jnp.concatenate([cast(feed["gate"]), cast(feed["up"])], axis=1),
       "down": cast(feed["down"]),
       **{name: layer[name]["scale"] for name in ("attention_norm", "feedforward_norm")},
@@ -73,9 +72,9 @@ def unfuse(weights: Any, architecture: Architecture) -> transformer.Params:
   cuts = [a.heads, a.heads + a.kv_heads]
 
   def one(layer):
-    parts = jnp.split(layer["qkv"].reshape(a.width, -1, a.head_size), cuts, axis=1)
+    parts = jnp.split(layer["qkv"].reshape(len(layer["qkv"]), -1, a.head_size), cuts, axis=1)
     attend = {name: {"kernel": part} for name, part in zip("qkv", parts, strict=True)}
-    attend["o"] = {"kernel": layer["o"].reshape(a.heads, a.head_size, a.width)}
+    attend["o"] = {"kernel": layer["o"].reshape(a.heads, a.head_size, -1)}
     if a.qkv_bias:
       for name, bias in zip("qkv", jnp.split(layer["qkv_bias"], cuts), strict=True):
         attend[name]["bias"] = bias
@@ -92,18 +91,19 @@ def unfuse(weights: Any, architecture: Architecture) -> transformer.Params:
   return {**weights, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
-def specs(weights: Any, axis: str | None) -> Any:
+def specs(weights: Any, axes: split.Axes) -> Any:
   """How weights from `fuse`, and their gradients, lie on a mesh: matrices and tables are split over
-  `axis` along their width, if one is named; the rest is whole.
+  `axes.width` along their width and over `axes.heads` along the other dimension, biases over that
+  one; the rest is whole.
   """
 
   def one(path, _):
-    if axis is None:
-      return PartitionSpec()
-    if path[0].key in TABLES:
-      return PartitionSpec(None, axis)
-    dimension = WIDTH.get(path[-1].key)
-    return PartitionSpec() if dimension is None else PartitionSpec(*(None,) * dimension, axis)
+    name = path[-1].key
+    if path[0].key in TABLES or WIDTH.get(name) == 1:
+      return PartitionSpec(axes.heads, axes.width)
+    if name in WIDTH:
+      return PartitionSpec(axes.width, axes.heads)
+    return PartitionSpec(axes.heads) if name == "qkv_bias" else PartitionSpec()
 
   return jax.tree_util.tree_map_with_path(one, weights)
 
@@ -149,16 +149,13 @@ def add_rows(
   gradient: Any,
   tokens_BxT: Int[Array, "B T"],
   rows_BxTxD: Float[Array, "B T D"],
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
 ) -> Any:
   """Adds the gradient in the tokens' rows of the embedding to that in the embedding, in place: a
-  table for each of several batches would have to be cleared and added up. `axis` as in `forward`.
+  table for each of several batches would have to be cleared and added up. `axes` as in `forward`.
   """
   table = gradient["embed"]["embedding"]
-  if axis is None:
-    table = embedding.add_rows(table, tokens_BxT, rows_BxTxD)
-  else:
-    table = split.add_rows(table, tokens_BxT, rows_BxTxD, axis)
+  table = split.add_rows(table, tokens_BxT, rows_BxTxD, axes)
   return {**gradient, "embed": {"embedding": table}}
 
 
@@ -169,13 +166,15 @@ def without_head(gradient: Any) -> Any:
 
 
 def head(
-  weights: Any, axis: str | None = None
+  weights: Any, axes: split.Axes = split.Axes()
 ) -> tuple[Float[Array, "V D"], Float[Array, "V D"] | None]:
-  """The output matrix and its sink, None where gradients are not taken; `axis` as in `forward`."""
+  """The output matrix and its sink, None where gradients are not taken; `axes` as in `forward`: of
+  the vocabulary each device has its part.
+  """
   matrix, sink = transformer.head(weights), weights.get("head_sink")
-  if axis is None:
+  if axes.width is None:
     return matrix, sink
-  parts = split.Parts(1, axis)
+  parts = split.Parts(1, axes.width)
   return split.whole(matrix, parts), None if sink is None else split.whole_sink(sink, parts)
 
 
@@ -191,7 +190,7 @@ def forward(
   remat: str,
   attn_impl: str,
   prefix: transformer.Prefix | None = None,
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
 ) -> Float[Array, "B R D"]:
   """`transformer.apply` on fused weights, at the positions `at_BxR` of each row: behind the last
   layer's attention, no others are computed.
@@ -203,8 +202,8 @@ def forward(
     at_BxR: int32, positions in the row.
     dtype: of the activations; that of the matrices.
     remat, attn_impl, prefix: as in `transformer.apply`.
-    axis: inside `jax.shard_map`, the mesh axis over which matrices and tables are split (`specs`);
-      None: they are whole.
+    axes: inside `jax.shard_map`, over which weights are split (`specs`): with `axes.heads`, weights
+      and prefix are those of `Architecture.share`.
 
   Returns:
     Hidden states behind the last norm, in `dtype`.
@@ -213,8 +212,8 @@ def forward(
     ValueError: another attention implementation, or several texts a row with the attention "flash".
   """
   a = architecture
-  x = embed(weights, tokens_BxT, segments_BxT, dtype=dtype, axis=axis)
-  how = dict(remat=remat, attn_impl=attn_impl, prefix=prefix, axis=axis)
+  x = embed(weights, tokens_BxT, segments_BxT, dtype=dtype, axes=axes)
+  how = dict(remat=remat, attn_impl=attn_impl, prefix=prefix, axes=axes)
   block = blocks(a, positions_BxT, segments_BxT, at_BxR, **how)
   y, tickets = None, {}
   for i, layer in enumerate(weights["layers"]):
@@ -224,7 +223,7 @@ def forward(
     x, y = block(
       layer, x, y, None if prefix is None else (prefix.keys[i], prefix.values[i]), i == a.layers - 1
     )
-    if axis is not None and "rows" in weights and i + 2 < a.layers:
+    if axes.width is not None and "rows" in weights and i + 2 < a.layers:
       # While a layer goes backward, the gradients of the one behind it are added up.
       x, tickets[i + 2] = split.ticket(x)
   return last_norm(weights, a, x, y).reshape(*at_BxR.shape, -1)
@@ -236,11 +235,11 @@ def embed(
   segments_BxT: Int[Array, "B T"],
   *,
   dtype: Any,
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
 ) -> Float[Array, "BT D"]:
   """What the first layer reads, in `dtype`; arguments as in `forward`."""
-  table = weights["embed"]["embedding"]
-  x = embedding.embed(table, tokens_BxT) if axis is None else split.embed(table, tokens_BxT, axis)
+  table, whole = weights["embed"]["embedding"], axes == split.Axes()
+  x = embedding.embed(table, tokens_BxT) if whole else split.embed(table, tokens_BxT, axes)
   x = (x + weights["rows"] if "rows" in weights else x).astype(dtype)
   x = jnp.where(segments_BxT[..., None] > 0, x, 0)
   return x.reshape(-1, x.shape[-1])
@@ -262,14 +261,14 @@ def blocks(
   remat: str,
   attn_impl: str,
   prefix: transformer.Prefix | None,
-  axis: str | None = None,
+  axes: split.Axes = split.Axes(),
 ) -> Callable[..., tuple[Array, Array | None]]:
   """The layers of `forward` for these rows, one at a time: (its weights, x and y [B T, D], its keys
   and values of the prefix or None, whether it is the last) → the x and y that the next one reads,
   whose sum the hidden states are; y may be None for 0, and the last gives the positions `at_BxR`
   alone. Arguments as in `forward`; of the prefix no keys and values are read.
   """
-  a, (B, T) = architecture, positions_BxT.shape
+  a, (B, T) = architecture.share(axes.devices()), positions_BxT.shape
   cos_sin = attention.cos_sin(positions_BxT.reshape(-1), a)
   mask, ids = transformer.mask_of(segments_BxT, prefix), transformer.ids_of(segments_BxT, prefix)
   pick = lambda x: jnp.take_along_axis(x.reshape(B, T, -1), at_BxR[..., None], axis=1).reshape(
@@ -283,7 +282,7 @@ def blocks(
       return y.reshape(B * T, -1)
 
     run = _operations(a, cos_sin, attend)
-    x, y = transformer.block(run, _with_sinks(layer, axis), x, y, pick if last else None)
+    x, y = transformer.block(run, _with_sinks(layer, axes), x, y, pick if last else None)
     # Then a layer's inputs are kept: one is enough.
     return (x + y, None) if remat == "full" else (x, y)
 
@@ -292,9 +291,9 @@ def blocks(
   return jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
 
 
-def _with_sinks(layer: dict[str, Array], axis: str | None) -> dict[str, Any]:
+def _with_sinks(layer: dict[str, Array], axes: split.Axes) -> dict[str, Any]:
   """The layer with (how it is split, matrix, its sink or None) under a matrix's name."""
-  parts = lambda name: None if axis is None else split.Parts(WIDTH[name], axis)
+  parts = lambda name: None if axes == split.Axes() else split.Parts(WIDTH[name], *axes)
   held = {name: (parts(name), layer[name], layer.get(f"{name}_sink")) for name in MATRICES}
   return {**layer, **held}
 

@@ -21,7 +21,7 @@ from oel_jax.consolidation import on_mesh, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
-from oel_jax.policy import transformer, unrolled
+from oel_jax.policy import transformer
 from oel_jax.policy.sampling import engine, groups, kv_cache, model, sampler, slot_room, slot_state
 from oel_jax.policy.sampling.scheduler import CHUNK, Scheduler
 from oel_jax.policy.sampling.token_sampling import Sampling
@@ -97,7 +97,7 @@ class Planner:
     params = read_by
     self.is_unrolled = placement.unroll(self.config, policy, self.mesh) and not self.on_host
     if self.is_unrolled:
-      fuse = functools.partial(unrolled.fuse, dtype=policy.dtype)
+      fuse = lambda params: on_mesh.fuse(params, policy.architecture, policy.dtype, self.mesh)
       places = on_mesh.weight_shardings(self.mesh, read_by, policy.dtype) or self.whole
       params = placed(jax.eval_shape(fuse, read_by), places)
     each = self._array(work.texts)
@@ -233,7 +233,7 @@ class Planner:
   def sampling(self) -> Iterator[Program]:
     """The sampler's programs as it draws a step's responses, each process its share of them."""
     dtype, work, local = self.policy.dtype, self.work, self._local_mesh()
-    a = groups.share(self.policy.architecture, self.policy.sample_tensor)
+    a = self.policy.architecture.share(self.policy.sample_tensor)
     devices = mesh_lib.row_shards(local)
     whole = NamedSharding(local, PartitionSpec()) if local else self.whole
     held = self.held() | self.prefix_cache()
@@ -314,7 +314,7 @@ class Planner:
     """The slots at their largest, and what makes arrays of so many rows as these lie."""
     empty = functools.partial(
       slot_state.empty,
-      architecture=groups.share(self.policy.architecture, self.policy.sample_tensor),
+      architecture=self.policy.architecture.share(self.policy.sample_tensor),
       mesh=local,
       rows=room.devices * room.slots,
       columns=room.max_columns,

@@ -2,7 +2,8 @@
 
 A product's own gradient rule keeps what it read, and makes it again where that costs less than
 memory; and it gives the gradient in a matrix to its sink, in float32, if it has one. Of a matrix
-that is split over a mesh, and of its sink, it is given this device's part (`split`).
+that is split over a mesh, and of its sink, it is given this device's part (`split`): of one behind
+a norm, over its columns, and of the others over their rows.
 """
 
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ def _matrix_gradients(parts, x_MxD, gradient_MxF, matrix, sink) -> tuple:
 
 
 def _product_forward(parts, x_MxD, matrix_DxF, sink):
-  return x_MxD @ split.whole(matrix_DxF, parts), (x_MxD, matrix_DxF, sink)
+  product = split.of_all_heads(x_MxD @ split.whole(matrix_DxF, parts), parts)
+  return product, (x_MxD, matrix_DxF, sink)
 
 
 def _product_backward(parts, saved, gradient):
@@ -45,7 +47,7 @@ def _norm_product_forward(parts, eps, x_MxD, y_MxD, scale_D, matrix_DxF, sink):
 def _norm_product_backward(parts, eps, saved, gradients):
   x, added, scale, matrix, sink = saved
   passed, gradient = gradients
-  inner = gradient @ split.again(matrix, parts).T
+  inner = split.of_all_heads(gradient @ split.again(matrix, parts).T, parts)
   d_x, y, d_scale = norm.backward(x, scale, inner, passed, eps)
   return (
     d_x,
@@ -58,7 +60,7 @@ def _norm_product_backward(parts, eps, saved, gradients):
 def _swiglu_product_forward(parts, gate_up_MxF2, matrix_FxD, sink):
   """silu(gate) up, times the matrix."""
   product = swiglu.plain(gate_up_MxF2) @ split.whole(matrix_FxD, parts)
-  return product, (gate_up_MxF2, matrix_FxD, sink)
+  return split.of_all_heads(product, parts), (gate_up_MxF2, matrix_FxD, sink)
 
 
 def _swiglu_product_backward(parts, saved, gradient):

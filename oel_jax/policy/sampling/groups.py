@@ -9,12 +9,11 @@ values of its own heads:
     group     0      1      2      3
     device    0 1    2 3    4 5    6 7
 
-So a device runs the program of a smaller model, `share`, and the kernels see whole arrays of it. It
-adds its part of each attention's and feed-forward's output to those of the others, and gathers the
-logits: all devices of a group then draw from the same bits, by the same program.
+So a device runs the program of a smaller model (`Architecture.share`), and the kernels see whole
+arrays of it. It adds its part of each attention's and feed-forward's output to those of the others,
+and gathers the logits: all devices of a group then draw from the same bits, by the same program.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from oel_jax.policy.architecture import Architecture
+from oel_jax.policy.ops import split
 from oel_jax.runtime import mesh as mesh_lib
 
 AXIS = "tensor"
@@ -92,17 +92,6 @@ def axis_of(mesh: Mesh | None) -> str | None:
   return AXIS if size_of(mesh) > 1 else None
 
 
-def share(a: Architecture, size: int) -> Architecture:
-  """The model that one device of a group runs; `check` lets it through."""
-  return dataclasses.replace(
-    a,
-    heads=a.heads // size,
-    kv_heads=max(1, a.kv_heads // size),
-    feedforward=a.feedforward // size,
-    vocabulary=a.vocabulary // size,
-  )
-
-
 def heads_by_device(
   x: Float[Array, "*D A H"], a: Architecture, size: int
 ) -> Float[Array, "*D A2 H"]:
@@ -128,13 +117,7 @@ def embed(
   table_VxD: Float[Array, "V D"], tokens: Int[Array, "*tokens"], axis: str | None
 ) -> Float[Array, "*tokens D"]:
   """The tokens' rows of a table of which each device has some."""
-  if axis is None:
-    return table_VxD[tokens]
-  row = tokens - jax.lax.axis_index(axis) * len(table_VxD)
-  mine = (row >= 0) & (row < len(table_VxD))
-  # Not another row times 0, which may be no number.
-  found = jnp.where(mine[..., None], table_VxD[jnp.where(mine, row, 0)], 0)
-  return jax.lax.psum(found, axis)
+  return table_VxD[tokens] if axis is None else split.own_rows(table_VxD, tokens, axis)
 
 
 def add_up(part: Float[Array, "*P M D"], like: Float[Array, "M F"], axis: str) -> Array:

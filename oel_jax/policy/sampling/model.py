@@ -50,7 +50,7 @@ def prepare(
     made |= {name: layer[name] for name in ("attention_norm", "feedforward_norm")}
     made |= {"qkv_bias": layer["qkv_bias"]} if a.qkv_bias else {}
     if a.qk_norm:
-      made["qk_norm"] = heads.by_head(groups.share(a, size), layer["qk_norm"])
+      made["qk_norm"] = heads.by_head(a.share(size), layer["qk_norm"])
     return made
 
   params = {**params, "layers": tuple(map(turn, params["layers"]))}

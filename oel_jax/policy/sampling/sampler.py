@@ -180,7 +180,7 @@ def generate(
   mesh = groups.of_params(params, architecture, sample_tensor)
   weights = model.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
   weights = weights if mesh else slot_state.commit(weights)
-  share = groups.share(architecture, sample_tensor)
+  share = architecture.share(sample_tensor)
   attn_impl = kv_cache.attn_impl(share, dtype)
   how = dict(
     architecture=share,
