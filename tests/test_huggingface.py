@@ -18,7 +18,7 @@ import safetensors.numpy
 from oel_jax.policy import architecture, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.attention import frequencies
-from oel_jax.policy.sampling import by_layer, engine, model, sampler
+from oel_jax.policy.sampling import model, on_cpu, sampler
 from oel_jax.policy.weights import huggingface, huggingface_config, safetensors_folder
 from oel_jax.runtime import mesh
 
@@ -145,7 +145,7 @@ def test_what_is_sampled_has_their_hidden_states_and_log_probabilities(made, mon
   # Functions of their own: programs that another test compiled keep nothing.
   drawing = "sampling", "logprobs"
   decoding = *drawing, "architecture", "chunk", "attn_impl", "mesh"
-  for module, name, fixed in ((by_layer, "prefill_draw", drawing), (engine, "decode", decoding)):
+  for module, name, fixed in ((on_cpu, "prefill_draw", drawing), (on_cpu, "decode", decoding)):
     own = lambda *args, made=getattr(module, name).__wrapped__, **how: made(*args, **how)
     monkeypatch.setattr(module, name, jax.jit(own, static_argnames=fixed))
   found = sampler.generate(

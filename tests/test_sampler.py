@@ -15,9 +15,9 @@ from jax.extend import core as jax_core
 from oel_jax.policy import transformer
 from oel_jax.policy.architecture import named
 from oel_jax.policy.sampling import (
-  by_layer,
   engine,
   model,
+  on_cpu,
   sampler,
   scheduler,
   sizes,
@@ -181,10 +181,10 @@ def four_prompts():
 
 def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch):
   prompts, shapes = random_prompts(*([40] * 5 + [50] * 3), seed=3), []
-  whole, run = sample(prompts), by_layer.prefill_insert
+  whole, run = sample(prompts), on_cpu.prefill_insert
   monkeypatch.setattr(sizes, "MAX_BATCH_TOKENS", 4 * (256 + 96))
   monkeypatch.setattr(
-    by_layer,
+    on_cpu,
     "prefill_insert",
     lambda *args, **how: shapes.append(args[2].shape) or run(*args, **how),
   )
@@ -233,7 +233,7 @@ def test_nothing_waits_for_the_slowest(monkeypatch):
   would be 4 x 24 steps.
   """
   prompts, limits, steps = random_prompts(*[20] * 16, seed=4), [24, 3, 3, 3] * 4, []
-  run = engine.decode
+  run = on_cpu.decode
 
   def spy(*args, **how):
     slots, drawn = run(*args, **how)
@@ -243,7 +243,7 @@ def test_nothing_waits_for_the_slowest(monkeypatch):
   whole = [
     ids[:limit] for ids, limit in zip(sample(prompts, limit=24, eos_ids=()), limits, strict=True)
   ]
-  monkeypatch.setattr(engine, "decode", spy)
+  monkeypatch.setattr(on_cpu, "decode", spy)
   assert sample(prompts, limit=limits, eos_ids=(), slots=4) == whole
   # 132 ids, 16 of them drawn on entering, by four at a time: 29 at best.
   assert sum(map(len, whole)) == 132 and sum(steps) <= 50
@@ -291,13 +291,14 @@ def test_the_number_of_slots_follows_from_the_memory_of_the_cache(monkeypatch):
 @pytest.fixture(name="drawing")
 def fixture_drawing(monkeypatch):
   """How many slots each call of `decode` has, and how many of them are active."""
-  calls, run = [], engine.decode
+  calls = []
 
-  def spy(weights, slots, *args, **how):
+  def spy(run, weights, slots, *args, **how):
     calls.append((len(slots.active), int(slots.active.sum())))
     return run(weights, slots, *args, **how)
 
-  monkeypatch.setattr(engine, "decode", spy)
+  for module in (engine, on_cpu):
+    monkeypatch.setattr(module, "decode", functools.partial(spy, module.decode))
   return calls
 
 
@@ -408,28 +409,28 @@ def test_the_ring_is_written_in_place():
 
 def test_few_programs_are_compiled():
   """24 batches of other sizes and lengths share a handful of compiled shapes."""
-  programs = by_layer.prefill_begin, by_layer.prefill_layer, by_layer.prefill_last, engine.decode
-  for program in (*programs, by_layer.prefill_draw):
+  programs = on_cpu.prefill_begin, on_cpu.prefill_layer, on_cpu.prefill_last, on_cpu.decode
+  for program in (*programs, on_cpu.prefill_draw):
     program.clear_cache()
   for i in range(24):
     rows, longest = (3, 120) if i % 6 == 0 else (8 + i % 8, 60)
     sample(random_prompts(*np.random.default_rng(i).integers(1, longest, rows), longest, seed=i))
   # Two sizes and two lengths; two sizes, and a ring that grows.
   assert [program._cache_size() for program in programs] == [3] * 4
-  assert by_layer.prefill_draw._cache_size() == 2
+  assert on_cpu.prefill_draw._cache_size() == 2
 
 
 def test_a_program_is_compiled_once_wherever_its_arrays_came_from():
   """Slots that are new, slots that other programs returned, and weights on a mesh of one device."""
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   placed = jax.device_put(params(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-  programs = by_layer.prefill_begin, by_layer.prefill_layer, by_layer.prefill_last, engine.decode
-  for program in (*programs, by_layer.prefill_draw):
+  programs = on_cpu.prefill_begin, on_cpu.prefill_layer, on_cpu.prefill_last, on_cpu.decode
+  for program in (*programs, on_cpu.prefill_draw):
     program.clear_cache()
   how = dict(sampling=FREE, max_new_tokens=5, eos_ids=(510,), pad_id=1, slots=4)
   prompts = random_prompts(*[60] * 12)
   drawn = [generate(tree, TINY, prompts, range(12), **how) for tree in (placed, params(), placed)]
-  assert [program._cache_size() for program in (*programs, by_layer.prefill_draw)] == [1] * 5
+  assert [program._cache_size() for program in (*programs, on_cpu.prefill_draw)] == [1] * 5
   assert drawn[0] == drawn[1] == drawn[2]
 
 

@@ -21,10 +21,10 @@ from test_sampler import (
 from test_sampler_mesh import on_mesh, placed
 
 from oel_jax.policy.sampling import (
-  by_layer,
   driver,
   engine,
   model,
+  on_cpu,
   scheduler,
   sizes,
   slot_state,
@@ -58,7 +58,7 @@ def fixture_entered(monkeypatch):
     batches.append((tokens.shape, shared and shared.count[rows < len(slots.filled)].tolist()))
     return enter(weights, slots, tokens, lengths, rows, requests, shared, **how)
 
-  for module in (engine, by_layer):
+  for module in (engine, on_cpu):
     watched = functools.partial(spy, module.prefill_insert)
     monkeypatch.setattr(module, "prefill_insert", watched)
   return batches
@@ -224,7 +224,7 @@ def test_replies_where_every_response_is_one_id(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("prefill_insert", [engine.prefill_insert, by_layer.prefill_insert])
+@pytest.mark.parametrize("prefill_insert", [engine.prefill_insert, on_cpu.prefill_insert])
 def test_nothing_shared_is_the_same_as_no_look_at_the_slots(prefill_insert):
   """On a CPU every prompt looks at the slots; on a GPU only those that share."""
   weights = model.prepare(params(), architecture=TINY, dtype=jnp.float32)

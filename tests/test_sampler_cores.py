@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_sampler import TINY, naive_sampled, random_prompts, sample
 
-from oel_jax.policy.sampling import by_layer, engine, model, sampler, sizes
+from oel_jax.policy.sampling import model, on_cpu, sampler, sizes
 
 
 @pytest.fixture(name="threads", autouse=True)
@@ -23,7 +23,7 @@ def fixture_threads(monkeypatch):
   """
   monkeypatch.setattr(sampler, "_cores", lambda mesh: 3)
   monkeypatch.setattr(sampler, "MIN_PROMPTS_PER_CORE", 4)
-  drawing, run, side_by_side = set(), engine.decode, sampler._side_by_side
+  drawing, run, side_by_side = set(), on_cpu.decode, sampler._side_by_side
 
   def spy(weights, slots, *args, **how):
     drawing.add((threading.current_thread(), len(slots.active)))
@@ -33,7 +33,7 @@ def fixture_threads(monkeypatch):
     begun = threading.Barrier(len(parts))
     side_by_side(lambda part: (begun.wait(), work(part)), parts, stopped)
 
-  monkeypatch.setattr(engine, "decode", spy)
+  monkeypatch.setattr(on_cpu, "decode", spy)
   monkeypatch.setattr(sampler, "_side_by_side", together)
   return drawing
 
@@ -115,9 +115,9 @@ def test_all_read_the_same_weights(monkeypatch):
   monkeypatch.setattr(
     model, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
   )
-  seen, enter = [], by_layer.prefill_insert
+  seen, enter = [], on_cpu.prefill_insert
   monkeypatch.setattr(
-    by_layer,
+    on_cpu,
     "prefill_insert",
     lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how),
   )

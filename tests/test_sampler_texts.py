@@ -1,5 +1,6 @@
 """Texts that prompts begin with, kept once: which ones, attention to them, and the same tokens."""
 
+import functools
 import itertools
 
 import jax
@@ -26,6 +27,7 @@ from oel_jax.policy.sampling import (
   engine,
   kv_cache,
   model,
+  on_cpu,
   sampler,
   scheduler,
   sizes,
@@ -55,13 +57,14 @@ def fixture_exact():
 @pytest.fixture(name="texts")
 def fixture_texts(monkeypatch):
   """How many texts each call of `decode` has."""
-  counts, run = [], engine.decode
+  counts = []
 
-  def spy(*args, texts=None, **how):
+  def spy(run, *args, texts=None, **how):
     counts.append(int((np.asarray(texts.length) > 0).sum()) if texts else 0)
     return run(*args, texts=texts, **how)
 
-  monkeypatch.setattr(engine, "decode", spy)
+  for module in (engine, on_cpu):
+    monkeypatch.setattr(module, "decode", functools.partial(spy, module.decode))
   return counts
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_sampler import naive_sampled, random_prompts, sample
 
 from oel_jax.policy.ops import common, norm, small_matmul
-from oel_jax.policy.sampling import by_layer, engine, model
+from oel_jax.policy.sampling import engine, model, on_cpu
 
 INTERPRET = jax.default_backend() != "gpu"
 
@@ -103,7 +103,8 @@ def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch)
   monkeypatch.setattr(small_matmul, "supported", lambda x, matrix: fewest <= len(x) <= 4)
   monkeypatch.setattr(small_matmul, "on_gpu", lambda: True)
   monkeypatch.setattr(common, "supported", lambda x: True)
-  monkeypatch.setattr(by_layer, "prefill_insert", engine.prefill_insert)
+  for name in ("prefill_insert", "decode"):
+    monkeypatch.setattr(on_cpu, name, getattr(engine, name))
   monkeypatch.setattr(
     norm, "add_norm_kernel", lambda *args, **how: add_norm(*args, **how, interpret=True)
   )

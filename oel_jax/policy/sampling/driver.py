@@ -44,20 +44,20 @@ class Driver:
     requests: Requests,
     how: dict[str, Any],
     *,
-    prefill_insert: Callable,
+    programs: Any,
     beginnings: Beginnings,
     indices: Sequence[int],
     pad_id: int,
     reply: Callable[[int, list[int]], tuple[Sequence[int], int] | None] | None,
   ):
-    """`weights`, `slots` and `how` are the engine's, `prefill_insert` its own or `by_layer`'s,
-    `beginnings` the texts before the scheduler's
-    prompts. `indices`: the caller's numbers of these, for errors; `reply` is given the scheduler's.
+    """`weights`, `slots` and `how` are the engine's, `programs` itself or `on_cpu`,
+    `beginnings` the texts before the scheduler's prompts. `indices`: the caller's numbers of these,
+    for errors; `reply` is given the scheduler's.
     """
     self.scheduler, self.requests = scheduler, requests
     self.scores: list[list[float]] = [[] for _ in scheduler.prompts]
     self._weights, self._slots, self._how = weights, slots, how
-    self._prefill_insert = prefill_insert
+    self._programs = programs
     self._beginnings, self._indices = beginnings, indices
     self._pad_id, self._reply = pad_id, reply
     self._columns = scheduler.table.columns
@@ -117,7 +117,7 @@ class Driver:
     texts = {}
     if self._beginnings.texts:
       texts = dict(text_R=np.int32([scheduler.texts[i] for i in entry.prompts])[order])
-    self._slots, first = self._prefill_insert(
+    self._slots, first = self._programs.prefill_insert(
       self._weights,
       self._slots,
       tokens[order],
@@ -133,7 +133,7 @@ class Driver:
   def _decode(self, draw: Draw) -> tuple[jax.Array, ...]:
     """Starts the device on the next ids. Returns them as `engine.decode` does."""
     self._grow(draw.columns)
-    self._slots, drawn = engine.decode(
+    self._slots, drawn = self._programs.decode(
       self._weights, self._slots, draw.steps, draw.min_active, chunk=scheduling.CHUNK, **self._how
     )
     return drawn

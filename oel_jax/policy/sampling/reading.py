@@ -1,5 +1,5 @@
 """How prompts are read into slots: what all layers need of a batch, what each does, and what is
-done behind the last. `engine` makes one program of all that, `by_layer` several.
+done behind the last. `engine` makes one program of all that, `on_cpu` several.
 """
 
 from typing import Any, NamedTuple

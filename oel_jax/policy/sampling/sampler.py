@@ -27,11 +27,11 @@ import numpy as np
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import (
   beginnings,
-  by_layer,
   engine,
   groups,
   kv_cache,
   model,
+  on_cpu,
   slot_room,
   slot_state,
   spread,
@@ -202,8 +202,7 @@ def generate(
   parts = min(_cores(mesh), len(prompts) // MIN_PROMPTS_PER_CORE, slots or len(prompts)) or 1
   split = [common.split(prompt) for prompt in prompts]
   by_length = sorted(range(len(prompts)), key=lambda i: -len(split[i][1]))
-  in_parts = mesh is None and target.backend() == "cpu"
-  enter = by_layer.prefill_insert if in_parts else engine.prefill_insert
+  programs = on_cpu if mesh is None and target.backend() == "cpu" else engine
   lock, stopped = threading.Lock(), threading.Event()
   ids, scores = [[] for _ in prompts], [[] for _ in prompts]
 
@@ -232,7 +231,7 @@ def generate(
       scheduler,
       asked,
       how,
-      prefill_insert=enter,
+      programs=programs,
       beginnings=common,
       indices=own,
       pad_id=pad_id,
