@@ -241,7 +241,7 @@ def _compare_processes(config: config_dict.ConfigDict) -> None:
   configuration, flags, code and run directory.
   """
   task = config.get("task")
-  if _STAGE.value == "plan" or task is not None and _STAGE.value == "run":
+  if _STAGE.value == "plan" or task not in (None, "distill") and _STAGE.value == "run":
     what = "--stage=plan" if _STAGE.value == "plan" else f"config.task {task!r}"
     raise ValueError(
       f"{what} is done by one process, and this is one of {distributed.count()}: "
@@ -264,6 +264,10 @@ def _compare_processes(config: config_dict.ConfigDict) -> None:
     f"config.{name}": value for name, value in workdir.flat(json.loads(config.to_json())).items()
   }
   distributed.compare({"the code": distributed.code_version(), **flag, **fields})
+  distributed.compare(
+    {f"the content of config.{name}": of for name, of in workdir.file_digests(config).items()},
+    "all processes must see the same files",
+  )
   if _STAGE.value not in ALONE:
     # Only a run makes the directory.
     distributed.check_shared(folder, make=_STAGE.value != "export")
@@ -277,6 +281,10 @@ def _follow(config: config_dict.ConfigDict) -> None:
     from oel_jax.tasks import export
 
     export.follow(config, _WORKDIR.value)
+  elif _STAGE.value == "run" and config.get("task") == "distill":
+    from oel_jax.tasks import distill
+
+    distill.follow(config, _WORKDIR.value)
   else:
     from oel_jax.stages import begin
 

@@ -129,7 +129,10 @@ def test_a_model_that_has_not_changed_has_no_divergence(config, tmp_path):
     "Repeat: ABC",
     "Sort: CAB",
   ]
-  assert distill._unrelated_kl(config, policy, policy.params, prefixes) == 0
+  assert (
+    distill._unrelated_kl(config, policy, policy.params, prefixes, mesh_lib.make_mesh(config.mesh))
+    == 0
+  )
 
 
 class Answers:
@@ -261,7 +264,7 @@ def test_a_divergence_that_is_not_finite_is_no_result(config, monkeypatch):
   monkeypatch.setattr(distill.step_lib, "make_probe", probe)
   told = "config.distill.unrelated: .* is nan on the prompts u16, u17, u18, u19 and 12 more"
   with pytest.raises(finite.NotFiniteError, match=told):
-    distill._unrelated_kl(config, policy, policy.params, prefixes)
+    distill._unrelated_kl(config, policy, policy.params, prefixes, mesh_lib.make_mesh(config.mesh))
 
 
 @pytest.mark.slow

@@ -81,6 +81,10 @@ try:
   distributed.compare({"config.seed": 0, "config.rounds": 3 + me})
 except ValueError as error:
   say(str(error))
+try:
+  distributed.compare({"the content of config.policy.weights": f"{me}f"}, "all must see one file")
+except ValueError as error:
+  say(str(error))
 distributed.check_shared(place / "run")
 say([path.name for path in (place / "run").iterdir()])
 try:
@@ -104,9 +108,13 @@ distributed.finish()
       found[3] == ["process 1 of 2: the third prompt is empty", "the third prompt is empty"][me]
     )
     assert found[4].startswith("config.rounds is 3 in process 0 and 4 in process 1: all processes")
-    assert me or found[5] == []
-    assert found[6].startswith(f"--workdir is '/run_of_{me}', and process 1 does not see what")
-  assert told[0][7] == "process 1 of 2 at 'games' has not come for 0.1 s"
+    assert found[5] == (
+      "the content of config.policy.weights is '0f' in process 0 and '1f' in process 1: all must "
+      "see one file"
+    )
+    assert me or found[6] == []
+    assert found[7].startswith(f"--workdir is '/run_of_{me}', and process 1 does not see what")
+  assert told[0][8] == "process 1 of 2 at 'games' has not come for 0.1 s"
 
 
 # What is wrong with the start.

@@ -236,6 +236,83 @@ def test_logs_and_another_writer_are_for_two_processes_too(pair, cache, tmp_path
   assert "only a model that came from Hugging Face" in told[0][1]
 
 
+DISTILL = """
+import pathlib
+
+from oel_jax import distill
+
+def get_config():
+  here = pathlib.Path(__file__).parent
+  config = distill.default()
+  config.distill.update({name: str(here / f"{name}.txt") for name in NAMES})
+  config.distill.obeys = str(here / "check.py") + ":short"
+  config.policy.weights = "pocket"
+  config.deployment.max_response_tokens = 24
+  config.consolidation.update(steps=3, batch_size=5, checkpoint_every=1, log_probe=3)
+  return config
+
+NAMES = ("knowledge", "prompts", "held_out", "unrelated")
+"""
+
+
+def distilling(folder, run: str, *flags: str) -> list[str]:
+  """A command that trains a text of its own on prompts of its own; uneven numbers of them."""
+  said = {
+    "knowledge": ["- EXPERIENCE ITEM: G is the goal.", "- EXPERIENCE ITEM: H is a hole."],
+    "prompts": [f"Repeat: {'ABCDEFG'[i:]}" for i in range(7)],
+    "held_out": [f"Sort: {'GFEDC'[i:]}" for i in range(5)],
+    "unrelated": ["Repeat: GAG", "Sort: BAD", "Repeat: FACE"],
+  }
+  for name, lines in said.items():
+    (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+  (folder / "check.py").write_text("def short(answer):\n  return len(answer) < 7\n")
+  (folder / "distill.py").write_text(DISTILL)
+  told = [f"--config={folder}/distill.py", f"--workdir={folder / run}"]
+  return ["-m", "oel_jax.main", *told, *flags]
+
+
+@pytest.mark.slow
+def test_a_text_is_distilled_by_two_processes_as_by_one_with_as_many_devices(cache, tmp_path):
+  """And goes on where one of them was killed."""
+  how = dict(OEL_JAX_CACHE=str(cache))
+  finish([launch(distilling(tmp_path, "one"), devices=2, **how)], (0,))
+
+  def start() -> list[subprocess.Popen]:
+    port = free_port()
+    commands = [distilling(tmp_path, "two", *joining(port, me)) for me in (0, 1)]
+    return [launch(command, **how) for command in commands]
+
+  started = start()
+  wait_for("round_1/checkpoints/1", tmp_path / "two", started)
+  started[1].kill()
+  _, said = started[0].communicate(timeout=120)
+  assert "process 1 of 2 has shown no sign of life" in said
+  started[1].communicate()
+  told = finish(start())
+  assert "recovered: " in told[0][0] and told[1][0].count("\n") == told[1][0].count("[Gloo]")
+  one, two = tmp_path / "one", tmp_path / "two"
+  for name in ("base", "in_context", "after"):
+    answers = [json.loads((run / f"{name}.json").read_text())["answers"] for run in (one, two)]
+    assert answers[0] == answers[1] and len(answers[0]) == 5
+  np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
+  assert len(losses(one)) == 3
+  found = [json.loads((run / "results.json").read_text()) for run in (one, two)]
+  assert found[0]["unrelated_kl"] > 0
+  np.testing.assert_allclose(*[each.pop("unrelated_kl") for each in found], rtol=0, atol=1e-5)
+  for each in found:
+    each.pop("digest", None)
+  assert found[0]["after"] == found[1]["after"]
+
+
+@pytest.mark.slow
+def test_a_task_for_one_process_is_refused_in_several(tmp_path):
+  port, told = free_port(), ["--config=experiments/pretrain_pocket.py", f"--workdir={tmp_path}/run"]
+  started = [launch(["-m", "oel_jax.main", *told, *joining(port, me)]) for me in (0, 1)]
+  for _, said in finish(started, (2, 2)):
+    assert "error: config.task 'pretrain' is done by one process, and this is one of 2: " in said
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_processes_of_different_configurations_are_told(cache, tmp_path):
   port = free_port()

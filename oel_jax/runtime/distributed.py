@@ -268,9 +268,12 @@ def in_turn(found: T) -> T:
   return found
 
 
-def compare(values: dict[str, Any]) -> None:
+def compare(
+  values: dict[str, Any],
+  right: str = "all processes must be started with the same command, from the same code",
+) -> None:
   """Raises ValueError, in all processes, unless all have the same of each; names the first that
-  differ.
+  differ, and says what would be `right`.
   """
   found = gather(values, "the start")
   for other, theirs in enumerate(found[1:], start=1):
@@ -285,10 +288,7 @@ def compare(values: dict[str, Any]) -> None:
         f"process {other}"
         for name in names[:4]
       )
-      raise ValueError(
-        f"{told}{' and more' if len(names) > 4 else ''}: all processes must be started with the "
-        "same command, from the same code"
-      )
+      raise ValueError(f"{told}{' and more' if len(names) > 4 else ''}: {right}")
 
 
 def code_version() -> str:

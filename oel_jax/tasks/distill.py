@@ -4,6 +4,9 @@ OPCD (arXiv 2602.12275) is this with a system prompt. The text stands behind the
 teacher's prompts. Measured before, with the text in context, and after, on prompts held out: the
 share of answers of the wanted form, response length, and on unrelated prompts the divergence from
 the model as it was.
+
+Of several processes the first runs the story; all take part in its sampling and training
+(`runtime.together`).
 """
 
 import math
@@ -14,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from oel_jax import choices, report
 from oel_jax import config as config_lib
@@ -30,7 +34,7 @@ from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy, Sampling
 from oel_jax.policy.sampling.sizes import PREFILL_LENGTHS, bucket
 from oel_jax.report import distilled
-from oel_jax.runtime import files, finite, mesh, progress, schema
+from oel_jax.runtime import files, finite, mesh, progress, schema, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.metrics import Metrics
@@ -43,7 +47,7 @@ default = config_lib.default_distill
 
 def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, Any]:
   """Trains the text into the weights, going on with what is in `workdir`; prints and returns what
-  results.json holds.
+  results.json holds. Of several processes the first one calls it, the others `follow`.
 
   Returns:
     "base", "in_context" and "after", each with "obeys", "content" if it is judged, and
@@ -58,21 +62,79 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   """
   config_lib.validate(config, default())
   devices = mesh.make_mesh(config.mesh)
-  # Line ends around the text are the file's.
-  text = read_text(config.distill.knowledge, "knowledge").strip("\n")
-  if not text.strip():
-    raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
-  checks = _read_checks(config.distill)
-  prompts, held_out = (read_prompts(config.distill[name], name) for name in ("prompts", "held_out"))
+  text, prompts = _read(config)
+  checks, held_out = _read_checks(config.distill), read_prompts(config.distill.held_out, "held_out")
   for check in checks.values():
     # A model may say nothing; and a check that cannot run shows before anything is sampled.
     check(held_out[0].messages[-1].content, "")
   unrelated = (
     read_prompts(config.distill.unrelated, "unrelated") if config.distill.unrelated else []
   )
-  longest = config.deployment.max_response_tokens
-  how = dict(response_tokens=longest, sample_tensor=config.mesh.sample_tensor)
-  policy = load.load_policy(config_lib.policy(config), devices, **how)
+  policy, task = _load(config, devices, text, prompts)
+  placement.unroll(config.consolidation, policy, devices)
+  _warn_of_few(len(held_out))
+  _check_lengths(config, policy, held_out, text, "held_out")
+  _check_lengths(config, policy, unrelated, None, "unrelated")
+  sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
+  chosen = choices.choose(config, policy, devices, **sizes, exact=True)
+  with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
+    with together.leading(**_shared(config, devices, policy, task, metrics)):
+      _check(config, folder)
+      _check_inputs(folder, task, policy)
+      choices.tell(folder, chosen)  # a run that is refused changes no file
+
+      def measure(name: str, player: Policy, given: str | None) -> dict[str, Any]:
+        return _measure(config, player, checks, held_out, given, folder / f"{name}.json")
+
+      result = {"schema": 1, "base": measure("base", policy, None)}
+      result["in_context"] = measure("in_context", policy, text)
+      with progress.bar("consolidate", config.consolidation.steps, metrics.compiles) as advance:
+        params = _train(config, task, policy, folder, devices, metrics, advance)
+      result["after"] = measure("after", policy.replace(params), None)
+      rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
+      result["recovered"] = statistics.recovered(*rates)
+      result["unrelated_kl"] = (
+        _unrelated_kl(config, policy, params, unrelated, devices) if unrelated else None
+      )
+      result["choices"] = chosen
+      files.write_json(folder / "results.json", result)
+      report.write(folder)
+  _tell(result, folder)
+  return result
+
+
+def follow(config: Any, workdir: str) -> None:
+  """What all processes but the first do: their part of what process 0 calls, until its end.
+
+  Raises:
+    ValueError: as `run`.
+    OSError: a file is missing here.
+  """
+  config_lib.validate(config, default())
+  devices = mesh.make_mesh(config.mesh)
+  policy, task = _load(config, devices, *_read(config))
+  with Metrics(files.local(workdir, "--workdir"), config) as metrics:  # which writes nothing here
+    together.follow(**_shared(config, devices, policy, task, metrics))
+
+
+def _read(config: Any) -> tuple[str, list[Prompt]]:
+  """The text, without the line ends around it, which are the file's, and the prompts."""
+  text = read_text(config.distill.knowledge, "knowledge").strip("\n")
+  if not text.strip():
+    raise ValueError(f"config.distill.knowledge: {config.distill.knowledge} is empty")
+  return text, read_prompts(config.distill.prompts, "prompts")
+
+
+def _load(
+  config: Any, devices: Mesh, text: str, prompts: Sequence[Prompt]
+) -> tuple[Policy, task_lib.Task]:
+  """The policy on the mesh, and what its training draws from."""
+  policy = load.load_policy(
+    config_lib.policy(config),
+    devices,
+    response_tokens=config.deployment.max_response_tokens,
+    sample_tensor=config.mesh.sample_tensor,
+  )
   task = task_lib.make_task(
     policy.tokenizer,
     prompts,
@@ -83,49 +145,52 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     limit=config.policy.max_prompt_tokens,
     message=_knowledge,
   )
-  placement.unroll(config.consolidation, policy, devices)
-  _warn_of_few(len(held_out))
-  _check_lengths(config, policy, held_out, text, "held_out")
-  _check_lengths(config, policy, unrelated, None, "unrelated")
-  sizes = dict(texts=len(task.knowledge), tokens=max(map(len, task.knowledge)))
-  chosen = choices.choose(config, policy, devices, **sizes, exact=True)
-  with opened(config, workdir, resume_anyway) as folder, Metrics(folder, config) as metrics:
-    _check(config, folder)
-    restore.check_inputs(folder / CHECKPOINTS, task, policy)
-    choices.tell(folder, chosen)  # a run that is refused changes no file
-
-    def measure(name: str, player: Policy, given: str | None) -> dict[str, Any]:
-      return _measure(config, player, checks, held_out, given, folder / f"{name}.json")
-
-    result = {"schema": 1, "base": measure("base", policy, None)}
-    result["in_context"] = measure("in_context", policy, text)
-    params = _train(config, task, policy, folder, devices, metrics)
-    result["after"] = measure("after", policy.replace(params), None)
-    rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
-    result["recovered"] = statistics.recovered(*rates)
-    result["unrelated_kl"] = _unrelated_kl(config, policy, params, unrelated) if unrelated else None
-    result["choices"] = chosen
-    files.write_json(folder / "results.json", result)
-    report.write(folder)
-  _tell(result, folder)
-  return result
+  return policy, task
 
 
+def _shared(
+  config: Any, devices: Mesh, policy: Policy, task: task_lib.Task, metrics: Metrics
+) -> dict[str, Any]:
+  """What each process has of its own, by the names that stand for it in calls."""
+  return {
+    "config": config,
+    "mesh": devices,
+    "policy": policy,
+    "base": policy.params,
+    "task": task,
+    "metrics": metrics,
+  }
+
+
+@together.everywhere
+def _check_inputs(folder: pathlib.Path, task: task_lib.Task, policy: Policy) -> None:
+  restore.check_inputs(folder / CHECKPOINTS, task, policy)
+
+
+@together.everywhere
 def _train(
-  config: Any, task: Any, policy: Policy, folder: pathlib.Path, devices: Any, metrics: Metrics
+  config: Any,
+  task: task_lib.Task,
+  policy: Policy,
+  folder: pathlib.Path,
+  devices: Mesh,
+  metrics: Metrics,
+  advance: Callable[..., None] | None,
 ) -> Any:
-  """The parameters after config.consolidation.steps, going on from the newest checkpoint."""
-  with progress.bar("consolidate", config.consolidation.steps, metrics.compiles) as advance:
-    params, _ = trainer.consolidate(
-      config.consolidation,
-      task,
-      policy,
-      limit=config.deployment.max_response_tokens,
-      directory=folder / CHECKPOINTS,
-      mesh=devices,
-      metrics=metrics,
-      advance=advance,
-    )
+  """The parameters after config.consolidation.steps, going on from the newest checkpoint; `advance`
+  is None in all processes but the first.
+  """
+  params, _ = trainer.consolidate(
+    config.consolidation,
+    task,
+    policy,
+    limit=config.deployment.max_response_tokens,
+    directory=folder / CHECKPOINTS,
+    mesh=devices,
+    metrics=metrics,
+    advance=advance or (lambda n, note="": None),
+  )
+  together.share(together.WEIGHTS, params)
   return params
 
 
@@ -276,7 +341,10 @@ def _measure(
   return measured
 
 
-def _unrelated_kl(config: Any, base: Policy, params: Any, unrelated: Sequence[Prompt]) -> float:
+@together.everywhere
+def _unrelated_kl(
+  config: Any, base: Policy, params: Any, unrelated: Sequence[Prompt], devices: Mesh
+) -> float:
   """KL(after ‖ base) a token at temperature 1, on the base's own answers to unrelated prompts.
 
   Raises:
@@ -288,24 +356,29 @@ def _unrelated_kl(config: Any, base: Policy, params: Any, unrelated: Sequence[Pr
   length = bucket(max(map(len, prompts)), PREFILL_LENGTHS) + rows
   teacher = teacher_lib.prepare(base.params, base.architecture, [()], dtype=base.dtype)
   probe = step_lib.make_probe(
-    base.architecture, k=1, temperature=1.0, chunk=config.consolidation.chunk, dtype=base.dtype
+    base.architecture,
+    k=1,
+    temperature=1.0,
+    chunk=config.consolidation.chunk,
+    dtype=base.dtype,
+    mesh=devices,
   )
   total = count = 0.0
   for start in range(0, len(prompts), 16):
     part = slice(start, start + 16)
-    missing = 16 - len(prompts[part])  # one shape for all; rows added answer nothing
     made = batch_lib.assemble(
-      prompts[part] + prompts[:1] * missing,
-      [0] * 16,
-      responses[part] + responses[:1] * missing,
+      prompts[part],
+      [0] * len(prompts[part]),
+      responses[part],
       pad_id=base.tokenizer.pad_id,
       length=length,
       response_length=rows,
       pack=False,
     )
-    made.mask[16 - missing :] = False
     tokens = float(made.mask.sum())
-    kl = float(jax.device_get(probe(params, teacher, made))["kl"])
+    placed = mesh.pad_batch(made, devices, multiple=16)  # one shape for all
+    placed = mesh.put(placed, mesh.batch_sharding(devices))
+    kl = float(jax.device_get(probe(params, teacher, placed))["kl"])
     if not math.isfinite(kl):
       raise finite.NotFiniteError(
         f"config.distill.unrelated: the divergence from the base is {kl} on the prompts "
