@@ -64,7 +64,9 @@ def explain() -> None:
   to find out which of them has ended, and to say so and end this one.
   """
   if _watch.running:
-    time.sleep(LOST + 2 * BEAT)
+    # The last sign of life was seen up to two looks ago, and the next look may be one away.
+    time.sleep(LOST + 3 * BEAT + GRACE)
+    _watch.let_end()
 
 
 def _name(process: int | None = None) -> str:
@@ -112,6 +114,11 @@ class _Watch:
     self._ending.acquire(timeout=LINGER)
     self._tell(why)
     self._leave(status)
+
+  def let_end(self) -> None:
+    """Waits for the end of this process, if the thread is at that: it has said why."""
+    if self._ending.acquire(timeout=GRACE + LINGER):
+      self._ending.release()
 
   def _look(self) -> None:
     client, seen, beat = runtime.global_state.client, {}, 0
