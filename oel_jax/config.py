@@ -113,6 +113,9 @@ def default() -> ml_collections.ConfigDict:
   )
   # The project of Weights & Biases that gets the metrics, too; "": nothing is sent anywhere.
   config.wandb_project = ""
+  # gs://BUCKET/FOLDER, or another place (runtime/mirror.py), where a copy of the run directory is
+  # kept, all that was said in it, too, and an empty one is filled from; "": none
+  config.mirror = ""
 
   config.policy = ml_collections.ConfigDict(
     dict(

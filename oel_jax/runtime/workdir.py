@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from oel_jax.runtime import files, named, paths, schema
+from oel_jax.runtime import files, mirror, named, paths, schema
 
 SCHEMA = 1
 WHOLE_BELOW = 64 * 2**20  # bytes up to which a file's digest is of all its bytes
@@ -36,7 +36,8 @@ def opened(
   DIR/config.json holds the resolved configuration, the versions it ran with, and digests of the
   files that the configuration names (`file_digests`). When `resume_anyway` lets a changed
   configuration or file through, config.json is rewritten with the new one, and its "changes" keep
-  what each field was before.
+  what each field was before. Where config.mirror names a place, a directory that holds no run is
+  filled from it, and it is brought up to date at the end (`runtime.mirror`).
 
   Args:
     config: resolved; tuples and lists are the same thing here.
@@ -50,7 +51,7 @@ def opened(
   Raises:
     ValueError: the configuration differs (each field is listed with both values), a file that it
       names has changed, config.json is damaged or of another schema, or `workdir` is on another
-      store.
+      store; or the mirror is another run's, or damaged.
     OSError: another process on this machine is running in it, or the directory cannot be made or
       written.
   """
@@ -59,9 +60,16 @@ def opened(
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise files.explained(error, path) from error
+  copied = config.get("mirror", "")
   with locked(path):
+    mirror.restore(copied, path)
     _open(config, path / "config.json", resume_anyway)
-    yield path
+    try:
+      yield path
+    except BaseException:
+      mirror.update(copied, path, quiet=True)
+      raise
+    mirror.update(copied, path)
 
 
 def open_workdir(
@@ -225,12 +233,12 @@ def _open(config: ml_collections.ConfigDict, path: pathlib.Path, resume_anyway: 
 def _is_harmless(change: dict[str, Any]) -> bool:
   """Whether a change leaves what is there as it is: more rounds; another place for the metrics; the
   same path, relative to the working directory before; another patience with an endpoint; what a
-  plan was asked for.
+  plan was asked for; where it is mirrored.
   """
   field, was, now = change["field"], change["was"], change["is"]
   if field in paths.FIELDS:
     return paths.absolute(field, was) == now
-  if field == "wandb_project" or field.startswith("plan."):
+  if field in ("wandb_project", "mirror") or field.startswith("plan."):
     return True
   if field in ("deployment.endpoint_timeout", "deployment.endpoint_retries"):
     return type(was) is type(now)

@@ -14,7 +14,7 @@ from oel_jax import config as config_lib
 from oel_jax.consolidation import placement
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import files, mesh, named, together
+from oel_jax.runtime import files, mesh, mirror, named, together
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.workdir import opened
 from oel_jax.stages import resume
@@ -33,6 +33,7 @@ def begin(
     ValueError: the configuration, the policy or what is in the directory is wrong.
     OSError: another process runs in `workdir`, or it cannot be written.
   """
+  mirror.check(config.mirror, workdir)
   named.edit(config.consolidation.anchor_edit, "config.consolidation.anchor_edit")
   devices, policy = _policy(config)
   placement.unroll(config.consolidation, policy, devices)

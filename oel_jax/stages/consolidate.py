@@ -11,7 +11,7 @@ from oel_jax.consolidation import trainer
 from oel_jax.conversations import jsonl
 from oel_jax.conversations.schema import knowledge_message
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import named, together
+from oel_jax.runtime import mirror, named, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages.run import CHECKPOINTS, Run
 
@@ -25,6 +25,8 @@ def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> 
   if edit := named.edit(config.anchor_edit, "config.consolidation.anchor_edit"):
     kept = _make_task(run, number, policy, [edit(text) for text in texts], "kept task")
   with run.stage(number, "consolidate", policy, config.steps) as (meter, advance):
+    checkpoints = run.round(number) / CHECKPOINTS
+    advance = mirror.with_checkpoints(run.config.mirror, run.folder, checkpoints, advance)
     params, cost = _train(run, number, policy, task, kept, advance)
     meter.tokens, meter.flops = int(cost["tokens"]), cost["flops"]
     meter.trained = int(cost["trained"])

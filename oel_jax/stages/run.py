@@ -13,7 +13,7 @@ import jax
 
 from oel_jax.policy.sampling.sampler import Policy, Reply, Sampling
 from oel_jax.report import gates, records
-from oel_jax.runtime import files, progress, schema
+from oel_jax.runtime import files, mirror, progress, schema
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.metrics import Metrics
@@ -117,6 +117,7 @@ class Run:
       )
       path.parent.mkdir(exist_ok=True)  # where nothing is played, the base model's has no file yet
       files.write_sealed(path, {"schema": 1, "stages": spent})
+    mirror.update(self.config.mirror, self.folder, quiet=True)
 
 
 @dataclasses.dataclass

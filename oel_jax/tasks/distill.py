@@ -34,7 +34,7 @@ from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy, Sampling
 from oel_jax.policy.sampling.sizes import PREFILL_LENGTHS, bucket
 from oel_jax.report import distilled
-from oel_jax.runtime import files, finite, mesh, progress, schema, together
+from oel_jax.runtime import files, finite, mesh, mirror, progress, schema, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.runtime.manifest import differing
 from oel_jax.runtime.metrics import Metrics
@@ -61,6 +61,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
     OSError: a file is missing, another process runs in `workdir`, or it cannot be written.
   """
   config_lib.validate(config, default())
+  mirror.check(config.mirror, workdir)
   devices = mesh.make_mesh(config.mesh)
   text, prompts = _read(config)
   checks, held_out = _read_checks(config.distill), read_prompts(config.distill.held_out, "held_out")
@@ -89,6 +90,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
       result = {"schema": 1, "base": measure("base", policy, None)}
       result["in_context"] = measure("in_context", policy, text)
       with progress.bar("consolidate", config.consolidation.steps, metrics.compiles) as advance:
+        advance = mirror.with_checkpoints(config.mirror, folder, folder / CHECKPOINTS, advance)
         params = _train(config, task, policy, folder, devices, metrics, advance)
       result["after"] = measure("after", policy.replace(params), None)
       rates = [result[name]["obeys"]["rate"] for name in ("after", "base", "in_context")]
@@ -152,14 +154,8 @@ def _shared(
   config: Any, devices: Mesh, policy: Policy, task: task_lib.Task, metrics: Metrics
 ) -> dict[str, Any]:
   """What each process has of its own, by the names that stand for it in calls."""
-  return {
-    "config": config,
-    "mesh": devices,
-    "policy": policy,
-    "base": policy.params,
-    "task": task,
-    "metrics": metrics,
-  }
+  named = dict(config=config, mesh=devices, policy=policy, task=task, metrics=metrics)
+  return named | {"base": policy.params}
 
 
 @together.everywhere

@@ -29,7 +29,7 @@ from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction import provenance
 from oel_jax.extraction import state as extraction_state
 from oel_jax.extraction.extract import orders
-from oel_jax.runtime import files, schema
+from oel_jax.runtime import files, mirror, schema
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.workdir import locked, read_config
 from oel_jax.stages import collect, withdrawn
@@ -78,7 +78,10 @@ def run(config: Any, workdir: str) -> None:
     raise ValueError(f"{folder}: not a run directory: it has no config.json")
   with locked(folder):
     own = read_config(folder / "config.json")["config"]
+    copied = own.get("mirror", "")
+    mirror.restore(copied, folder)  # looks whether it is this directory's
     _withdraw(folder, named, own)
+    mirror.update(copied, folder)
 
 
 def _withdraw(folder: pathlib.Path, named: Sequence[str], own: dict[str, Any]) -> None:
