@@ -27,7 +27,7 @@ from processes import python_path
 
 from oel_jax import choices, main
 from oel_jax import loop as loop_lib
-from oel_jax.consolidation import restore, samples
+from oel_jax.consolidation import placement, restore, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import EMPTY
@@ -745,8 +745,9 @@ def test_no_gate_is_no_games(make_run, tmp_path):
 def test_a_round_without_gain_leaves_the_weights_as_they_are(make_run, monkeypatch):
   """By "skip", `run` goes on with the policy that it had; the round is evaluated all the same."""
   calls = []
-  # It asks for an architecture.
+  # They ask for an architecture.
   monkeypatch.setattr(choices, "choose", lambda *given, **how: {})
+  monkeypatch.setattr(placement, "unroll", lambda *given: False)
 
   def note(this, number, policy, before, texts):
     calls.append((number, list(policy.params), list(before.params)))
