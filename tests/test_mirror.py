@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import time
 
 import fsspec
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from test_distributed import finish, launch
-from test_distributed_runs import command, losses, wait_for
+from test_distributed_runs import command, losses
 
 from oel_jax import config as config_lib
 from oel_jax.runtime import mirror
@@ -281,7 +282,10 @@ def test_a_run_goes_on_from_its_mirror_where_its_machine_was_lost(tmp_path):
   )
   finish([start("alone")], (0,))
   lost = start("run", mirror=copy)
-  wait_for("round_1/checkpoints/2", tmp_path / "run", [lost])
+  index = tmp_path / "copy/index.json"
+  while not (index.exists() and "round_1/checkpoints/" in index.read_text()):
+    assert lost.poll() is None
+    time.sleep(0.02)
   lost.kill()
   lost.communicate()
   shutil.rmtree(tmp_path / "run")
@@ -296,5 +300,4 @@ def test_a_run_goes_on_from_its_mirror_where_its_machine_was_lost(tmp_path):
     [launch(command(run, cache, "--stage=withdraw", withdraw=taken), OEL_JAX_CACHE=str(cache))],
     (0,),
   )
-  index = json.loads((tmp_path / "copy/index.json").read_text())
-  assert "withdrawn.json" in index["files"]
+  assert "withdrawn.json" in json.loads(index.read_text())["files"]
