@@ -15,12 +15,12 @@ the end, and leaves `pocket.safetensors`, `tokenizer.model` and `gates.json`, wh
 whether the weights may be used. Where a gate fails, take more steps (`--config.steps=20000`) or
 another seed: whether a policy reads its knowledge depends on it.
 
-How long: on one H200, with workers=8 and gates_every=6000, boards-4m took 0.055 s a step, 11
-minutes for 12,000, and 188 s for the first gates, which compile; those of 512 examples at the end
-come on top. It was cut off at step 10,800. At step 6,000 it told the roles apart (wrong 0 of 128,
-misled at most 1%), wrote down what games reveal (98%), and won without knowledge 14, 8 and 2%
-(Sokoban, lakes of 4 x 4, of 5 x 5), but with full knowledge only 84, 79 and 48%: it knew where to
-go and did not yet find the way. So lakes now are larger and more of them as the game draws them,
+How long: on one H200, with workers=8 and gates_every=6000, boards-4m took 0.055 s a step, which
+makes 11 minutes of 12,000, and 188 s for the first gates, which compile; those of 512 examples at
+the end come on top. It was cut off at step 10,800. At step 6,000 it told the roles apart (wrong 0
+of 128, misled at most 1%), wrote down what games reveal (98%), and won without knowledge 14, 8 and
+2% (Sokoban, lakes of 4 x 4, of 5 x 5), but with full knowledge only 84, 79 and 48%: it knew where
+to go and did not yet find the way. So lakes now are larger and more of them as the game draws them,
 and the cells on the way to the goal are spelled out as those of a push are; with that, and to the
 end, nothing has been run, nor has boards-6m.
 """

@@ -170,6 +170,24 @@ def test_a_store_that_fails_stops_no_run(bucket, tmp_path, caplog):
   assert brought(bucket, tmp_path / "other") == FIRST
 
 
+def test_a_mirror_damaged_while_a_run_goes_on_neither_stops_it_nor_hides_its_error(
+  address, tmp_path, caplog
+):
+  """What is wrong there is told meanwhile, and is the error when nothing else was."""
+  folder = write(tmp_path / "run", FIRST)
+  mirror.update(address, folder)
+  mirror._put(mirror._root(address) / "index.json", b"{")
+  with pytest.raises(ValueError, match="index.json: damaged, or no mirror of a run"):
+    mirror.update(address, folder)
+  mirror.update(address, folder, quiet=True)
+  assert "index.json: damaged" in caplog.text and "the run goes on" in caplog.text
+  config = config_lib.default()
+  config.mirror = other = f"{address}-2"
+  with pytest.raises(KeyError, match="what went wrong"), opened(config, str(tmp_path / "own")):
+    mirror._put(mirror._root(other) / "index.json", b"{")
+    raise KeyError("what went wrong")
+
+
 def test_the_mirror_of_another_run_or_of_a_later_state_is_refused(address, tmp_path):
   folder = write(tmp_path / "run", FIRST)
   mirror.update(address, folder)

@@ -112,6 +112,7 @@ def update(address: str, folder: pathlib.Path, *, quiet: bool = False) -> None:
 
   Raises:
     OSError: it could not be written.
+    ValueError: what is there, or was noted here of it, is damaged.
   """
   if not address:
     return
@@ -124,7 +125,7 @@ def update(address: str, folder: pathlib.Path, *, quiet: bool = False) -> None:
       except _Changing as error:
         if turn == TRIES - 1:
           raise OSError(f"{error}: changes while it is copied to {address}") from error
-  except (OSError, ImportError) as error:
+  except (OSError, ImportError, ValueError) as error:
     if not quiet:
       raise
     logging.warning("%s; the run goes on, and the next stage or checkpoint tries again", error)
