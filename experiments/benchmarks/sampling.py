@@ -70,6 +70,37 @@ def random_params(shape: Architecture, dtype: Any, devices: int = 1) -> Any:
   )
 
 
+def prompts_of(
+  vocabulary: int, lengths: list[int], texts: tuple[int, int] = (0, 0)
+) -> list[list[int]]:
+  """Prompts of these lengths, of random ids. Before each stands one of so many texts of so many
+  tokens.
+  """
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
+  if texts[0]:
+    before = rng.integers(0, vocabulary, texts).tolist()
+    prompts = [before[i % texts[0]] + prompt for i, prompt in enumerate(prompts)]
+  return prompts
+
+
+def mixed_lengths(count: int) -> dict[str, list[int]]:
+  """Lengths of 50 to 1,000 tokens, geometric, and as many equal ones that are as long together."""
+  lengths = np.random.default_rng(1).permutation(np.geomspace(50, 1000, count).astype(int)).tolist()
+  return {"mixed": lengths, "equal": [round(sum(lengths) / count)] * count}
+
+
+def rates(batch: int, new: int, whole: float, prefill: float) -> dict[str, float]:
+  """What a call of so many seconds says, and of one token `prefill`, by the names of a row."""
+  step = (whole - prefill) / (new - 1)
+  return {
+    "call_tokens_per_s": batch * new / whole,
+    "prefill_s": prefill,
+    "decode_ms": 1e3 * step,
+    "decode_tokens_per_s": batch / step,
+  }
+
+
 def sampled(
   params: Any,
   shape: Architecture,
@@ -80,14 +111,8 @@ def sampled(
   texts: tuple[int, int] = (0, 0),
   together: int = 1,
 ) -> Callable[[], Any]:
-  """A call of `generate` on prompts of these lengths; no response ends before `new` tokens. Before
-  each prompt stands one of so many texts of so many tokens.
-  """
-  rng = np.random.default_rng(0)
-  prompts = [rng.integers(0, shape.vocabulary, length).tolist() for length in lengths]
-  if texts[0]:
-    before = rng.integers(0, shape.vocabulary, texts).tolist()
-    prompts = [before[i % texts[0]] + prompt for i, prompt in enumerate(prompts)]
+  """A call of `generate` on `prompts_of` these lengths; no response ends before `new` tokens."""
+  prompts = prompts_of(shape.vocabulary, lengths, texts)
   how = dict(
     sampling=Sampling(0.7), max_new_tokens=new, eos_ids=(), pad_id=0, dtype=dtype, slots=slots
   )
@@ -126,34 +151,26 @@ def measure(
   token = 2 * shape.layers * shape.kv_heads * shape.head_size * size
   cache = (texts[0] * texts[1] + batch * (prompt + new / 2)) * token
   limit = (read + cache) / (together * speed)
-  step = (whole - prefill) / (new - 1)
+  found = rates(everywhere, new, whole, prefill)
   return {
     "batch": everywhere,
     "texts": texts[0],
     "prompt": texts[1] + prompt,
     "new": new,
-    "call_tokens_per_s": everywhere * new / whole,
-    "prefill_s": prefill,
-    "decode_ms": 1e3 * step,
+    **found,
     "limit_ms": 1e3 * limit,
-    "decode_tokens_per_s": everywhere / step,
     "limit_tokens_per_s": everywhere / limit,
-    "share": limit / step,
+    "share": 1e3 * limit / found["decode_ms"],
   }
 
 
 def mixed(
   params: Any, shape: Architecture, dtype: Any, repeats: int, new: int = 256, count: int = 512
 ) -> dict[str, float]:
-  """Prompts of 50 to 1,000 tokens, geometric, through 64 slots, and as many of equal length that
-  are as long together.
-  """
-  lengths = np.random.default_rng(1).permutation(np.geomspace(50, 1000, count).astype(int)).tolist()
-  equal = [round(sum(lengths) / count)] * count
-  given = {"mixed": lengths, "equal": equal}
+  """Prompts of `mixed_lengths` through 64 slots."""
   times = {
     name: seconds(sampled(params, shape, lengths, new, dtype, slots=64), repeats=repeats)
-    for name, lengths in given.items()
+    for name, lengths in mixed_lengths(count).items()
   }
   rates = {f"{name}_tokens_per_s": count * new / spent for name, spent in times.items()}
   return rates | {"share": times["equal"] / times["mixed"]}
