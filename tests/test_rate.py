@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_draws import fixture_policy, fixture_said, run  # noqa: F401 (used by their names)
-from test_trainer import _config, _task
+from test_trainer import _config, _one_device, _task
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import restore
@@ -45,6 +45,32 @@ def test_a_round_goes_on_at_the_rate_where_it_stood(policy, tmp_path, monkeypatc
   seen, _, again = run(policy, tmp_path / "run", _task(policy), monkeypatch, **changes)
   assert len(seen) == 2
   jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+def test_a_rate_that_begins_to_fall_in_the_middle_goes_by_the_steps_done():
+  weight, found = jnp.ones(()), []
+  how = dict(weight_decay=0.0, steps=5, learning_rate=4e-3)
+  optimizers = [restore.make_optimizer(_config(**how, final_rate=share)) for share in (1.0, 0.0)]
+  state = optimizers[0].init(weight)
+  for i in range(5):
+    move, state = optimizers[i > 1].update(jnp.float32(0.3), state, weight)
+    found.append(-1e3 * float(move))
+  np.testing.assert_allclose(found, [4, 4, 2, 1, 0], atol=1e-4)
+
+
+def test_a_run_whose_rate_begins_to_fall_has_its_rounds_still(policy, tmp_path, monkeypatch, said):
+  """A finished round's weights, and one that was cut off and goes on; and back again."""
+  changes, directory = dict(steps=3, checkpoint_every=1), tmp_path / "run/checkpoints"
+  *_, whole = run(policy, tmp_path / "run", _task(policy), monkeypatch, **changes)
+  falling = _config(steps=3, final_rate=0.0)
+  read = restore.trained_params(falling, policy, directory, _one_device())
+  jax.tree.map(np.testing.assert_array_equal, whole, jax.device_get(read))
+  shutil.rmtree(directory / "3")
+  how = changes | dict(final_rate=0.0)
+  seen, _, ended = run(policy, tmp_path / "run", _task(policy), monkeypatch, **how)
+  assert len(seen) == 1
+  read = restore.trained_params(_config(steps=3), policy, directory, _one_device())
+  jax.tree.map(np.testing.assert_array_equal, ended, jax.device_get(read))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

@@ -40,14 +40,29 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 def _adamw(
   clip_norm, learning_rate, b1, b2, eps, weight_decay, falls
 ) -> optax.GradientTransformation:
-  rate = learning_rate
-  if falls:
-    share, steps = falls
-    rate = optax.linear_schedule(learning_rate, share * learning_rate, max(1, steps - 1))
-  return optax.chain(
+  constant = optax.chain(
     optax.clip_by_global_norm(clip_norm),
-    optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
   )
+  return _falling(constant, *falls) if falls else constant
+
+
+def _falling(
+  constant: optax.GradientTransformation, share: float, steps: int
+) -> optax.GradientTransformation:
+  """The optimizer with its moves shrunk in a line, to `share` of them at the last of so many steps.
+
+  Its state is that of `constant`, whose count of steps Adam keeps: a run whose rate begins to fall
+  still reads the rounds before, and goes on in the middle of one.
+  """
+  left = optax.linear_schedule(1.0, share, max(1, steps - 1))
+
+  def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    now = left(optax.tree_utils.tree_get(state, "count"))
+    moves, state = constant.update(gradients, state, params)
+    return jax.tree.map(lambda move: now * move, moves), state
+
+  return optax.GradientTransformation(constant.init, update)
 
 
 @functools.lru_cache(maxsize=2)
