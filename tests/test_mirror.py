@@ -201,6 +201,50 @@ def test_the_mirror_of_another_run_or_of_a_later_state_is_refused(address, tmp_p
   assert held(folder) == FIRST
 
 
+def test_two_runs_that_begin_at_once_do_not_share_a_mirror(address, tmp_path, caplog):
+  """Both found it empty: it stays the first one's, whole, and the second is told at each stage."""
+  first, second = (write(tmp_path / name, FIRST | {"who": name}) for name in ("first", "second"))
+  for folder in (first, second):
+    mirror.restore(address, folder)
+  mirror.update(address, first)
+  before = objects(address)
+  mirror.update(address, second, quiet=True)
+  assert f"mirrors another run than {second}" in caplog.text
+  with pytest.raises(ValueError, match="mirrors another run than .*second: give another address"):
+    mirror.update(address, second)
+  assert objects(address) == before
+  mirror.update(address, write(first, {"round_2/gate.json": "c"}))
+  assert brought(address, tmp_path / "other") == held(first)
+
+
+def test_a_machine_that_was_given_up_and_comes_back_leaves_the_mirror_alone(address, tmp_path):
+  given_up = write(tmp_path / "run", FIRST)
+  mirror.update(address, given_up)
+  brought(address, tmp_path / "later")
+  mirror.update(address, write(tmp_path / "later", {"round_2/gate.json": "c"}))
+  before = objects(address)
+  with pytest.raises(ValueError, match="went on elsewhere: .*run has its state 1, the mirror 2: "):
+    mirror.update(address, write(given_up, {"round_2/gate.json": "d"}))
+  assert objects(address) == before
+
+
+def test_another_run_that_takes_the_mirror_while_one_is_sending_keeps_it(
+  address, tmp_path, monkeypatch
+):
+  slow, quick = (write(tmp_path / name, FIRST | {"who": name}) for name in ("slow", "quick"))
+  send = mirror._send
+
+  def sending(*args):
+    monkeypatch.setattr(mirror, "_send", send)
+    mirror.update(address, quick)
+    send(*args)
+
+  monkeypatch.setattr(mirror, "_send", sending)
+  with pytest.raises(ValueError, match="mirrors another run than .*slow: give another address"):
+    mirror.update(address, slow)
+  assert brought(address, tmp_path / "other") == held(quick)
+
+
 def test_what_is_damaged_there_is_told_and_no_run_begins(address, tmp_path):
   mirror.update(address, write(tmp_path / "run", FIRST))
   root = mirror._root(address)

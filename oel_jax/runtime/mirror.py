@@ -112,7 +112,8 @@ def update(address: str, folder: pathlib.Path, *, quiet: bool = False) -> None:
 
   Raises:
     OSError: it could not be written.
-    ValueError: what is there, or was noted here of it, is damaged.
+    ValueError: what is there, or was noted here of it, is damaged; or the mirror is no longer this
+      directory's.
   """
   if not address:
     return
@@ -152,7 +153,13 @@ def with_checkpoints(
 
 
 def _copy(address: str, folder: pathlib.Path) -> None:
-  """Contents that are not there yet, the index, and away with what it no longer names."""
+  """Contents that are not there yet, the index, and away with what it no longer names.
+
+  Raises:
+    ValueError: the mirror is another run's by now, or this one went on elsewhere: two that were
+      begun at the same time both found it empty, and a machine that was given up may come back.
+  """
+  _compare(address, folder, _read_index(address))
   state = _state(folder) or {"run": secrets.token_hex(8), "number": 0, "files": {}}
   there, looked = _there(address), {}
   for name, path in _files(folder):
@@ -169,6 +176,7 @@ def _copy(address: str, folder: pathlib.Path) -> None:
     looked[name] = [*found, digest]
   named = {name: digest for name, (*_, digest) in looked.items()}
   index = _read_index(address)
+  _compare(address, folder, index)  # again: what was sent may have taken long
   if index is None or index["files"] != named:
     number = state["number"] + 1
     _note(folder, state["run"], number, looked)  # first: this directory knows of all its indices
