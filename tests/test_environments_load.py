@@ -131,12 +131,16 @@ def test_what_cannot_be_played_is_told_before_it_is(file, name, told):
 
 
 class Shows:
-  """Shows what it is told to; `said` has what each action brings."""
+  """Shows what it is told to; `said` has what each action brings, but for the game of seed
+  `other`.
+  """
 
-  def __init__(self, first="", said=None, seeded=False):
-    self.first, self.said, self.seeded = first, said or {}, seeded
+  def __init__(self, first="", said=None, seeded=False, other=None):
+    self.first, self.said, self.seeded, self.other = first, said or {}, seeded, other
 
   def reset(self, seed):
+    if seed == self.other:
+      self.said = {"else": "Tails it was."}
     return f"{self.first}{seed}" if self.seeded else self.first
 
   def step(self, action):
@@ -174,6 +178,7 @@ def test_a_game_that_shows_nothing_is_refused(shown, max_turns):
     {"first": "board", "said": {"up": Step("moved"), "else": "board"}},
     {"said": {"": Step("Invalid."), "down": Step("Warm.")}},  # nothing at first, as in a bandit
     {"said": {"down": Step("", True, 1.0, "You won."), "": Step("", True, 0.0, "You lost.")}},
+    {"said": {"else": "Heads it was."}, "other": 2},  # whatever is played, but not in each game
   ],
 )
 def test_a_game_that_shows_something_is_not(shown, max_turns):

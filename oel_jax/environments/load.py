@@ -140,8 +140,8 @@ def try_game(spec: GameSpec) -> None:
 
 
 def shows_something(spec: GameSpec, game: Game, complaint: Step) -> bool:
-  """Whether what the player sees depends on the seed, or on its moves beyond a complaint about an
-  invalid one.
+  """Whether what the player sees, at first or after a move, depends on the seed, or on its moves
+  beyond a complaint about an invalid one.
 
   Args:
     spec: the game.
@@ -157,7 +157,10 @@ def shows_something(spec: GameSpec, game: Game, complaint: Step) -> bool:
     step = game.play(action)
     if _said(step) not in dull:
       return True
-  if any(Game(spec, seed).observation.strip() != first for seed in (1, 2)):
+  others = [Game(spec, seed) for seed in range(3)]
+  if any(other.observation.strip() != first for other in others):
+    return True
+  if actions and len({_said(other.play(actions[0])) for other in others}) > 1:
     return True
   # Without a move that the game may take, no more can be told.
   return not actions and dull != {""}
