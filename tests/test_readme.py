@@ -1,0 +1,104 @@
+"""What README.md shows is run as it stands there: each piece of Python, in its order."""
+
+import asyncio
+import pathlib
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from oel_jax import config as config_lib
+from oel_jax.conversations import logs
+from oel_jax.environments import Game, game_spec
+from oel_jax.environments.load import try_game
+from oel_jax.tasks import distill
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def shown(word: str) -> str:
+  """The one piece of Python that holds this word."""
+  pieces = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+  [found] = [piece for piece in pieces if word in piece]
+  return found
+
+
+def made(word: str, **given):
+  """What the piece leaves, run with these names."""
+  exec(compile(shown(word), str(README), "exec"), given)  # noqa: S102 (our own text)
+  return given
+
+
+def test_the_loss_is_that_of_its_definition():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  student, teacher, heads = draw(5, 8), draw(5, 8), (draw(12, 8), draw(12, 8))
+  mask = np.array([1, 0, 1, 1, 1], np.float32)
+  names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head", "mask")
+  given = dict(zip(names, (student, heads[0], teacher, heads[1], mask), strict=True))
+  logits = [x.astype(float) @ h.T.astype(float) / 0.7 for x, h in zip((student, teacher), heads)]
+  log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
+  each = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+  found = made("linear_divergence", **given)
+  np.testing.assert_allclose(found["loss"], each @ mask / mask.sum(), rtol=1e-5)
+  total, count = found["divergence"](
+    student @ heads[0].T, teacher @ heads[1].T, mask, kind="reverse_kl", temperature=0.7
+  )
+  np.testing.assert_allclose(total / count, each @ mask / mask.sum(), rtol=1e-5)
+
+
+def test_the_proxys_callback_writes_a_log_that_is_read(tmp_path, monkeypatch):
+  base = types.ModuleType("litellm.integrations.custom_logger")
+  base.CustomLogger = object
+  for name in ("litellm", "litellm.integrations", base.__name__):
+    monkeypatch.setitem(sys.modules, name, base)
+  monkeypatch.setenv("CHAT_LOG", str(tmp_path / "chats.jsonl"))
+  said = {
+    "id": "c1",
+    "end_user": "ann",
+    "messages": [{"role": "user", "content": "Wo ist Łódź?"}],
+    "response": {"choices": [{"message": {"role": "assistant", "content": "In Poland."}}]},
+  }
+  handler = made("CustomLogger")["proxy_handler_instance"]
+  asyncio.run(handler.async_log_success_event({"standard_logging_object": said}, None, 0, 1))
+  counts = logs.Counts()
+  [found] = logs.read(tmp_path, counts)
+  assert [message.content for message in found.messages] == ["Wo ist Łódź?", "In Poland."]
+  assert counts.damaged == 0
+
+
+def test_a_text_to_distil_is_configured():
+  config = made("my_check.py:is_short")["get_config"]()
+  config_lib.validate(config, distill.default())
+  assert config.distill.held_out == "held_out.txt"
+
+
+def game_config():
+  return made("FrozenLake-v0-random-raw")["get_config"]()
+
+
+def test_a_game_is_configured_and_can_be_played():
+  config = game_config()
+  config_lib.validate(config)
+  try_game(game_spec(config.deployment))
+
+
+@pytest.mark.parametrize("name", ["Coin", "Clock"])
+def test_an_environment_of_ones_own_can_be_played(name, tmp_path):
+  file = tmp_path / "coin.py"
+  file.write_text(f"{shown('class Coin')}\n{shown('class Clock')}")
+  config = game_config()
+  with config.unlocked():
+    config.deployment.update(
+      environment=f"{file}:{name}",
+      player="",
+      actions="[heads], [tails]",
+      action_pattern=r"\[(heads|tails)\]",
+    )
+  config_lib.validate(config)
+  spec = game_spec(config.deployment)
+  try_game(spec)
+  ends = [Game(spec, seed).play("[tails]").ended for seed in range(6)]
+  assert ends == ["lost", "lost", "passed", "passed", "lost", "lost"]
