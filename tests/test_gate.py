@@ -2,6 +2,7 @@
 left out where a text hurts. Whether a round trains at all is in test_loop.py.
 """
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -151,6 +152,29 @@ def test_the_gain_is_that_of_the_texts_that_are_kept(run, tmp_path):
   found = read_json(tmp_path / "round_1/gate.json")
   assert found["with"]["hits"] < found["without"]["hits"]
   assert this.gate(1)["decision"] == "train"
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "first", "live"])
+def test_with_the_knowledge_the_rounds_teacher_plays(run, monkeypatch, teacher):
+  """The first weights pass nothing, and those of the round everything: by "first" there is no gain,
+  though the round's own would play as well with the knowledge.
+  """
+  made, rules, _ = run
+  own, this = Player(), dataclasses.replace(made, base=Player())
+  fake, who = play_lib.play_to_file, {}
+
+  def play(path, meter, spec, **how):
+    who[path.name] = meter.policy
+    passed = meter.policy is not this.base
+    rules[0] = lambda text, i: (passed, 1)
+    return fake(path, meter, spec, **how)
+
+  monkeypatch.setattr(play_lib, "play_to_file", play)
+  this.config.consolidation.update(teacher=teacher, on_no_gain="skip")
+  trained = gate(this, 1, own, knowledge.texts(this, 1))
+  assert who["gate_without.jsonl"] is own
+  assert who["gate_with.jsonl"] is (this.base if teacher == "first" else own)
+  assert trained is (teacher != "first")
 
 
 def test_a_gate_of_an_earlier_version_leaves_out_nothing(run, tmp_path):
