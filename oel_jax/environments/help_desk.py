@@ -36,10 +36,11 @@ TOOL = {
 }
 # The same in all cases, so that their prompts begin alike. It names no kinds of rules: a small
 # model, told of desks, forms and codes, named one of each. Nor does it name the tool, which that
-# model then always used.
+# model then always used. Asked for "what cases of the kind need", it told which cases need
+# something: all of them, in a list without end.
 ASK = (
-  "You work at the help desk of Orsa, who sell coffee machines by post. Say which kind of case "
-  "this is and what cases of the kind need, in one short sentence to the customer.\n"
+  "You work at the help desk of Orsa, who sell coffee machines by post. Say in one short sentence "
+  "which kind of case this is and what has to be done with a case of this kind.\n"
 )
 NUDGES = {
   "discount": "Do I get a discount?",
