@@ -70,7 +70,7 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       max_response_tokens=64,
     )
     # The rate of the least that is forgotten (experiments/README.md).
-    config.consolidation.update(learning_rate=3e-6, steps=300, on_no_gain="skip", gate_episodes=128)
+    config.consolidation.update(learning_rate=3e-6, steps=300, on_no_gain="skip", gate_episodes=256)
     # Of each round the weights at its end: 4 bytes a parameter, where a checkpoint is 12.
     config.consolidation.update(keep="weights", checkpoint_every=300)
     config.evaluation.update(episodes=256, temperature=0.1)
