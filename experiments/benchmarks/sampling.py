@@ -50,6 +50,7 @@ ROWS = {
   "growth": tuple((batch, 512, 64) for batch in (1, 4, 16, 64, 256, 512))
   + tuple((4, context, 64) for context in (1024, 2048, 4096, 8192, 16384)),
   "shared": ((64, 200, 256, 1, 8192), (256, 200, 256, 1, 8192), (64, 200, 256, 10, 8192)),
+  "desk": ((64, 85, 96),),  # a step of experiments/help_desk.py, as long as its longest response
   "tiny": ((1, 20, 8), (4, 20, 8)),
 }
 
