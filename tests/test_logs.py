@@ -1,6 +1,7 @@
 """Logs as others write them become conversations; whatever is wrong with them is counted."""
 
 import json
+import math
 import os
 import random
 import tracemalloc
@@ -8,7 +9,7 @@ import tracemalloc
 import pytest
 
 from oel_jax.conversations import log_records, logs
-from oel_jax.conversations.jsonl import write_jsonl
+from oel_jax.conversations.jsonl import to_line, write_jsonl
 from oel_jax.conversations.schema import Conversation, Message, Source, ToolCall
 
 ASKED = {"role": "user", "content": "What time is it?"}
@@ -353,6 +354,9 @@ def test_a_folder_or_file_without_logs(tmp_path):
     f"{path} holds no conversation that can be used: 1 conversations have no answer of the "
     "assistant's and were left out; 1 records are events and no messages: summary 1"
   )
+  (tmp_path / "blank.jsonl").write_text("\n \n")
+  with pytest.raises(ValueError, match="blank.jsonl .* can be used: its 1 files have no record"):
+    read(tmp_path / "blank.jsonl")
 
 
 # What is wrong.
@@ -376,6 +380,10 @@ def test_a_folder_or_file_without_logs(tmp_path):
     ({"messages": [ASKED | {"tool_calls": 3}]}, "the calls of a message are a number"),
     ({"messages": [ASKED | {"tool_calls": ["SECRET"]}]}, "a tool's call is a text: it must be an"),
     ({"messages": [ASKED], "score": "SECRET"}, "the reward is a text: it must be a number"),
+    ({"messages": [ASKED], "score": math.nan}, "the reward is nan: it must be finite, or null"),
+    ({"messages": [ASKED], "reward": -math.inf}, "the reward is -inf: it must be finite"),
+    ({"messages": [ASKED], "metadata": {"score": 10**400}}, "the reward is inf: it must be finite"),
+    ({"messages": [ASKED], "tools": [{"x": [math.nan]}]}, "the tools hold NaN or an infinity"),
     ({"conversations": [{"from": "function_call", "value": None}]}, "a tool's call is null"),
     ({"hello": "SECRET"}, "a message, a conversation or an event is needed"),
     ({"id": "b", "response": {"body": COMPLETION}}, "an answer without what was asked"),
@@ -392,12 +400,13 @@ def test_what_is_no_conversation_is_left_out_counted_and_named(tmp_path, line, t
     read(path)
 
 
-def test_whatever_stands_where_is_a_record_or_a_value_error():
+def test_whatever_stands_where_is_a_record_that_can_be_written_or_a_value_error():
   rng = random.Random(0)
-  odd = [None, 3, True, "", "x", "{", '{"a": 1}', [], {}, [None], {"role": "user"}]
+  odd = [None, 3, True, "", "x", "{", '{"a": 1}', [], {}, [None], {"role": "user"}, math.nan]
   seeds = [
     {"messages": [ASKED, NOON | {"tool_calls": [CALL]}], "response": COMPLETION, "tools": [{}]},
     {"conversations": [{"from": "function_call", "value": '{"name": "f"}'}], "metadata": {"a": 1}},
+    {"messages": [ASKED], "score": 1, "tools": [CALL]},
     {"input": [{"type": "message", "role": "user", "content": [OUTPUT]}], "output": [{"type": 1}]},
     event("assistant", {"type": "thinking", "thinking": "x"}, use("a"), of="m"),
     event("user", result("a", [OUTPUT])),
@@ -416,9 +425,14 @@ def test_whatever_stands_where_is_a_record_or_a_value_error():
   outcomes = set()
   for _ in range(3000):
     try:
-      outcomes.add(type(log_records.read(changed(rng.choice(seeds)), [])).__name__)
+      found = log_records.read(changed(rng.choice(seeds)), [])
     except ValueError:
       outcomes.add("ValueError")
+      continue
+    outcomes.add(type(found).__name__)
+    if found:
+      said = dict(reward=found.reward, feedback=found.feedback, tools=found.tools)
+      to_line(Conversation("a", found.messages, Source("log", ""), **said))
   assert outcomes == {"Record", "NoneType", "ValueError"}
 
 

@@ -16,6 +16,7 @@ No error tells what somebody said: a record is named by its place, what is wrong
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,19 +144,31 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   meta, rest = (_object(data.get(name)) for name in ("metadata", "model_parameters"))
   places = [place.get(name) for place in (request, data, rest) for name in ("tools", "functions")]
   offered = next(filter(None, places), None)
-  reward = data.get("reward", data.get("score", meta.get("score")))
-  if reward is not None and type(reward) not in (int, float):
-    raise ValueError(f"the reward is {kind(reward)}: it must be a number")
+  reward = _reward(data.get("reward", data.get("score", meta.get("score"))))
   return Record(
     tuple(_joined(messages)),
     id=first_name(data.get("id"), data.get("custom_id")),
     user=first_name(*(place.get(name) for place in (data, request, meta, rest) for name in USERS))
     or None,
     outcome=words(data.get("outcome", meta.get("outcome"))),
-    reward=None if reward is None else float(reward),
+    reward=reward,
     feedback=words(data.get("feedback", meta.get("feedback"))),
     tools=tools.definitions(offered),
   )
+
+
+def _reward(value: Any) -> float | None:
+  if value is None:
+    return None
+  if type(value) not in (int, float):
+    raise ValueError(f"the reward is {kind(value)}: it must be a number")
+  try:
+    reward = float(value)
+  except OverflowError:  # a whole number of more than 308 digits
+    reward = math.inf
+  if not math.isfinite(reward):  # Python writes NaN for what was not scored
+    raise ValueError(f"the reward is {reward}: it must be finite, or null where there is none")
+  return reward
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -233,9 +233,8 @@ def _check(path: pathlib.Path, counts: Counts, max_damaged: float) -> None:
       f"{max_damaged:.0%} of them; the first is {counts.places[0]}. Repair or remove them"
     )
   if not counts.conversations:
-    raise ValueError(
-      f"{path} holds no conversation that can be used: " + "; ".join(counts.sentences()[1:])
-    )
+    why = "; ".join(counts.sentences()[1:]) or f"its {counts.files} files have no record"
+    raise ValueError(f"{path} holds no conversation that can be used: {why}")
 
 
 def _files(path: pathlib.Path, counts: Counts) -> Iterator[tuple[pathlib.Path, str]]:

@@ -139,8 +139,10 @@ def by_policy(message: Message, people: Collection[str] = ()) -> bool:
 
 
 def tool_text(definition: dict[str, Any]) -> str:
-  """The JSON text by which conversations and prompts hold a tool's definition."""
-  return json.dumps(definition, ensure_ascii=False)
+  """The JSON text by which conversations and prompts hold a tool's definition; ValueError if it
+  holds NaN or an infinity, which no JSON has.
+  """
+  return json.dumps(definition, ensure_ascii=False, allow_nan=False)
 
 
 # a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control

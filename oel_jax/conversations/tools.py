@@ -26,7 +26,7 @@ def definitions(given: Any) -> tuple[str, ...]:
   own search, say.
 
   Raises:
-    ValueError: it is no list of objects.
+    ValueError: it is no list of objects, or holds a number that is not finite.
   """
   if isinstance(given, str) and given.strip():
     try:
@@ -37,7 +37,10 @@ def definitions(given: Any) -> tuple[str, ...]:
     return ()
   if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
     raise ValueError(f"the tools are {kind(given)}: they must be a list of objects")
-  return tuple(tool_text(_in_chat_form(tool)) for tool in given)
+  try:
+    return tuple(tool_text(_in_chat_form(tool)) for tool in given)
+  except ValueError as error:
+    raise ValueError("the tools hold NaN or an infinity: their numbers must be finite") from error
 
 
 def _in_chat_form(tool: dict[str, Any]) -> dict[str, Any]:
