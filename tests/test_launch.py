@@ -175,18 +175,18 @@ def test_a_worker_with_an_old_python_makes_its_environment_with_another(launch, 
 def test_the_help_desks_script_runs_each_seed_and_prints_its_tables(size, tmp_path):
   """A seed that fails is told, and neither the others nor the tables wait for it."""
   stand_in = tmp_path / "python"  # makes the seed's folder, and prints its arguments
+  runs = tmp_path / "my runs"
   fails = '[[ "$*" != *--config.seed=1\\ * ]] || exit 3'
   script(stand_in, f'echo "$@"\n{fails}\n[ $1 != -m ] || mkdir "${{4#--workdir=}}"')
   done = subprocess.run(
-    ["bash", "experiments/help_desk.sh", tmp_path / "runs", "/m/it's", "--config.rounds=2"],
+    ["bash", "experiments/help_desk.sh", runs, "/m/it's", "--config.rounds=2"],
     cwd=ROOT,
     env=os.environ | {"PYTHON": str(stand_in), "SEEDS": "0 1 7", "JOBS": "3", "SIZE": size},
     capture_output=True,
     text=True,
   )
-  runs = tmp_path / "runs"
   for seed in (0, 1, 7):
-    assert (runs / f"{seed}.log").read_text().split() == [
+    asked = [
       *MAIN,
       f"--config=experiments/help_desk.py:{size}",
       f"--workdir={runs}/{seed}",
@@ -194,7 +194,31 @@ def test_the_help_desks_script_runs_each_seed_and_prints_its_tables(size, tmp_pa
       "--config.policy.weights=/m/it's",
       "--config.rounds=2",
     ]
+    assert (runs / f"{seed}.log").read_text() == f"{' '.join(asked)}\n"
+  assert done.returncode == 1
   assert done.stderr == f"error: seed 1 ended with status 3: see {runs}/1.log\n"
   tables = [f"experiments/table.py {runs}/0/ {runs}/7/"]
   tables += [f"experiments/table.py --categories {runs}/0/ {runs}/7/"] if size == "all" else []
   assert [line for line in done.stdout.splitlines() if line] == tables
+
+
+@pytest.mark.parametrize("fails", ["", "--workdir=*/4x4/7 ", "--workdir=*/loop/0 ", "table.py --c"])
+def test_the_tables_script_runs_all_and_says_by_its_status_if_one_failed(fails, tmp_path):
+  """In a folder with spaces, too, and with signs that mean something to a shell."""
+  stand_in, runs = tmp_path / "python", tmp_path / "my runs & a|b"
+  stops = f'[[ "$*" != *{fails.replace(" ", chr(92) + " ")}* ]] || exit 3\n' if fails else ""
+  script(stand_in, f'echo "$@"\n{stops}[ $1 != -m ] || mkdir -p "${{4#--workdir=}}"')
+  done = subprocess.run(
+    ["bash", "experiments/table.sh", runs],
+    cwd=ROOT,
+    env=os.environ
+    | {"PYTHON": str(stand_in), "SEEDS": "0 7", "JOBS": "3", "CONTROLS": "own empty"},
+    capture_output=True,
+    text=True,
+  )
+  made = sorted(str(path.relative_to(runs)) for path in runs.glob("*/*.log"))
+  assert made == sorted(
+    f"{name}/{n}.log" for name in ("loop", "own", "empty", "4x4") for n in (0, 7)
+  )
+  assert f"experiments/table.py --controls {runs}/own {runs}/empty\n" in done.stdout
+  assert done.returncode == bool(fails), done.stderr
