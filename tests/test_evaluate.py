@@ -2,6 +2,7 @@
 retention measured on oracles.
 """
 
+import json
 import math
 import re
 import statistics as python_statistics
@@ -315,3 +316,23 @@ def test_a_false_item_beside_a_true_one_is_no_hit():
 
   assert tasks.measure(KEPT, Talkative("extraction"), 20, seed=3)["extraction"]["hits"] == 0
   assert claims.parse("- EXPERIENCE ITEM: Watch what each symbol does.") == Claim(GENERIC)
+
+
+def test_a_task_may_count_with_numpy():
+  """A sum of NumPy's truth values is a whole number of NumPy's, which JSON has not."""
+  right = np.array([True, False, True])
+  whole = tasks.Count(right.sum(), np.int32(3), {"a": tasks.Count(right.sum(), right.size)})
+  found = tasks.measure({"own": lambda *_, seed: whole}, None, 3, seed=0)["own"]
+  assert json.loads(json.dumps(found)) == statistics.count(2, 3) | {
+    "categories": {"a": statistics.count(2, 3)}
+  }
+
+
+@pytest.mark.parametrize(
+  "hits, of", [(float("nan"), 4), (2.5, 4), (5, 4), (-1, 4), (1, float("inf")), ("3", 4)]
+)
+def test_what_is_no_share_of_a_tasks_examples_is_told(hits, of):
+  for count in (tasks.Count(hits, of), tasks.Count(0, 0, {"part": tasks.Count(hits, of)})):
+    told = re.escape(f"returns {hits!r} hits of {of!r}: they must be whole numbers, from 0 hits")
+    with pytest.raises(ValueError, match=f"config.evaluation.tasks: own.* {told}"):
+      tasks.measure({"own": lambda *_, seed, count=count: count}, None, 4, seed=0)

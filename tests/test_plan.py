@@ -237,9 +237,11 @@ def test_configurations_that_cannot_be_planned(monkeypatch):
     ("select", 0.25, 1.0),
     ("anchor", 1.0, 0.0),
     ("teacher_on_host", 0.5, 0.0),
+    ("teacher", "live", "'frozen' or 'first'"),
+    ("data", "teacher", "'student'"),
   ):
     told = refused(plan__device="cpu", **{f"consolidation__{name}": value})
-    assert f"config.consolidation.{name} is {value}" in told and f"it must be {plain}" in told
+    assert f"config.consolidation.{name} is {value!r}" in told and f"it must be {plain}" in told
   told = refused(plan__device="cpu,8", mesh__sample_tensor=3)
   assert told.startswith("config.mesh.sample_tensor is 3: it must divide the number of a process's")
   told = refused(plan__device="cpu", policy__architecture="auto")

@@ -6,6 +6,7 @@ alone, to `policy`, an `Examinee`, and counts the right answers. It is known by 
 """
 
 import dataclasses
+import operator
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from oel_jax.runtime import named
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """`hits` out of `of`; `categories` says the same of the parts that make up the whole, if any."""
+  """`hits` out of `of`, whole numbers; `categories` says the same of the parts that make up the
+  whole, if any.
+  """
 
   hits: int
   of: int
@@ -109,8 +112,8 @@ def measure(
   done.
 
   Raises:
-    ValueError: a task returns something else than a Count, or its categories do not add up to it;
-      whatever a task raises is its own.
+    ValueError: a task returns something else than a Count, or one that is no share, or its
+      categories do not add up to it; whatever a task raises is its own.
   """
   measured = {}
   for name, task in tasks.items() if count else ():
@@ -120,8 +123,8 @@ def measure(
         f"config.evaluation.tasks: {name} returns {reprlib.repr(found)}: it must be a "
         "oel_jax.evaluation.tasks.Count"
       )
-    measured[name] = statistics.count(found.hits, found.of)
-    parts = {part: statistics.count(one.hits, one.of) for part, one in found.categories.items()}
+    measured[name] = _share(name, found)
+    parts = {part: _share(f"{name}, {part}", one) for part, one in found.categories.items()}
     for field in ("hits", "of") if parts else ():
       total, right = sum(part[field] for part in parts.values()), getattr(found, field)
       if total != right:
@@ -132,3 +135,17 @@ def measure(
     measured[name] |= {"categories": parts} if parts else {}
     advance(count)
   return measured
+
+
+def _share(name: str, found: Count) -> dict[str, Any]:
+  """`statistics.count`; ValueError where the numbers are none that can be counted."""
+  try:
+    hits, of = operator.index(found.hits), operator.index(found.of)
+  except TypeError:
+    hits, of = -1, 0
+  if not 0 <= hits <= of:
+    raise ValueError(
+      f"config.evaluation.tasks: {name} returns {found.hits!r} hits of {found.of!r}: they must be "
+      "whole numbers, from 0 hits to all"
+    )
+  return statistics.count(hits, of)

@@ -38,6 +38,15 @@ COLUMNS = {
   "logits": ("logits",),
 }
 REST = "activations, rest"
+# Fields of config.consolidation, with what they may be here. A live teacher reads the knowledge in
+# each step by a copy of the student; a teacher's samples have the knowledge in their prompts.
+PLAIN = {
+  "select": (1.0,),
+  "anchor": (0.0,),
+  "teacher_on_host": (0.0,),
+  "teacher": ("frozen", "first"),
+  "data": ("student",),
+}
 
 
 def run(config: Any, workdir: str | None) -> dict[str, Any]:
@@ -54,11 +63,11 @@ def run(config: Any, workdir: str | None) -> dict[str, Any]:
     raise ValueError(
       "config.plan.device is '': for --stage=plan it must name a device and how many, as h200,8"
     )
-  for name, plain in (("select", 1.0), ("anchor", 0.0), ("teacher_on_host", 0.0)):
-    if config.consolidation[name] != plain:
+  for name, plain in PLAIN.items():
+    if config.consolidation[name] not in plain:
       raise ValueError(
-        f"config.consolidation.{name} is {config.consolidation[name]}: --stage=plan knows the "
-        f"plain step alone, and it must be {plain} there"
+        f"config.consolidation.{name} is {config.consolidation[name]!r}: --stage=plan knows the "
+        f"plain step alone, and it must be {' or '.join(map(repr, plain))} there"
       )
   device, count = target.parse(config.plan.device)
   architecture = _architecture(config)
