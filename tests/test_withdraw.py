@@ -332,5 +332,9 @@ def test_what_is_wrong_is_told(played, tmp_path, tmp_path_factory):
   config.withdraw = "x"
   with pytest.raises(ValueError, match=f"{empty}: not a run directory"):
     withdraw.run(config, str(empty))
+  open_workdir(config_lib.default_distill(), empty)
+  with pytest.raises(ValueError, match="of config.task 'distill', and only a run of rounds learns"):
+    withdraw.run(config, str(empty))
+  assert not (empty / "withdrawn.json").exists()
   with pytest.raises(ValueError, match="config.withdraw is 'x': it must be '', but for --stage="):
     config_lib.validate(config)

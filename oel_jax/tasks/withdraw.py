@@ -64,7 +64,7 @@ def run(config: Any, workdir: str) -> None:
     workdir: a run's directory, or the server side's part of it.
 
   Raises:
-    ValueError: nothing is named, it is no run directory, or a file in it is damaged.
+    ValueError: nothing is named, it is no directory of a run of rounds, or a file in it is damaged.
     OSError: another process is running in it, or it cannot be written.
   """
   named = [name.strip() for name in config.get("withdraw", "").split(",") if name.strip()]
@@ -78,6 +78,12 @@ def run(config: Any, workdir: str) -> None:
     raise ValueError(f"{folder}: not a run directory: it has no config.json")
   with locked(folder):
     own = read_config(folder / "config.json")["config"]
+    if own.get("task"):
+      raise ValueError(
+        f"--stage=withdraw: {folder} is of config.task {own['task']!r}, and only a run of rounds "
+        "learns from conversations: take them out of the files that the configuration names, and "
+        "give another --workdir"
+      )
     copied = own.get("mirror", "")
     mirror.restore(copied, folder)  # looks whether it is this directory's
     _withdraw(folder, named, own)
