@@ -632,7 +632,9 @@ def _check_types(config: Any, expected: ml_collections.ConfigDict, above: str = 
 
 
 def check_finite(config: Any, above: str = "config") -> None:
-  """Raises ValueError at the first number, at any depth, that is infinite, NaN or beyond floats."""
+  """Raises ValueError at the first number, at any depth, that is infinite, NaN or beyond floats, or
+  a whole one beyond 64 bits, which the run's config.json could not be read with.
+  """
   inner = ()
   if hasattr(config, "items"):
     inner = config.items()
@@ -647,3 +649,5 @@ def check_finite(config: Any, above: str = "config") -> None:
       finite = False
     if not finite:
       raise ValueError(f"{above} is {config!r:.100}: it must be a finite number")
+    if isinstance(config, int) and not -(2**63) <= config < 2**63:
+      raise ValueError(f"{above} is {config!r:.100}: it must be a whole number of 64 bits")

@@ -5,6 +5,7 @@ experiment is accepted.
 import importlib.util
 import inspect
 import io
+import json
 import pathlib
 import re
 import tokenize
@@ -14,6 +15,7 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.policy.architecture import ARCHITECTURES
+from oel_jax.runtime import workdir
 from oel_jax.tasks import distill
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
@@ -243,6 +245,20 @@ def test_numbers_inside_the_arguments_of_a_game_are_looked_at_too():
   told = "config.deployment.game_args.odds.left.1 is nan: it must be a finite number"
   with pytest.raises(ValueError, match=told):
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 2**64])
+def test_a_whole_number_that_the_runs_own_file_could_not_be_read_with_is_refused(number, tmp_path):
+  config = config_lib.default()
+  with config.unlocked():
+    config.deployment.game_args = {"sizes": [3, number]}
+  told = f"config.deployment.game_args.sizes.1 is {number}: it must be a whole number of 64 bits"
+  with pytest.raises(ValueError, match=told):
+    config_lib.validate(config)
+  config.deployment.game_args.sizes = [3, 2**63 - 1, -(2**63)]
+  config_lib.validate(config)
+  run = workdir.open_workdir(config, tmp_path / "run")
+  assert workdir.read_config(run / "config.json")["config"] == json.loads(config.to_json())
 
 
 def test_a_field_that_is_missing_and_a_whole_number_for_a_float():
