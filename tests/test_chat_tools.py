@@ -27,8 +27,8 @@ from oel_jax.conversations.schema import (
   ToolCall,
   cut_prompts,
   knowledge_message,
-  tool_text,
 )
+from oel_jax.conversations.tool_texts import tool_text
 from oel_jax.policy.tokenizers import CannotRender, HuggingFaceTokenizer, leave_out, renderable
 
 CLOCK = {

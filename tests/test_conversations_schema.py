@@ -20,9 +20,9 @@ from oel_jax.conversations.schema import (
   prompt_from_json,
   shown,
   to_json,
-  tool_text,
   transcript,
 )
+from oel_jax.conversations.tool_texts import tool_text
 
 # As commit 9d56582 wrote them, digests and all.
 OLD_GAME = (
@@ -134,6 +134,17 @@ def test_what_is_not_known_stands_in_no_line():
   ]
 
 
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63, 2**64 - 1, -(2**63) - 1, 10**30, 1.5e300])
+def test_a_tools_numbers_are_read_back_whatever_their_size(number, tmp_path):
+  """An unsigned integer's largest, say, as a bound of a parameter: our lines hold 64 bits."""
+  large = tool_text({"name": "clock", "parameters": {"maximum": number}})
+  said = dataclasses.replace(CHAT, tools=(tool_text(CLOCK), large))
+  jsonl.write_jsonl(tmp_path / "said.jsonl", [said])
+  jsonl.write_jsonl(tmp_path / "prompts.jsonl", cut_prompts(said))
+  assert jsonl.read_conversations(tmp_path / "said.jsonl", max_damaged=0.0) == [said]
+  assert jsonl.read_prompts(tmp_path / "prompts.jsonl", max_damaged=0.0) == cut_prompts(said)
+
+
 def test_tools_stand_in_a_line_as_objects_and_in_each_prompt():
   assert to_json(WITH_TOOLS)["tools"] == [CLOCK]
   assert "tools" not in to_json(CHAT)
@@ -174,6 +185,7 @@ def test_the_transcript_of_a_chat_says_who_said_what():
     (lambda data: data.update(feedback=3), "field 'feedback' is 3"),
     (lambda data: data.update(tools="clock"), "field 'tools' is 'clock': it must be of type list"),
     (lambda data: data.update(tools=[CLOCK, 3]), "field 'tools' holds 3: each must be an object"),
+    (lambda data: data.update(tools=["clock"]), "field 'tools' holds 'clock': each must be an obj"),
     (lambda data: data["source"].update(kind="game"), "the roles of a game's messages are"),
   ],
 )

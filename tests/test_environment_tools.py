@@ -22,9 +22,9 @@ from oel_jax.conversations.schema import (
   conversation_from_json,
   cut_prompts,
   to_json,
-  tool_text,
   transcript,
 )
+from oel_jax.conversations.tool_texts import tool_text
 from oel_jax.environments import Episode, Game, GameSpec, Step, play, play_to_file
 from oel_jax.environments import help_desk_rules as rules
 from oel_jax.environments.help_desk import LOOK_UP, TOOL, HelpDesk

@@ -8,14 +8,8 @@ import pytest
 from oel_jax import config as config_lib
 from oel_jax.conversations import exporters, logs, tools
 from oel_jax.conversations.redact import Redactor
-from oel_jax.conversations.schema import (
-  Conversation,
-  Message,
-  Source,
-  by_policy,
-  to_json,
-  tool_text,
-)
+from oel_jax.conversations.schema import Conversation, Message, Source, by_policy, to_json
+from oel_jax.conversations.tool_texts import tool_text
 from oel_jax.stages import collect, user_side
 
 PARAMETERS = {"type": "object", "properties": {"zone": {"type": "string"}}}

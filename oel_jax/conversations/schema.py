@@ -8,11 +8,12 @@ prompts (what stood before one answer, as chat messages) and knowledge texts. Th
 
 import dataclasses
 import itertools
-import json
 import re
 import reprlib
 from collections.abc import Collection, Iterable
 from typing import Any
+
+from oel_jax.conversations import tool_texts
 
 SCHEMA = 2
 READS = (1, 2)  # 1: games alone, which named game and seed where "source" stands now
@@ -100,7 +101,7 @@ class Conversation:
     feedback: what a user said of it afterwards.
     user: who the user was, as a log names them; what a user said is all held out, or none of it.
     tools: definitions of the tools that the assistant was offered, in order, each a JSON text of an
-      object as OpenAI writes it: {"type": "function", "function": {"name", …}} (`tool_text`).
+      object as OpenAI writes it: {"type": "function", "function": {"name", …}} (`tool_texts`).
   """
 
   id: str
@@ -136,13 +137,6 @@ def by_policy(message: Message, people: Collection[str] = ()) -> bool:
   in such messages, answered in its place; "*": people answered everywhere.
   """
   return message.role == "assistant" and "*" not in people and message.name not in people
-
-
-def tool_text(definition: dict[str, Any]) -> str:
-  """The JSON text by which conversations and prompts hold a tool's definition; ValueError if it
-  holds NaN or an infinity, which no JSON has.
-  """
-  return json.dumps(definition, ensure_ascii=False, allow_nan=False)
 
 
 # a knowledge text with nothing in it: `knowledge_message` of it is the wrapper alone (the control
@@ -216,7 +210,7 @@ def to_json(record: Conversation | Prompt) -> dict[str, Any]:
   if isinstance(record, Conversation):
     data["source"] = _known(dataclasses.asdict(record.source))
   if record.tools:
-    data["tools"] = [json.loads(tool) for tool in record.tools]
+    data["tools"] = list(map(tool_texts.to_json, record.tools))
   data["messages"] = [_message_to_json(message) for message in record.messages]
   if isinstance(record, Conversation):
     names = ("outcome", "reward", "passed", "ended", "feedback", "user")
@@ -334,11 +328,7 @@ def _check_game(data: dict[str, Any]) -> None:
 
 
 def _tools(data: dict[str, Any]) -> tuple[str, ...]:
-  given = optional(data, "tools", list) or []
-  for tool in given:
-    if not isinstance(tool, dict):
-      raise ValueError(f"field 'tools' holds {reprlib.repr(tool)}: each must be an object")
-  return tuple(map(tool_text, given))
+  return tuple(map(tool_texts.from_json, optional(data, "tools", list) or []))
 
 
 def _messages(data: dict[str, Any]) -> tuple[Message, ...]:

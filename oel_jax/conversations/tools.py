@@ -15,7 +15,7 @@ import pathlib
 from typing import Any
 
 from oel_jax.conversations.log_messages import kind
-from oel_jax.conversations.schema import tool_text
+from oel_jax.conversations.tool_texts import tool_text
 
 SCHEMAS = ("parameters", "input_schema", "inputSchema")
 

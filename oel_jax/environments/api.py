@@ -36,7 +36,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from oel_jax.conversations.schema import ToolCall, tool_text
+from oel_jax.conversations.schema import ToolCall
+from oel_jax.conversations.tool_texts import tool_text
 from oel_jax.policy.tokenizers.tool_calls import offered
 from oel_jax.runtime import named
 
