@@ -21,13 +21,14 @@ from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import draws, failure, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt, knowledge_message
 from oel_jax.pocket import vocabulary
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
-from oel_jax.runtime import finite, signals
+from oel_jax.runtime import finite, signals, target
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
 
@@ -310,7 +311,8 @@ def test_micro_batches_that_hold_samples_come_first_and_the_others_are_not_run(
   assert (run, count) == (parts, rows)
 
 
-def test_samples_of_all_lengths_fit_and_have_one_shape():
+def test_samples_of_all_lengths_fit_and_have_one_shape(monkeypatch):
+  monkeypatch.setattr(target, "backend", lambda: "gpu")
   rng, a = np.random.default_rng(0), architecture_lib.named("qwen2.5-1.5b")
   of = lambda lengths: [[1] * n for n in lengths]
   prompts, knowledge = of(rng.integers(30, 97, 200)), of([500, 70, 130])
@@ -341,6 +343,20 @@ def test_samples_of_all_lengths_fit_and_have_one_shape():
   # A room that would save less than a quarter of the row is none.
   saved = samples.row_shape(a, of([400]), knowledge, limit=96, longest=9, pack=True)
   assert saved == samples.row_shape(a, of([400]), knowledge, limit=96, longest=96, pack=True)
+
+
+def test_on_a_cpu_responses_and_texts_of_other_lengths_are_no_other_shape():
+  prompts, a = [[1] * n for n in (31, 167)], architecture_lib.named("pocket")
+  shape = lambda longest, text, **how: samples.row_shape(
+    a, prompts, [[1] * text] * 8, limit=96, longest=longest, **dict(pack=True) | how
+  )
+  # 167 and 96 tokens, to a multiple of 32; texts of 128 or 256, 2.6 times the row.
+  assert shape(20, 64) == shape(96, 64) == shape(20, 128) == shape(96, 100)
+  assert (shape(20, 64).length, shape(20, 64).texts) == (288, 5)
+  assert [teacher_lib.room([[1] * n]) for n in (0, 1, 128, 129)] == [0, 128, 128, 256]
+  assert shape(20, 129).texts == 2
+  # A row of one sample is as short as its response lets it be.
+  assert [shape(n, 64, pack=False).length for n in (24, 48, 96)] == [216, 240, 288]
 
 
 def test_rows_of_one_sample_are_cut_evenly():

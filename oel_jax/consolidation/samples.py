@@ -14,11 +14,13 @@ import jax
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import draws, id_lists
 from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.attention import TILE
 from oel_jax.policy.sampling.sampler import Policy, Sampling
 from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime import target
 from oel_jax.runtime.seeds import derive
 
 # What attention to a packed row may cost beside the layer's products, in floating point operations:
@@ -181,7 +183,8 @@ def row_shape(
     prompts, knowledge: ids, all those of the round.
     limit: most tokens of a response.
     longest: tokens of the batch's longest response. It makes one of three rooms for a response;
-      where these are small beside what a packed row may hold, all three give the same shape.
+      where these are small beside what a packed row may hold, all three give the same shape, and on
+      a CPU all packed rows have that of `limit`.
     pack: whether a row may hold several samples.
   """
   sizes = id_lists.sizes(prompts)
@@ -190,7 +193,10 @@ def row_shape(
   if not pack:
     room = next(room for room in rooms if longest <= room)
     return RowShape(_round_up(longest_prompt, 32) + room, room, 1)
-  # A length of its own only for a room that makes rows a quarter shorter than `limit` does.
+  # On a CPU one length: a shorter one is one more step to compile, and its rows hold fewer samples.
+  # Elsewhere one of its own only for a room that makes rows a quarter shorter than `limit` does.
+  cpu = target.backend() == "cpu"
+  rooms = [limit] if cpu else rooms
   whole = _row_length(architecture, longest_prompt + limit)
   lengths = [_row_length(architecture, longest_prompt + room) for room in rooms]
   length, room = next(
@@ -201,7 +207,7 @@ def row_shape(
   # As much of the row as of a mean prompt with its longest response.
   share = room / (room + sizes.mean())
   response_length = max(room, min(length, _round_up(int(share * length), 32)))
-  known = max(1, max(map(len, knowledge)))
+  known = max(1, teacher_lib.room(knowledge) if cpu else max(map(len, knowledge)))
   texts = min(len(knowledge), max(1, int(TEXTS_SHARE * length / known)))
   return RowShape(length, response_length, texts)
 

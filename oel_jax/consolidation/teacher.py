@@ -21,8 +21,10 @@ from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import split
 from oel_jax.runtime import mesh as mesh_lib
+from oel_jax.runtime import target
 
 MULTIPLE = 32  # so that a text a little longer has the same shapes
+MULTIPLE_CPU = 128  # there, to compile a step takes as long as to run eight
 
 
 class Teacher(NamedTuple):
@@ -134,8 +136,11 @@ def without_knowledge(teacher: Teacher) -> Teacher:
 
 
 def room(knowledge: Sequence[Sequence[int]]) -> int:
-  """P, the tokens that each text has room for: those of the longest, rounded up to MULTIPLE."""
-  return -(-max(map(len, knowledge)) // MULTIPLE) * MULTIPLE
+  """P, the tokens that each text has room for: those of the longest, rounded up to MULTIPLE, on a
+  CPU to MULTIPLE_CPU.
+  """
+  multiple = MULTIPLE_CPU if target.backend() == "cpu" else MULTIPLE
+  return -(-max(map(len, knowledge)) // multiple) * multiple
 
 
 def _cast(params: Any, dtype: Any) -> Any:
