@@ -355,6 +355,13 @@ def test_on_a_cpu_responses_and_texts_of_other_lengths_are_no_other_shape():
   assert (shape(20, 64).length, shape(20, 64).texts) == (288, 5)
   assert [teacher_lib.room([[1] * n]) for n in (0, 1, 128, 129)] == [0, 128, 128, 256]
   assert shape(20, 129).texts == 2
+  # Rounds whose prompts are two tokens longer have micro-batches as large.
+  config, alone = config_lib.default(), ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1))
+  mesh = mesh_lib.make_mesh(alone, jax.devices()[:1])
+  micro = lambda n: samples.micro_tokens_of(
+    config.consolidation, [[1] * n], limit=96, samples=16, mesh=mesh
+  )
+  assert micro(80) == micro(82) == 352
   # A row of one sample is as short as its response lets it be.
   assert [shape(n, 64, pack=False).length for n in (24, 48, 96)] == [216, 240, 288]
 

@@ -34,6 +34,7 @@ TEXTS_SHARE = 2.6
 # (reading the weights, and adding up gradients).
 MICRO_BATCHES = 8
 MICRO_BATCH_COST = 256
+MULTIPLE = 32  # of a row's length
 
 
 class Drawn(NamedTuple):
@@ -192,7 +193,7 @@ def row_shape(
   rooms = [-(-limit // 4), -(-limit // 2), limit]
   if not pack:
     room = next(room for room in rooms if longest <= room)
-    return RowShape(_round_up(longest_prompt, 32) + room, room, 1)
+    return RowShape(_round_up(longest_prompt, MULTIPLE) + room, room, 1)
   # On a CPU one length: a shorter one is one more step to compile, and its rows hold fewer samples.
   # Elsewhere one of its own only for a room that makes rows a quarter shorter than `limit` does.
   cpu = target.backend() == "cpu"
@@ -216,7 +217,7 @@ def _row_length(a: Architecture, longest: int) -> int:
   """Of a packed row whose longest sample has so many tokens."""
   products = a.width * a.head_size * (2 * a.heads + 2 * a.kv_heads) + 3 * a.width * a.feedforward
   affordable = int(ATTENTION_SHARE * products / (2 * a.heads * a.head_size))
-  return max(_round_up(longest, 32), _round_up(affordable, TILE))
+  return max(_round_up(longest, MULTIPLE), _round_up(affordable, TILE))
 
 
 def _round_up(length: int, multiple: int) -> int:
@@ -238,7 +239,9 @@ def micro_tokens_of(
     return config.micro_tokens
   most = samples * (id_lists.sizes(prompts).mean() + limit)
   most /= mesh_lib.row_shards(mesh)
-  return max(1, min(config.micro_tokens, int(most / MICRO_BATCHES)))
+  # Of rows as long as `row_shape` says no more and no fewer have room; and rounds whose prompts are
+  # a little longer have the same program.
+  return max(1, min(config.micro_tokens, int(most / MICRO_BATCHES) // MULTIPLE * MULTIPLE))
 
 
 def place(
