@@ -239,8 +239,8 @@ def micro_tokens_of(
     return config.micro_tokens
   most = samples * (id_lists.sizes(prompts).mean() + limit)
   most /= mesh_lib.row_shards(mesh)
-  # Of rows as long as `row_shape` says no more and no fewer have room; and rounds whose prompts are
-  # a little longer have the same program.
+  # As many packed rows have room, whose length is such a multiple; and rounds whose prompts are a
+  # little longer have the same program.
   return max(1, min(config.micro_tokens, int(most / MICRO_BATCHES) // MULTIPLE * MULTIPLE))
 
 
