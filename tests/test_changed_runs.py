@@ -84,6 +84,22 @@ def play_a_round(this, player, after=None):
   return texts
 
 
+def test_in_context_the_rounds_teacher_plays(make_run, tmp_path):
+  """Another teacher is another measurement; what it was before is set aside."""
+  first, own, after, asked = Player(1), Player(2), Player(3), {}
+  for teacher in ("frozen", "first"):
+    this = dataclasses.replace(make_run(consolidation__teacher=teacher), base=first)
+    if teacher == "frozen":
+      texts = play_a_round(this, own, after)
+    before = first.asked, own.asked
+    evaluate(this, 1, after, own, texts)
+    asked[teacher] = first.asked - before[0], own.asked - before[1]
+  assert asked["frozen"] == (0, 0)
+  assert asked["first"][0] > 0 == asked["first"][1]
+  set_aside = list((tmp_path / "round_1").glob("evaluation.json.replaced-*"))
+  assert len(set_aside) == 1
+
+
 def test_stages_found_whole_are_checked_and_not_done_again(make_run, tmp_path):
   play_a_round(make_run(), Player())
   before, player = bits(tmp_path, "round_*/**/*"), Player()

@@ -35,7 +35,8 @@ class Evaluation:
 
   Attributes:
     without: no knowledge in the prompt.
-    in_context: the round's knowledge in the prompt of the round's first weights.
+    in_context: the round's knowledge in the prompt of the round's first weights, or the run's where
+      these teach.
     after_in_context: the same knowledge in the prompt of the consolidated weights.
     first_knowledge: round 1's knowledge in the prompt of the consolidated weights.
     retention: by the names of config.evaluation.tasks; those not measured are absent.

@@ -43,6 +43,8 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     "base": schema.digest(base),
     "settings": play.settings(run.config, all_of_it=True),
   }
+  if run.teacher(before) is not before:
+    inputs["teacher's weights"] = fingerprint(run.teacher(before).params)
   if (prompts := run.round(number) / HELD_OUT).exists():
     inputs[HELD_OUT] = files.sha256(prompts)[:16]
   if run.config.evaluation.unrelated or run.config.evaluation.own_answers:
@@ -85,7 +87,7 @@ def _measure(
   # What is played: a name, by whom, and with which knowledge in the prompt.
   plays = {"without": (policy, [])} if run.config.deployment.environment else {}
   if plays and config.in_context and texts:
-    plays |= {"in_context": (before, texts), "after_in_context": (policy, texts)}
+    plays |= {"in_context": (run.teacher(before), texts), "after_in_context": (policy, texts)}
     plays |= {"first_knowledge": (policy, first)} if first else {}
   steps = config.accumulation if 1 <= number <= config.accumulation_rounds else ()
   curve = {step: extract.texts_after(run, number, step, before) for step in steps}
@@ -116,7 +118,7 @@ def _measure(
     found["accumulation"] = [
       {
         "trajectories": step,
-        "passed": summary(f"after_{step:03d}_trajectories", before, given)["passed"],
+        "passed": summary(f"after_{step:03d}_trajectories", run.teacher(before), given)["passed"],
       }
       for step, given in curve.items()
     ]

@@ -27,8 +27,7 @@ HURTS = 0.05
 
 def gate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> bool:
   """Plays with the knowledge and without, on the same maps. Returns whether to train. With the
-  knowledge the round's teacher plays: `policy`, or, where config.consolidation.teacher is "first",
-  the run's first weights.
+  knowledge the round's teacher plays (`Run.teacher`).
 
   Without gain, `on_no_gain` = "warn" trains all the same, "stop" raises ValueError, and "skip"
   leaves the weights as they are if play with knowledge is worse. A text that hurts is left out of
@@ -51,9 +50,8 @@ def gate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> bool:
 def _measure(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> None:
   count, played = run.config.consolidation.gate_episodes, {}
   sampling, limit = run.sampling("evaluation"), run.config.deployment.max_response_tokens
-  teacher = run.base if run.config.consolidation.teacher == "first" else policy
   with run.stage(number, "gate", policy, 2 * count) as (meter, advance):
-    for name, player, given in (("without", policy, ()), ("with", teacher, texts)):
+    for name, player, given in (("without", policy, ()), ("with", run.teacher(policy), texts)):
       meter.policy = player
       file = f"user/gate_{name}.jsonl"
       games = play.Games(file, f"r{number}-gate", "gate", count, sampling, given)

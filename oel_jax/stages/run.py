@@ -81,6 +81,12 @@ class Run:
     skips = self.config.consolidation.on_no_gain == "skip" and gain < 0
     return shares | {"decision": "train" if gain > 0 else "skip" if skips else "warn"}
 
+  def teacher(self, policy: Policy) -> Policy:
+    """Who plays with knowledge as the teacher does of a round that begins with `policy`: that, or,
+    where config.consolidation.teacher is "first", the run's first weights.
+    """
+    return self.base if self.config.consolidation.teacher == "first" else policy
+
   def log(self, number: int, stage: str, **scalars: float) -> None:
     """A stage's main numbers, for metrics.jsonl and TensorBoard; before its last file, so that a
     kill leaves neither or has both made anew.
