@@ -3,7 +3,6 @@
 This is the server side. It sees prompts and knowledge texts; it imports no environment.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,8 @@ from oel_jax.runtime import distributed, finite, signals
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints
 from oel_jax.runtime.metrics import Metrics
+
+COSTS = ("tokens", "trained", "flops")  # of steps, in this process (`consolidate`)
 
 
 def consolidate(
@@ -75,7 +77,7 @@ def consolidate(
   begin = restore.beginning(optimizer)
   abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
   made_from = restore.inputs(task, policy)
-  cost = {"tokens": 0.0, "trained": 0.0, "flops": 0.0}
+  cost = dict.fromkeys(COSTS, 0.0)
   finished = restore.weights(directory, abstract.params, config.steps, made_from)
   if finished is not None:
     restore.drop_checkpoints(directory)  # which a kill may have left
@@ -88,54 +90,29 @@ def consolidate(
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
     if first:
       advance(first)
-    if first == config.steps:
-      return _finished(config, directory, state.params, made_from), cost
-    restore.need_room(checkpoints, config, abstract, first)
-    metrics.drop_after(task.round, "consolidate", first if restored else -1)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    training = _prepare(
-      config,
-      task,
-      policy,
-      optimizer,
-      shardings,
-      limit,
-      mesh,
-      metrics,
-      checkpoints,
-      first,
-      draws.samplers(config, policy, base or policy),
-      kept or task,
-    )
-    if first == 0:
-      training.probe_untrained()
-    with signals.deferred() as terminated:
-      for i in range(first + 1, config.steps + 1):
-        state, loss, spent = training.run_step(i, state, next(batches))
-        cost = {name: total + spent[name] for name, total in cost.items()}
-        ending = distributed.anywhere(terminated(), "the end of a step")
-        last = i == config.steps and config.keep == "weights"
-        if ending or (training.saves(i) and not last):
-          checkpoints.save(i, state, {"iterator": batches.get_state(), "made_from": made_from})
-        advance(1, f"loss {loss:.4g}")
-        if ending:
-          checkpoints.wait()
-          what = f"step {i} of {config.steps} is saved in {checkpoints.directory}"
-          raise signals.Terminated(what)
-    checkpoints.wait()
-  return _finished(config, directory, state.params, made_from), cost
-
-
-def _finished(
-  config: Any, directory: str | os.PathLike, params: Any, made_from: dict[str, str]
-) -> Any:
-  """The parameters of a finished training, after what config.keep says is left of it."""
+    if first < config.steps:
+      restore.need_room(checkpoints, config, abstract, first)
+      metrics.drop_after(task.round, "consolidate", first if restored else -1)
+      training = _Training(
+        config,
+        task,
+        policy,
+        limit=limit,
+        mesh=mesh,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        samplers=draws.samplers(config, policy, base or policy),
+        kept=kept or task,
+        optimizer=optimizer,
+        shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        first=first,
+      )
+      state, cost = training.run(state, batches, made_from, advance)
   if config.keep == "weights":
-    restore.keep_weights(directory, config.steps, params, made_from)
-  return params
+    restore.keep_weights(directory, config.steps, state.params, made_from)
+  return state.params, cost
 
 
-@dataclasses.dataclass(frozen=True)
 class _Training:
   """What all steps of a round have in common; the state goes through `run_step`.
 
@@ -143,35 +120,111 @@ class _Training:
     config: config.consolidation.
     task: prompts and knowledge.
     policy: the round's first weights.
+    limit: most tokens of a response.
+    mesh, metrics, checkpoints: of the round.
+    samplers: whose samples the steps take.
+    first: the last step that is done already; 0 if none is.
+    attn_impl: the attention implementation.
+    max_samples: most samples of a step.
+    micro_tokens: most tokens of a micro-batch (`samples.micro_tokens_of`).
     teacher: what it has read of the knowledge.
     step: the jitted step (`step.make_step`).
-    probe: parameters → statistics on the fixed batch; {} without one.
     select: what chooses the samples to be trained on; None: all are.
     anchor: what lays out the samples that are kept; None: none are.
-    samplers: whose samples the steps take.
-    attn_impl: the attention implementation.
-    limit: most tokens of a response.
-    most: samples of a step.
-    micro_tokens: most tokens of a micro-batch (`samples.micro_tokens_of`).
-    mesh, metrics, checkpoints: of the round.
+    probe: parameters → statistics on the fixed batch; {} without one.
   """
 
-  config: Any
-  task: task_lib.Task
-  policy: Policy
-  teacher: teacher_lib.Teacher | streamed_lib.Streamed
-  step: Callable
-  probe: Callable[[Any], dict[str, float]]
-  select: selection.Selection | None
-  anchor: anchor_lib.Anchor | None
-  samplers: draws.Samplers
-  attn_impl: str
-  limit: int
-  most: int
-  micro_tokens: int
-  mesh: jax.sharding.Mesh
-  metrics: Metrics
-  checkpoints: Checkpoints
+  def __init__(
+    self,
+    config: Any,
+    task: task_lib.Task,
+    policy: Policy,
+    *,
+    limit: int,
+    mesh: jax.sharding.Mesh,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    samplers: draws.Samplers,
+    kept: task_lib.Task,
+    optimizer: optax.GradientTransformation,
+    shardings: Any,
+    first: int,
+  ):
+    """Reads the knowledge once, and makes the step and the probe.
+
+    Args:
+      kept: whose knowledge the anchor's term is of.
+      optimizer: of the round.
+      shardings: of the state.
+      Others: as among the attributes.
+
+    Raises:
+      NotFiniteError: the probe's batch could not be sampled before step `first` + 1.
+    """
+    self.config, self.task, self.policy = config, task, policy
+    self.limit, self.mesh, self.metrics, self.checkpoints = limit, mesh, metrics, checkpoints
+    self.samplers, self.first = samplers, first
+
+    self.attn_impl = placement.attn_impl(config, policy)
+    self.teacher = placement.prepare_teacher(config, task, samplers.teacher, mesh, self.attn_impl)
+    placement.tell_if_on_host(config, task, self.teacher)
+    self.max_samples = draws.max_samples(task, config)
+    trained = selection.trained(config, self.max_samples)
+    self.micro_tokens = samples.micro_tokens_of(
+      config, task.prompts, limit=limit, samples=trained, mesh=mesh
+    )
+    self.step = make_step(config, policy, optimizer, self.attn_impl, shardings, self.micro_tokens)
+    self.select = selection.prepare(
+      config, task, policy, limit, mesh, self.attn_impl, self.max_samples
+    )
+    self.anchor = anchor_lib.prepare(
+      config, kept, policy, limit, mesh, self.micro_tokens, self.max_samples
+    )
+    try:
+      self.probe = probing.make(config, task, policy, self.teacher, limit, mesh, self.attn_impl)
+    except finite.NotFiniteError as error:
+      raise self.failed(first, str(error), error.prompts) from error
+
+  def run(
+    self,
+    state: step_lib.State,
+    batches: grain.DatasetIterator,
+    made_from: dict[str, str],
+    advance: Callable[..., None],
+  ) -> tuple[step_lib.State, dict[str, float]]:
+    """Takes the steps that are left, and saves what they leave.
+
+    Args:
+      state: after step `first`; donated.
+      batches: the data iterator, from there.
+      made_from: kept in each checkpoint (`restore.inputs`).
+      advance: as `consolidate` has it.
+
+    Returns:
+      The state after the last step, and what the steps cost.
+
+    Raises:
+      NotFiniteError, OSError, Terminated: as `consolidate` says.
+    """
+    cost = dict.fromkeys(COSTS, 0.0)
+    if self.first == 0:
+      self.probe_untrained()
+    with signals.deferred() as terminated:
+      for i in range(self.first + 1, self.config.steps + 1):
+        state, loss, spent = self.run_step(i, state, next(batches))
+        cost = {name: total + spent[name] for name, total in cost.items()}
+        ending = distributed.anywhere(terminated(), "the end of a step")
+        last = i == self.config.steps and self.config.keep == "weights"
+        if ending or (self.saves(i) and not last):
+          extra = {"iterator": batches.get_state(), "made_from": made_from}
+          self.checkpoints.save(i, state, extra)
+        advance(1, f"loss {loss:.4g}")
+        if ending:
+          self.checkpoints.wait()
+          what = f"step {i} of {self.config.steps} is saved in {self.checkpoints.directory}"
+          raise signals.Terminated(what)
+    self.checkpoints.wait()
+    return state, cost
 
   def probe_untrained(self) -> None:
     """Writes the line of step 0.
@@ -222,7 +275,7 @@ class _Training:
     chosen, told, counts = self._chosen(sampled, teacher)
     how = self.task, self.policy, chosen, self.config, self.limit
     batch = samples.assemble(*how, counts=counts)
-    placed = samples.place(batch, self.mesh, self.most, self.micro_tokens)
+    placed = samples.place(batch, self.mesh, self.max_samples, self.micro_tokens)
     kept, more = self.anchor(sampled) if self.anchor else (None, 0)
     how = dict(micro_tokens=self.micro_tokens, dtype=self.policy.dtype, attn_impl=self.attn_impl)
     teacher, placed = streamed_lib.ahead(teacher, self.policy.architecture, placed, **how)
@@ -287,58 +340,6 @@ class _Training:
       ids=[self.task.ids[i] for i in drawn],
       checkpoints=self.checkpoints,
     )
-
-
-def _prepare(
-  config,
-  task,
-  policy,
-  optimizer,
-  shardings,
-  limit,
-  mesh,
-  metrics,
-  checkpoints,
-  first,
-  samplers,
-  kept,
-) -> _Training:
-  """Reads the knowledge once, and makes the step and the probe.
-
-  Raises:
-    NotFiniteError: the probe's batch could not be sampled before step `first` + 1.
-  """
-  attn_impl = placement.attn_impl(config, policy)
-  teacher = placement.prepare_teacher(config, task, samplers.teacher, mesh, attn_impl)
-  placement.tell_if_on_host(config, task, teacher)
-  most = draws.max_samples(task, config)
-  count = selection.trained(config, most)
-  micro_tokens = samples.micro_tokens_of(
-    config, task.prompts, limit=limit, samples=count, mesh=mesh
-  )
-  training = _Training(
-    config,
-    task,
-    policy,
-    teacher,
-    make_step(config, policy, optimizer, attn_impl, shardings, micro_tokens),
-    lambda params: {},
-    selection.prepare(config, task, policy, limit, mesh, attn_impl, most),
-    anchor_lib.prepare(config, kept, policy, limit, mesh, micro_tokens, most),
-    samplers,
-    attn_impl,
-    limit,
-    most,
-    micro_tokens,
-    mesh,
-    metrics,
-    checkpoints,
-  )
-  try:
-    probe = probing.make(config, task, policy, teacher, limit, mesh, attn_impl)
-  except finite.NotFiniteError as error:
-    raise training.failed(first, str(error), error.prompts) from error
-  return dataclasses.replace(training, probe=probe)
 
 
 def make_step(
