@@ -1,91 +1,17 @@
-"""The default configuration: every field, its unit and where its value comes from; and the checks
-that run before anything else does.
+"""The default configuration: every field, its unit and where its value comes from.
 
 The values are the paper's common constants (arXiv 2603.16856, section 4 and appendix) with Frozen
 Lake and Qwen3-1.7B as the setting. A file in `experiments/` starts from `default()` and overrides
 what its figure or table needs.
 """
 
-import math
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from oel_jax.consolidation.divergences import DIVERGENCES
-from oel_jax.conversations.schema import KNOWLEDGE_HEADS
-from oel_jax.policy.architecture import ARCHITECTURES
-from oel_jax.policy.endpoint import connection
-from oel_jax.runtime import boards
+from oel_jax import config_checks
 
-# Fields with few values.
-CHOICES = {
-  "policy.architecture": ("auto", *ARCHITECTURES),
-  "policy.compute_dtype": ("auto", "bfloat16", "float32"),
-  "extraction.form": ("items", "text"),
-  "extraction.start_from": ("nothing", "previous_round"),
-  "extraction.wording": tuple(KNOWLEDGE_HEADS),
-  "extraction.source": ("extracted", "trajectories", "empty"),
-  "consolidation.data": ("student", "teacher"),
-  "consolidation.kind": (*DIVERGENCES, "imitation"),
-  "consolidation.renewed": ("step", "round", "never"),
-  "consolidation.teacher": ("frozen", "first", "live"),
-  "consolidation.support": ("full", "topk", "topk_tail"),
-  "consolidation.remat": ("none", "dots", "full"),
-  "consolidation.attention": ("auto", "xla", "cudnn", "flash", "splash"),
-  "consolidation.unroll": ("auto", "yes", "no"),
-  "consolidation.keep": ("checkpoints", "weights"),
-  "consolidation.on_no_gain": ("warn", "skip", "stop"),
-}
-POSITIVE = (
-  "rounds",
-  "mesh.sample_tensor",
-  "plan.prompt_tokens",
-  "policy.max_prompt_tokens",
-  "deployment.episodes",
-  "deployment.max_turns",
-  "deployment.max_response_tokens",
-  "deployment.temperature",
-  "deployment.slots",
-  "deployment.endpoint_timeout",
-  "extraction.texts",
-  "extraction.trajectories",
-  "extraction.use",
-  "extraction.min_support",
-  "extraction.max_knowledge_tokens",
-  "extraction.max_response_tokens",
-  "extraction.temperature",
-  "consolidation.steps",
-  "consolidation.batch_size",
-  "consolidation.k",
-  "consolidation.temperature",
-  "consolidation.learning_rate",
-  "consolidation.eps",
-  "consolidation.clip_norm",
-  "consolidation.micro_tokens",
-  "consolidation.chunk",
-  "consolidation.checkpoint_every",
-  "evaluation.accumulation_rounds",
-  "evaluation.episodes",
-  "evaluation.temperature",
-)
-NOT_NEGATIVE = (
-  "plan.price",
-  "deployment.top_k",
-  "deployment.endpoint_retries",
-  "extraction.top_k",
-  "evaluation.top_k",
-  "consolidation.games_per_step",
-  "consolidation.gate_episodes",
-  "consolidation.log_probe",
-  "consolidation.knowledge_gib",
-  "consolidation.weight_decay",
-  "consolidation.anchor",
-  "evaluation.retention",
-  "evaluation.own_answers",
-  "logs.held_out",
-  "logs.near",
-)
 # Short names of what modules outside the core have, each for its MODULE:NAME.
 POLICIES = {"pocket": "oel_jax.pocket.load:load"}  # of config.policy.weights
 TASKS = {  # of config.task
@@ -102,8 +28,26 @@ def default() -> ml_collections.ConfigDict:
   # For --stage=withdraw: conversations to be taken out of the run, by their ids, or a user's as
   # user:NAME, with commas between.
   config.withdraw = ""
-  # For --stage=plan, which says what a run will take; a run itself reads none of these.
-  config.plan = ml_collections.ConfigDict(
+  config.plan = _plan()
+  # The project of Weights & Biases that gets the metrics, too; "": nothing is sent anywhere.
+  config.wandb_project = ""
+  # gs://BUCKET/FOLDER, or another place (runtime/mirror.py), where a copy of the run directory is
+  # kept, all that was said in it, too, and an empty one is filled from; "": none
+  config.mirror = ""
+
+  config.policy = _policy()
+  config.deployment = _deployment()
+  config.logs = _logs()
+  config.extraction = _extraction()
+  config.consolidation = _consolidation()
+  config.evaluation = _evaluation()
+  config.mesh = _mesh()
+  return config.lock()
+
+
+def _plan() -> ml_collections.ConfigDict:
+  """config.plan: for --stage=plan, which says what a run will take; a run reads none of it."""
+  return ml_collections.ConfigDict(
     dict(
       # a kind of device (runtime/target.py) and how many of it: "h200,8"; "": none
       device="",
@@ -111,13 +55,11 @@ def default() -> ml_collections.ConfigDict:
       price=0.0,  # of a device and hour, in whatever money; 0: not told
     )
   )
-  # The project of Weights & Biases that gets the metrics, too; "": nothing is sent anywhere.
-  config.wandb_project = ""
-  # gs://BUCKET/FOLDER, or another place (runtime/mirror.py), where a copy of the run directory is
-  # kept, all that was said in it, too, and an empty one is filled from; "": none
-  config.mirror = ""
 
-  config.policy = ml_collections.ConfigDict(
+
+def _policy() -> ml_collections.ConfigDict:
+  """config.policy: the language model that is deployed and trained."""
+  return ml_collections.ConfigDict(
     dict(
       # "auto": as the weights say; or a name of policy/architecture.py, which they must then agree
       # with
@@ -132,7 +74,11 @@ def default() -> ml_collections.ConfigDict:
       max_prompt_tokens=16384,  # a longer prompt is an error that names this field
     )
   )
-  config.deployment = ml_collections.ConfigDict(
+
+
+def _deployment() -> ml_collections.ConfigDict:
+  """config.deployment: what is played, and how; its turns become the prompts."""
+  return ml_collections.ConfigDict(
     dict(
       # "textarena"; or what makes an environment of one's own (environments/api.py), called with
       # game_args: "FILE.py:NAME" or "MODULE:NAME"; or "": none, where logs.path says what was said
@@ -167,7 +113,11 @@ def default() -> ml_collections.ConfigDict:
       endpoint_retries=8,
     )
   )
-  config.logs = ml_collections.ConfigDict(
+
+
+def _logs() -> ml_collections.ConfigDict:
+  """config.logs: what was said to a deployed model, where that takes the place of games."""
+  return ml_collections.ConfigDict(
     dict(
       # What the deployed model and its users said, in place of games: a log or a folder of them
       # (conversations/logs.py); "{round}" in it is the round's number. "": games are played.
@@ -192,7 +142,11 @@ def default() -> ml_collections.ConfigDict:
       redact_hook="",
     )
   )
-  config.extraction = ml_collections.ConfigDict(
+
+
+def _extraction() -> ml_collections.ConfigDict:
+  """config.extraction: how knowledge is written down (OEL section 3)."""
+  return ml_collections.ConfigDict(
     dict(
       texts=10,  # K knowledge texts, each from its own seed
       trajectories=30,  # accumulated, a text
@@ -233,7 +187,11 @@ def default() -> ml_collections.ConfigDict:
       top_k=20,  # 0: off
     )
   )
-  config.consolidation = ml_collections.ConfigDict(
+
+
+def _consolidation() -> ml_collections.ConfigDict:
+  """config.consolidation: how knowledge is trained into the weights (OEL section 3)."""
+  return ml_collections.ConfigDict(
     dict(
       steps=20,  # optimizer steps a round
       batch_size=64,  # prompts a step, one sample each, one update
@@ -317,7 +275,11 @@ def default() -> ml_collections.ConfigDict:
       log_probe=32,
     )
   )
-  config.evaluation = ml_collections.ConfigDict(
+
+
+def _evaluation() -> ml_collections.ConfigDict:
+  """config.evaluation: what is measured in each round."""
+  return ml_collections.ConfigDict(
     dict(
       episodes=128,  # held-out maps, the same in every round
       temperature=0.7,  # sampling of the turns; the gate before training plays with it too
@@ -340,7 +302,11 @@ def default() -> ml_collections.ConfigDict:
       unrelated="",
     )
   )
-  config.mesh = ml_collections.ConfigDict(
+
+
+def _mesh() -> ml_collections.ConfigDict:
+  """config.mesh: how devices are laid out."""
+  return ml_collections.ConfigDict(
     dict(
       # devices on each axis; -1: all that are left
       data=-1,  # rows
@@ -351,7 +317,6 @@ def default() -> ml_collections.ConfigDict:
       sample_tensor=1,
     )
   )
-  return config.lock()
 
 
 def default_distill() -> ml_collections.ConfigDict:
@@ -398,256 +363,6 @@ def validate(
   `wandb_project` is set and wandb not installed.
 
   Checks that each field of `expected` (None: of `default()`) is there and of its type, and fields
-  alone and against each other.
+  alone and against each other (`config_checks`).
   """
-  _check_types(config, default() if expected is None else expected)
-  _need(
-    config,
-    "extraction.source",
-    config.extraction.source != "swapped",
-    "another: what changes the items of the knowledge is named by extraction.edit now, as "
-    "experiments/controls.py does",
-  )
-  for field, choices in CHOICES.items():
-    value, right = _value(config, field), "one of " + ", ".join(map(repr, choices))
-    _need(config, field, value in choices, right)
-  for field in POSITIVE:
-    _need(config, field, _value(config, field) > 0, "more than 0")
-  for field in NOT_NEGATIVE:
-    _need(config, field, _value(config, field) >= 0, "0 or more")
-  for field in ("deployment.top_p", "extraction.top_p", "evaluation.top_p"):
-    _need(config, field, 0 < _value(config, field) <= 1, "above 0 and at most 1")
-  for field in ("consolidation.b1", "consolidation.b2"):
-    _need(config, field, 0 <= _value(config, field) < 1, "at least 0 and below 1")
-  _check_together(config)
-  if config.wandb_project:
-    boards.import_wandb(config.wandb_project)
-  check_finite(config)
-
-
-def _value(config: Any, field: str) -> Any:
-  for part in field.split("."):
-    config = config[part]
-  return config
-
-
-def _need(config: Any, field: str, ok: bool, right: str) -> None:
-  if not ok:
-    raise ValueError(f"config.{field} is {_value(config, field)!r}: it must be {right}")
-
-
-def _check_together(config: Any) -> None:
-  """Raises ValueError where two fields contradict each other."""
-  extraction, evaluation = config.extraction, config.evaluation
-  read = f"extraction.trajectories ({extraction.trajectories})"
-  _need(
-    config,
-    "evaluation.retention",
-    bool(evaluation.tasks) or not evaluation.retention,
-    "0 where evaluation.tasks names no task, each as MODULE:NAME",
-  )
-  _need(
-    config,
-    "evaluation.accumulation",
-    all(type(n) is int and 0 < n <= extraction.trajectories for n in evaluation.accumulation),
-    f"whole numbers from 1 to {read}",
-  )
-  _need(config, "withdraw", not config.withdraw, "'', but for --stage=withdraw")
-  _need(config, "extraction.use", extraction.use <= extraction.trajectories, f"at most {read}")
-  items = (extraction.source, extraction.form) == ("extracted", "items")
-  for field, off in (
-    ("min_support", 1),
-    ("told_by_others", False),
-    ("newest_wins", False),
-    ("repeats", True),
-  ):
-    _need(
-      config,
-      f"extraction.{field}",
-      items or extraction[field] == off,
-      f'{off} where extraction.form is not "items" or extraction.source not "extracted": texts and '
-      "transcripts have no cases, and are never the same twice",
-    )
-  _need(
-    config,
-    "extraction.weights",
-    not extraction.weights or extraction.source == "extracted",
-    '"" where extraction.source is not "extracted": nobody writes anything down',
-  )
-  _need(
-    config,
-    "consolidation.pack",
-    config.consolidation.attention != "flash" or not config.consolidation.pack,
-    'False, as consolidation.attention = "flash" does not keep a row\'s samples apart',
-  )
-  _need(
-    config,
-    "consolidation.one_end",
-    config.consolidation.kind != "imitation" or not config.consolidation.one_end,
-    'False where consolidation.kind is "imitation", which knows the sampled token alone',
-  )
-  _check_games(config)
-  _check_guard(config)
-  _check_endpoint(config)
-  _need(
-    config,
-    "deployment.environment",
-    bool(config.deployment.environment or config.logs.path),
-    '"textarena", FILE.py:NAME or MODULE:NAME where logs.path is ""',
-  )
-  _need(
-    config,
-    "consolidation.gate_episodes",
-    bool(config.deployment.environment) or not config.consolidation.gate_episodes,
-    '0 where deployment.environment is "", as there is nothing to play',
-  )
-  for field, nothing in (("accumulation", ()), ("own_answers", 0)):
-    _need(
-      config,
-      f"evaluation.{field}",
-      bool(config.deployment.environment) or not evaluation[field],
-      f'{nothing} where deployment.environment is "", as there is nothing to play',
-    )
-  _need(
-    config,
-    "deployment.endpoint",
-    not (config.logs.path and config.deployment.endpoint),
-    '"" where logs.path says what was said: nothing is played in deployment',
-  )
-  for field in ("people", "tools"):
-    right = '"" where logs.path is "": they speak of logs'
-    _need(config, f"logs.{field}", bool(config.logs.path) or not config.logs[field], right)
-  _need(
-    config, "logs.held_out", config.logs.held_out < 1, "below 1: somebody is to be learned from"
-  )
-  if "distill" not in config:  # which extracts nothing
-    limit = config.policy.max_prompt_tokens
-    fits = extraction.max_knowledge_tokens < limit
-    right = f"below policy.max_prompt_tokens ({limit})"
-    _need(config, "extraction.max_knowledge_tokens", fits, right)
-
-
-def _check_games(config: Any) -> None:
-  """Raises ValueError if there are not as many games as the steps of a round take, or none."""
-  games = config.consolidation.games_per_step
-  if not games:
-    return
-  field = "consolidation.games_per_step"
-  _need(config, field, "distill" not in config, "0, as config.task is distill: it has no games")
-  needed = games * config.consolidation.steps
-  _need(
-    config,
-    "deployment.episodes",
-    bool(config.logs.path) or config.deployment.episodes >= needed,
-    f"at least {needed}: consolidation.games_per_step ({games}) new ones in each of "
-    f"consolidation.steps ({config.consolidation.steps})",
-  )
-
-
-def _check_guard(config: Any) -> None:
-  """Raises ValueError where what is trained on beside the plain loss, or left out, cannot be so."""
-  training = config.consolidation
-  _need(config, "consolidation.final_rate", 0 <= training.final_rate <= 1, "from 0 to 1 (constant)")
-  _need(config, "consolidation.select", 0 < training.select <= 1, "above 0 and at most 1 (all)")
-  _need(
-    config,
-    "consolidation.select",
-    training.select == 1 or (training.data, training.renewed) == ("student", "step"),
-    '1 where consolidation.data is not "student" or consolidation.renewed not "step": what the '
-    "student thinks of the tokens is known from its own sampling",
-  )
-  share = training.teacher_on_host
-  _need(config, "consolidation.teacher_on_host", 0 <= share <= 1, "0 to 1, a share of its layers")
-  _need(
-    config,
-    "consolidation.teacher_on_host",
-    not share or training.teacher != "live" and training.kind != "imitation",
-    '0 where consolidation.teacher is "live", which would be written to the host in each step, or '
-    'consolidation.kind "imitation", which has no teacher',
-  )
-  _need(
-    config,
-    "consolidation.teacher_on_host",
-    not share or not training.anchor,
-    "0 where consolidation.anchor is not, whose samples have a pass of the teacher in the step",
-  )
-  _need(config, "consolidation.anchor_share", 0 < training.anchor_share <= 1, "above 0, at most 1")
-  _need(
-    config,
-    "consolidation.anchor",
-    not training.anchor or training.kind != "imitation" and training.teacher == "frozen",
-    '0 where consolidation.kind is "imitation" or consolidation.teacher not "frozen": kept is '
-    "what the round's first weights do",
-  )
-  _need(
-    config,
-    "consolidation.anchor_edit",
-    not training.anchor_edit or training.anchor > 0 and "distill" not in config,
-    '"" where consolidation.anchor is 0 or a text is distilled',
-  )
-  _need(
-    config,
-    "consolidation.balance",
-    not training.balance or not training.games_per_step and "distill" not in config,
-    "False where consolidation.games_per_step takes whole games, or a text is distilled, whose "
-    "prompts are turns of no conversation",
-  )
-
-
-def _check_endpoint(config: Any) -> None:
-  """Raises ValueError if the endpoint has no address or no model. What stands in the address is not
-  shown, for it may be a password.
-  """
-  if not config.deployment.endpoint:
-    return
-  try:
-    connection.address(config.deployment.endpoint)
-  except ValueError as error:
-    raise ValueError(f"config.deployment.endpoint is no address: it must be {error}") from None
-  named = bool(config.deployment.endpoint_model)
-  right = "the name that the server of deployment.endpoint has for the model"
-  _need(config, "deployment.endpoint_model", named, right)
-
-
-def _check_types(config: Any, expected: ml_collections.ConfigDict, above: str = "") -> None:
-  """Raises ValueError at the first field that is missing or not of the type of the expected one.
-
-  ml_collections lets a bool into an int field, and anything into a field that was None once.
-  """
-  for name, right in expected.items():
-    field = f"config.{above}{name}"
-    if name not in config:
-      raise ValueError(f"{field} is missing: start from the default of oel_jax/config.py")
-    value, kind = config[name], expected.get_type(name)
-    if kind is ml_collections.ConfigDict:
-      if not isinstance(value, kind):
-        raise ValueError(f"{field} is {value!r}: it must be a group of fields")
-      if name != "game_args":  # each game has its own
-        _check_types(value, right, f"{above}{name}.")
-      continue
-    types = {float: (int, float), tuple: (tuple, list)}.get(kind, (kind,))
-    fits = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
-    if not fits and not (value is None and right is None):
-      raise ValueError(f"{field} is {value!r}: it must be of type {kind.__name__}")
-
-
-def check_finite(config: Any, above: str = "config") -> None:
-  """Raises ValueError at the first number, at any depth, that is infinite, NaN or beyond floats, or
-  a whole one beyond 64 bits, which the run's config.json could not be read with.
-  """
-  inner = ()
-  if hasattr(config, "items"):
-    inner = config.items()
-  elif isinstance(config, (tuple, list)):
-    inner = enumerate(config)
-  for name, value in inner:
-    check_finite(value, f"{above}.{name}")
-  if isinstance(config, (int, float)):
-    try:
-      finite = math.isfinite(config)
-    except OverflowError:  # a whole number of more than 308 digits
-      finite = False
-    if not finite:
-      raise ValueError(f"{above} is {config!r:.100}: it must be a finite number")
-    if isinstance(config, int) and not -(2**63) <= config < 2**63:
-      raise ValueError(f"{above} is {config!r:.100}: it must be a whole number of 64 bits")
+  config_checks.check(config, default() if expected is None else expected)

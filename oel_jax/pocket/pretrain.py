@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from oel_jax import config as config_lib
+from oel_jax import config_checks
 from oel_jax.consolidation import failure
 from oel_jax.pocket import corpus, load, probes, vocabulary
 from oel_jax.pocket.boards import corpus as boards_corpus
@@ -166,7 +166,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
       configuration.
     NotFiniteError, Terminated: as in `train`.
   """
-  config_lib.check_finite(config)
+  config_checks.check_finite(config)
   shape, taught = architecture.named(config.architecture), curriculum(config.curriculum)
   model_file = taught.model_file()
   with contextlib.ExitStack() as stack:
