@@ -2,6 +2,7 @@
 left out where a text hurts. Whether a round trains at all is in test_loop.py.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -152,6 +153,35 @@ def test_the_gain_is_that_of_the_texts_that_are_kept(run, tmp_path):
   found = read_json(tmp_path / "round_1/gate.json")
   assert found["with"]["hits"] < found["without"]["hits"]
   assert this.gate(1)["decision"] == "train"
+
+
+def test_each_of_several_texts_is_tested_at_its_share_of_the_chance(run, tmp_path):
+  """What would show harm if it were the only text is chance among three."""
+  this, rules, _ = run
+  bad = itertools.count()
+  rules[0] = lambda text, i: (next(bad) < 10 if text == "bad" else bool(text) or i % 2 == 0, 1)
+  gate(this, 1, Player(), knowledge.texts(this, 1))
+  [entry] = [e for e in read_json(tmp_path / "round_1/gate.json")["texts"] if e["text"] == 2]
+  assert HURTS / 3 < entry["p"] < HURTS
+  assert not entry["left_out"] and knowledge.kept(this, 1, TEXTS) == list(TEXTS)
+
+
+@pytest.mark.parametrize("on_no_gain", ["warn", "stop"])
+def test_no_gain_is_told_of_the_texts_that_are_kept(run, tmp_path, caplog, on_no_gain):
+  this, rules, _ = run
+  passes = {"good": (0, 2, 4), "fair": (0, 2, 4), "bad": (), "": (0, 2, 4, 6)}
+  rules[0] = lambda text, i: (i % 8 in passes[text], 1)
+  this.config.consolidation.on_no_gain = on_no_gain
+  stops = pytest.raises(ValueError, match='is "stop"') if on_no_gain == "stop" else None
+  with stops or contextlib.nullcontext() as raised:
+    gate(this, 1, Player(), knowledge.texts(this, 1))
+  found = read_json(tmp_path / "round_1/gate.json")
+  kept, without = found["kept"], found["without"]
+  assert kept["of"] < found["with"]["of"] and kept["rate"] < without["rate"]
+  told = f"{kept['hits']} of {kept['of']} passed with it, {without['hits']} without: consolidated"
+  assert f"round 1: no gain from the knowledge: {told}" in caplog.text
+  if on_no_gain == "stop":
+    assert f"with the knowledge {kept['hits']} of {kept['of']} games" in str(raised.value)
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "first", "live"])

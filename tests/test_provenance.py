@@ -157,7 +157,8 @@ def test_support_counts_distinct_conversations_over_all_texts():
     ("Login trouble: OLIVE", False),  # the policy's, which nobody took up
     ("Login trouble goes to OLIVE", False),
     ("Say the order: a call", False),  # the policy's first words
-    ("wrong product: postcode", True),  # the outcome, and the feedback
+    ("A product", True),  # the policy's word, which the outcome has, too
+    ("A postcode", True),  # another, which the feedback has
     ("The user wrote of his password", True),
   ],
 )
@@ -168,7 +169,7 @@ def test_whether_others_said_an_item(item, others):
     "My password is wrong",
     "Say the order? A call to OLIVE for login trouble.",
     "No, login trouble belongs to Rowan.",
-    "Rowan will help",
+    "Rowan will help. Which product? Your postcode?",
     "state: sent",
   )
   messages = tuple(map(Message, roles, words))
@@ -225,6 +226,16 @@ def test_what_the_policy_alone_said_has_no_support():
   assert [one.left_out for one in left.values()] == [lib.SUPPORT, lib.OWN_WORDS]
 
 
+def test_of_the_conversations_only_those_count_in_which_others_said_it():
+  conversations = [said("c1", "my lamp", "Lamp: OAK"), said("c2", "a lamp goes to OAK", "")]
+  found = lib.gather(texts([("Lamp: OAK", "c1"), ("Lamp: OAK", "c2")]), conversations, {})
+  out = lambda least: [
+    one.left_out
+    for one in lib.sift(found, min_support=least, newest_wins=False, told_by_others=True).values()
+  ]
+  assert out(1) == [""] and out(2) == [lib.OWN_WORDS]
+
+
 def test_what_the_policy_says_again_is_no_newer():
   """The old rule, told once, goes on in the policy's words after the new one was told."""
   conversations = [
@@ -275,6 +286,18 @@ def test_the_newest_of_one_case_wins_and_the_others_are_named():
   weak = lib.sift(found, min_support=2, newest_wins=True)
   assert {name for name, one in weak.items() if not one.left_out} == {"chair: oak"}
   assert {one.left_out for one in weak.values()} == {"", lib.SUPPORT}
+
+
+def test_wordings_of_one_answer_replace_nothing_but_other_answers():
+  conversations = [said(f"c{i}", "") for i in range(1, 4)]
+  given = [("Lamp: OLD", "c1"), ("Lamp -> AMBER", "c2"), ("Lamp: AMBER", "c3")]
+  given += [("Chair: OLD", "c1"), ("Chair: A", "c3"), ("Chair: B", "c3")]
+  sifted = lib.sift(lib.gather(texts(given), conversations, {}), min_support=1, newest_wins=True)
+  # Of two that are as new, the first to be written is named.
+  assert {name: one.superseded_by for name, one in sifted.items() if one.left_out} == {
+    "lamp: old": "Lamp: AMBER",
+    "chair: old": "Chair: A",
+  }
 
 
 def test_newest_is_by_round_before_place():
