@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from readings import Cell, Compared, Row, share_of  # noqa: E402
-from study import GAMES, Changes, Setting, Study, main  # noqa: E402
+from study import GAMES, Changes, Setting, Study, given, main  # noqa: E402
 
 ARM, ROUNDS = "own", (1, 2, 3)
 SHARES = {"⅛": 0.125, "¼": 0.25, "½": 0.5}
@@ -19,7 +19,7 @@ SHARES = {"⅛": 0.125, "¼": 0.25, "½": 0.5}
 
 def arms(setting: Setting, options: argparse.Namespace) -> dict[str, Changes]:
   """One, which also plays with the knowledge as it stood before its end."""
-  use = setting.default().extraction.use
+  use = given(options, setting, "extraction.use")
   points = tuple(sorted({share_of(use, share) for share in SHARES.values()}))
   how = {"evaluation.accumulation": points, "evaluation.accumulation_rounds": len(ROUNDS)}
   return {ARM: how}

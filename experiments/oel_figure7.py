@@ -48,13 +48,31 @@ def arms(setting: Setting, options: argparse.Namespace) -> dict[str, Changes]:
       changes["deployment.episodes"] = exact.deployment.episodes
       changes |= {f"{GROUPS.get(field, 'extraction')}.{field}": v for field, v in constants}
     found[f"{place + 1}-{name}"] = changes
+  _refuse_another_order(list(found), pathlib.Path(options.directory) / setting.name)
   return found
+
+
+def _refuse_another_order(arms: list[str], folder: pathlib.Path) -> None:
+  """Raises ValueError if the directory has a size at another place, or another size at one's."""
+  there = [path.name for path in folder.glob("[1-9]*-*") if path.is_dir()]
+  together = sorted({*arms, *there}, key=lambda name: (_place(name), name))
+  for parts in ([name.partition("-")[part] for name in together] for part in (0, 2)):
+    if again := [part for part in parts if parts.count(part) > 1]:
+      said = ", ".join(name for name in together if again[0] in name.split("-", 1))
+      raise ValueError(
+        f"--sizes and {folder} together have {said}: sizes keep their places: give those that are "
+        "there as they were, and larger ones behind them, or another directory"
+      )
+
+
+def _place(arm: str) -> int:
+  return int(arm.partition("-")[0])
 
 
 def rows(names: list[str]) -> list[Row]:
   """Each size before, with its knowledge in context, and after."""
   found = []
-  for arm in sorted(names):
+  for arm in sorted(names, key=_place):
     size = arm.partition("-")[2]
     found.append(Row(f"{size}, base", "", Cell(arm, 0)))
     found.append(Row(f"{size}, in context", "", Cell(arm, 1, "in_context")))
@@ -64,7 +82,7 @@ def rows(names: list[str]) -> list[Row]:
 
 def compared(names: list[str]) -> list[Compared]:
   """What each size gains, and whether the larger of two gains more."""
-  order = sorted(names)
+  order = sorted(names, key=_place)
   found = [Compared(f"gain of {arm.partition('-')[2]}", Cell(arm), Cell(arm, 0)) for arm in order]
   for small, large in itertools.combinations(order, 2):
     told = f"gain of {large.partition('-')[2]} above that of {small.partition('-')[2]}"

@@ -114,7 +114,8 @@ class Column:
       return self._of_prompts(cell, seed)
     folder = self.round(cell.arm, seed, cell.round)
     path = folder / "evaluation.json"
-    if not path.exists():
+    # Before a run has a config.json, all that its directory holds is a copy of what was begun.
+    if not path.exists() or not self.config_path(cell.arm, seed).exists():
       return None
     if cell.what not in OF_A_GAME:
       measured = files.read_json(path)
@@ -141,7 +142,31 @@ class Column:
 
   def config(self, arm: str, seed: int) -> dict[str, Any]:
     """The run's configuration, as its config.json holds it."""
-    return files.read_json(self.folder / arm / str(seed) / "config.json")["config"]
+    return files.read_json(self.config_path(arm, seed))["config"]
+
+  def config_path(self, arm: str, seed: int) -> pathlib.Path:
+    """Where a run has its configuration; it is there as soon as the run has begun by itself."""
+    return self.folder / arm / str(seed) / "config.json"
+
+  def skipped(self) -> list[str]:
+    """The runs' rounds that the gate skipped: "own, seed 3, round 2"."""
+    return [
+      f"{arm}, seed {seed}, round {number}"
+      for arm in self.arms()
+      for seed in self.seeds(arm)
+      for number in self.rounds(arm, seed)
+      if self._decision(arm, seed, number) == "skip"
+    ]
+
+  def rounds(self, arm: str, seed: int) -> list[int]:
+    """The rounds that a run has evaluated, 0 for its base."""
+    found = (self.folder / arm / str(seed)).glob("round_*/evaluation.json")
+    names = (path.parent.name.removeprefix("round_") for path in found)
+    return sorted(int(name) for name in names if name.isdigit())
+
+  def _decision(self, arm: str, seed: int, number: int) -> str | None:
+    measured = files.read_json(self.round(arm, seed, number) / "evaluation.json")
+    return (measured.get("gate") or {}).get("decision")
 
   def counts(self, rows: Sequence[Row]) -> str:
     """How many runs and held-out games the column's rows rest on."""

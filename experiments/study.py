@@ -14,14 +14,12 @@ is empty. Called again, a command goes on with what was cut off.
 """
 
 import argparse
-import concurrent.futures
+import ast
 import dataclasses
+import functools
 import importlib
-import json
-import os
 import pathlib
-import queue
-import shutil
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -30,8 +28,9 @@ from typing import Any
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import readings  # noqa: E402
+import running  # noqa: E402
 
-from oel_jax.runtime import files, schema  # noqa: E402
+from oel_jax.runtime import schema  # noqa: E402
 
 BEGUN = "begun"
 # Raw trajectories, and an empty wrapper, have no items: what chooses among these is off.
@@ -159,9 +158,11 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
   setting, folder = SETTINGS[options.setting], pathlib.Path(options.directory)
   try:
     arms = study.arms(setting, options)
-  except ValueError as error:
+    _refuse_varied(arms, flags)
+    with running.ended_together():
+      failed = 0 if options.print else _make(study, setting, arms, folder, options, flags)
+  except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
-  failed = 0 if options.print else _make(study, setting, arms, folder, options, flags)
   print(_table(study, folder))
   if failed:
     sys.exit(f"error: {failed} runs failed: the same command goes on with them")
@@ -180,16 +181,50 @@ def _parse(study: Study, arguments: Sequence[str] | None) -> tuple[argparse.Name
   study.options(parser)
   options, flags = parser.parse_known_args(arguments)
   for flag in flags:
-    if not flag.startswith("--config."):
+    if not flag.startswith("--config.") or "=" not in flag:
       parser.error(f"{flag}: of other flags only --config.FIELD=VALUE go to the runs")
-  try:
-    options.seeds = [int(seed) for seed in options.seeds.split(",")]
-  except ValueError:
-    parser.error(f"--seeds is {options.seeds!r}: it must be whole numbers with commas between")
+  numbers = re.fullmatch("[0-9]+(,[0-9]+)*", options.seeds)
+  seeds = [int(seed) for seed in options.seeds.split(",")] if numbers else []
+  if not seeds or len(set(seeds)) < len(seeds):
+    right = "whole numbers from 0 with commas between, each once"
+    parser.error(f"--seeds is {options.seeds!r}: it must be {right}")
+  options.seeds, options.flags = seeds, flags
   needs = SETTINGS[options.setting].weights and not study.sizes and not options.print
   if needs and not options.weights:
     parser.error(f"{options.setting} needs --weights: a Hugging Face folder or a .gguf file")
   return options, flags
+
+
+def given(options: argparse.Namespace, setting: Setting, field: str) -> Any:
+  """The value of a field in the setting's runs: what --config.FIELD= says, else the setting's.
+
+  Raises:
+    ValueError: the flag's value is of another kind than the setting's.
+  """
+  said = dict(flag.removeprefix("--config.").split("=", 1) for flag in options.flags)
+  default = functools.reduce(getattr, field.split("."), setting.default())
+  if field not in said:
+    return default
+  try:
+    value = ast.literal_eval(said[field])
+  except (ValueError, SyntaxError):
+    value = said[field]
+  if type(value) is not type(default):
+    told = f"--config.{field} is {said[field]!r}: it must be of type {type(default).__name__}"
+    raise ValueError(told)
+  return value
+
+
+def _refuse_varied(arms: dict[str, Changes], flags: Sequence[str]) -> None:
+  """Raises ValueError if a flag, which goes to every run, sets what the runs are told apart by."""
+  for flag in flags:
+    field = flag.removeprefix("--config.").partition("=")[0]
+    if field == "seed":
+      raise ValueError(f"{flag}: every run would have it: give --seeds")
+    values = [(name, repr(changes.get(field, "as it is"))) for name, changes in arms.items()]
+    if others := [each for each in values if each[1] != values[0][1]]:
+      told = " and ".join(f"{name} ({value})" for name, value in (values[0], others[0]))
+      raise ValueError(f"{flag}: every run would have it, and in this field {told} differ")
 
 
 def _make(
@@ -204,16 +239,16 @@ def _make(
   top = (folder / setting.name).absolute()
   own = {"policy.weights": options.weights} if getattr(options, "weights", None) else {}
   own |= {"rounds": study.rounds} if study.rounds else {}
-  while not _devices.empty():
-    _devices.get()
-  for job in range(_number("JOBS")):
-    _devices.put(job % _number("DEVICES"))
+  running.give_devices()
   begins = study.begins if setting.plays else ""
   before = {name: _before(begins, changes) for name, changes in arms.items()}
 
   def run(name: str, seed: int, changes: Changes, *stage: str) -> bool:
     changes = {"seed": seed, **setting.changes, **own, **changes}
-    return _run(top / name / str(seed), setting.config, changes, [*flags, *stage])
+    folder = top / name / str(seed)
+    command = [f"--config={HERE / setting.config}", f"--workdir={folder}"]
+    command += [f"--config.{field}={value}" for field, value in changes.items()]
+    return running.run(folder, [*command, *flags, *stage])
 
   def begin(name: str, seed: int) -> bool:
     stages = [("evaluate", 0), ("deploy", 1), ("extract", 1)]
@@ -223,13 +258,13 @@ def _make(
 
   def go_on(name: str, seed: int) -> bool:
     if begins:
-      _copy(top / before[name][0] / str(seed), top / name / str(seed))
+      running.copy(top / before[name][0] / str(seed), top / name / str(seed))
     return run(name, seed, arms[name])
 
   whole = {}
   if begins:  # the first goes ahead: what it compiled lies in the cache for the others
     wanted = [(name, seed) for name in dict(before.values()) for seed in options.seeds]
-    done = [begin(*wanted[0]), *_at_a_time([(begin, *each) for each in wanted[1:]])]
+    done = [begin(*wanted[0]), *running.at_a_time([(begin, *each) for each in wanted[1:]])]
     whole = dict(zip(wanted, done, strict=True))
   calls = [
     (go_on, arm, seed)
@@ -237,7 +272,7 @@ def _make(
     for arm in arms
     if whole.get((before[arm][0], seed), True)
   ]
-  return _at_a_time(calls).count(False) + len(arms) * len(options.seeds) - len(calls)
+  return running.at_a_time(calls).count(False) + len(arms) * len(options.seeds) - len(calls)
 
 
 def _before(begins: str, changes: Changes) -> tuple[str, Changes]:
@@ -246,74 +281,6 @@ def _before(begins: str, changes: Changes) -> tuple[str, Changes]:
   found = {name: value for name, value in changes.items() if not name.startswith(later)}
   words = sorted(f"{name}={value}" for name, value in found.items())
   return BEGUN + (f"-{schema.digest(words)[:8]}" if words else ""), found
-
-
-_devices: queue.SimpleQueue[int] = queue.SimpleQueue()  # those that no run has now
-
-
-def _number(name: str) -> int:
-  """The environment's variable of this name, 1 if it is not set; ends the process if it is none."""
-  value = os.environ.get(name) or "1"
-  if not value.isdigit() or not int(value):
-    sys.exit(f"error: {name} is {value!r}: it must be a whole number from 1")
-  return int(value)
-
-
-def _at_a_time(calls: Sequence[tuple[Any, ...]]) -> list[bool]:
-  """What the calls (function, argument, …) return, JOBS of them at a time."""
-  with concurrent.futures.ThreadPoolExecutor(_number("JOBS")) as pool:
-    try:
-      return list(pool.map(lambda call: call[0](*call[1:]), calls))
-    except KeyboardInterrupt:
-      pool.shutdown(cancel_futures=True)
-      raise
-
-
-def _run(folder: pathlib.Path, config: str, changes: Changes, flags: Sequence[str]) -> bool:
-  """Runs oel_jax.main in `folder`, unless the same command has come to its end there; its words go
-  to FOLDER.log. Returns whether all went well.
-  """
-  command = [f"--config={HERE / config}", f"--workdir={folder}"]
-  command += [f"--config.{name}={value}" for name, value in changes.items()] + list(flags)
-  done = folder.with_name(f"{folder.name}.done")
-  ended = json.loads(done.read_text()) if done.exists() else []
-  if command in ended:
-    return True
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-  environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-  device = _devices.get()
-  if os.environ.get("DEVICES"):
-    environment["CUDA_VISIBLE_DEVICES"] = str(device)
-  log = folder.with_name(f"{folder.name}.log")
-  try:
-    with open(log, "ab") as out:
-      status = subprocess.run(
-        [sys.executable, "-m", "oel_jax.main", *command],
-        env=environment,
-        stdout=out,
-        stderr=subprocess.STDOUT,
-      ).returncode
-  finally:
-    _devices.put(device)
-  if status:
-    print(f"error: {folder} ended with status {status}: see {log}", file=sys.stderr, flush=True)
-    return False
-  files.write_json(done, [*ended, command])
-  return True
-
-
-def _copy(begun: pathlib.Path, folder: pathlib.Path) -> None:
-  """Makes a run directory of what was begun, without its configuration; one that is there stays."""
-  if folder.exists():
-    return
-  partial = folder.with_name(f"{folder.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  for path in [*begun.glob("round_*"), *begun.glob("metrics.jsonl")]:
-    copy = shutil.copytree if path.is_dir() else shutil.copy2
-    copy(path, partial / path.name)
-  partial.rename(folder)
 
 
 def _table(study: Study, folder: pathlib.Path) -> str:
@@ -328,6 +295,10 @@ def _table(study: Study, folder: pathlib.Path) -> str:
     for column in columns:
       lines += study.details(column) if column.arms() else ()
     counts = [f"{column.head}: {column.counts(rows)}" for column in columns if column.arms()]
+    for column in columns:
+      if skipped := column.skipped():
+        told = "; ".join(skipped)
+        counts.append(f"{column.head}: skipped by the gate, so nothing was trained: {told}.")
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   return "\n".join([*lines, "", *counts, *([study.about] if study.about else []), _commit()])

@@ -97,9 +97,8 @@ def _sorted(names: Iterable[str]) -> list[str]:
 
 def _rounds(column: Column, names: Sequence[str]) -> int:
   """The last round that a run has evaluated."""
-  paths = (column.folder / name for name in names)
-  found = [path.parent.name for top in paths for path in top.glob("*/round_*/evaluation.json")]
-  return max((int(name.removeprefix("round_")) for name in found), default=0)
+  found = [column.rounds(name, seed) for name in names for seed in column.seeds(name)]
+  return max((number for rounds in found for number in rounds), default=0)
 
 
 def _by_round(
@@ -181,8 +180,9 @@ def _work(column: Column, name: str) -> dict[str, float]:
   total = dict.fromkeys(("tokens", "trained", "training", "all"), 0.0)
   seeds = column.seeds(name)
   for seed in seeds:
-    for path in (column.folder / name / str(seed)).glob("round_*/cost.json"):
-      found = records.read_costs(path, int(path.parent.name.removeprefix("round_")))
+    for number in column.rounds(name, seed):
+      path = column.round(name, seed, number) / "cost.json"
+      found = records.read_costs(path, number) if path.exists() else []
       total["all"] += sum(cost.flops or 0.0 for cost in found)
       for cost in (cost for cost in found if cost.stage == "consolidate"):
         total["tokens"] += cost.tokens or 0

@@ -4,9 +4,13 @@ runs.
 
 import importlib
 import json
+import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from fakes import game_of, turn_of
@@ -18,6 +22,7 @@ EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import oel_table1  # noqa: E402
 import readings  # noqa: E402
+import running  # noqa: E402
 import study as study_lib  # noqa: E402
 from readings import Cell, Column, Compared  # noqa: E402
 
@@ -119,7 +124,7 @@ def fixture_runs(monkeypatch):
   """Stands in for oel_jax.main: notes the commands, and leaves what they would."""
   commands = []
 
-  def run(command, **how):
+  def status(command, environment, log):
     assert command[:3] == [sys.executable, "-m", "oel_jax.main"]
     said = dict(flag.removeprefix("--").split("=", 1) for flag in command[3:])
     commands.append(said)
@@ -128,9 +133,9 @@ def fixture_runs(monkeypatch):
     number = int(said.get("round", 1))
     leave_run(folder, {f"{number} without": [(passed, (4,)), (0, (4,))]})
     bad = said["config.seed"] == "7" and "stage" not in said
-    return subprocess.CompletedProcess(command, int(bad))
+    return int(bad)
 
-  monkeypatch.setattr(study_lib.subprocess, "run", run)
+  monkeypatch.setattr(running, "_status", status)
   monkeypatch.setattr(study_lib, "_commit", lambda: "")
   return commands
 
@@ -175,7 +180,9 @@ def test_a_run_that_fails_is_told_and_the_others_are_in_the_table(runs, tmp_path
   [
     (["nowhere", "runs"], "invalid choice: 'nowhere'"),
     (["desk", "runs"], "desk needs --weights"),
-    (["pocket", "runs", "--seeds=a"], "--seeds is 'a': it must be whole numbers"),
+    (["pocket", "runs", "--seeds=a"], "--seeds is 'a': it must be whole numbers from 0"),
+    (["pocket", "runs", "--seeds=-1"], "--seeds is '-1': it must be whole numbers from 0"),
+    (["pocket", "runs", "--seeds=1,0,1"], "with commas between, each once"),
     (["pocket", "runs", "--stage=plan"], "--stage=plan: of other flags only --config.FIELD=VALUE"),
   ],
 )
@@ -183,6 +190,88 @@ def test_a_wrong_command_is_one_line(arguments, told, capsys):
   with pytest.raises(SystemExit):
     study_lib.main(oel_table1.STUDY, arguments)
   assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "flag, told",
+  [
+    ("seed=3", "--config.seed=3: every run would have it: give --seeds"),
+    (
+      "extraction.source=items",
+      r"in this field extracted \('as it is'\) and trajectories \('trajectories'\) differ",
+    ),
+  ],
+)
+def test_a_flag_that_would_make_all_runs_alike_is_refused(flag, told, runs, tmp_path):
+  with pytest.raises(SystemExit, match=told):
+    study_lib.main(oel_table1.STUDY, ["pocket", str(tmp_path), f"--config.{flag}"])
+  assert not runs
+
+
+def test_a_run_whose_directory_was_removed_is_made_again(runs, tmp_path, capsys):
+  command = ["pocket", str(tmp_path), "--seeds=0"]
+  study_lib.main(oel_table1.STUDY, command)
+  told, count = capsys.readouterr().out, len(runs)
+  shutil.rmtree(tmp_path / "pocket/extracted/0")
+  study_lib.main(oel_table1.STUDY, command)
+  assert len(runs) == count + 1 and capsys.readouterr().out == told
+
+
+def test_what_has_not_begun_by_itself_is_no_run_yet(runs, tmp_path, capsys):
+  """As a kill leaves it between the copy of what was begun and the run."""
+  study_lib.main(oel_table1.STUDY, ["pocket", str(tmp_path), "--seeds=0,1"])
+  told = capsys.readouterr().out.splitlines()
+  (tmp_path / "pocket/trajectories/1/config.json").unlink()
+  study_lib.main(oel_table1.STUDY, ["pocket", str(tmp_path), "--print"])
+  now = capsys.readouterr().out.splitlines()
+  assert "| raw trajectories consolidated | 7.8 | 0.0 |  |" in now
+  assert now[:5] == told[:5] and "1 to 2 seeds" in now[-2]
+
+
+def test_rounds_that_the_gate_skipped_are_told(tmp_path, capsys):
+  for seed, decision in enumerate(("skip", "train")):
+    leave_run(
+      tmp_path / f"pocket/extracted/{seed}", {"1 without": [(1, (4,))]}, gate={"decision": decision}
+    )
+  study_lib.main(oel_table1.STUDY, ["pocket", str(tmp_path), "--print"])
+  told = "skipped by the gate, so nothing was trained: extracted, seed 0, round 1."
+  assert f"embedded policy, 3 × 3: {told}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("at", [".", "pocket/begun/0.done"])
+def test_what_cannot_be_gone_on_with_is_one_line(at, runs, tmp_path):
+  path = tmp_path / "runs" / at
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("")
+  with pytest.raises(SystemExit, match=f"error: .*{path}"):
+    study_lib.main(oel_table1.STUDY, ["pocket", str(tmp_path / "runs"), "--seeds=0"])
+
+
+STOPPED = """
+import running, sys
+running.give_devices()
+wait = "import signal, time; signal.signal(15, lambda *_: (print('saved', flush=True), exit(3)));"
+command = [sys.executable, "-c", wait + "print('there', flush=True); time.sleep(60)"]
+with running.ended_together():
+  running.at_a_time([(running._status, command, None, name) for name in ("0", "1", "2")])
+"""
+
+
+def test_runs_end_with_their_study(tmp_path):
+  environment = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(EXPERIMENTS.parent), str(EXPERIMENTS)])
+  }
+  environment["JOBS"] = "2"
+  how = dict(cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen([sys.executable, "-c", STOPPED], **how)
+  said = lambda: sorted(path.read_text() for path in tmp_path.iterdir())
+  for _ in range(200):
+    if said() == ["there\n", "there\n"]:
+      break
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  assert process.communicate(timeout=20)[1] == "stopped by SIGTERM: the same command goes on\n"
+  assert process.returncode == 143 and said() == ["there\nsaved\n"] * 2
 
 
 def test_jobs_that_are_no_number_are_told(monkeypatch, tmp_path):
@@ -270,6 +359,42 @@ def test_a_share_of_the_trajectories_is_found_by_the_runs_own_use(tmp_path):
   assert column.values(Cell("own", 1, 0.125))[0].tolist() == [1, 0]
   assert column.values(Cell("own", 1, 0.5)) == {}
   assert [readings.share_of(15, share) for share in (0.125, 0.25, 0.5)] == [2, 4, 8]
+
+
+def test_points_of_accumulation_are_of_the_use_that_the_flags_say():
+  import oel_figure4
+
+  def points(*flags):
+    options, _ = study_lib._parse(oel_figure4.STUDY, ["pocket", "runs", *flags])
+    arms = oel_figure4.STUDY.arms(study_lib.SETTINGS["pocket"], options)
+    return arms["own"]["evaluation.accumulation"]
+
+  use = study_lib.SETTINGS["pocket"].default().extraction.use
+  assert points() == tuple(readings.share_of(use, share) for share in (0.125, 0.25, 0.5))
+  assert points("--config.extraction.use=16") == (2, 4, 8)
+  with pytest.raises(ValueError, match="--config.extraction.use is 'all': it must be of type int"):
+    points("--config.extraction.use=all")
+
+
+def test_sizes_keep_their_places(tmp_path):
+  import oel_figure7
+
+  def arms(sizes):
+    options, _ = study_lib._parse(oel_figure7.STUDY, ["pocket", str(tmp_path), f"--sizes={sizes}"])
+    return list(oel_figure7.STUDY.arms(study_lib.SETTINGS["pocket"], options))
+
+  assert arms("a=x,b=y") == ["1-a", "2-b"]
+  for name in ("1-a", "2-b"):
+    (tmp_path / "pocket" / name).mkdir(parents=True)
+  assert arms("a=x,b=y,c=z") == ["1-a", "2-b", "3-c"] and arms("a=x") == ["1-a"]
+  for sizes, told in (("b=y", "1-a, 1-b: "), ("0=w,a=x", "1-0, 1-a"), ("a=x,a=y", "2-a, 2-b")):
+    with pytest.raises(ValueError, match=f"together have {told}"):
+      arms(sizes)
+  names = [f"{place}-s{place}" for place in range(1, 12)]
+  assert [row.name for row in oel_figure7.rows(sorted(names))][::3][-2:] == [
+    "s10, base",
+    "s11, base",
+  ]
 
 
 def test_a_text_that_is_trained_in_is_read_answer_by_answer(tmp_path):

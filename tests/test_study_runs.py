@@ -18,6 +18,7 @@ from oel_jax.tasks import distill, stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
+import running  # noqa: E402
 import study as study_lib  # noqa: E402
 
 FEWER = {
@@ -33,7 +34,6 @@ FEWER = {
   "consolidation.checkpoint_every": 2,
   "consolidation.gate_episodes": 4,
   "consolidation.log_probe": 0,
-  "consolidation.on_no_gain": "warn",
   "evaluation.episodes": 4,
   "evaluation.top_p": 1.0,
   "evaluation.top_k": 0,
@@ -47,7 +47,7 @@ COMMANDS = {
     ["--other=pocket", "--budgets=40"],
     "| other, in context (40 tokens a response) | ",
   ),
-  "oel_figure4": (["--config.evaluation.accumulation=(1,2)"], "| round 3, in context with ½ of "),
+  "oel_figure4": ([], "| round 3, in context with ½ of "),
   "oel_figure5": ([], "| round 3, tokens a response | about 70% of the base | "),
   "oel_figure6": ([], "| other %, off-policy-imitation, round 2 |  | "),
   "oel_figure7": (["--sizes=1.5M=pocket"], "| 1.5M, consolidated | gains | "),
@@ -57,7 +57,7 @@ COMMANDS = {
 }
 
 
-def in_this_process(command, **how):
+def in_this_process(command, environment, log):
   """What `python -m oel_jax.main` does with these flags, where all is compiled already."""
   said = dict(flag.removeprefix("--").split("=", 1) for flag in command[3:])
   path, _, size = said.pop("config").partition(":")
@@ -75,7 +75,7 @@ def in_this_process(command, **how):
     stage.run(config, said["workdir"], stage=said["stage"], number=int(said["round"]))
   else:
     (distill if "distill" in config else loop).run(config, said["workdir"])
-  return subprocess.CompletedProcess(command, 0)
+  return 0
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_command_makes_its_runs_and_its_table(name, tmp_path, monkeypatch, cap
   make = mesh_lib.make_mesh
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda asked: make(asked, jax.devices()[:1]))
   monkeypatch.setattr(study_lib, "_commit", lambda: "")
-  monkeypatch.setattr(study_lib.subprocess, "run", in_this_process)
+  monkeypatch.setattr(running, "_status", in_this_process)
   rest, line = COMMANDS[name]
   module = importlib.import_module(name)
   command = ["pocket", str(tmp_path), "--seeds=0", *rest, *SHORT]
@@ -95,7 +95,7 @@ def test_a_command_makes_its_runs_and_its_table(name, tmp_path, monkeypatch, cap
   assert len(found) == 1 and any(c.isdigit() for c in found[0].removeprefix(line)), told
   assert "embedded policy, 3 × 3" in lines[2]
   # The same again, from what is there.
-  monkeypatch.setattr(study_lib.subprocess, "run", None)
+  monkeypatch.setattr(running, "_status", None)
   study_lib.main(module.STUDY, command)
   assert capsys.readouterr().out.partition("**")[2] == told
 
