@@ -109,6 +109,50 @@ def test_sharegpt(tmp_path):
   )
 
 
+CALLED = Message("assistant", "", (ToolCall("", "clock", "{}"), ToolCall("", "sun", "{}")))
+CALLS = '[{"name": "clock", "arguments": {}}, {"name": "sun", "arguments": {}}]'
+BEFORE = (Message("user", "a"), Message("assistant", "b"))
+ASKS = "What time is it?"
+
+
+@pytest.mark.parametrize(
+  "said, messages",
+  [
+    ([{"content": [{"type": "text", "text": {"value": ASKS}}]}, {}], TALK),
+    ([{}, {"content": "", "refusal": "Noon."}], TALK),
+    ([{}, {"content": None, "audio": {"id": "a", "transcript": "Noon."}}], TALK),
+    ([{}, {"refusal": None, "audio": None}], TALK),
+    ([{}, {}, {"role": "ipython", "content": "12"}], (*TALK, Message("tool", "12"))),
+    (
+      [{}, {"role": "tool_call", "content": CALLS}, {"role": "tool_response", "content": "12"}],
+      (TALK[0], CALLED, Message("tool", "12")),
+    ),
+    ({"conversation": [ASKED, NOON], "model": "m"}, TALK),
+    ({"conversation": {"id": "c"}, "input": [ASKED], "output": [NOON]}, TALK),
+    ({"conversations": [ASKED, {"from": "bing", "value": "Noon."}]}, TALK),
+    ({"instruction": ASKS, "input": "", "output": "Noon."}, TALK),
+    (
+      {"instruction": "What", "input": "time?", "history": [["a", "b"]], "output": "Noon."},
+      (*BEFORE, Message("user", "What\ntime?"), TALK[1]),
+    ),
+  ],
+)
+def test_less_usual_forms_lose_nothing(tmp_path, said, messages):
+  if isinstance(said, list):
+    places = (ASKED, NOON, {})
+    said = {"messages": [place | own for place, own in zip(places, said)]}
+  _, [found], counts = log(tmp_path, said)
+  assert found.messages == messages and counts.damaged == 0
+  assert not [name for kind, name in counts.seen if kind in ("field", "part")]
+
+
+def test_a_conversation_without_an_id_has_its_sessions(tmp_path):
+  talk = {"messages": [ASKED, NOON]}
+  names = ({"conversation_id": "c7"}, {"session_id": 8}, {"conversation_id": "c7"})
+  lines = [talk | name for name in (*names, {"id": "own", "sessionId": "s"})]
+  assert [one.id for one in log(tmp_path, *lines)[1]] == ["c7", "8", "c7#log.jsonl:3", "own"]
+
+
 OUTPUT = {"type": "output_text", "text": "Noon."}
 COMPLETION = {
   "id": "chatcmpl-1",

@@ -267,6 +267,10 @@ def test_ids_stay_apart_and_calls_keep_their_answers():
   one, other = (Prompt(f"{who}@example.com-0", (Message("user", "x"),)) for who in ("ann", "bob"))
   assert redactor(one).id.startswith("[EMAIL]-") and redactor(one).id != redactor(other).id
   assert redactor(one) == redactor(one) and "ann" not in redactor(one).id
+  names = ("ann@example.com#a@b.org:2", "ann@example.com")
+  again, alone = (Conversation(name, (), Source("log", "x")) for name in names)
+  assert redactor(again).id.startswith(f"{redactor(alone).id}#[EMAIL]-")
+  assert redactor(again).id.endswith(":2")
   call = Message("assistant", "", (ToolCall("sk-abcdefghij0123456789", "f", "{}"),))
   answer = Message("tool", "x", tool_call_id="sk-abcdefghij0123456789")
   clean = redactor(call).tool_calls[0].id

@@ -226,8 +226,12 @@ def fixture_collected(make_run, tmp_path, tmp_path_factory):
   return this, {user: {f"case{i}", f"case{20 + i}"} for i, user in enumerate(users)}
 
 
+def of_users_in(path):
+  return {prompt.id.rpartition("-")[0] for prompt in read_prompts(path)}
+
+
 def of_users(folder, name):
-  return {prompt.id.rpartition("-")[0] for prompt in read_prompts(folder / "round_1" / name)}
+  return of_users_in(folder / "round_1" / name)
 
 
 def test_held_out_prompts_go_and_what_was_measured_on_them(collected, tmp_path, capsys):
@@ -279,6 +283,25 @@ def test_prompts_go_by_their_user_and_later_rounds_leave_him_out(collected, tmp_
   assert {prompt.id[:6] for prompt in read_prompts(tmp_path / "round_2/prompts.jsonl")} == {
     "case72"
   }
+
+
+def test_what_has_the_same_id_goes_together(make_run, tmp_path, tmp_path_factory, capsys):
+  """A record whose id came before in the logs has its file and line behind it."""
+  this, folder = make_run(), tmp_path_factory.mktemp("logs")
+  ids = ("a", "ann@example.com", "ann@example.com", "a", "a#1", "b")
+  lines = [said(None, number) | {"id": id} for number, id in enumerate(ids)]
+  (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  said_to = {"logs.path": str(folder), "logs.held_out": 0.0, "deployment.environment": ""}
+  this.config.update_from_flattened_dict(said_to | {"extraction.trajectories": 9})
+  this.config.deployment.episodes = 100
+  open_workdir(this.config, tmp_path)
+  collect(this, 1, reader())
+  assert len(of_users(tmp_path, "prompts.jsonl")) == 6
+  asked(this, "a,ann@example.com,c")
+  assert of_users(tmp_path, "prompts.jsonl") == {"a#1", "b"}
+  assert "in no round so far: c;" in capsys.readouterr().out
+  collect(this, 2, reader())
+  assert of_users_in(tmp_path / "round_2/prompts.jsonl") == {"a#1", "b"}
 
 
 def test_an_evaluation_of_other_held_out_prompts_is_measured_again(

@@ -12,14 +12,16 @@ from oel_jax.conversations.schema import Message, ToolCall
 SPEAKERS = {
   "system": "system", "developer": "system", "user": "user", "human": "user",
   "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-  "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
-  "function_response": "tool",
+  "bing": "assistant", "bard": "assistant", "function_call": "assistant",
+  "tool_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
+  "function_response": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
+CALLS = ("function_call", "tool_call")  # speakers whose text is a call, or a list of calls
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 MESSAGE_KNOWN = {
   "role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name",
   "reasoning_content", "reasoning", "thinking", "refusal", "action", "response_tokens", "id",
-  "type", "model", "stop_reason", "stop_sequence", "usage", "status", "phase",
+  "type", "model", "stop_reason", "stop_sequence", "usage", "status", "phase", "audio",
 }  # fmt: skip
 # One of them a message must have, whatever it holds.
 SAYS = {"content", "value", "tool_calls", "function_call", "refusal", "reasoning_content"}
@@ -40,17 +42,18 @@ def said(value: Any, seen: Seen) -> list[Message]:
     raise ValueError(f"a message of {who} says nothing: it must have content, or calls")
   seen += (("field", f"messages.{name}") for name in value if name not in MESSAGE_KNOWN)
   role, content = SPEAKERS[who], value.get("content", value.get("value"))
-  if who == "function_call":  # ShareGPT's: the call is all that the message says
-    return [Message(role, "", (tool_call(opened(content)),))]
+  if who in CALLS:  # ShareGPT's, and ms-swift's: calls are all that the message says
+    made = opened(content)
+    return [Message(role, "", tuple(map(tool_call, made if isinstance(made, list) else [made])))]
   if who == "developer":
     seen.append(("form", "developer"))
   if content is None:
     seen.append(("form", "null content"))
-    content = value.get("refusal")
   elif isinstance(content, list):
     seen.append(("form", "parts"))
   elif role == "tool":  # an object or a number, as some write a result
     content = words(content)
+  content = content or _beside(value)
   text, thinking, calls, results = _parts(content, seen)
   made = value.get("tool_calls") or []
   if not isinstance(made, list):
@@ -64,6 +67,13 @@ def said(value: Any, seen: Seen) -> list[Message]:
     seen.append(("form", "name"))
   own = Message(role, text, tuple(calls), thinking="\n".join(dict.fromkeys(thinking)), **names)
   return results + ([own] if text or calls or thinking or not results else [])
+
+
+def _beside(value: dict[str, Any]) -> str | None:
+  """What a message without content says: that it refuses, or what was spoken."""
+  audio = value.get("audio")
+  said = value.get("refusal"), audio.get("transcript") if isinstance(audio, dict) else None
+  return next((text for text in said if isinstance(text, str)), None)
 
 
 def _parts(content: Any, seen: Seen) -> tuple[str, list[str], list[ToolCall], list[Message]]:
@@ -80,9 +90,10 @@ def _parts(content: Any, seen: Seen) -> tuple[str, list[str], list[ToolCall], li
     part = {"type": "text", "text": part} if isinstance(part, str) else part
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
       raise ValueError(f"a part of a message is {kind(part)}: it must be an object with a type")
-    what = part["type"]
-    if what in TEXT_PARTS and isinstance(part.get("text", part.get(what)), str):
-      text.append(part.get("text", part.get(what)))
+    what, inner = part["type"], part.get("text", part.get(part["type"]))
+    inner = inner.get("value") if isinstance(inner, dict) else inner  # the Assistants API's
+    if what in TEXT_PARTS and isinstance(inner, str):
+      text.append(inner)
     elif what in ("thinking", "reasoning"):
       thinking += [part[n] for n in ("thinking", "text") if isinstance(part.get(n), str)][:1]
     elif what in ("tool_use", "server_tool_use"):

@@ -4,8 +4,9 @@ session, or an event that is no message.
 | written by | a record |
 | --- | --- |
 | OpenAI's chat lines, fine-tuning files | {"messages": [{"role", "content"}]} |
-| ShareGPT | {"conversations": [{"from", "value"}]} |
+| ShareGPT, LMSYS's chats | {"conversations": [{"from", "value"}]}, {"conversation": [a message]} |
 | proxies: LiteLLM, and others like it | {"messages", "response": {"choices": [{"message"}]}} |
+| Alpaca | {"instruction", "input", "output", "history": [[asked, answered]]} |
 | requests kept with their answers | {"request": {"messages"}, "response"}, or "input", "output"… |
 | OpenAI's Responses API | {"input": items, "output": items} |
 | Claude Code | {"type": "user" or "assistant", "sessionId", "message": {"role", "content"}} |
@@ -16,6 +17,7 @@ No error tells what somebody said: a record is named by its place, what is wrong
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -34,9 +36,9 @@ from oel_jax.conversations.log_messages import (
 from oel_jax.conversations.schema import Message, ToolCall
 
 SESSIONS = ("sessionId", "session_id", "session", "conversation_id")
-LISTS = ("messages", "conversations")  # what holds a conversation's messages
+LISTS = ("messages", "conversations", "conversation")  # what holds a conversation's messages
 REQUESTS, RESPONSES = ("request", "input", "body"), ("response", "output", "completion")
-USERS = ("user", "user_id", "end_user", "safety_identifier", "user_api_key_end_user_id")
+USERS = ("user", "user_id", "userId", "end_user", "safety_identifier", "user_api_key_end_user_id")
 # Of a record, what is read or what says nothing of the conversation; the rest is counted by name.
 KNOWN = {
   "id", "custom_id", "system", "instructions", "tools", "functions",
@@ -49,7 +51,7 @@ KNOWN = {
   "completion_tokens", "model_map_information", "model_id", "model_group", "model_parameters",
   "api_base", "cache_hit", "cache_key", "saved_cache_cost", "request_tags", "hidden_params",
   "requester_ip_address", "error_str", "error_information", "stream", "custom_llm_provider",
-  *LISTS, *REQUESTS, *RESPONSES, *USERS, *SESSIONS,
+  "instruction", "history", *LISTS, *REQUESTS, *RESPONSES, *USERS, *SESSIONS,
 }  # fmt: skip
 
 
@@ -116,8 +118,10 @@ def _request(data: dict[str, Any]) -> dict[str, Any] | None:
   inner = [opened(data.get(name)) for name in REQUESTS]
   bodies = [opened(value.get("body")) for value in inner if isinstance(value, dict)]
   for value in (data, *inner, *bodies):
-    if isinstance(value, dict) and any(name in value for name in LISTS):
+    if isinstance(value, dict) and any(_lists(value)):
       return value
+  if isinstance(data.get("instruction"), str):
+    return {"messages": _alpaca(data)}
   if "call_id" not in data and any(data.get(name) for name in RESPONSES):  # the Responses API's
     for value in (data, *inner, *bodies):
       if isinstance(value, dict) and isinstance(value.get("input"), (str, list)):
@@ -125,9 +129,25 @@ def _request(data: dict[str, Any]) -> dict[str, Any] | None:
   return None
 
 
+def _alpaca(data: dict[str, Any]) -> list[dict[str, Any]]:
+  """What stands before the answer: turns of before, an instruction, its input."""
+  history, more = data.get("history") or [], data.get("input")
+  if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
+    raise ValueError(f"the history is {kind(history)}: it must be a list of pairs")
+  pairs = (zip(("user", "assistant"), pair) for pair in history)
+  said = [{"role": role, "content": text} for pair in pairs for role, text in pair]
+  asked = filter(None, (data["instruction"], more if isinstance(more, str) else ""))
+  return [*said, {"role": "user", "content": "\n".join(asked)}]
+
+
+def _lists(value: dict[str, Any]) -> Iterator[str]:
+  """Which of LISTS an object has; of the Responses API's the conversation is an object's id."""
+  return (n for n in LISTS if n in value and (n != LISTS[-1] or isinstance(value[n], list)))
+
+
 def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   seen += (("field", name) for name in data if name not in KNOWN)
-  given = opened(next(request[name] for name in (*LISTS, "input") if name in request))
+  given = opened(request[next(itertools.chain(_lists(request), ["input"]))])
   if isinstance(given, dict) and "messages" in given:
     given = opened(given["messages"])
   if isinstance(given, str):
@@ -147,7 +167,7 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   reward = _reward(data.get("reward", data.get("score", meta.get("score"))))
   return Record(
     tuple(_joined(messages)),
-    id=first_name(data.get("id"), data.get("custom_id")),
+    id=first_name(data.get("id"), data.get("custom_id"), *(data.get(name) for name in SESSIONS)),
     user=first_name(*(place.get(name) for place in (data, request, meta, rest) for name in USERS))
     or None,
     outcome=words(data.get("outcome", meta.get("outcome"))),

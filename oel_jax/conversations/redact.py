@@ -103,14 +103,27 @@ class Redactor:
     changed = {}
     for place in dataclasses.fields(value):
       old = getattr(value, place.name)
-      new = old if place.name in FIXED else self._walked(old)
+      new = old
+      if place.name in NAMES and old:
+        new = self._name(old)
+      elif place.name not in FIXED:
+        new = self._walked(old)
       if place.name == "tools":  # of a definition, the user's own function may leave none
         new = tuple(filter(tools.is_definition, new))
-      if place.name in NAMES and new != old:
-        new += "-" + hashlib.blake2b(old.encode("utf-8", "replace"), digest_size=6).hexdigest()
       if new != old:
         changed[place.name] = new
     return dataclasses.replace(value, **changed) if changed else value
+
+  def _name(self, old: str) -> str:
+    """A name, with digits of a hash where it had to be changed. The file and line behind one that
+    came before (`logs.read`) are another name, so that what is called the same stays so.
+    """
+    if again := re.fullmatch(r"(.+)#(.+):(\d+)", old, re.DOTALL):
+      return f"{self._name(again[1])}#{self._name(again[2])}:{again[3]}"
+    new = self.text(old)
+    if new == old:
+      return old
+    return f"{new}-{hashlib.blake2b(old.encode('utf-8', 'replace'), digest_size=6).hexdigest()}"
 
   def _text(self, text: str, depth: int) -> str:
     clean = self._json(text, depth) if text.lstrip()[:1] in ("{", "[") else None

@@ -3,6 +3,7 @@ them, or is measured on them.
 """
 
 import pathlib
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -34,8 +35,16 @@ def add(folder: pathlib.Path, conversations: Collection[str]) -> None:
 def left(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Conversation]:
   """The conversations without those that were withdrawn."""
   gone = read(folder)
-  user = lambda said: f"{USER}{said.user}" if said.user else said.id
-  return [said for said in conversations if not {said.id, user(said)} & gone]
+  user = lambda said: {f"{USER}{said.user}"} if said.user else set()
+  return [said for said in conversations if not (own_ids(said.id) | user(said)) & gone]
+
+
+def own_ids(id: str) -> set[str]:
+  """What a record may have called itself whose conversation has this id: one whose name came before
+  in the logs has file and line behind it (`logs.read`), NAME#FILE:LINE.
+  """
+  again = re.fullmatch(r".+#.+:\d+", id, re.DOTALL)
+  return {id, *(id[: found.start()] for found in re.finditer("#", id) if again)}
 
 
 def prompts(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Prompt]:

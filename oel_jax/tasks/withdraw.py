@@ -153,6 +153,7 @@ def _resolve(
   round knows.
   """
   users: dict[str, set[str]] = {}
+  called: dict[str, set[str]] = {}
   known: set[str] = set()
   for path in rounds.values():
     for name in (DEPLOYED, PROMPT_GAMES):
@@ -164,11 +165,15 @@ def _resolve(
     known |= {item.trajectory for text in _texts(path) for item in text.items}
     files_of_prompts = (_prompt_file(path), path / HELD_OUT)
     known |= {withdrawn.conversation_of(one) for file in files_of_prompts for one in _prompts(file)}
-  known |= set().union(*users.values()) | set(users)
-  forms = [form for each in written.values() for form in each]
-  ids = {form for form in forms if not form.startswith(withdrawn.USER) and form in known}
-  ids |= {id for form in forms for id in users.get(form, ())}
-  return ids, [name for name, each in written.items() if not known & set(each)]
+  known |= set().union(*users.values())
+  for id in known:  # one whose name came before in the logs goes with it
+    for name in withdrawn.own_ids(id):
+      called.setdefault(name, set()).add(id)
+  found = {
+    name: {id for form in each for id in called.get(form, set()) | users.get(form, set())}
+    for name, each in written.items()
+  }
+  return set().union(*found.values()), [name for name, ids in found.items() if not ids]
 
 
 def _users(path: pathlib.Path) -> dict[str, str]:
