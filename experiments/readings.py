@@ -36,8 +36,8 @@ class Cell:
   Attributes:
     arm: its name.
     round: after which; 0 is the base.
-    way: how the held-out games were played: "without" knowledge; "in_context", by the weights that
-      the round began with; "after_in_context"; "first_knowledge"; or, a number, in context with
+    way: how the held-out games were played: "without" knowledge; "in_context", by the teacher that
+      the round had; "after_in_context"; "first_knowledge"; or, a number, in context with
       the knowledge as it stood after that share of extraction.use.
     what: of OF_A_GAME; or "kl", from the base on unrelated prompts; or a retention task's name.
       These have no games.
