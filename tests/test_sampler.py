@@ -191,6 +191,21 @@ def test_long_prompts_enter_in_smaller_batches_with_the_same_tokens(monkeypatch)
   assert sample(prompts) == whole and shapes == [(4, 96), (4, 96)]
 
 
+@pytest.mark.parametrize("slots", [1, 4])
+def test_long_prompts_that_look_at_no_cache_give_the_same_tokens(slots, monkeypatch):
+  """Beside short ones that do, in slots that hold what others left."""
+  monkeypatch.setattr(sizes, "LONG_LENGTH_CPU", 96)
+  monkeypatch.setattr(sizes, "PREFILL_LENGTHS", (16, 96))
+  prompts, looks = random_prompts(40, 9, 60, 12, 70, 33, seed=8), []
+  prompts.append(prompts[0] + [5, 6, 7])  # begins as another does
+  expected = [naive_sampled(prompt, seed) for seed, prompt in enumerate(prompts)]
+  run = on_cpu.prefill_insert
+  spy = lambda *args, **how: looks.append((args[2].shape[1], args[6])) or run(*args, **how)
+  monkeypatch.setattr(on_cpu, "prefill_insert", spy)
+  assert sample(prompts, slots=slots) == expected
+  assert {(length, shared is not None) for length, shared in looks} == {(16, True), (96, False)}
+
+
 def test_each_of_several_end_ids_ends_a_response_and_is_kept():
   """The first of the ids that comes ends the response; it is the last id returned."""
   whole = sample(four_prompts())

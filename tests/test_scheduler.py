@@ -21,6 +21,7 @@ def fixture_small(monkeypatch):
   monkeypatch.setattr(sizes, "CACHE_LENGTHS", (32, 48, 64, 128, 256))
   monkeypatch.setattr(sizes, "PREFILL_LENGTHS", (6, 12, 24, 48, 96))
   monkeypatch.setattr(sizes, "PREFILL_BATCHES_CPU", (1, 4))
+  monkeypatch.setattr(sizes, "LONG_LENGTH_CPU", 24)
   monkeypatch.setattr(sizes, "PREFILL_BATCHES", (1, 2, 4, 8))
   monkeypatch.setattr(sizes, "FULL_BATCH_TOKENS", 48)
   monkeypatch.setattr(sizes, "FEW_PROMPTS", 4)
@@ -139,6 +140,7 @@ class Game:
     assert (entry.rows // slots == entry.places // entry.batch).all()
     assert (entry.rows // slots == entry.sources // slots).all()
     assert len(set(entry.places.tolist())) == len(entry.prompts) and entry.batch <= slots
+    assert entry.looks or not entry.shared.any()
     self.cache.grow(entry.columns)
     before = Cache(*self.cache.tokens.shape)
     before.tokens, before.column = self.cache.tokens.copy(), self.cache.column
@@ -317,6 +319,21 @@ def test_a_beginning_is_taken_over_once_a_slot_holds_it():
   assert [e.prompts for e in entries] == [[0, 2, 3], [1]]
   assert entries[1].shared.tolist() == [20] and entries[1].sources[0] == entries[0].rows[0]
   assert entries[1].rows[0] not in entries[0].rows  # which still draws
+
+
+def test_on_a_cpu_a_long_batch_looks_at_the_cache_only_for_who_begins_there():
+  text = list(range(30))
+  prompts = [text + [50] * 8, text + [51] * 4, text + [52] * 30, [60] * 36, [61] * 10]
+  entries = admitted(prompts, cpu=True, slots=8)
+  # Who begins as the longest does waits for it, and has few tokens to read then.
+  assert [(e.prompts, e.shared.tolist(), e.length, e.looks) for e in entries] == [
+    ([2], [0], 96, False),
+    ([0, 1, 4], [30, 30, 0], 12, True),
+    ([3], [0], 48, False),
+  ]
+  (other,) = admitted(prompts[:1], devices=1)
+  assert not other.looks  # elsewhere, without replies, only for what is shared
+  assert all(e.looks for e in admitted(distinct(60, 9), lambda i, turn: None))
 
 
 def test_of_a_beginning_one_token_is_left_to_read():

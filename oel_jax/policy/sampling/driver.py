@@ -110,7 +110,7 @@ class Driver:
     requests = seeds, np.where(entry.whole, limits, 1).astype(np.int32), eos_ids
     requests = tuple(array[order] for array in requests)
     shared = None
-    if scheduler.always_looks or entry.shared.any():
+    if entry.looks:
       shared = engine.Shared(
         *(array[order] for array in (entry.sources % slots, entry.back, entry.shared))
       )

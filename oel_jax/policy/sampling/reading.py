@@ -118,13 +118,15 @@ def attend(
     before_it = text_cache.attend(q, given.text, texts, layer, attn_impl, a.head_size**-0.5)
     y = text_cache.attend_own(q, *new, given.seen, prompt_impl)
     y = text_cache.join(y, before_it, given.text)
-  elif given.source is None:
+  elif given.source is None and prompt_impl != "xla":
     y = attention.causal(q, *new, prompt_impl)
   elif prompt_impl == "cudnn":
     y = attention.attend(q, *new, given.seen, "cudnn")
   else:
     # Splash attention has no mask for columns that wrap round the end of the cache.
-    y = kv_cache.attend_many(q, *new, given.seen)[0]
+    T = q.shape[1]
+    seen = jnp.tril(jnp.ones((1, T, T), bool)) if given.seen is None else given.seen
+    y = kv_cache.attend_many(q, *new, seen)[0]
   return y, tuple(new)
 
 

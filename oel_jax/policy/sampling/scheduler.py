@@ -24,6 +24,7 @@ The same prompts, ids and replies give the same decisions: no clock is looked at
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class Entry(NamedTuple):
     batch: rows of the batch on one device.
     length: tokens of a row of the batch.
     columns: how many the cache must have by then; it grows to them.
+    looks: whether the batch looks at the cache for what prompts begin with.
   """
 
   prompts: list[int]
@@ -67,6 +69,7 @@ class Entry(NamedTuple):
   batch: int
   length: int
   columns: int
+  looks: bool
 
 
 class Draw(NamedTuple):
@@ -145,8 +148,9 @@ class Scheduler:
     self._min_shared = MIN_SHARED_CPU if cpu else MIN_SHARED
     self._shrinks = cpu and devices == 1 and slots >= sizes.MAX_SLOTS_CPU
     # Whether to look at the cache for every prompt, also where nothing is shared: half as many
-    # programs, and for a small model no loss.
-    self.always_looks = replies or cpu
+    # programs, and for a small model no loss, unless prompts are long.
+    self._always_looks = replies or cpu
+    self._long = sizes.LONG_LENGTH_CPU if cpu else math.inf
     self._entered = 0  # prompts so far
     self._arrived = [0] * len(prompts)  # `_entered` when each began to wait
 
@@ -244,7 +248,7 @@ class Scheduler:
     """The next batch: chooses the prompts and their slots, and seats them."""
     self._overtaken_first()
     free = self._free()
-    candidates, wanted, counts, length = self._candidates(free)
+    candidates, wanted, counts, length, looks = self._candidates(free)
     batch = sizes.batch_size(1 + max(c.nth for c in candidates), counts, length)
     entering = [c for c in candidates if c.nth < batch]
     wanted |= {c.source for c in candidates if c.nth >= batch and c.shared}
@@ -268,6 +272,7 @@ class Scheduler:
       batch=batch,
       length=length,
       columns=self.table.columns,
+      looks=looks,
     )
     self._seat(entry)
     return entry
@@ -296,13 +301,13 @@ class Scheduler:
       overdue.sort(key=lambda i: self._arrived[i])
       self.waiting = overdue + [i for i in self.waiting if i not in set(overdue)]
 
-  def _candidates(self, free: list[int]) -> tuple[list[_Candidate], set[int], list[int], int]:
+  def _candidates(self, free: list[int]) -> tuple[list[_Candidate], set[int], list[int], int, bool]:
     """Who may enter together. The first who waits always does, so nobody waits for ever; it decides
     the batch's length.
 
     Returns:
       The candidates; slots wanted by prompts that go on waiting; the sizes that the batch may have
-      on a device; and its length.
+      on a device; its length; and whether it looks at the cache.
     """
     chosen: list[_Candidate] = []
     wanted: set[int] = set()
@@ -322,8 +327,10 @@ class Scheduler:
         continue
       if not chosen:
         columns = max(self.table.columns, sizes.bucket(len(prompt) + 1, self._cache_lengths))
-        batches = self._batches.over(columns if self.always_looks or shared else 0)
+        batches = self._batches.over(columns if self._always_looks or shared else 0)
         batch_length = batches.length(len(prompt) - shared)
+        if not shared and batch_length >= self._long:
+          batches = batches.over(0)
         counts = batches.counts(batch_length)
         room = np.minimum(room, counts[-1])
       elif not self._joins(batches, len(prompt) - shared, shared, batch_length):
@@ -335,16 +342,17 @@ class Scheduler:
       room[self.table.device[source]] -= 1
       if not room.any():
         break
-    return chosen, wanted, counts, batch_length
+    return chosen, wanted, counts, batch_length, bool(batches.columns)
 
   def _joins(self, batches: sizes.Batches, rest: int, shared: int, length: int) -> bool:
     """Whether a prompt, of which a slot holds `shared` tokens and `rest` are to be read, may enter
     with others in a batch of this length.
     """
-    if not self.always_looks:
-      # It takes over nothing in a batch without a look; it gains nothing from pieces by one.
-      if shared and not batches.columns or not shared and batches.columns and rest > length:
-        return False
+    # It takes over nothing in a batch without a look; it gains nothing from pieces by one.
+    if shared and not batches.columns:
+      return False
+    if not (self._always_looks or shared) and batches.columns and rest > length:
+      return False
     return batches.fits(rest, length)
 
   def _source(
@@ -361,7 +369,7 @@ class Scheduler:
 
   def _worth(self, prompt: int) -> int:
     """The tokens in common for which a prompt of so many looks at the cache."""
-    return 0 if self.always_looks else -(-prompt // MIN_SHARE)
+    return 0 if self._always_looks else -(-prompt // MIN_SHARE)
 
   def _rows(
     self, free: list[int], entering: list[_Candidate], wanted: set[int]

@@ -38,6 +38,8 @@ PREFILL_LENGTHS = (
 )
 # One more length for replies on a CPU, which are short: there, padding is not for nothing.
 REPLY_LENGTH = 40
+# On a CPU, from which length on a batch looks at the cache only for prompts that begin there.
+LONG_LENGTH_CPU = 512
 
 # On other devices: a few prompts, and if that is more the least that makes so many tokens, at which
 # products are nearly as fast as at many more.
