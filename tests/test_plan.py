@@ -257,6 +257,15 @@ def test_kernels_are_chosen_for_the_device_that_is_planned_for():
   assert target.backend() == "cpu"
 
 
+def test_a_level_of_optimization_is_for_a_cpu_and_leaves_the_users_own_alone(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+  assert target.optimization(1) == {}
+  monkeypatch.delenv("XLA_FLAGS")
+  assert target.optimization(1) == {"xla_backend_optimization_level": 1}
+  with target.compiling_for(target.DEVICES["h200"]):
+    assert target.optimization(1) == {}
+
+
 def planned(tmp_path, *arguments):
   """plan.json of the command line, and what it printed."""
   command = [sys.executable, "-m", "oel_jax.main", "--stage=plan", f"--workdir={tmp_path}"]

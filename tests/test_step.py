@@ -621,6 +621,20 @@ def test_divergence_to_the_teacher_falls_on_a_fixed_batch(kind):
   assert int(state.step) == 20
 
 
+def test_a_step_as_users_compile_it_gives_the_same_numbers(monkeypatch):
+  """The suite's own flags name another level of optimization."""
+  optimizer, batch, found = optax.adamw(3e-3), _batch(_samples()), []
+  for flags in ("--xla_backend_optimization_level=0", ""):
+    monkeypatch.setenv("XLA_FLAGS", flags)  # XLA itself has read it before
+    step = step_lib.make_step(ARCHITECTURE, optimizer, k=4)
+    state = step_lib.init_state(jax.tree.map(jnp.copy, _params(0)), optimizer)
+    found.append(step(state, _teacher(_params(1), _samples()), batch))
+  (state, metrics), (state_there, metrics_there) = found
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-4)
+  jax.tree.map(functools.partial(same, atol=1e-6), state.params, state_there.params)
+  jax.tree.map(functools.partial(same, atol=1e-7), metrics, metrics_there)
+
+
 @pytest.mark.parametrize("broken", ["parameter", "moment"])
 def test_a_step_counts_the_arrays_that_are_not_finite(monkeypatch, broken):
   """Loss and gradient are finite, and one update, or what the optimizer keeps, is not."""

@@ -98,6 +98,15 @@ def compute_capability() -> str:
   return getattr(jax.devices()[0], "compute_capability", "")
 
 
+def optimization(level: int) -> dict[str, int]:
+  """The compiler's options for a program that LLVM is to make for a CPU at this level, 0 to 3; none
+  for other devices, and where XLA_FLAGS names a level for all programs.
+  """
+  name = "xla_backend_optimization_level"
+  here = backend() == "cpu" and name not in os.environ.get("XLA_FLAGS", "")
+  return {name: level} if here else {}
+
+
 @contextlib.contextmanager
 def compiling_for(device: Device) -> Iterator[None]:
   """Within, what is traced is made for this kind of device."""
