@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_sampler import TINY, naive_sampled, random_prompts, sample
 
-from oel_jax.policy.sampling import model, on_cpu, sampler, sizes
+from oel_jax.policy.sampling import model, on_cpu, sampler, sizes, slot_state
 
 
 @pytest.fixture(name="threads", autouse=True)
@@ -111,9 +111,11 @@ def test_cores_are_those_of_a_cpu_without_a_mesh(monkeypatch):
 
 
 def test_all_read_the_same_weights(monkeypatch):
-  made, prepare = [], model.prepare
+  made, committed = [], slot_state.committed
   monkeypatch.setattr(
-    model, "prepare", lambda *args, **how: made.append(prepare(*args, **how)) or made[-1]
+    slot_state,
+    "committed",
+    lambda make, *on, **how: made.append(make) or committed(make, *on, **how),
   )
   seen, enter = [], on_cpu.prefill_insert
   monkeypatch.setattr(
@@ -122,7 +124,6 @@ def test_all_read_the_same_weights(monkeypatch):
     lambda weights, *args, **how: seen.append(weights) or enter(weights, *args, **how),
   )
   sample([[1]] * 12)
-  assert len(made) == 1 and len(seen) == 3 and all(weights is seen[0] for weights in seen)
-  # Committed to the device, but no copies.
-  pairs = zip(jax.tree.leaves(seen[0]), jax.tree.leaves(made[0]), strict=True)
-  assert all(one.unsafe_buffer_pointer() == other.unsafe_buffer_pointer() for one, other in pairs)
+  assert made == [model.prepare] + [slot_state.empty] * 3
+  assert len(seen) == 3 and all(weights is seen[0] for weights in seen)
+  assert all(leaf.committed for leaf in jax.tree.leaves(seen[0]))

@@ -9,7 +9,7 @@ import pytest
 from test_sampler import naive_sampled, random_prompts, sample
 
 from oel_jax.policy.ops import common, norm, small_matmul
-from oel_jax.policy.sampling import engine, model, on_cpu
+from oel_jax.policy.sampling import engine, model, on_cpu, slot_state
 
 INTERPRET = jax.default_backend() != "gpu"
 
@@ -77,9 +77,11 @@ def test_which_products_fit(monkeypatch):
 @pytest.fixture(name="fresh")
 def fixture_fresh():
   """What is traced here is for this test alone."""
-  clear = lambda: [
-    function.clear_cache() for function in (model.prepare, engine.prefill_insert, engine.decode)
-  ]
+  programs = model.prepare, engine.prefill_insert, engine.decode
+  clear = lambda: (
+    slot_state.committed.cache_clear(),
+    [program.clear_cache() for program in programs],
+  )
   clear()
   yield
   clear()

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -178,8 +179,9 @@ def generate(
   if not prompts:
     return ([], []) if logprobs else []
   mesh = groups.of_params(params, architecture, sample_tensor)
-  weights = model.prepare(params, architecture=architecture, dtype=dtype, mesh=mesh)
-  weights = weights if mesh else slot_state.commit(weights)
+  device = None if mesh else slot_state.device_of(params)
+  ready = dict(architecture=architecture, dtype=dtype, mesh=mesh)
+  weights = slot_state.committed(model.prepare, device, **ready)(params)
   share = architecture.share(sample_tensor)
   attn_impl = kv_cache.attn_impl(share, dtype)
   how = dict(
@@ -219,6 +221,7 @@ def generate(
       [split[i] for i in own],
       asked,
       how,
+      device=device,
       dtype=dtype,
       slots=slots and slots // parts,
       common=common,
@@ -227,7 +230,7 @@ def generate(
     )
     driver = Driver(
       weights,
-      empty if mesh else slot_state.commit(empty, weights),
+      empty,
       scheduler,
       asked,
       how,
@@ -256,6 +259,7 @@ def _slots(
   requests: Requests,
   how: dict[str, Any],
   *,
+  device: jax.Device | None,
   dtype: Any,
   slots: int | None,
   common: beginnings.Beginnings,
@@ -263,8 +267,8 @@ def _slots(
   replies: bool,
 ) -> tuple[scheduling.Scheduler, slot_state.Slots]:
   """The prompts, each with the number of the text before it, in a scheduler of their own, and empty
-  slots: as many as are asked for, or as this one's share of the memory among `parts` holds, but no
-  more than the prompts need.
+  slots, on the device or on the mesh: as many as are asked for, or as this one's share of the
+  memory among `parts` holds, but no more than the prompts need.
   """
   a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
   texts, prompts = zip(*prompts, strict=True)
@@ -290,7 +294,9 @@ def _slots(
     cpu=target.backend() == "cpu",
     replies=replies,
   )
-  empty = slot_state.empty(
+  empty = slot_state.committed(
+    slot_state.empty,
+    device,
     architecture=how["architecture"],
     rows=room.devices * room.slots,
     columns=room.columns,
@@ -299,7 +305,7 @@ def _slots(
     attn_impl=attn_impl,
     mesh=mesh,
     texts="texts" in how,
-  )
+  )()
   return scheduler, empty
 
 
