@@ -134,13 +134,14 @@ def load(folders: list[pathlib.Path], name: str = "report/results.json") -> list
 def main(arguments: list[str]) -> None:
   """Prints the table of the runs in these directories, or of these directories of runs."""
   kinds = ("--categories", "--controls", "--distill")
-  kind = arguments[0] if arguments[:1] and arguments[0] in kinds else ""
-  folders = [pathlib.Path(name) for name in arguments if name not in kinds]
-  if not folders:
+  flags = [name for name in arguments if name.startswith("-")]
+  folders = [pathlib.Path(name) for name in arguments if name not in flags]
+  if not folders or flags[1:] or not {*flags} <= {*kinds}:
     sys.exit(
       "usage: python experiments/table.py [--categories] RUN_DIRECTORY ...  or  "
       "table.py --controls|--distill DIRECTORY_OF_RUNS ..."
     )
+  kind = flags[0] if flags else ""
   if kind in ("--controls", "--distill"):
     head, lines, counts = _of_directories(kind, folders)
   else:

@@ -13,7 +13,7 @@ import pytest
 from fakes import in_turns
 
 from oel_jax import config as config_lib
-from oel_jax.conversations import exporters, logs
+from oel_jax.conversations import exporters, jsonl, logs
 from oel_jax.conversations.schema import Message, transcript
 from oel_jax.environments import Episode, Game, play, try_game
 from oel_jax.environments import game_spec as spec_of
@@ -414,15 +414,31 @@ def test_passed_cases_are_counted_by_kind_of_rule(played):
     assert game.source.category == desk.rule.category
 
 
-@pytest.mark.parametrize("text, told", [(None, "No such file"), ("no JSON\n", "games.jsonl")])
+@pytest.mark.parametrize("text, told", [(None, "No such file"), ("no JSON\n", "1 of 1 lines")])
 def test_a_file_that_is_no_log_is_told_in_one_line(tmp_path, text, told):
   file = tmp_path / "games.jsonl"
   if text is not None:
     file.write_text(text)
-  command = [sys.executable, "-m", "oel_jax.conversations.exporters", file, tmp_path / "log.jsonl"]
+  [line] = exported(file, tmp_path / "log.jsonl")
+  assert told in line and "games.jsonl" in line and not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_log_takes_no_conversations_place(played, tmp_path):
+  file = tmp_path / "games.jsonl"
+  jsonl.write_jsonl(file, played[:2])
+  before = file.read_bytes()
+  [line] = exported(file, tmp_path / "../" / tmp_path.name / "games.jsonl")
+  assert "would take the place" in line and file.read_bytes() == before
+  [line] = exported(file, tmp_path / "nowhere/log.jsonl")
+  assert "could not write" in line and "nowhere/log.jsonl" in line
+
+
+def exported(file: pathlib.Path, log: pathlib.Path) -> list[str]:
+  """The errors of the command, which fails; in one line, it should be."""
+  command = [sys.executable, "-m", "oel_jax.conversations.exporters", file, log]
   ran = subprocess.run(command, capture_output=True, text=True)
-  assert ran.returncode == 1 and told in ran.stderr and "Traceback" not in ran.stderr
-  assert ran.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "log.jsonl").exists()
+  assert ran.returncode == 1 and "Traceback" not in ran.stderr
+  return [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
 
 
 def test_logs_hold_what_was_said_and_no_verdict(played, tmp_path):

@@ -315,6 +315,18 @@ def test_write_text_is_whole_or_not_at_all(tmp_path):
     files.write_text(tmp_path / "nowhere" / "b.txt", "")
 
 
+def test_a_chunk_that_cannot_be_made_is_not_said_to_be_unwritten(tmp_path):
+  (tmp_path / "b.txt").write_text("old")
+
+  def chunks():
+    yield b"new"
+    yield (tmp_path / "a.txt").read_bytes()
+
+  with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/a.txt'"):
+    files.write_chunks(tmp_path / "b.txt", chunks())
+  assert os.listdir(tmp_path) == ["b.txt"] and (tmp_path / "b.txt").read_text() == "old"
+
+
 def test_explained_says_what_to_do_about_a_full_disk():
   told = str(files.explained(OSError(28, "No space left on device"), "run/x.json"))
   assert "disk is full" in told and "run/x.json" in told

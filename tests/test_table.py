@@ -55,7 +55,10 @@ def test_a_line_a_category(tmp_path, capsys):
     (tmp_path / str(i) / "report").mkdir(parents=True)
     (tmp_path / str(i) / "report/results.json").write_text(json.dumps(_results(rate)))
   table.main(["--categories", str(tmp_path / "0"), str(tmp_path / "1")])
-  lines = capsys.readouterr().out.splitlines()
+  said = capsys.readouterr().out
+  table.main([str(tmp_path / "0"), str(tmp_path / "1"), "--categories"])
+  assert capsys.readouterr().out == said
+  lines = said.splitlines()
   assert lines[0] == "|  | base % | in context, round 1 % | round 1 % |"
   assert lines[2] == "| desk | 10.0 ± 0.0 | 90.0 ± 0.0 | 60.0 ± 10.0 |"
   assert lines[3] == "| form | – | 30.0 ± 0.0 | – |"
@@ -73,6 +76,14 @@ def test_what_a_table_wants_is_told(tmp_path, changed, flags, told):
   (tmp_path / "report/results.json").write_text(json.dumps(_results(0.5) | changed))
   with pytest.raises(SystemExit, match=f"error: .*{told}"):
     table.main([*flags, str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+  "flags", [["--help"], ["--control", "runs"], ["--distill", "--controls", "runs"]]
+)
+def test_flags_that_a_table_does_not_know_show_its_usage(flags):
+  with pytest.raises(SystemExit, match="usage: python experiments/table.py"):
+    table.main(flags)
 
 
 def test_a_run_without_a_report_is_told(tmp_path):

@@ -7,6 +7,7 @@ category, nor seed. The environment's last words, a user's or a back office's, a
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -56,6 +57,10 @@ if __name__ == "__main__":
   if len(sys.argv) != 3:
     sys.exit("usage: python -m oel_jax.conversations.exporters CONVERSATIONS.jsonl LOG.jsonl")
   try:
+    if os.path.exists(sys.argv[2]) and os.path.samefile(*sys.argv[1:]):
+      raise ValueError(
+        f"{sys.argv[2]}: the log would take the place of its conversations; name another file"
+      )
     write_log(sys.argv[2], conversations(sys.argv[1], max_damaged=0.0))
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")

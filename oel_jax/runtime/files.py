@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import logging
@@ -85,14 +85,23 @@ def write_chunks(path: str | os.PathLike, chunks: Iterable[bytes | memoryview]) 
     chunks: the content, one part after another; each is written before the next one is asked for.
 
   Raises:
-    OSError: the disk is full, or the like; names the file. Whatever `path` held is untouched, as it
-      is if making a chunk raises.
+    OSError: the disk is full, or the like; names the file. What making a chunk raises comes as it
+      is, for it is about another file. Either way whatever `path` held is untouched.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  not_made = []
+
+  def made() -> Iterator[bytes | memoryview]:
+    try:
+      yield from chunks
+    except OSError as error:
+      not_made.append(error)
+      raise
+
   try:
     with open(temporary, "wb") as file:
-      file.writelines(chunks)
+      file.writelines(made())
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -102,6 +111,8 @@ def write_chunks(path: str | os.PathLike, chunks: Iterable[bytes | memoryview]) 
     finally:
       os.close(folder)
   except OSError as error:
+    if error in not_made:
+      raise
     raise explained(error, path) from error
   finally:
     temporary.unlink(missing_ok=True)
