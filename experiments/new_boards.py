@@ -1,6 +1,6 @@
 """Sokoban and Frozen Lake on boards of which the held-out ones are met nowhere else, on the policy
-of both games, whose weights experiments/pretrain_pocket.py:boards-4m or :boards-6m makes. None are
-shipped yet:
+of both games, whose weights experiments/pretrain_pocket.py:boards-4m or :boards-6m makes; none are
+shipped yet.
 
     python -m oel_jax.main --config=experiments/new_boards.py:sokoban \\
         --workdir=runs/new_boards/sokoban/0 --config.seed=0 \\
