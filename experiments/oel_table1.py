@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from readings import Cell, Compared, Row  # noqa: E402
-from study import Study, main  # noqa: E402
+from study import GAMES, Study, main  # noqa: E402
 
 RAW, EXTRACTED = "trajectories", "extracted"
 ROWS = (
@@ -33,7 +33,7 @@ COMPARED = (
 )
 STUDY = Study(
   title="OEL, Table 1: raw trajectories and extracted knowledge, percent passed",
-  settings=("pocket", "pocket-4x4", "desk", "sokoban-qwen3-4b", "qwen3-1.7b"),
+  settings=GAMES,
   paper="sokoban-qwen3-4b",
   arms=lambda setting, options: {
     EXTRACTED: {},

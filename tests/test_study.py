@@ -317,6 +317,12 @@ def test_every_arm_is_a_configuration(name):
       assert "/" not in arm and " " not in arm and not arm.startswith("begun")
 
 
+def test_every_study_has_every_game():
+  """So that `papers.sh` does not fail with any of them."""
+  for name in FILES:
+    assert set(study_lib.GAMES) <= set(study_of(name).settings)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_help_says_what_a_study_takes(name, capsys):
   with pytest.raises(SystemExit) as end:
