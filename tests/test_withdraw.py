@@ -286,9 +286,12 @@ def test_prompts_go_by_their_user_and_later_rounds_leave_him_out(collected, tmp_
 
 
 def test_what_has_the_same_id_goes_together(make_run, tmp_path, tmp_path_factory, capsys):
-  """A record whose id came before in the logs has its file and line behind it."""
+  """A record whose id came before in the logs has its file and line behind it; a session's
+  sub-agents have the session's before theirs.
+  """
   this, folder = make_run(), tmp_path_factory.mktemp("logs")
-  ids = ("a", "ann@example.com", "ann@example.com", "a", "a#1", "b")
+  session = "0b3f2c1e-9d4a-4c5b-8e7f-0123456789ab"
+  ids = ("a", "ann@example.com", "ann@example.com", "a", "a#1", "b", "b/c", f"{session}/side")
   lines = [said(None, number) | {"id": id} for number, id in enumerate(ids)]
   (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
   said_to = {"logs.path": str(folder), "logs.held_out": 0.0, "deployment.environment": ""}
@@ -296,12 +299,12 @@ def test_what_has_the_same_id_goes_together(make_run, tmp_path, tmp_path_factory
   this.config.deployment.episodes = 100
   open_workdir(this.config, tmp_path)
   collect(this, 1, reader())
-  assert len(of_users(tmp_path, "prompts.jsonl")) == 6
-  asked(this, "a,ann@example.com,c")
-  assert of_users(tmp_path, "prompts.jsonl") == {"a#1", "b"}
+  assert len(of_users(tmp_path, "prompts.jsonl")) == len(ids)
+  asked(this, f"a,ann@example.com,c,{session}")
+  assert of_users(tmp_path, "prompts.jsonl") == {"a#1", "b", "b/c"}
   assert "in no round so far: c;" in capsys.readouterr().out
   collect(this, 2, reader())
-  assert of_users_in(tmp_path / "round_2/prompts.jsonl") == {"a#1", "b"}
+  assert of_users_in(tmp_path / "round_2/prompts.jsonl") == {"a#1", "b", "b/c"}
 
 
 def test_an_evaluation_of_other_held_out_prompts_is_measured_again(

@@ -41,10 +41,13 @@ def left(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Co
 
 def own_ids(id: str) -> set[str]:
   """What a record may have called itself whose conversation has this id: one whose name came before
-  in the logs has file and line behind it (`logs.read`), NAME#FILE:LINE.
+  in the logs has file and line behind it (`logs.read`), NAME#FILE:LINE; a sub-agent of Claude
+  Code's has its session's UUID before it, UUID/NAME.
   """
   again = re.fullmatch(r".+#.+:\d+", id, re.DOTALL)
-  return {id, *(id[: found.start()] for found in re.finditer("#", id) if again)}
+  session = re.match(r"([\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12})/", id)
+  names = {id, *(id[: found.start()] for found in re.finditer("#", id) if again)}
+  return names | {session[1]} if session else names
 
 
 def prompts(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list[Prompt]:
