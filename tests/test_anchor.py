@@ -123,7 +123,8 @@ def test_what_is_kept_is_what_the_teacher_does_without_other_knowledge():
 
 
 def test_samples_are_laid_out_with_the_knowledge_that_is_kept(policy):  # noqa: F811
-  config, task = _config(anchor=1.0, anchor_share=0.5, batch_size=4), _task(policy)
+  # Of four samples 0.3 are 1.2: two are kept.
+  config, task = _config(anchor=1.0, anchor_share=0.3, batch_size=4), _task(policy)
   other = task_lib.make_task(
     policy.tokenizer,
     PREFIXES,

@@ -134,8 +134,18 @@ def test_ties():
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.75))) == 3  # one holds exactly 1 - top_p: it goes
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.7))) == 3
   assert sum(kept([2, 2, 2, 2], Sampling(1.0, 0.1))) == 1
+  # float32 has no 1 - top_p below 1, which a whole row's mass would not be more than.
+  assert sum(kept([2, 2, 2, 2], Sampling(1.0, 1e-9))) == 1
   assert kept([5, 5, -9, -9], Sampling(1.0, 0.9)) == [True, True, False, False]
   assert kept([-np.inf, 0, -np.inf, 0], Sampling(1.0, 0.9)) == [False, True, False, True]
+
+
+def test_the_lower_id_is_in_the_top_k_though_its_group_has_the_smaller_maximum():
+  x = np.zeros((1, 64), np.float32)
+  x[0, [0, 20, 21]] = 3, 10, 3
+  assert token_sampling.group_width(64, 2) == 4
+  top, ids = token_sampling.top_k(x, 2)
+  assert (top.tolist(), ids.tolist()) == ([[10, 3]], [[20, 0]])
 
 
 @pytest.fixture(name="sorts")
