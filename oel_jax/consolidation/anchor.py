@@ -53,8 +53,7 @@ class Anchor:
     """
     count = anchored(self.config, len(drawn.prompts))
     part = drawn.only(range(count))
-    pairs = zip(part.prompts, part.texts, strict=True)
-    prompts = [informed(self.task, prompt, text) for prompt, text in pairs]
+    prompts = [self.task.informed(*pair) for pair in zip(part.prompts, part.texts, strict=True)]
     shape = samples.row_shape(
       self.policy.architecture,
       [range(self.longest)],
@@ -94,11 +93,6 @@ def prepare(
 def anchored(config: Any, count: int) -> int:
   """How many of so many samples are kept."""
   return math.ceil(config.anchor_share * count)
-
-
-def informed(task: Task, prompt: tuple[int, ...], text: int) -> tuple[int, ...]:
-  """The prompt's ids with this knowledge of the task in it."""
-  return (*task.knowledge[text], *prompt[task.skip[text] :])
 
 
 def _longest(task: Task) -> int:

@@ -110,8 +110,7 @@ def draw(
   elif config.data == "student":
     responses = student.sample(prompts, seeds, **how)
   else:
-    pairs = zip(texts, prompts, strict=True)
-    informed = [task.knowledge[text] + prompt[task.skip[text] :] for text, prompt in pairs]
+    informed = [task.informed(*pair) for pair in zip(prompts, texts, strict=True)]
     responses = teacher.sample(informed, seeds, **how)
   responses = [list(response) for response in responses]
   return Drawn(prompts, texts, responses, scores, max(map(len, responses)))

@@ -41,6 +41,10 @@ class Task:
   round: int
   ids: tuple[str, ...]
 
+  def informed(self, prompt: tuple[int, ...], entry: int) -> tuple[int, ...]:
+    """The ids of a prompt with one of the `knowledge` in it."""
+    return (*self.knowledge[entry], *prompt[self.skip[entry] :])
+
 
 def make_task(
   tokenizer: Any,
