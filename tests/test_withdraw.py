@@ -12,6 +12,7 @@ from test_provenance import Writer, fixture_make_run  # noqa: F401
 
 from oel_jax import config as config_lib
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
+from oel_jax.conversations.schema import conversation_of
 from oel_jax.evaluation import statistics
 from oel_jax.extraction import provenance
 from oel_jax.pocket import load
@@ -48,7 +49,7 @@ def conversations(run):
   """Ids that items of the knowledge came from, and ids that prompts were cut from."""
   items = {item.trajectory for text in knowledge.read(run, 1) for item in text.items}
   prompts = read_prompts(run.prompts(1))
-  return items, {withdrawn.conversation_of(prompt) for prompt in prompts}
+  return items, {conversation_of(prompt.id) for prompt in prompts}
 
 
 def test_items_prompts_and_weights_go_and_the_run_goes_on_without_them(played, tmp_path, capsys):

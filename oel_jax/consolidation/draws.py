@@ -13,6 +13,7 @@ import grain
 
 from oel_jax.consolidation.task import Task
 from oel_jax.conversations import dataset
+from oel_jax.conversations.schema import conversation_of
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import finite
 
@@ -44,7 +45,7 @@ def games_of(task: Task) -> list[list[int]]:
   """The numbers of each game's prompts, in order: those whose ids name the same conversation
   (`conversations.schema.Prompt`).
   """
-  whose = lambda n: task.ids[n].rpartition("-")[0]
+  whose = lambda n: conversation_of(task.ids[n])
   return [list(numbers) for _, numbers in itertools.groupby(range(len(task.ids)), whose)]
 
 

@@ -132,6 +132,11 @@ class Prompt:
   tools: tuple[str, ...] = ()
 
 
+def conversation_of(id: str) -> str:
+  """The id of the conversation that the prompt of this id was cut from."""
+  return id.rpartition("-")[0]
+
+
 def by_policy(message: Message, people: Collection[str] = ()) -> bool:
   """Whether the policy said it: an assistant's message, but where one of `people`, by their names
   in such messages, answered in its place; "*": people answered everywhere.

@@ -13,6 +13,7 @@ from oel_jax.conversations.schema import (
   Conversation,
   Prompt,
   Source,
+  conversation_of,
   knowledge_message,
 )
 from oel_jax.evaluation import statistics
@@ -59,7 +60,7 @@ def measure(
   found = read_prompts(path, max_damaged=0.0) if path.exists() else []
   # A kill of --stage=withdraw may have left some in the file.
   gone = withdrawn.read(run.folder)
-  prompts = [prompt for prompt in found if withdrawn.conversation_of(prompt) not in gone]
+  prompts = [prompt for prompt in found if conversation_of(prompt.id) not in gone]
   if not prompts or not texts:
     return None
   config = run.config
@@ -113,7 +114,7 @@ def _keep(
   """Writes the answers to the first prompt of each of KEPT conversations, with what was asked."""
   firsts: dict[str, int] = {}
   for place, prompt in enumerate(prompts):
-    firsts.setdefault(withdrawn.conversation_of(prompt), place)
+    firsts.setdefault(conversation_of(prompt.id), place)
   kept = []
   for place in list(firsts.values())[:KEPT]:
     prompt, ids = prompts[place], responses[place]

@@ -55,11 +55,6 @@ def prompts(folder: pathlib.Path, conversations: Iterable[Conversation]) -> list
   return [prompt for said in left(folder, conversations) for prompt in cut_prompts(said)]
 
 
-def conversation_of(prompt: Prompt) -> str:
-  """The id of the conversation that a prompt was cut from."""
-  return prompt.id.rpartition("-")[0]
-
-
 def _parse(value: Any) -> Sequence[str]:
   need = schema.need
   need(schema.get(value, "schema", schema.TOP) == SCHEMA, "schema", value["schema"], str(SCHEMA))

@@ -24,7 +24,7 @@ import ml_collections
 from absl import logging
 
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
-from oel_jax.conversations.schema import LOG, Conversation, Prompt, Source
+from oel_jax.conversations.schema import LOG, Conversation, Prompt, Source, conversation_of
 from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction import provenance
 from oel_jax.extraction import state as extraction_state
@@ -164,7 +164,7 @@ def _resolve(
       users.setdefault(f"{withdrawn.USER}{user}", set()).add(id)
     known |= {item.trajectory for text in _texts(path) for item in text.items}
     files_of_prompts = (_prompt_file(path), path / HELD_OUT)
-    known |= {withdrawn.conversation_of(one) for file in files_of_prompts for one in _prompts(file)}
+    known |= {conversation_of(one.id) for file in files_of_prompts for one in _prompts(file)}
   known |= set().union(*users.values())
   for id in known:  # one whose name came before in the logs goes with it
     for name in withdrawn.own_ids(id):
@@ -250,7 +250,7 @@ def _held(path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]) ->
   left = _left(path, ids, rules)
   items = [item.text for text in _texts(path) for item in text.items if left(item) != item]
   files_of_prompts = (_prompt_file(path), path / HELD_OUT)
-  count = lambda file: sum(withdrawn.conversation_of(one) in ids for one in _prompts(file))
+  count = lambda file: sum(conversation_of(one.id) in ids for one in _prompts(file))
   return _Held(list(dict.fromkeys(items)), *map(count, files_of_prompts))
 
 
@@ -281,7 +281,7 @@ def _rebuild(
     files.write_text(path / KNOWLEDGE, "")
   if held.prompts:
     file = _prompt_file(path)
-    kept = [prompt for prompt in _prompts(file) if withdrawn.conversation_of(prompt) not in ids]
+    kept = [prompt for prompt in _prompts(file) if conversation_of(prompt.id) not in ids]
     made_from = manifest.made_from(file.name)
     aside.append(_aside(file))
     write_jsonl(file, kept)
@@ -301,7 +301,7 @@ def _leave_unmeasured(
   names = (EVALUATION, *ANSWERS.values())
   aside = [_aside(path / name) for name in names if (path / name).exists()]
   file, manifest = path / HELD_OUT, Manifest(path)
-  kept = [prompt for prompt in _prompts(file) if withdrawn.conversation_of(prompt) not in ids]
+  kept = [prompt for prompt in _prompts(file) if conversation_of(prompt.id) not in ids]
   # A copy: there is no moment without the file, for nothing makes it again.
   aside.append(_name_aside(file))
   shutil.copy2(file, aside[-1])

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from oel_jax.conversations import prompt as prompt_lib
-from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt
+from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt, conversation_of
 from oel_jax.policy.tokenizers.chat_template import CannotRender
 
 PROBE = Message(KNOWLEDGE, "Rule 1.")
@@ -61,7 +61,7 @@ def _sort(prompt: Prompt) -> tuple[Any, ...]:
 
 
 def _told(reason: str, ids: Sequence[str]) -> str:
-  conversations = {id.rpartition("-")[0] for id in ids}
+  conversations = set(map(conversation_of, ids))
   return (
     f"{len(ids)} prompts of {len(conversations)} conversations are left out, {ids[0]} the first: "
     f"{reason}"
