@@ -130,17 +130,8 @@ def extract(
   done: list[state.Step] = []
   if state_path is not None:
     state_path = pathlib.Path(state_path)
-    made_from = {
-      "weights": weights,
-      "transcripts": schema.digest([transcript(each, wording) for each in trajectories]),
-    }
-    if wording != "games":  # the only one that files of before were made with
-      made_from["wording"] = wording
-    if answered_only:
-      made_from["answered_only"] = True
-    if answered_only and people:
-      made_from["people"] = ",".join(people)
     named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
+    made_from = _made_from(weights, trajectories, wording, answered_only, people)
     identity = {**named, "trajectories": ids, "made_from": made_from}
     done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in reads])
   if done and advance is not None:
@@ -168,6 +159,29 @@ def extract(
       if advance is not None:
         advance(1)
   return [Knowledge(tuple(items)) for items in found]
+
+
+def _made_from(
+  weights: str,
+  trajectories: Sequence[Conversation],
+  wording: str,
+  answered_only: bool,
+  people: Collection[str],
+) -> dict[str, Any]:
+  """What a partial file says that it was made from; of settings only those that files of before
+  were not made with.
+  """
+  found: dict[str, Any] = {
+    "weights": weights,
+    "transcripts": schema.digest([transcript(each, wording) for each in trajectories]),
+  }
+  if wording != "games":
+    found["wording"] = wording
+  if answered_only:
+    found["answered_only"] = True
+  if answered_only and people:
+    found["people"] = ",".join(people)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
