@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from oel_jax.consolidation.divergences import DIVERGENCES
+from oel_jax.consolidation.losses import SUPPORTS
 from oel_jax.conversations.schema import KNOWLEDGE_HEADS
 from oel_jax.policy.architecture import ARCHITECTURES
 from oel_jax.policy.endpoint import connection
@@ -25,7 +26,7 @@ CHOICES = {
   "consolidation.kind": (*DIVERGENCES, "imitation"),
   "consolidation.renewed": ("step", "round", "never"),
   "consolidation.teacher": ("frozen", "first", "live"),
-  "consolidation.support": ("full", "topk", "topk_tail"),
+  "consolidation.support": SUPPORTS,
   "consolidation.remat": ("none", "dots", "full"),
   "consolidation.attention": ("auto", "xla", "cudnn", "flash", "splash"),
   "consolidation.unroll": ("auto", "yes", "no"),
