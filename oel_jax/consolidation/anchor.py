@@ -34,7 +34,7 @@ class Anchor:
     limit: most tokens of a response.
     mesh: devices.
     micro_tokens: most tokens of a micro-batch of the step.
-    most: samples that are kept in a step.
+    max_samples: most samples that are kept in a step.
     longest: tokens of the longest prompt with knowledge.
   """
 
@@ -44,7 +44,7 @@ class Anchor:
   limit: int
   mesh: Mesh
   micro_tokens: int
-  most: int
+  max_samples: int
   longest: int
 
   def __call__(self, drawn: samples.Drawn) -> tuple[batch_lib.Batch, int]:
@@ -70,7 +70,7 @@ class Anchor:
       pack=self.config.pack,
       **shape._asdict(),
     )
-    placed = samples.place(made, self.mesh, self.most, self.micro_tokens)
+    placed = samples.place(made, self.mesh, self.max_samples, self.micro_tokens)
     return placed, sum(map(len, prompts)) + sum(map(len, part.responses))
 
 
@@ -81,13 +81,15 @@ def prepare(
   limit: int,
   mesh: Mesh,
   micro_tokens: int,
-  most: int,
+  max_samples: int,
 ) -> Anchor | None:
-  """What lays out a round's samples that are kept, of `most` a step; None if none are."""
+  """What lays out the samples that are kept of a round's steps, which have at most `max_samples`;
+  None if none are.
+  """
   if not config.anchor:
     return None
-  most = anchored(config, most)
-  return Anchor(config, task, policy, limit, mesh, micro_tokens, most, _longest(task))
+  kept = anchored(config, max_samples)
+  return Anchor(config, task, policy, limit, mesh, micro_tokens, kept, _longest(task))
 
 
 def anchored(config: Any, count: int) -> int:

@@ -111,7 +111,7 @@ class Selection:
     mesh: devices.
     score: from `make_scorer`.
     micro_tokens: most tokens of a micro-batch in it.
-    most: samples of a step.
+    max_samples: most samples of a step.
     attn_impl: the attention implementation.
   """
 
@@ -122,7 +122,7 @@ class Selection:
   mesh: Mesh
   score: Callable[[teacher_lib.Teacher, Scored], Float32[Array, "N"]]
   micro_tokens: int
-  most: int
+  max_samples: int
   attn_impl: str
 
   def __call__(
@@ -134,7 +134,7 @@ class Selection:
     """
     how = self.task, self.policy, drawn, self.config, self.limit
     made = scored(samples.assemble(*how), samples.rows_of(*how), drawn)
-    placed = samples.place(made, self.mesh, self.most, self.micro_tokens)
+    placed = samples.place(made, self.mesh, self.max_samples, self.micro_tokens)
     how = dict(dtype=self.policy.dtype, attn_impl=self.attn_impl)
     given = teacher, self.policy.architecture, placed
     ready = streamed.ahead(*given, micro_tokens=self.micro_tokens, **how)
@@ -157,24 +157,26 @@ def prepare(
   limit: int,
   mesh: Mesh,
   attn_impl: str,
-  most: int,
+  max_samples: int,
 ) -> Selection | None:
-  """The selection of a round, whose steps have `most` samples at the most; None if config.select is
+  """The selection of a round, whose steps have at most `max_samples`; None if config.select is
   1, and all are trained on.
   """
   if config.select == 1:
     return None
-  micro_tokens = samples.micro_tokens_of(config, task.prompts, limit=limit, samples=most, mesh=mesh)
+  micro_tokens = samples.micro_tokens_of(
+    config, task.prompts, limit=limit, samples=max_samples, mesh=mesh
+  )
   score = make_scorer(
     policy.architecture,
-    samples=most,
+    samples=max_samples,
     chunk=config.chunk,
     micro_tokens=micro_tokens,
     dtype=policy.dtype,
     attn_impl=attn_impl,
     mesh=mesh,
   )
-  return Selection(config, task, policy, limit, mesh, score, micro_tokens, most, attn_impl)
+  return Selection(config, task, policy, limit, mesh, score, micro_tokens, max_samples, attn_impl)
 
 
 def trained(config: Any, count: int) -> int:
