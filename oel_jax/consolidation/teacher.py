@@ -6,14 +6,14 @@ their own.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import on_mesh
@@ -99,23 +99,8 @@ def prepare(
   by_texts = unroll and not on_host and mesh is not None and mesh_lib.row_shards(mesh) == mesh.size
   by_texts = by_texts and mesh.size > 1
   read = functools.partial(_read(architecture, dtype, attn_impl, shardings, by_texts), params)
-  if on_host:  # text by text, for the devices have no room for all
-    shape = (
-      architecture.layers,
-      len(tokens),
-      architecture.kv_heads,
-      tokens.shape[1],
-      architecture.head_size,
-    )
-    kept = [np.empty(shape, jnp.dtype(dtype)) for _ in range(2)]
-    for i in range(len(tokens)):
-      for whole, part in zip(kept, read(tokens[i : i + 1], length[i : i + 1]), strict=True):
-        whole[:, i : i + 1] = part
-    places = shardings or (SingleDeviceSharding(jax.devices()[0]),) * 2
-    keys, values = (
-      jax.device_put(whole, place.with_memory_kind("pinned_host"))
-      for whole, place in zip(kept, places, strict=True)
-    )
+  if on_host:
+    keys, values = _to_host(read, tokens, length, shardings)
   else:
     keys, values = read(tokens, length)
   if unroll and not on_host:
@@ -125,6 +110,30 @@ def prepare(
   skip_G = np.broadcast_to(np.int32(skip), length.shape)
   # Not `jnp.asarray`, which compiles a program for each.
   return Teacher(params, keys, values, *jax.device_put((length, skip_G)))
+
+
+def _to_host(
+  read: Callable[..., tuple[Array, Array]],
+  tokens_GxP: Int[np.ndarray, "G P"],
+  length_G: Int[np.ndarray, "G"],
+  shardings: Any,
+) -> list[Array]:
+  """Keys and values in the host's pinned memory, read text by text: the devices have no room for
+  all.
+  """
+  kept = None
+  for i in range(len(tokens_GxP)):
+    parts = read(tokens_GxP[i : i + 1], length_G[i : i + 1])
+    if kept is None:
+      shape = parts[0].shape[0], len(tokens_GxP), *parts[0].shape[2:]
+      kept = [np.empty(shape, part.dtype) for part in parts]
+    for whole, part in zip(kept, parts, strict=True):
+      whole[:, i : i + 1] = part
+  places = shardings or (SingleDeviceSharding(jax.devices()[0]),) * 2
+  return [
+    jax.device_put(whole, place.with_memory_kind("pinned_host"))
+    for whole, place in zip(kept, places, strict=True)
+  ]
 
 
 def without_knowledge(teacher: Teacher) -> Teacher:
