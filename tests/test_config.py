@@ -533,7 +533,11 @@ def test_every_experiment_opens_with_its_command():
   run = {
     n: text for n, text in texts.items() if re.search("^(def get_config|if __name__)", text, re.M)
   }
-  assert len(run) >= 3 and texts.keys() - run.keys() == {"readings.py", "study.py"}
+  assert len(run) >= 3 and texts.keys() - run.keys() == {
+    "readings.py",
+    "running.py",
+    "study.py",
+  }
   for name, text in run.items():
     head = text.split('"""')[1]
     assert re.search(rf"^ *(JOBS=\d+ )?python .*experiments/{name}", head, re.MULTILINE), name
