@@ -37,10 +37,11 @@ TOOL = {
 # The same in all cases, so that their prompts begin alike. It names no kinds of rules: a small
 # model, told of desks, forms and codes, named one of each. Nor does it name the tool, which that
 # model then always used. Asked for "what cases of the kind need", it told which cases need
-# something: all of them, in a list without end.
+# something: all of them, in a list without end; asked what has to be done, and not by whose rules,
+# what anyone would do.
 ASK = (
   "You work at the help desk of Orsa, who sell coffee machines by post. Say in one short sentence "
-  "which kind of case this is and what has to be done with a case of this kind.\n"
+  "which kind of case this is and what has to be done with it by our rules.\n"
 )
 NUDGES = {
   "discount": "Do I get a discount?",
