@@ -56,6 +56,7 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
         policy = policy.replace(consolidate(this, number, policy, texts))
       evaluate(this, number, policy, before, texts)
     results = report.write(this.folder)
-  progress.table(report.rows(results), f"{deployed}, {config.rounds} rounds")
+  rounds = f"{config.rounds} round{'s' if config.rounds > 1 else ''}"
+  progress.table(report.rows(results), f"{deployed}, {rounds}")
   print(f"report: {this.folder / 'report' / 'index.html'}", flush=True)
   return results
