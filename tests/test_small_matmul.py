@@ -39,6 +39,27 @@ def test_products(rows):
   )
 
 
+def test_how_the_products_of_models_are_cut():
+  """By the multiprocessors that an H200 has, and the shared memory of each."""
+  shaped = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+  def cut(sides, F, D, cuts, rows=64):
+    found = small_matmul._cut(shaped(rows, D), shaped(sides * F, D), sides, cuts)
+    return found and (found.parts, found.deep, found.stages)
+
+  parts, swiglu = small_matmul.PARTS, small_matmul.SWIGLU
+  assert cut(2, 6144, 2048, swiglu) == (1, 64, 5)  # Qwen3-1.7B: 96 programs, one each
+  assert cut(2, 8960, 1536, swiglu) == (1, 64, 4)  # Qwen2.5-1.5B: 140, of which two share one
+  assert cut(2, 9728, 2560, swiglu) == (1, 64, 4)  # Qwen3-4B: 152
+  assert cut(2, 25600, 5120, swiglu) == (1, 64, 4)  # Qwen3-32B: 400, in two waves
+  assert cut(1, 2048, 6144, parts) == (4, 128, 4)  # 128
+  assert cut(1, 1536, 8960, parts) == (5, 128, 4)  # 8960 is no multiple of 4 x 128; 120
+  assert cut(1, 2560, 9728, parts) == (4, 64, 4)  # 160, three to a multiprocessor
+  assert cut(1, 896, 4864, parts) == (4, 64, 4)  # Qwen2.5-0.5B: 4864 = 19 x 256
+  assert cut(1, 896, 896, parts) is None
+  assert cut(1, 2560, 9728, parts, rows=16) == (4, 128, 4)  # less to hold: 80 KiB, two
+
+
 def test_which_products_fit(monkeypatch):
   zeros = lambda *shape, dtype=jnp.bfloat16: jnp.zeros(shape, dtype)
   monkeypatch.setattr(small_matmul, "_large_gpu", lambda: True)
@@ -100,8 +121,8 @@ def test_the_sampler_makes_the_same_tokens_with_them(fewest, fresh, monkeypatch)
 
   monkeypatch.setattr(small_matmul, "_product", counted)
   monkeypatch.setattr(small_matmul, "PRODUCT", small_matmul.Cut(1, 16, 16, 4, 1))
-  monkeypatch.setattr(small_matmul, "PARTS", small_matmul.Cut(2, 16, 8, 4, 1))
-  monkeypatch.setattr(small_matmul, "SWIGLU", small_matmul.Cut(1, 16, 16, 4, 1))
+  monkeypatch.setattr(small_matmul, "PARTS", (small_matmul.Cut(2, 16, 8, 4, 1),))
+  monkeypatch.setattr(small_matmul, "SWIGLU", (small_matmul.Cut(1, 16, 16, 4, 1),))
   monkeypatch.setattr(small_matmul, "supported", lambda x, matrix: fewest <= len(x) <= 4)
   monkeypatch.setattr(small_matmul, "on_gpu", lambda: True)
   monkeypatch.setattr(common, "supported", lambda x: True)

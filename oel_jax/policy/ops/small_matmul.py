@@ -7,6 +7,7 @@ of the product, and `norm.add_norm` takes the parts as they are. Pallas kernels 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +27,7 @@ FEWEST, MOST = (
 
 
 class Cut(NamedTuple):
-  """How a product is cut up: `parts` of the sum, `wide` outputs a program, `deep` terms at once;
-  best of eight each on an H100, 64 rows.
-  """
+  """How a product is cut up: `parts` of the sum, `wide` outputs a program, `deep` terms at once."""
 
   parts: int
   wide: int
@@ -37,7 +36,12 @@ class Cut(NamedTuple):
   stages: int
 
 
-PRODUCT, PARTS, SWIGLU = Cut(1, 32, 128, 4, 4), Cut(4, 64, 128, 8, 4), Cut(1, 64, 64, 4, 5)
+PRODUCT = Cut(1, 32, 128, 4, 4)
+# Of these the first that divides the sum and whose programs all run at once: best of eight or more
+# each for 64 rows of Qwen3-1.7B on an H100, and of Qwen2.5-1.5B and Qwen3-4B on an H200.
+PARTS = Cut(4, 64, 128, 8, 4), Cut(5, 64, 128, 8, 4), Cut(4, 64, 64, 4, 4)
+SWIGLU = Cut(1, 64, 64, 4, 5), Cut(1, 64, 64, 4, 4)
+MULTIPROCESSORS, SHARED_BYTES = 132, 227 * 1024  # of an H100 or H200; of each multiprocessor
 
 
 def on_gpu() -> bool:
@@ -67,7 +71,9 @@ def product(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Ar
 
 def addend(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "*P M F"]:
   """`product` for `norm.add_norm`: whole, or in parts that it adds up."""
-  return parts_kernel(x_MxD, matrix) if supported(x_MxD, matrix) else product(x_MxD, matrix)
+  if supported(x_MxD, matrix) and _cut(x_MxD, matrix, 1, PARTS):
+    return parts_kernel(x_MxD, matrix)
+  return product(x_MxD, matrix)
 
 
 def swiglu(x_MxD: Float[Array, "M D"], matrix: Float[Array, "..."]) -> Float[Array, "M F"]:
@@ -82,7 +88,7 @@ def supported(x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"]) -> bo
   memory that they take: up to 192 KiB.
   """
   (M, D), F = x_MxD.shape, matrix_FxD.shape[0]
-  even = D % (PARTS.parts * PARTS.deep) == 0 and F % (2 * PARTS.wide) == 0
+  even = D % PRODUCT.deep == 0 and F % (2 * SWIGLU[0].wide) == 0
   return _large_gpu() and x_MxD.dtype == jnp.bfloat16 and FEWEST <= M <= MOST and even
 
 
@@ -107,7 +113,8 @@ def parts_kernel(
   x_MxD: Float[Array, "M D"], matrix_FxD: Float[Array, "F D"], *, interpret: bool = False
 ) -> Float[Array, "P M F"]:
   """`product_kernel` as float32 parts, which are to be added up."""
-  return _product(x_MxD, matrix_FxD, PARTS, 1, jnp.float32, interpret)
+  cut = _cut(x_MxD, matrix_FxD, 1, PARTS)
+  return _product(x_MxD, matrix_FxD, cut, 1, jnp.float32, interpret)
 
 
 def swiglu_kernel(
@@ -116,7 +123,22 @@ def swiglu_kernel(
   """silu(gate) up (Shazeer 2020, eq. 6), where gate and up are the halves of `product_kernel`;
   rounded as it, silu(gate) and the result would be.
   """
-  return _product(x_MxD, matrix_F2xD, SWIGLU, 2, x_MxD.dtype, interpret)[0]
+  cut = _cut(x_MxD, matrix_F2xD, 2, SWIGLU)
+  return _product(x_MxD, matrix_F2xD, cut, 2, x_MxD.dtype, interpret)[0]
+
+
+def _cut(x: Array, matrix: Array, sides: int, cuts: Sequence[Cut]) -> Cut | None:
+  """The first of `cuts` that divides the sum and whose programs all run at once; if none does, the
+  last that divides it; if none does, None.
+  """
+  (M, D), F = x.shape, matrix.shape[0] // sides
+
+  def at_once(cut):
+    held = cut.stages * cut.deep * (pl.next_power_of_2(M) + sides * cut.wide) * x.dtype.itemsize
+    return F // cut.wide * cut.parts <= MULTIPROCESSORS * (SHARED_BYTES // held)
+
+  dividing = [cut for cut in cuts if D % (cut.parts * cut.deep) == 0]
+  return next(filter(at_once, dividing), dividing[-1] if dividing else None)
 
 
 def _product(
