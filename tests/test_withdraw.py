@@ -11,18 +11,23 @@ from test_changed_runs import bits, play_a_round
 from test_provenance import Writer, fixture_make_run  # noqa: F401
 
 from oel_jax import config as config_lib
+from oel_jax import report
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import conversation_of
 from oel_jax.evaluation import statistics
+from oel_jax.extraction import knowledge as knowledge_lib
 from oel_jax.extraction import provenance
 from oel_jax.pocket import load
 from oel_jax.policy.tokenizers import SentencePieceTokenizer
+from oel_jax.runtime import files
+from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.workdir import open_workdir
 from oel_jax.stages import held_out, knowledge, resume, withdrawn
 from oel_jax.stages.collect import collect
 from oel_jax.stages.deploy import deploy
 from oel_jax.stages.evaluate import evaluate
 from oel_jax.stages.extract import extract, texts_after
+from oel_jax.stages.run import ITEMS
 from oel_jax.tasks import withdraw
 
 
@@ -140,6 +145,101 @@ def test_an_item_that_stands_once_stays_as_anothers(make_run, tmp_path, capsys):
   stayed = [item for item in before_items if item.text not in weak]
   moved = [now for was, now in zip(stayed, told, strict=True) if was.trajectory == gone]
   assert moved and all(item.trajectory == latest[item.text] for item in moved)
+
+
+def test_nothing_says_any_more_that_they_gave_an_item(make_run, tmp_path):
+  """Be the item another's now, as it stands in the texts, or in no text at all; and the report that
+  was there is made anew.
+  """
+  this = make_run(repeats=False)
+  open_workdir(this.config, tmp_path)
+  play_a_round(this, Writer())
+  report.write(tmp_path)
+  path = tmp_path / "round_1/user/items.jsonl"
+  gave = {
+    one.text: [seen.conversation for seen in one.seen] for one in provenance.read(path).values()
+  }
+  texts = [item for text in knowledge.read(this, 1) for item in text.items]
+  standing = {item.trajectory for item in texts}
+  gone = next(name for all_of in gave.values() for name in all_of if name not in standing)
+  page = tmp_path / "report/index.html"
+  assert f"{gone}," in page.read_text()
+  asked(this, gone)
+  assert [item for text in knowledge.read(this, 1) for item in text.items] == texts
+  left = {
+    one.text: [seen.conversation for seen in one.seen] for one in provenance.read(path).values()
+  }
+  rest = {text: [name for name in all_of if name != gone] for text, all_of in gave.items()}
+  assert left == {text: all_of for text, all_of in rest.items() if all_of} != gave
+  assert f"{gone}," not in page.read_text()
+  this.manifest(1).verify()
+
+
+STEPS = (
+  (withdraw, "_aside"),
+  (withdraw.shutil, "copy2"),
+  (Manifest, "announce"),
+  (Manifest, "record"),
+  (withdraw, "write_jsonl"),
+  (knowledge_lib, "write"),
+  (provenance, "write"),
+  (files, "write_text"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeats", (True, False))
+def test_a_kill_at_any_moment_leaves_what_the_same_command_ends(
+  make_run, tmp_path, tmp_path_factory, monkeypatch, repeats
+):
+  this = make_run(min_support=2, repeats=repeats)
+  open_workdir(this.config, tmp_path)
+  play_a_round(this, Writer())
+  items, prompts = conversations(this)
+  gone = f"{min(items)},{max(prompts)}"
+
+  def ask(folder, moment):
+    """Withdraws them, killed before the step of this number; whether there was one."""
+    rest = iter(range(moment))
+    with monkeypatch.context() as patch:
+      for owner, name in STEPS:
+        made = getattr(owner, name)
+
+        def step(*args, made=made):
+          if next(rest, None) is None:
+            raise KeyboardInterrupt
+          return made(*args)
+
+        patch.setattr(owner, name, step)
+      try:
+        asked(type(this)(this.config, folder, this.metrics, None), gone)
+      except KeyboardInterrupt:
+        return True
+      return False
+
+  def left(folder):
+    """After the same command again: the texts' items, the prompts, and who gave each item."""
+    there = type(this)(this.config, folder, this.metrics, None)
+    asked(there, gone)
+    deploy(there, 1, Writer())
+    player = Writer()
+    texts = [sorted(text.split("\n")) for text in extract(there, 1, player)]
+    assert not player.asked
+    there.manifest(1).verify()
+    origins = provenance.read(folder / "round_1" / ITEMS).values()
+    gave = {one.text: [seen.conversation for seen in one.seen] for one in origins}
+    return texts, conversations(there)[1], gave
+
+  whole = shutil.copytree(tmp_path, tmp_path_factory.mktemp("copy") / "run")
+  assert not ask(whole, 1000)
+  right = left(whole)
+  for moment in range(1000):
+    folder = shutil.copytree(tmp_path, tmp_path_factory.mktemp("copy") / "run")
+    killed = ask(folder, moment)
+    assert left(folder) == right, moment
+    if not killed:
+      break
+  assert moment > 10
 
 
 def test_the_same_command_again_finds_nothing_more_or_does_the_rest(played, tmp_path, monkeypatch):

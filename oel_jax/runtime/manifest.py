@@ -12,7 +12,7 @@ stands.
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -89,6 +89,18 @@ class Manifest:
         "made_from": made_from,
       }
     self._write(entries, new)
+
+  def rewrite(self, name: str, why: dict[str, str], write: Callable[[pathlib.Path], None]) -> None:
+    """Has `write` write a file that is there anew, whole or not at all; `why` is added to what it
+    was made from. At no moment would a kill have the file taken for a damaged one.
+    """
+    made_from = self.made_from(name)
+    if made_from is None:  # not listed, as where it was carried from another machine
+      write(self.folder / name)
+      return
+    self.announce(name, made_from | why)
+    write(self.folder / name)
+    self.record([name], made_from | why)
 
   def _write(self, entries: dict[str, Any], new: dict[str, Any]) -> None:
     if entries | new != entries:

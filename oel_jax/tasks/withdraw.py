@@ -23,6 +23,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from oel_jax import report
 from oel_jax.conversations.jsonl import read_conversations, read_prompts, write_jsonl
 from oel_jax.conversations.schema import LOG, Conversation, Prompt, Source, conversation_of
 from oel_jax.extraction import knowledge as knowledge_lib
@@ -87,6 +88,8 @@ def run(config: Any, workdir: str) -> None:
     copied = own.get("mirror", "")
     mirror.restore(copied, folder)  # looks whether it is this directory's
     _withdraw(folder, named, own)
+    if (folder / "report").exists():
+      report.write(folder)
     mirror.update(copied, folder)
 
 
@@ -260,33 +263,52 @@ def _rebuild(
   """Writes the round's files without what came from these conversations; returns what is kept
   aside.
   """
-  manifest, left, aside = Manifest(path), _left(path, ids, rules), []
-  aside += _forget(path, ids)
+  left, origins = _left(path, ids, rules), _origins(path, ids, rules)
+  texts = [
+    knowledge_lib.Knowledge(tuple(filter(None, map(left, text.items)))) for text in _texts(path)
+  ]
+  aside = _forget(path, ids)
   if held.items:
-    texts = [
-      knowledge_lib.Knowledge(tuple(filter(None, map(left, text.items)))) for text in _texts(path)
-    ]
-    made_from = manifest.made_from("knowledge/00.jsonl")
-    aside.append(_aside(path / "knowledge"))
-    for i, text in enumerate(texts):
-      knowledge_lib.write(path / "knowledge", i, text)
-    origins = _origins(path, ids, rules)
-    names = [f"knowledge/{i:02d}.{kind}" for i in range(len(texts)) for kind in ("jsonl", "md")]
-    if (path / ITEMS).exists():
-      aside.append(_aside(path / ITEMS))
-      provenance.write(path / ITEMS, provenance.placed(origins, texts))
-      names.append(ITEMS)
-    if made_from is not None:
-      manifest.record(names, made_from)
-    files.write_text(path / KNOWLEDGE, "")
+    aside.append(_rewrite_texts(path, texts))
+  seen = (one for origin in provenance.read(path / ITEMS).values() for one in origin.seen)
+  if any(one.conversation in ids for one in seen):
+    write = lambda file: provenance.write(file, provenance.placed(origins, texts))
+    aside.append(_rewrite(path, ITEMS, ids, write))
   if held.prompts:
-    file = _prompt_file(path)
-    kept = [prompt for prompt in _prompts(file) if conversation_of(prompt.id) not in ids]
-    made_from = manifest.made_from(file.name)
-    aside.append(_aside(file))
-    write_jsonl(file, kept)
-    if made_from is not None:
-      manifest.record([file.name], made_from)
+    aside.append(_rewrite_prompts(path, _prompt_file(path).name, ids))
+  return aside
+
+
+def _rewrite_texts(path: pathlib.Path, texts: Sequence[knowledge_lib.Knowledge]) -> pathlib.Path:
+  """Writes the round's texts; returns where those of before are. Where a kill leaves them undone,
+  extraction makes them again from its steps.
+  """
+  manifest, made_from = Manifest(path), Manifest(path).made_from("knowledge/00.jsonl")
+  aside = _aside(path / "knowledge")
+  names = [f"knowledge/{i:02d}.{kind}" for i in range(len(texts)) for kind in ("jsonl", "md")]
+  for name in names if made_from is not None else ():
+    manifest.announce(name, made_from)
+  for i, text in enumerate(texts):
+    knowledge_lib.write(path / "knowledge", i, text)
+  if made_from is not None:
+    manifest.record(names, made_from)
+  files.write_text(path / KNOWLEDGE, "")
+  return aside
+
+
+def _rewrite_prompts(path: pathlib.Path, name: str, ids: Collection[str]) -> pathlib.Path:
+  """Takes their prompts out of a file of the round's; returns the copy of what it was."""
+  kept = [prompt for prompt in _prompts(path / name) if conversation_of(prompt.id) not in ids]
+  return _rewrite(path, name, ids, lambda file: write_jsonl(file, kept))
+
+
+def _rewrite(
+  path: pathlib.Path, name: str, ids: Collection[str], write: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
+  """Has `write` write a file of the round's anew; returns the copy of what it was."""
+  aside = _name_aside(path / name)
+  shutil.copy2(path / name, aside)
+  Manifest(path).rewrite(name, {"withdrawn": schema.digest(sorted(ids))}, write)
   return aside
 
 
@@ -300,18 +322,11 @@ def _leave_unmeasured(
     return []
   names = (EVALUATION, *ANSWERS.values())
   aside = [_aside(path / name) for name in names if (path / name).exists()]
-  file, manifest = path / HELD_OUT, Manifest(path)
-  kept = [prompt for prompt in _prompts(file) if conversation_of(prompt.id) not in ids]
-  # A copy: there is no moment without the file, for nothing makes it again.
-  aside.append(_name_aside(file))
-  shutil.copy2(file, aside[-1])
-  made_from = (manifest.made_from(HELD_OUT) or {}) | {"withdrawn": schema.digest(sorted(ids))}
-  manifest.announce(HELD_OUT, made_from)
-  write_jsonl(file, kept)
-  manifest.record([HELD_OUT], made_from)
+  aside.append(_rewrite_prompts(path, HELD_OUT, ids))
   print(
-    f"round {number}: {held.held_out} prompts went from those that are measured on, {len(kept)} "
-    "are left: what was measured is set aside, and the same command as before measures again",
+    f"round {number}: {held.held_out} prompts went from those that are measured on, "
+    f"{len(_prompts(path / HELD_OUT))} are left: what was measured is set aside, and the same "
+    "command as before measures again",
     flush=True,
   )
   return aside
@@ -328,7 +343,7 @@ def _forget(path: pathlib.Path, ids: Collection[str]) -> list[pathlib.Path]:
   read = header["trajectories"]
   if not ids & set(read):
     return []
-  if not (path / KNOWLEDGE).exists():
+  if len(steps) < len(read):
     return [_aside(state)]
   by_text = orders(len(read), header["texts"], header["seed"], header["round"])
   changed = False
@@ -338,9 +353,7 @@ def _forget(path: pathlib.Path, ids: Collection[str]) -> list[pathlib.Path]:
         step["items"][text], changed = [], True
   if not changed:
     return []
-  aside = _aside(state)
-  write_jsonl(state, [header, *steps])
-  return [aside]
+  return [_rewrite(path, STATE, ids, lambda file: write_jsonl(file, [header, *steps]))]
 
 
 def _aside(path: pathlib.Path) -> pathlib.Path:
@@ -372,8 +385,8 @@ def _tell_what_is_left(folder: pathlib.Path, aside: list[pathlib.Path], touched:
     for path in aside:
       print(f"  {path}")
   print(
-    "the conversations themselves still stand in round_*/user and in your logs; report/ and "
-    "export/ are of before: make them anew, or remove them"
+    "the conversations themselves still stand in round_*/user and in your logs; export/ is of "
+    "before: make it anew, or remove it; report/, if it is there, is made anew now"
   )
   if touched:
     print(
