@@ -26,6 +26,7 @@ OF_A_GAME: dict[str, Callable[[Conversation, int], float]] = {
   "cut": lambda game, limit: float(np.mean([one.response_tokens >= limit for one in game.answers])),
 }
 NOT_SHARES = ("tokens",)
+LAST = -1
 Values = dict[int, np.ndarray]  # by seed, one number a game
 
 
@@ -35,7 +36,7 @@ class Cell:
 
   Attributes:
     arm: its name.
-    round: after which; 0 is the base.
+    round: after which; 0 is the base, LAST the last that the run is to have.
     way: how the held-out games were played: "without" knowledge; "in_context", by the teacher that
       the round had; "after_in_context"; "first_knowledge"; or, a number, in context with
       the knowledge as it stood after that share of extraction.use.
@@ -112,10 +113,13 @@ class Column:
   def _of_seed(self, cell: Cell, seed: int) -> np.ndarray | None:
     if (self.folder / cell.arm / str(seed) / "base.json").exists():
       return self._of_prompts(cell, seed)
-    folder = self.round(cell.arm, seed, cell.round)
-    path = folder / "evaluation.json"
     # Before a run has a config.json, all that its directory holds is a copy of what was begun.
-    if not path.exists() or not self.config_path(cell.arm, seed).exists():
+    if not self.config_path(cell.arm, seed).exists():
+      return None
+    config, way = self.config(cell.arm, seed), cell.way
+    folder = self.round(cell.arm, seed, config["rounds"] if cell.round == LAST else cell.round)
+    path = folder / "evaluation.json"
+    if not path.exists():
       return None
     if cell.what not in OF_A_GAME:
       measured = files.read_json(path)
@@ -124,7 +128,6 @@ class Column:
       else:
         value = measured["retention"].get(cell.what, {}).get("rate")
       return None if value is None else np.array([value])
-    config, way = self.config(cell.arm, seed), cell.way
     if not isinstance(way, str):
       way = f"after_{share_of(config['extraction']['use'], way):03d}_trajectories"
     games = folder / f"user/evaluation{'' if way == 'without' else f'_{way}'}.jsonl"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from readings import Cell, Column, Compared, Row, line, markdown  # noqa: E402
+from readings import LAST, Cell, Column, Compared, Row, line, markdown  # noqa: E402
 from study import Setting, Study, main  # noqa: E402
 
 from oel_jax.evaluation import statistics  # noqa: E402
@@ -54,6 +54,8 @@ OWN = {"entropy of its own answers, nats × 100": "entropy", "mass on the top k,
 def arms(setting: Setting, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
   """The configurations' changes by variant."""
   del setting
+  if options.rounds < 1:
+    raise ValueError(f"--rounds is {options.rounds}: it must be 1 or more")
   wanted = options.variants.split(",")
   if unknown := [name for name in wanted if name not in VARIANTS]:
     raise ValueError(f"--variants has {unknown[0]!r}: they are {', '.join(VARIANTS)}")
@@ -62,13 +64,18 @@ def arms(setting: Setting, options: argparse.Namespace) -> dict[str, dict[str, A
 
 def rows(names: Sequence[str]) -> list[Row]:
   """What is passed after the first round and the last."""
-  return [Row(f"{name}, round {n}", (), Cell(name, n)) for name in _sorted(names) for n in (1, 10)]
+  heads = {1: "round 1", LAST: "last round"}
+  return [
+    Row(f"{name}, {head}", (), Cell(name, n))
+    for name in _sorted(names)
+    for n, head in heads.items()
+  ]
 
 
 def compared(names: Sequence[str]) -> list[Compared]:
-  """Each variant against the plain one, after ten rounds."""
+  """Each variant against the plain one, after the last round."""
   return [
-    Compared(f"{name} above plain, round 10", Cell(name, 10), Cell("plain", 10))
+    Compared(f"{name} above plain, last round", Cell(name, LAST), Cell("plain", LAST))
     for name in _sorted(names)
     if name != "plain" and "plain" in names
   ]
@@ -197,7 +204,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 STUDY = Study(
-  title="Ten rounds, percent passed without knowledge",
+  title="Round after round, percent passed without knowledge",
   settings=("pocket", "pocket-4x4", "desk-changing"),
   paper="pocket",
   arms=arms,

@@ -27,10 +27,12 @@ import study as study_lib  # noqa: E402
 from readings import Cell, Column, Compared  # noqa: E402
 
 
-def leave_run(folder: pathlib.Path, games: dict[str, list], limit: int = 10, **measured) -> None:
+def leave_run(
+  folder: pathlib.Path, games: dict[str, list], limit: int = 10, rounds: int = 1, **measured
+) -> None:
   """A run directory with played games: "ROUND WAY" → of each game (passed, tokens of each turn)."""
   folder.mkdir(parents=True, exist_ok=True)
-  config = {"deployment": {"max_response_tokens": limit}}
+  config = {"deployment": {"max_response_tokens": limit}, "rounds": rounds}
   (folder / "config.json").write_text(json.dumps({"config": config}))
   for name, played in games.items():
     number, way = name.split()

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from test_study import leave_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -74,6 +75,29 @@ def test_rounds_and_costs_are_told_beside_plain(column):
   assert not any("round 1's knowledge" in line for line in lines)  # which nobody measured
 
 
+@pytest.mark.parametrize("rounds", (1, 2, 3))
+def test_the_last_row_is_of_the_last_round_that_a_run_is_to_have(tmp_path, rounds):
+  """Whatever --rounds said; a run that has not come so far has none yet."""
+  for name in PASSED:
+    games = {
+      f"{number} without": [(passed, (4,)) for passed in each]
+      for number, each in enumerate(PASSED[name][: rounds + 1])
+    }
+    leave_run(tmp_path / name / "0", games, rounds=rounds)
+    begun = {head: each for head, each in games.items() if int(head[0]) < rounds}
+    leave_run(tmp_path / name / "1", begun, rounds=rounds)
+  column = readings.Column("lake", tmp_path)
+  found = {row.name: column.values(row.cell) for row in ten_rounds.rows(column.arms())}
+  for name, games in PASSED.items():
+    assert {seed: list(each) for seed, each in found[f"{name}, last round"].items()} == {
+      0: games[rounds]
+    }
+    assert list(found[f"{name}, round 1"][0]) == games[1]
+  [compared] = ten_rounds.compared(column.arms())
+  above = np.mean(PASSED["guard"][rounds]) - np.mean(PASSED["plain"][rounds])
+  assert readings.difference(column, compared)["difference"] == above
+
+
 def test_variants_differ_from_plain_in_what_they_say():
   options = argparse.Namespace(variants="plain,select,guard", rounds=4)
   found = ten_rounds.arms(None, options)
@@ -89,3 +113,5 @@ def test_variants_differ_from_plain_in_what_they_say():
   }
   with pytest.raises(ValueError, match="--variants has 'all': they are plain, select"):
     ten_rounds.arms(None, argparse.Namespace(variants="all", rounds=4))
+  with pytest.raises(ValueError, match="--rounds is 0: it must be 1 or more"):
+    ten_rounds.arms(None, argparse.Namespace(variants="plain", rounds=0))
