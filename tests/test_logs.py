@@ -407,6 +407,20 @@ def test_a_folder_or_file_without_logs(tmp_path):
 
 
 @pytest.mark.parametrize(
+  "content, read_from",
+  [("{0}\n{1}\n{0}", [1, 3]), ("[{0},{1},{0}]", [1])],  # nobody knows where the number's item ends
+)
+def test_a_number_that_python_does_not_read_is_damage_at_its_place(tmp_path, content, read_from):
+  talk = {"messages": [ASKED, NOON]}
+  long = json.dumps(talk)[:-1] + ', "n": ' + "1" * 5000 + "}"
+  content = content.replace("{0}", json.dumps(talk)).replace("{1}", long)
+  found, counts = read(write(tmp_path / "log.json", content), max_damaged=0.5)
+  assert [each.source.line for each in found] == read_from
+  [place] = counts.places
+  assert place.startswith(f"{tmp_path / 'log.json'}:2: a whole number has more digits")
+
+
+@pytest.mark.parametrize(
   "line, told",
   [
     ("{nonsense\n", "Expecting property name"),

@@ -84,10 +84,11 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
       except RecursionError:
         yield number + 1, ValueError("nested too deeply; nothing behind it is read")
         return
-      except json.JSONDecodeError as error:
-        text = text[start:]
+      except ValueError as error:
+        text, told = text[start:], _told(error)
         # What is cut off by the end of the chunk looks like damage, too.
-        more = reader.read(max(_CHUNK, len(text))) if len(text) < MAX_RECORD else ""
+        cut = isinstance(error, json.JSONDecodeError) and len(text) < MAX_RECORD
+        more = reader.read(max(_CHUNK, len(text))) if cut else ""
         if more or not text:
           text += more
           if not text:
@@ -95,9 +96,9 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
           continue
         number += 1
         if array:
-          yield number, ValueError(f"{error.msg}; nothing behind it is read")
+          yield number, ValueError(f"{told}; nothing behind it is read")
           return
-        yield number, ValueError(error.msg)
+        yield number, ValueError(told)
         while "\n" not in text and (text := reader.read(_CHUNK)):
           pass
         text = text.partition("\n")[2]
@@ -109,3 +110,10 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         yield number, each
   except UnicodeDecodeError:
     yield number + 1, ValueError("not UTF-8; nothing behind it is read")
+
+
+def _told(error: ValueError) -> str:
+  """What is wrong with a JSON text, without the place in it."""
+  if isinstance(error, json.JSONDecodeError):
+    return error.msg
+  return "a whole number has more digits than Python reads"
