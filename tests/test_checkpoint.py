@@ -289,6 +289,17 @@ def test_a_background_error_is_one_clear_error_and_the_checkpoint_before_stays(t
   assert "left: 1" in result.stdout, result.stdout + result.stderr
 
 
+def test_an_error_without_words_is_told_by_its_type(tmp_path, monkeypatch):
+  with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patched:
+
+    def fail():
+      raise TimeoutError
+
+    patched.setattr(checkpoints._manager, "wait_until_finished", fail)
+    with pytest.raises(OSError, match="could not write the checkpoint of step None: TimeoutError;"):
+      checkpoints.wait()
+
+
 @pytest.mark.parametrize("mib, saves, saved", [(11, 9, 0), (7.3, 2, 0), (3.7, 1, 0), (3.7, 9, 2)])
 def test_room_for_one_more_than_are_kept(tmp_path, monkeypatch, mib, saves, saved):
   state = {"a": jnp.zeros((1 << 18, 2)), "b": jnp.zeros((1 << 20,), jnp.bfloat16)}  # 4 MiB

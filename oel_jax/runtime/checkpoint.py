@@ -81,6 +81,11 @@ def _not_a_traceback_of_orbax(record) -> bool:
   return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
+def _first_line(error: Exception, size: int) -> str:
+  """The first line of what an error says, up to so many letters; its type if it says nothing."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:size]
+
+
 class Checkpoints:
   """The checkpoints of one training run. Use it in a `with` statement: leaving it waits for what is
   still being written.
@@ -251,7 +256,7 @@ class Checkpoints:
       raise  # says nothing about the file, and ends this process
     # TensorStore and Orbax raise ValueError, OSError, KeyError and bare Exception for damage
     except Exception as error:
-      told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+      told = f"{type(error).__name__}: {_first_line(error, 300)}"
     all_told = distributed.gather(told, f"the look at {self.directory / str(step)}")
     for process, told in enumerate(all_told):
       if told:
@@ -277,11 +282,7 @@ class Checkpoints:
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:
-      logging.warning(
-        "%s: %s",
-        self.directory,
-        str(error).splitlines()[0][:300] if str(error) else type(error).__name__,
-      )
+      logging.warning("%s: %s", self.directory, _first_line(error, 300))
       return None
 
   def _read_extra(self, step: int) -> tuple[dict[str, Any], dict[str, dict[str, str]] | None]:
@@ -352,7 +353,7 @@ class Checkpoints:
       reason = (
         "the disk is full; free some space and run the same command again"
         if full
-        else str(error).splitlines()[0][:600]
+        else _first_line(error, 600)
       )
       code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
       raise OSError(
