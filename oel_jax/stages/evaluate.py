@@ -17,6 +17,8 @@ from oel_jax.runtime.seeds import derive
 from oel_jax.stages import extract, held_out, knowledge, own_answers, play, unrelated
 from oel_jax.stages.run import DEPLOYED, EVALUATION, HELD_OUT, PROMPT_GAMES, Run, made_from
 
+TEACHER = "teacher's weights"  # an input of evaluation.json where they are not "weights before"
+
 
 def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Sequence[str]) -> None:
   """Writes evaluation.json; one that was measured with others than these is set aside.
@@ -44,7 +46,7 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     "settings": play.settings(run.config, all_of_it=True),
   }
   if run.teacher(before) is not before:
-    inputs["teacher's weights"] = fingerprint(run.teacher(before).params)
+    inputs[TEACHER] = fingerprint(run.teacher(before).params)
   if (prompts := run.round(number) / HELD_OUT).exists():
     inputs[HELD_OUT] = files.sha256(prompts)[:16]
   if run.config.evaluation.unrelated or run.config.evaluation.own_answers:
@@ -54,6 +56,8 @@ def evaluate(run: Run, number: int, policy: Policy, before: Policy, texts: Seque
     # Earlier versions do not say from which prompts: they stay as they are.
     told = [name for name in inputs if name != HELD_OUT or name in measured_from]
     changed = differing(measured_from, {name: inputs[name] for name in told})
+    # A teacher of its own that there was, and is none of now.
+    changed += [TEACHER] * (TEACHER in measured_from.keys() - inputs.keys())
     if not changed:
       return
     files.set_aside(path, f"it was measured with other {', '.join(changed)}")
