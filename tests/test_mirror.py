@@ -1,6 +1,7 @@
 """A copy of a run directory elsewhere: in a folder, and in a bucket that is made up."""
 
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -107,6 +108,23 @@ def test_a_directory_comes_back_as_it_was_without_what_is_unfinished(address, tm
   mirror.update(address, folder)
   assert brought(address, tmp_path / "other") == right
   assert len(objects(address)) == 1 + len(set(right.values()))  # the probe is not there either
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_listed_is_no_fault(
+  address, tmp_path, monkeypatch
+):
+  folder = write(tmp_path / "run", FIRST | {"round_1/checkpoints/2/state/x": "{}"})
+  old, scan = folder / "round_1/checkpoints/2", os.scandir
+
+  def remove_then_scan(path="."):
+    if str(path) == str(old) and old.exists():
+      old.rename(tmp_path / "gone")
+    return scan(path)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(os, "scandir", remove_then_scan)
+    mirror.update(address, folder)
+  assert not old.exists() and brought(address, tmp_path / "other") == held(folder)
 
 
 def test_what_has_not_changed_is_not_sent_again_and_what_has_gone_goes(address, tmp_path):

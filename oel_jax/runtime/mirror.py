@@ -196,7 +196,11 @@ def _there(address: str) -> set[str]:
 
 def _files(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
   """Name, with "/", and path of each file of the run."""
-  for path in sorted(folder.rglob("*")):
+  try:
+    found = sorted(folder.rglob("*"))
+  except FileNotFoundError as error:  # a folder went while it was listed, of an old checkpoint
+    raise _Changing(str(folder)) from error
+  for path in found:
     parts = path.relative_to(folder).parts
     if parts[0] not in _OWN and not any(map(_UNFINISHED.fullmatch, parts)) and path.is_file():
       yield "/".join(parts), path
