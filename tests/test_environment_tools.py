@@ -104,6 +104,16 @@ def test_a_tool_that_fails_is_named():
 
 
 @pytest.mark.parametrize(
+  "returned, told",
+  [("12:01", "call returned '12:01': it must be a Step"), (Step(1), "of what call returned is 1")],
+)
+def test_a_tool_that_returns_no_step_is_told_as_such(monkeypatch, returned, told):
+  monkeypatch.setattr(Clock, "call", lambda *_: returned)
+  with pytest.raises(RuntimeError, match=f"clock, seed 7: .*{told}"):
+    clock()[0].call([call("clock")])
+
+
+@pytest.mark.parametrize(
   "changes, told",
   [
     (dict(tools=["clock"]), r"tools are \['clock'\]: each must be \{\"type\""),

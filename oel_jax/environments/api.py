@@ -175,7 +175,8 @@ class Game:
       RuntimeError: the game is over already, fails by itself, or returns what no game may return.
     """
     action = answer_action.removeprefix("[").removesuffix("]")
-    step = self._made(f"the move {answer_action!r}", lambda: self._environment.step(action))
+    what = f"the move {answer_action!r}"
+    step = self._made("step", what, lambda: self._environment.step(action))
     return self._finished(step)
 
   def call(self, calls: Sequence[ToolCall]) -> list[Step]:
@@ -207,10 +208,12 @@ class Game:
     if not isinstance(arguments, dict):
       return Step(f"The arguments of {call.name} must be a JSON object.")
     what = f"the call of {call.name} with {reprlib.repr(arguments)}"
-    return self._made(what, lambda: self._environment.call(call.name, arguments))
+    return self._made("call", what, lambda: self._environment.call(call.name, arguments))
 
-  def _made(self, what: str, move: Callable[[], Any]) -> Step:
-    """What a move led to, by the environment's own word; `what` names it for errors."""
+  def _made(self, method: str, what: str, move: Callable[[], Any]) -> Step:
+    """What a move led to, by the environment's own word; for errors `what` names the move, and
+    `method` what of the environment makes it.
+    """
     if self._done:
       raise self._wrong("the game is over, there is no move left to make")
     with self._own_random():
@@ -220,7 +223,7 @@ class Game:
         if _told(error):
           raise
         raise self._wrong(f"the game failed at {what}{_where(error, self._environment)}") from error
-    self._check(step)
+    self._check(method, step)
     return step
 
   def _finished(self, step: Step) -> Step:
@@ -259,10 +262,12 @@ class Game:
       raise self._wrong("it offers tools and has no method call(name, arguments)")
     return texts
 
-  def _check(self, step: Any) -> None:
-    """Raises RuntimeError unless it is a `Step` whose fields are of their types."""
+  def _check(self, method: str, step: Any) -> None:
+    """Raises RuntimeError unless what the method returned is a `Step` whose fields are of their
+    types.
+    """
     if not isinstance(step, Step):
-      raise self._wrong(f"step returned {reprlib.repr(step)}: it must be a Step")
+      raise self._wrong(f"{method} returned {reprlib.repr(step)}: it must be a Step")
     right = {
       "observation": (isinstance(step.observation, str), "a text"),
       "done": (isinstance(step.done, (bool, np.bool_)), "True or False"),
@@ -277,7 +282,7 @@ class Game:
     for name, (fits, what) in right.items():
       if not fits:
         seen = reprlib.repr(getattr(step, name))
-        raise self._wrong(f"{name} of what step returned is {seen}: it must be {what}")
+        raise self._wrong(f"{name} of what {method} returned is {seen}: it must be {what}")
 
   def _wrong(self, what: str) -> RuntimeError:
     return RuntimeError(f"{self._spec.name}, seed {self._seed}: {what}")
