@@ -211,11 +211,14 @@ def test_cut_responses_are_left_out_of_the_loss(policy, tmp_path, monkeypatch, c
   np.testing.assert_array_equal(batch.response[batch.mask], responses[0])
 
 
-def test_where_all_are_cut_nothing_is_learned(policy, tmp_path, monkeypatch):
+def test_where_all_are_cut_nothing_is_learned_and_that_is_told(
+  policy, tmp_path, monkeypatch, caplog
+):
   monkeypatch.setattr(Policy, "sample", lambda self, prompts, seeds, **how: [[5] * 8] * 4)
   how = dict(steps=1, cut_responses=False, weight_decay=0.0)
   _, [line], params = run(policy, tmp_path, _task(policy), monkeypatch, **how)
-  assert line["loss"] == line["gradient_norm"] == 0 and line["cut"] == 1
+  assert line["loss"] == line["gradient_norm"] == line["tokens"] == 0 and line["cut"] == 1
+  assert "round 1: a step learns nothing: all of its 4 responses were cut" in caplog.text
   jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(policy.params))
 
 

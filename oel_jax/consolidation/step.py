@@ -226,27 +226,27 @@ def make_step(
     )
 
     def found(teacher, batch):
-      """Value, count, sums and the mean's gradient."""
+      """The mean over the tokens, their count, sums, and the mean's gradient."""
       if is_unrolled and mesh is not None and mesh.size > 1:
         every = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=True)
       else:
         every = add_up(params, teacher, batch, mesh=mesh)
       value, count, sums, gradient = every
-      count = jnp.maximum(count, 1)
+      of = jnp.maximum(count, 1)
       gradient = on_mesh.unfuse(gradient, architecture, mesh) if is_unrolled else gradient
-      return value, count, sums, jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradient)
+      gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / of, gradient)
+      return value / of, count, sums, gradient
 
-    value, count, sums, gradient = found(teacher, batch)
+    loss, count, sums, gradient = found(teacher, batch)
     more = {}
     if kept is not None:
-      apart, tokens, _, slope = found(teacher_lib.without_knowledge(teacher), kept)
+      more["anchor"], _, _, slope = found(teacher_lib.without_knowledge(teacher), kept)
       gradient = jax.tree.map(lambda g, s: g + anchor * s, gradient, slope)
-      more = {"anchor": apart / tokens}
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
     norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
-    metrics = {"loss": value / count, "gradient_norm": norm, "tokens": count}
+    metrics = {"loss": loss, "gradient_norm": norm, "tokens": count}
     metrics |= metrics_lib.means(sums) | more
     for path, square in jax.tree_util.tree_leaves_with_path(squares):
       name = jax.tree_util.keystr(path, simple=True, separator="/")

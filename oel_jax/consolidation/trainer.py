@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from oel_jax.consolidation import anchor as anchor_lib
 from oel_jax.consolidation import draws, failure, placement, probing, restore, samples, selection
@@ -301,9 +302,16 @@ class _Training:
   def _chosen(
     self, sampled: samples.Drawn, teacher: teacher_lib.Teacher
   ) -> tuple[samples.Drawn, dict[str, float], bool]:
-    """The samples to be trained on, what the choice tells, and whether their tokens count."""
+    """The samples to be trained on, what the choice tells, and whether their tokens count; warns if
+    they do not.
+    """
     eos_ids = None if self.config.cut_responses else self.policy.tokenizer.eos_ids
     left, counts = samples.usable(sampled, self.limit, eos_ids)
+    if not counts:
+      told = (
+        "round %d: a step learns nothing: all of its %d responses were cut (cut_responses=False)"
+      )
+      logging.warning(told, self.task.round, len(sampled.responses))
     chosen, told = self.select(left, teacher) if self.select and counts else (left, {})
     return chosen, told, counts
 
