@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from oel_jax.consolidation import batch as batch_lib
 from oel_jax.consolidation import metrics as measures
+from oel_jax.consolidation import micro_batches
 from oel_jax.consolidation import samples as samples_lib
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import teacher as teacher_lib
@@ -436,7 +437,19 @@ def test_gradient_does_not_depend_on_the_micro_batch(micro_tokens, remat, pack, 
   ],
 )
 def test_pieces_are_the_fewest_equal_parts_that_fit(rows, length, shards, micro_tokens, pieces):
-  assert step_lib.micro_batches_of(rows, length, shards, micro_tokens) == pieces
+  assert micro_batches.count_of(rows, length, shards, micro_tokens) == pieces
+
+
+def test_micro_batches_between_those_that_count_may_hold_nothing():
+  """As in a batch that somebody else has laid out: its rows count in any order."""
+  samples = _samples()
+  batch = _batch(samples, pack=False)
+  batch.mask[[0, 2]] = False
+  length = batch.tokens.shape[1]  # each row is a micro-batch by itself
+  probe = step_lib.make_probe(ARCHITECTURE, k=4, temperature=0.7, chunk=7, micro_tokens=length)
+  total, count = _reference(_params(0), _params(1), samples[1::2])
+  kl = probe(_params(0), _teacher(_params(1), samples), batch)["kl"]
+  np.testing.assert_allclose(kl, total / count, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import draws, failure, placement, restore, samples, trainer
+from oel_jax.consolidation import (
+  draws,
+  failure,
+  micro_batches,
+  placement,
+  restore,
+  samples,
+  trainer,
+)
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
@@ -303,11 +311,11 @@ def test_micro_batches_that_hold_samples_come_first_and_the_others_are_not_run(
   batch = batch._replace(tokens=np.repeat(np.int32(numbers)[:, None], 128, axis=1))
   found = samples.place(batch, mesh, 16, 4 * 128)
   # Of each device four rows at a time.
-  assert step_lib.micro_batches_of(16, 128, devices, 4 * 128) == 4 // devices
+  assert micro_batches.count_of(16, 128, devices, 4 * 128) == 4 // devices
   assert found.mask.shape == (16, 1) and found.mask.sum() == rows
   assert sorted(np.asarray(found.tokens)[np.asarray(found.mask)[:, 0], 0]) == [*numbers]
   add = lambda so_far, part: (so_far[0] + 1, so_far[1] + part.mask.sum())
-  run, count = jax.jit(lambda batch: step_lib._fold(add, (0, 0), batch, 4 // devices))(found)
+  run, count = jax.jit(lambda batch: micro_batches._fold(add, (0, 0), batch, 4 // devices))(found)
   assert (run, count) == (parts, rows)
 
 

@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 
 from oel_jax import config as config_lib
-from oel_jax.consolidation import placement, restore, samples
+from oel_jax.consolidation import micro_batches, placement, restore, samples
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy import architecture as architecture_lib
@@ -133,7 +133,7 @@ def micro_tokens(work: Work, config: Any, task: Task, mesh: Any) -> tuple[int, .
 def run_tokens(batch: Any, micro: tuple[int, ...], config: Any) -> tuple[int, int]:
   """Tokens that the step computes, padding included, and in how many micro-batches."""
   rows, length = batch.tokens.shape
-  parts = step_lib.micro_batches_of(rows, length, 1, *(micro or (config.micro_tokens,)))
+  parts = micro_batches.count_of(rows, length, 1, *(micro or (config.micro_tokens,)))
   counts = np.asarray(batch.mask).reshape(-1, parts, batch.mask.shape[1]).any((0, 2))
   run = int(counts.nonzero()[0].max()) + 1 if micro else parts
   return rows * length * run // parts, run

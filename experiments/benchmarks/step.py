@@ -23,8 +23,8 @@ import numpy as np
 import optax
 
 from oel_jax.consolidation import batch as batch_lib
+from oel_jax.consolidation import micro_batches, streamed
 from oel_jax.consolidation import step as step_lib
-from oel_jax.consolidation import streamed
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import parameters, transformer
@@ -157,8 +157,8 @@ def scorer(
   """The teacher's pass alone."""
   if isinstance(teacher, streamed.Streamed):
     return lambda: streamed.hidden(teacher, a, batch, **how)
-  micro_batches = step_lib.micro_batches_of(*batch.tokens.shape, 1, how["micro_tokens"])
-  cut = step_lib.cut(batch, micro_batches)
+  count = micro_batches.count_of(*batch.tokens.shape, 1, how["micro_tokens"])
+  cut = micro_batches.cut(batch, count)
   one = functools.partial(
     teacher_lib.teacher_hidden, dtype=how["dtype"], attn_impl=how["attn_impl"]
   )

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import draws, id_lists
-from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import draws, id_lists, micro_batches
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy.architecture import Architecture
@@ -261,7 +260,7 @@ def padded(
   """
   shards = mesh_lib.row_shards(mesh)
   length = batch.tokens.shape[1]
-  parts = lambda rows: step_lib.micro_batches_of(rows, length, shards, micro_tokens)
+  parts = lambda rows: micro_batches.count_of(rows, length, shards, micro_tokens)
   # Micro-batches are equal parts of the rows: a few rows more may make far fewer of them.
   cost = lambda rows: rows // shards * length + parts(rows) * MICRO_BATCH_COST
   fewest = _round_up(samples, shards)

@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import samples, sharded, streamed
-from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import micro_batches, samples, sharded, streamed
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.consolidation.task import Task
 from oel_jax.policy import unrolled
@@ -72,7 +71,7 @@ def make_scorer(
   def score(teacher, batch):
     zero = lambda: (jnp.zeros(samples, jnp.float32),)
     given = teacher.params, teacher, batch
-    return step_lib.add_up_rows(total, zero, *given, mesh=mesh, micro_tokens=micro_tokens)[0]
+    return micro_batches.add_up(total, zero, *given, mesh=mesh, micro_tokens=micro_tokens)[0]
 
   return score
 

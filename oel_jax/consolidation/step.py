@@ -10,14 +10,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import chunk_loss, on_mesh, sharded
+from oel_jax.consolidation import chunk_loss, micro_batches, on_mesh, sharded
 from oel_jax.consolidation import metrics as metrics_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.ops import split
-from oel_jax.runtime import mesh as mesh_lib
-from oel_jax.runtime import target
+from oel_jax.runtime import finite, target
 
 GRADIENT = "gradient_norm/"  # begins the name of a metric that is one parameter's
 
@@ -161,96 +160,57 @@ def make_step(
     parameters and of the optimizer's state hold a number that is not finite.
   """
   mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
+  loss = functools.partial(
+    loss_sum,
+    architecture=architecture,
+    kind=kind,
+    support=support,
+    k=k,
+    temperature=temperature,
+    chunk=chunk,
+    dtype=dtype,
+    remat=remat,
+    attn_impl=attn_impl,
+    one=one,
+  )
 
-  def value_and_gradient(params, teacher, batch, so_far=None, **where):
-    """Of the batch, and of those before, if any: value, count, sums and gradient."""
-    is_unrolled = teacher_lib.is_unrolled(teacher)
-    # The head's gradient, the largest, is added where it is made: apart it would have to be
-    # cleared, and read and written once more.
-    start = None
-    if so_far is not None and is_unrolled and where.get("axes", split.Axes()).width is None:
-      start = transformer.head(so_far[-1])
-      so_far = *so_far[:-1], unrolled.without_head(so_far[-1])
-
-    def total(learned):
-      student = unrolled.attach(params, learned, start) if is_unrolled else learned
-      return loss_sum(
-        student,
-        teacher,
-        batch,
-        architecture=architecture,
-        kind=kind,
-        support=support,
-        k=k,
-        temperature=temperature,
-        chunk=chunk,
-        dtype=dtype,
-        remat=remat,
-        attn_impl=attn_impl,
-        one=one,
-        **where,
-      )
-
-    learned = unrolled.sinks(params, batch.tokens) if is_unrolled else params
-    (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(learned)
-    rows = gradient.pop("rows") if is_unrolled else None
-    found = value, count, sums, gradient
-    *found, gradient = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
-    if is_unrolled:
-      gradient = unrolled.add_rows(gradient, batch.tokens, rows, where.get("axes", split.Axes()))
-    return *found, gradient
-
-  def add_up(params, teacher, batch, **where):
-    """The same, by micro-batches: where is the mesh, or what `on_mesh.by_rows` says."""
-    shards = mesh_lib.row_shards(where.get("mesh"))
-    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
-    if micro_batches == 1:
-      return value_and_gradient(params, teacher, batch, **where)
+  def zero(params):
     gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    zero = (jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient)
+    return jnp.float32(0), jnp.float32(0), metrics_lib.zeros(kind, support), gradient
 
-    def add(so_far, micro_batch):
-      held = _held(so_far, params, teacher, where.get("axes"))
-      return value_and_gradient(*held, micro_batch, so_far, **where)
-
-    return _fold(add, zero, batch, micro_batches, where.get("axes"))
+  def mean(params, teacher, batch):
+    """The mean of the loss over the tokens, their count, sums, and the mean's gradient."""
+    run, how = functools.partial(_value_and_gradient, loss), dict(mesh=mesh, gradient=True)
+    value, count, sums, gradient = micro_batches.over_rows(
+      run, zero, params, teacher, batch, micro_tokens=micro_tokens, **how
+    )
+    of = jnp.maximum(count, 1)
+    if teacher_lib.is_unrolled(teacher):
+      gradient = on_mesh.unfuse(gradient, architecture, mesh)
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / of, gradient)
+    return value / of, count, sums, gradient
 
   def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, kept=None):
-    is_unrolled = teacher_lib.is_unrolled(teacher)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
-    params = (
-      on_mesh.fuse(state.params, architecture, dtype, mesh)
-      if is_unrolled
-      else transformer.cast(state.params, dtype)
-    )
-
-    def found(teacher, batch):
-      """The mean over the tokens, their count, sums, and the mean's gradient."""
-      if is_unrolled and mesh is not None and mesh.size > 1:
-        every = on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=True)
-      else:
-        every = add_up(params, teacher, batch, mesh=mesh)
-      value, count, sums, gradient = every
-      of = jnp.maximum(count, 1)
-      gradient = on_mesh.unfuse(gradient, architecture, mesh) if is_unrolled else gradient
-      gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / of, gradient)
-      return value / of, count, sums, gradient
-
-    loss, count, sums, gradient = found(teacher, batch)
+    if teacher_lib.is_unrolled(teacher):
+      params = on_mesh.fuse(state.params, architecture, dtype, mesh)
+    else:
+      params = transformer.cast(state.params, dtype)
+    value, count, sums, gradient = mean(params, teacher, batch)
     more = {}
     if kept is not None:
-      more["anchor"], _, _, slope = found(teacher_lib.without_knowledge(teacher), kept)
+      more["anchor"], _, _, slope = mean(params, teacher_lib.without_knowledge(teacher), kept)
       gradient = jax.tree.map(lambda g, s: g + anchor * s, gradient, slope)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
-    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
-    norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
-    metrics = {"loss": loss, "gradient_norm": norm, "tokens": count}
-    metrics |= metrics_lib.means(sums) | more
-    for path, square in jax.tree_util.tree_leaves_with_path(squares):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      metrics[GRADIENT + name] = jnp.sqrt(square)
+    metrics = {
+      "loss": value,
+      "tokens": count,
+      **_norms(gradient),
+      **metrics_lib.means(sums),
+      **more,
+    }
     broken = [~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, optimizer_state))]
     metrics["not_finite"] = sum(flag.astype(jnp.int32) for flag in broken)
     return State(state.step + 1, params, optimizer_state), metrics
@@ -261,59 +221,46 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=how)
 
 
-def micro_batches_of(rows: int, length: int, shards: int, micro_tokens: int | None) -> int:
-  """Into how many equal parts, each with as many rows for every shard, the rows go for a part to
-  have micro_tokens a shard at most.
-  """
-  each = max(1, rows // shards)
-  fits = lambda count: each % count == 0 and each // count * length <= micro_tokens
-  if micro_tokens is None:
-    return 1
-  return next(filter(fits, range(1, each)), each)
-
-
-def _fold(
-  add: Callable[[Any, batch_lib.Batch], Any],
-  so_far: Any,
+def _value_and_gradient(
+  loss: Callable[..., Any],
+  params: Any,
+  teacher: teacher_lib.Teacher,
   batch: batch_lib.Batch,
-  micro_batches: int,
-  axes: split.Axes | None = None,
-) -> Any:
-  """add(so_far, micro-batch) → so_far, over equal parts of the rows, up to the last part of which a
-  token counts. How many that are is no shape: batches of few samples and of many are one program.
-  Devices along `axes.width` wait for one another in each part: they take as many.
+  so_far: Any = None,
+  **where: Any,
+) -> tuple[Array, Array, metrics_lib.Sums, Any]:
+  """Value, count, sums and gradient of `loss`, `loss_sum` with what is static: those of the batch,
+  added to `so_far`, those of batches before. `where` is as in `micro_batches.over_rows`.
   """
-  parts = cut(batch, micro_batches)
-  count = filled(parts)
-  count = jax.lax.pmax(count, axes.width) if axes and axes.width else count
-  return jax.lax.fori_loop(0, count, lambda p, so_far: add(so_far, part_of(parts, p)), so_far)
+  axes, is_unrolled = where.get("axes", split.Axes()), teacher_lib.is_unrolled(teacher)
+  # The head's gradient, the largest, is added where it is made: apart it would have to be cleared,
+  # and read and written once more.
+  start = None
+  if so_far is not None and is_unrolled and axes.width is None:
+    start = transformer.head(so_far[-1])
+    so_far = *so_far[:-1], unrolled.without_head(so_far[-1])
+
+  def total(learned):
+    student = unrolled.attach(params, learned, start) if is_unrolled else learned
+    return loss(student, teacher, batch, **where)
+
+  learned = unrolled.sinks(params, batch.tokens) if is_unrolled else params
+  (value, (count, sums)), gradient = jax.value_and_grad(total, has_aux=True)(learned)
+  rows = gradient.pop("rows") if is_unrolled else None
+  found = value, count, sums, gradient
+  *found, gradient = found if so_far is None else jax.tree.map(jnp.add, so_far, found)
+  if is_unrolled:
+    gradient = unrolled.add_rows(gradient, batch.tokens, rows, axes)
+  return *found, gradient
 
 
-def cut(tree: Any, micro_batches: int) -> Any:
-  """[rows, …] → [micro-batches, rows of each, …]. Every device has its part of every micro-batch:
-  number p is rows p, p + micro_batches…
-  """
-  return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), tree)
-
-
-def filled(parts: batch_lib.Batch) -> Array:
-  """How many of the micro-batches there are up to the last of which a token counts, int32."""
-  numbers = jnp.arange(1, len(parts.mask) + 1)
-  return jnp.where(parts.mask.any(axis=(1, 2)), numbers, 0).max()
-
-
-def part_of(parts: Any, p: Array) -> Any:
-  """Micro-batch number p of those that `cut` made."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, p, keepdims=False), parts)
-
-
-def _held(so_far: Any, params: Any, teacher: Any, axes: split.Axes | None) -> tuple[Any, Any]:
-  """Student's parameters and teacher, held in the loop over micro-batches: what is split over
-  `axes.width` would be gathered, all of it at once, before a loop in which it does not change.
-  """
-  if not (axes and axes.width):
-    return params, teacher
-  return jax.lax.optimization_barrier((params, teacher, so_far[0]))[:2]
+def _norms(gradient: Any) -> dict[str, Array]:
+  """ "gradient_norm", of all parameters, and each one's own by GRADIENT and its path."""
+  squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradient)
+  found = {"gradient_norm": jnp.sqrt(sum(jax.tree.leaves(squares)))}
+  for path, square in jax.tree_util.tree_leaves_with_path(squares):
+    found[GRADIENT + finite.path(path)] = jnp.sqrt(square)
+  return found
 
 
 @functools.lru_cache(maxsize=4)  # a new one would be compiled again in each round
@@ -362,39 +309,7 @@ def make_probe(
     if teacher_lib.is_unrolled(teacher):
       params = on_mesh.fuse(params, architecture, dtype, mesh)
     given = params, teacher, batch
-    count, sums = add_up_rows(total, zero, *given, mesh=mesh, micro_tokens=micro_tokens)
+    count, sums = micro_batches.add_up(total, zero, *given, mesh=mesh, micro_tokens=micro_tokens)
     return {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
 
   return probe
-
-
-def add_up_rows(
-  total: Callable[..., Any],
-  zero: Callable[[], Any],
-  params: Any,
-  teacher: teacher_lib.Teacher,
-  batch: batch_lib.Batch,
-  *,
-  mesh: Mesh | None,
-  micro_tokens: int | None,
-) -> Any:
-  """The sums `total(params, teacher, batch, mesh=…, axes=…, check_vma=…)` over all rows, by
-  micro-batches and on every device for its own where layers run without a loop; without gradients.
-  `zero()` are those of no rows; the last two arguments are `make_step`'s.
-  """
-
-  def add_up(params, teacher, batch, **where):
-    shards = mesh_lib.row_shards(where.get("mesh"))
-    micro_batches = micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
-    if micro_batches == 1:
-      return total(params, teacher, batch, **where)
-
-    def add(so_far, micro_batch):
-      held = _held(so_far, params, teacher, where.get("axes"))
-      return jax.tree.map(jnp.add, so_far, total(*held, micro_batch, **where))
-
-    return _fold(add, zero(), batch, micro_batches, where.get("axes"))
-
-  if teacher_lib.is_unrolled(teacher) and mesh is not None and mesh.size > 1:
-    return on_mesh.by_rows(add_up, mesh, params, teacher, batch, gradient=False)
-  return add_up(params, teacher, batch, mesh=mesh)

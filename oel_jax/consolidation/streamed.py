@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import step as step_lib
+from oel_jax.consolidation import micro_batches
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
 from oel_jax.policy.architecture import Architecture
@@ -124,8 +124,8 @@ def hidden(
   """
   if micro_tokens is not None:
     micro_tokens = max(micro_tokens, TOKENS)
-  micro_batches = step_lib.micro_batches_of(*batch.tokens.shape, 1, micro_tokens)
-  begin, middle, last = _programs(architecture, micro_batches, jnp.dtype(dtype), attn_impl)
+  count = micro_batches.count_of(*batch.tokens.shape, 1, micro_tokens)
+  begin, middle, last = _programs(architecture, count, jnp.dtype(dtype), attn_impl)
   rows, x, y = begin(teacher.rest, _plain(batch))
   coming, before = put(teacher.layers[0], "device"), rows.filled
   for following in teacher.layers[1:]:
@@ -152,7 +152,7 @@ class _Rows(NamedTuple):
 
 @functools.lru_cache(maxsize=8)  # a new one would be compiled again in each round
 def _programs(
-  architecture: Architecture, micro_batches: int, dtype: Any, attn_impl: str
+  architecture: Architecture, count: int, dtype: Any, attn_impl: str
 ) -> tuple[Callable, Callable, Callable]:
   """The jitted programs of a pass: before the layers, for each of them but the last, and for that
   with the last norm.
@@ -162,7 +162,7 @@ def _programs(
     """(number of a micro-batch, its x, its y) → what the layer gives."""
 
     def block(p, x, y):
-      part = step_lib.part_of(rows.parts, p)
+      part = micro_batches.part_of(rows.parts, p)
       prefix, known = None, None
       if rest.keys.shape[3]:
         prefix = transformer.Prefix(rest.keys, rest.values, rest.length, part.texts, part.slots)
@@ -176,17 +176,17 @@ def _programs(
   @jax.jit
   def begin(rest, batch):
     read, _ = teacher_lib.as_read(rest, batch, attn_impl)
-    parts = step_lib.cut(read, micro_batches)
+    parts = micro_batches.cut(read, count)
     embed = lambda part: unrolled.embed(rest.params, part.tokens, part.segments, dtype=dtype)
     x = jax.lax.map(embed, parts)
-    return _Rows(parts, step_lib.filled(parts)), x, jnp.zeros_like(x)
+    return _Rows(parts, micro_batches.filled(parts)), x, jnp.zeros_like(x)
 
   @functools.partial(jax.jit, donate_argnums=(3, 4))
   def middle(rest, rows, layer, x, y):
     block = blocks(rest, rows, layer, False)
 
     def one(p, both):
-      made = block(p, *(step_lib.part_of(z, p) for z in both))
+      made = block(p, *(micro_batches.part_of(z, p) for z in both))
       put = lambda z, new: jax.lax.dynamic_update_index_in_dim(z, new, p, 0)
       return jax.tree.map(put, both, made)
 
@@ -198,7 +198,7 @@ def _programs(
     block = blocks(rest, rows, layer, True)
 
     def one(p, found):
-      made = block(p, step_lib.part_of(x, p), step_lib.part_of(y, p))
+      made = block(p, micro_batches.part_of(x, p), micro_batches.part_of(y, p))
       made = unrolled.last_norm(rest.params, architecture, *made)
       return jax.lax.dynamic_update_index_in_dim(found, made.reshape(found.shape[1:]), p, 0)
 

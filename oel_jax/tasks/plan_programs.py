@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from oel_jax.consolidation import on_mesh, placement, restore, samples, trainer
+from oel_jax.consolidation import micro_batches, on_mesh, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.consolidation import teacher as teacher_lib
@@ -204,7 +204,7 @@ class Planner:
   def micro_batches(self, batch: Any, micro_tokens: int) -> int:
     """Of a batch that is filled."""
     shards = mesh_lib.row_shards(self.mesh)
-    return step_lib.micro_batches_of(*batch.tokens.shape, shards, micro_tokens)
+    return micro_batches.count_of(*batch.tokens.shape, shards, micro_tokens)
 
   def _sent(self, batch: Any, micro_tokens: int, compiled: Any) -> dict[str, dict[str, float]]:
     count = self.micro_batches(batch, micro_tokens)
