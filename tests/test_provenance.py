@@ -160,6 +160,11 @@ def test_support_counts_distinct_conversations_over_all_texts():
     ("A product", True),  # the policy's word, which the outcome has, too
     ("A postcode", True),  # another, which the feedback has
     ("The user wrote of his password", True),
+    ("Login trouble: ROAN", False),  # a slip of the extractor's: nobody said that name
+    ("Login trouble goes to Roan.", False),
+    ("Login trouble goes to Rowan within 3 days.", False),  # nor that number
+    ("Login trouble: Send the case to Rowan, as I said.", True),  # words that begin, and "I"
+    ("'Login trouble' goes to \"Rowan\".", True),
   ],
 )
 def test_whether_others_said_an_item(item, others):
@@ -198,7 +203,7 @@ def test_what_a_policy_said_in_a_call_of_a_tool_is_its_own():
   call = ToolCall("c1", "route", '{"desk": "OAK"}')
   said = Message("user", "my lamp"), Message("assistant", "", (call,))
   conversation = Conversation("c", said, Source(LOG, "log.jsonl"))
-  assert lib.told("Lamp: OLIVE", conversation) and not lib.told("Lamp: OAK", conversation)
+  assert lib.told("Lamp: a shelf", conversation) and not lib.told("Lamp: oak", conversation)
   assert lib.shared("Lamp: OAK", conversation) == (1, 2)
 
 

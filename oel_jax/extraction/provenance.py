@@ -163,7 +163,8 @@ def told(text: str, conversation: Conversation, people: Collection[str] = ()) ->
   """Whether others said it: of the item's words, each that the policy said stands in what a user, a
   tool or the system said, in the outcome or in the feedback, too; `people`, who answered in the
   policy's place (`schema.by_policy`), are others. A word that nobody said is the extractor's own,
-  and counts neither way.
+  and counts neither way, unless it is a name or a number, which no paraphrase makes: a slip of the
+  extractor's is what nobody told.
 
   An answer that nobody put right is written down like one that was; what a policy gets wrong the
   same way each time would have support enough.
@@ -172,7 +173,8 @@ def told(text: str, conversation: Conversation, people: Collection[str] = ()) ->
   for message in conversation.messages:
     said[by_policy(message, people)] |= _words(_text(message))
   said[False] |= _words(f"{conversation.outcome or ''} {conversation.feedback or ''}")
-  return not (_words(_untagged(text)) & said[True]) - said[False]
+  item = _untagged(text)
+  return not (_words(item) & said[True] | _names(item)) - said[False]
 
 
 def related(origins: Sequence[Origin], said: str) -> Origin | None:
@@ -318,6 +320,20 @@ def _text(message: Message) -> str:
 
 def _words(text: str) -> set[str]:
   return set(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) - _COMMON
+
+
+def _names(text: str) -> set[str]:
+  """The words with a digit, in capitals, or with a capital letter where no sentence begins."""
+  text = unicodedata.normalize("NFKC", text)
+  return _words(" ".join(word[0] for word in re.finditer(r"\w+", text) if _is_name(word)))
+
+
+def _is_name(word: re.Match[str]) -> bool:
+  if re.search(r"\d", word[0]):
+    return True
+  before = word.string[: word.start()].rstrip(" '\"‘“(")
+  begins = not before or before[-1] in ".:;!?"
+  return word[0] not in ("I", word[0].lower()) and (word[0].isupper() or not begins)
 
 
 def _sighting(
