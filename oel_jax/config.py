@@ -194,6 +194,7 @@ def _consolidation() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
       steps=20,  # optimizer steps a round
+      later_steps=0,  # those of the second round and of each later one; 0: as many as the first's
       batch_size=64,  # prompts a step, one sample each, one update
       # in its place, all the prompts of so many games a step, new games each step, for which
       # deployment.episodes must suffice; 0: batch_size prompts, of whatever games
@@ -223,6 +224,7 @@ def _consolidation() -> ml_collections.ConfigDict:
       learning_rate=1e-6,  # AdamW's, no warm-up
       # share of it that a round's last step has, to which it falls in a line; 1: constant
       final_rate=1.0,
+      decay=1.0,  # share of a round's steps, its last ones, over which it falls; 1: all of them
       b1=0.9,  # decay of the gradient's mean
       b2=0.999,  # decay of its square
       eps=1e-8,  # added to its root
@@ -353,6 +355,14 @@ def extractor(config: Any) -> Any:
   copy = config.policy.copy_and_resolve_references()
   weights = config.extraction.weights
   copy.weights, copy.architecture = POLICIES.get(weights, weights), "auto"
+  return copy
+
+
+def consolidation(config: Any, number: int) -> Any:
+  """Returns config.consolidation as it is for round `number`, with that round's `steps`."""
+  copy = config.consolidation.copy_and_resolve_references()
+  if number > 1 and copy.later_steps:
+    copy.steps = copy.later_steps
   return copy
 
 

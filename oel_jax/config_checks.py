@@ -71,6 +71,7 @@ NOT_NEGATIVE = (
   "deployment.endpoint_retries",
   "extraction.top_k",
   "evaluation.top_k",
+  "consolidation.later_steps",
   "consolidation.games_per_step",
   "consolidation.gate_episodes",
   "consolidation.log_probe",
@@ -235,13 +236,14 @@ def _check_games(config: Any) -> None:
     return
   field = "consolidation.games_per_step"
   _need(config, field, "distill" not in config, "0, as config.task is distill: it has no games")
-  needed = games * config.consolidation.steps
+  steps = max(config.consolidation.steps, config.consolidation.later_steps)
+  needed = games * steps
   _need(
     config,
     "deployment.episodes",
     bool(config.logs.path) or config.deployment.episodes >= needed,
     f"at least {needed}: consolidation.games_per_step ({games}) new ones in each of "
-    f"consolidation.steps ({config.consolidation.steps})",
+    f"a round's {steps} steps",
   )
 
 
@@ -249,6 +251,7 @@ def _check_guard(config: Any) -> None:
   """Raises ValueError where what is trained on beside the plain loss, or left out, cannot be so."""
   training = config.consolidation
   _need(config, "consolidation.final_rate", 0 <= training.final_rate <= 1, "from 0 to 1 (constant)")
+  _need(config, "consolidation.decay", 0 < training.decay <= 1, "above 0 and at most 1 (all steps)")
   _need(config, "consolidation.select", 0 < training.select <= 1, "above 0 and at most 1 (all)")
   _need(
     config,

@@ -26,6 +26,7 @@ from fakes import Tokenizer, game_of, in_turns, turn_of
 from processes import python_path
 
 from oel_jax import choices, main
+from oel_jax import config as config_lib
 from oel_jax import loop as loop_lib
 from oel_jax.consolidation import placement, restore, samples
 from oel_jax.consolidation import step as step_lib
@@ -51,6 +52,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("deploy", "prefixes", "extract", "gate", "consolidate", "evaluate")
 # the quickstart with few games, alike in sampling, batch and length where they can be, so that
 # little is compiled
+STEPS = {1: 4, 2: 3}  # of each round
 SHORT = {
   "rounds": 2,
   "deployment.episodes": 4,
@@ -61,7 +63,8 @@ SHORT = {
   "extraction.max_knowledge_tokens": 60,
   "extraction.top_p": 1.0,
   "extraction.top_k": 0,
-  "consolidation.steps": 4,
+  "consolidation.steps": STEPS[1],
+  "consolidation.later_steps": STEPS[2],
   "consolidation.batch_size": 4,
   "consolidation.checkpoint_every": 2,
   "consolidation.gate_episodes": 4,
@@ -135,7 +138,7 @@ def fixture_copy(run, tmp_path):
 
 def final_params(folder: pathlib.Path, number: int):
   """The parameters of a round's last checkpoint, read without the loop."""
-  config = short_config().consolidation
+  config = config_lib.consolidation(short_config(), number)
   optimizer, params = restore.make_optimizer(config), pocket.load().params
   abstract = jax.eval_shape(lambda params: step_lib.init_state(params, optimizer), params)
   where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -189,7 +192,7 @@ def test_the_run_directory_is_as_designed(run):
       assert (folder / name).is_file(), f"round {number}: {name}"
     assert sorted(
       int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()
-    ) == [2, 4]
+    ) == [2, STEPS[number]]
     assert len((folder / "user/trajectories.jsonl").read_text().splitlines()) == 4
     assert {entry["stage"] for entry in read_json(folder / "cost.json")["stages"]} == set(STAGES)
   assert (
@@ -201,7 +204,7 @@ def test_the_run_directory_is_as_designed(run):
   for path in run.rglob("*.jsonl"):
     assert all("schema" in json.loads(line) for line in path.read_text().splitlines()), path
   told = pathlib.Path(f"{run}.out").read_text()
-  assert str(run / "report/index.html") in told and "round 2: consolidate: 4 of 4" in told
+  assert str(run / "report/index.html") in told and "round 2: consolidate: 3 of 3" in told
 
 
 def test_the_results_have_their_counts_and_say_what_the_games_say(run):
@@ -268,7 +271,7 @@ def test_the_metrics_have_one_line_a_step(run):
     and gate["passed_with"] == read_json(run / "round_1/gate.json")["with"]["rate"]
   )
   trained = [(line["round"], line["step"]) for line in lines if line["stage"] == "consolidate"]
-  assert trained == [(number, step) for number in (1, 2) for step in range(5)]
+  assert trained == [(number, step) for number in (1, 2) for step in range(STEPS[number] + 1)]
   for line in lines:
     if line["stage"] == "consolidate":
       measured = {"kl", "student_entropy", "teacher_entropy"}
@@ -430,11 +433,13 @@ LAST_FILES = (
   "prompts.jsonl",
   "knowledge/whole",
   "gate.json",
-  "checkpoints/4",
+  "checkpoints/{steps}",
   "evaluation.json",
 )
 ORDER = [("evaluate", "round_0/evaluation.json")] + [
-  (stage, f"round_{number}/{name}") for number in (1, 2) for stage, name in zip(STAGES, LAST_FILES)
+  (stage, f"round_{number}/{name.format(steps=steps)}")
+  for number, steps in STEPS.items()
+  for stage, name in zip(STAGES, LAST_FILES)
 ]
 
 
@@ -463,7 +468,7 @@ def kill_in(cache, workdir: pathlib.Path, stage: int, rng: random.Random, **chan
   stage cut off, None if there was none.
   """
   name, number = ORDER[stage][0], (stage + 5) // 6
-  steps = rng.randint(0, 3) if name == "consolidate" else 0
+  steps = rng.randint(0, 2) if name == "consolidate" else 0
   process = start(cache, workdir, **changes)
   while process.poll() is None and (
     at(workdir) < stage or (at(workdir) == stage and steps_done(workdir, number) < steps)

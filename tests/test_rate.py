@@ -33,6 +33,25 @@ def test_the_rate_falls_in_a_line_to_its_share(final, thousandths):
   np.testing.assert_allclose(1e3 * np.array(found), thousandths, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+  "decay, thousandths",
+  [(0.5, [4, 4, 4, 4, 2, 0]), (0.3, [4, 4, 4, 4, 4, 0]), (0.01, [4, 4, 4, 4, 4, 4])],
+)
+def test_the_rate_falls_in_the_last_steps_alone(decay, thousandths):
+  """Of three steps, the first still has the whole rate; of one, so has that one."""
+  found = moves(steps=6, learning_rate=4e-3, final_rate=0.0, decay=decay)
+  np.testing.assert_allclose(1e3 * np.array(found), thousandths, atol=1e-4)
+
+
+def test_later_rounds_have_steps_of_their_own():
+  config = config_lib.default()
+  config.consolidation.update(steps=7, later_steps=3)
+  found = [config_lib.consolidation(config, number) for number in (1, 2, 3)]
+  assert [each.steps for each in found] == [7, 3, 3] and config.consolidation.steps == 7
+  config.consolidation.later_steps = 0
+  assert config_lib.consolidation(config, 2).steps == 7
+
+
 def test_a_single_step_has_the_whole_rate():
   np.testing.assert_allclose(moves(steps=1, learning_rate=1e-2, final_rate=0.0), 1e-2, rtol=1e-4)
 
@@ -73,10 +92,14 @@ def test_a_run_whose_rate_begins_to_fall_has_its_rounds_still(policy, tmp_path, 
   jax.tree.map(np.testing.assert_array_equal, ended, jax.device_get(read))
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_that_is_none_is_refused(share):
+@pytest.mark.parametrize(
+  "field, share, right",
+  [("final_rate", share, "from 0 to 1") for share in (-0.1, 1.5, float("nan"))]
+  + [("decay", share, "above 0 and at most 1") for share in (0.0, 1.5, float("nan"))],
+)
+def test_a_share_that_is_none_is_refused(field, share, right):
   config = config_lib.default()
-  config.consolidation.final_rate = share
-  told = "config.consolidation.final_rate is .*: it must be from 0 to 1"
+  config.consolidation[field] = share
+  told = f"config.consolidation.{field} is .*: it must be {right}"
   with pytest.raises(ValueError, match=told):
     config_lib.validate(config)

@@ -32,7 +32,7 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
   what the round before has.
   """
   names = ("clip_norm", "learning_rate", "b1", "b2", "eps", "weight_decay")
-  falls = (config.final_rate, config.steps) if config.final_rate < 1 else None
+  falls = (config.final_rate, config.steps, config.decay) if config.final_rate < 1 else None
   return _adamw(*(getattr(config, name) for name in names), falls)
 
 
@@ -48,14 +48,16 @@ def _adamw(
 
 
 def _falling(
-  constant: optax.GradientTransformation, share: float, steps: int
+  constant: optax.GradientTransformation, share: float, steps: int, decay: float
 ) -> optax.GradientTransformation:
-  """The optimizer with its moves shrunk in a line, to `share` of them at the last of so many steps.
+  """The optimizer with its moves shrunk in a line over the last `decay` of so many steps, to
+  `share` of them at the last one.
 
   Its state is that of `constant`, whose count of steps Adam keeps: a run whose rate begins to fall
   still reads the rounds before, and goes on in the middle of one.
   """
-  left = optax.linear_schedule(1.0, share, max(1, steps - 1))
+  first = steps - max(1, round(decay * steps))  # the last step that has the whole rate
+  left = optax.linear_schedule(1.0, share, max(1, steps - 1 - first), first)
 
   def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     now = left(optax.tree_utils.tree_get(state, "count"))
@@ -146,7 +148,7 @@ def go_on(
     logging.warning("round %d: consolidation goes on after step %d", task.round, restored.step)
   if restored.step > config.steps:
     raise ValueError(
-      f"{directory}: holds step {restored.step}, but config.consolidation.steps is "
+      f"{directory}: holds step {restored.step}, but config.consolidation.steps or later_steps is "
       f"{config.steps}: it must be at least that"
     )
   return restored.step
@@ -216,8 +218,8 @@ def weights_only(folder: str | os.PathLike, done: int, planned: int) -> str:
   """That a training cannot go on for more steps."""
   return (
     f"{folder}: holds the weights after step {done} alone, as config.consolidation.keep says, but "
-    f"config.consolidation.steps is {planned}: set it to {done}, or remove the folder to train the "
-    "round anew"
+    f"config.consolidation.steps or later_steps is {planned}: set it to {done}, or remove the "
+    "folder to train the round anew"
   )
 
 

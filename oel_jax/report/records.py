@@ -340,9 +340,11 @@ def _steps(
       continue
     if record["stage"] == "consolidate":
       found[record["round"], record["step"]] = record
-  planned = _flat(config).get("consolidation.steps")
+  settings = _flat(config)
+  first, later = (settings.get(f"consolidation.{name}") for name in ("steps", "later_steps"))
   for number in sorted({number for number, _ in found} | set(done)):
     last = max((step for other, step in found if other == number), default=0)
+    planned = later if number > 1 and later else first
     if number in done and type(planned) is int:
       last = max(last, planned)
     if missing := [step for step in range(1, last + 1) if (number, step) not in found]:

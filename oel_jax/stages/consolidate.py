@@ -20,7 +20,7 @@ def consolidate(run: Run, number: int, policy: Policy, texts: Sequence[str]) -> 
   """Trains the knowledge into the weights; returns the new parameters. From the round's folder it
   reads prompts.jsonl alone.
   """
-  config = run.config.consolidation
+  config = run.consolidation(number)
   task, kept = _make_task(run, number, policy, list(texts), "task"), None
   if edit := named.edit(config.anchor_edit, "config.consolidation.anchor_edit"):
     kept = _make_task(run, number, policy, [edit(text) for text in texts], "kept task")
@@ -66,7 +66,7 @@ def _train(
 ) -> tuple[Any, dict[str, float]]:
   """`trainer.consolidate`; `advance` is None in all processes but the first."""
   params, cost = trainer.consolidate(
-    run.config.consolidation,
+    run.consolidation(number),
     task,
     policy,
     limit=run.config.deployment.max_response_tokens,
@@ -85,7 +85,7 @@ def note_trained(run: Run, number: int, params: Any) -> None:
   """Enters steps and weights of the finished training into the manifest, after a look at what stood
   there.
   """
-  now = {"steps": str(run.config.consolidation.steps), "weights": fingerprint(params)}
+  now = {"steps": str(run.consolidation(number).steps), "weights": fingerprint(params)}
   before = run.manifest(number).made_from(CHECKPOINTS)
   if before and before["steps"] == now["steps"] and before["weights"] != now["weights"]:
     logging.warning(

@@ -56,7 +56,7 @@ def weights_before(run: Run, number: int, policy: Policy) -> Policy:
       continue
     params = _trained(run, earlier, policy)
     if params is None:
-      folder, steps = run.round(earlier) / CHECKPOINTS, run.config.consolidation.steps
+      folder, steps = run.round(earlier) / CHECKPOINTS, run.consolidation(earlier).steps
       raise ValueError(
         f"{folder}: must hold step {steps}, for what is asked needs the weights of round "
         f"{earlier}: give --stage=consolidate --round={earlier} where its prompts are, or carry "
@@ -70,7 +70,7 @@ def weights_before(run: Run, number: int, policy: Policy) -> Policy:
 def _trained(run: Run, number: int, policy: Policy) -> Any:
   """The parameters that round `number` ended with; None if it has not come so far."""
   folder = run.round(number) / CHECKPOINTS
-  params = restore.trained_params(run.config.consolidation, policy, folder, run.mesh)
+  params = restore.trained_params(run.consolidation(number), policy, folder, run.mesh)
   if params is not None:
     together.share(f"{together.WEIGHTS} {number}", params)
   return params
@@ -82,13 +82,16 @@ def _check_steps(run: Run, number: int) -> None:
   """
   steps = restore.steps_done(run.round(number) / CHECKPOINTS)
   trained = run.manifest(number).made_from(CHECKPOINTS)  # by an earlier version, unknown
-  steps, planned = int(trained["steps"]) if trained else steps, run.config.consolidation.steps
+  steps, planned = int(trained["steps"]) if trained else steps, run.consolidation(number).steps
   if not 0 < steps < planned:
     return
   if restore.only_weights(run.round(number) / CHECKPOINTS):
     folder = run.round(number) / CHECKPOINTS / restore.WEIGHTS
     raise ValueError(restore.weights_only(folder, steps, planned))
-  why = f"config.consolidation.steps is {planned}, round {number} has been trained for {steps}"
+  why = (
+    f"config.consolidation.steps or later_steps is {planned}, round {number} has been trained for "
+    f"{steps}"
+  )
   if any(run.round(number + 1).rglob("*.jsonl")):
     raise ValueError(
       f"{why}, and round {number + 1} was built on those weights: set it to {steps}, choose "

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from oel_jax import config as config_lib
 from oel_jax.policy.sampling.sampler import Policy, Reply, Sampling
 from oel_jax.report import gates, records
 from oel_jax.runtime import files, mirror, progress, schema
@@ -62,6 +63,10 @@ class Run:
   def manifest(self, number: int) -> Manifest:
     """What the round's files were made from."""
     return Manifest(self.round(number))
+
+  def consolidation(self, number: int) -> Any:
+    """config.consolidation as it is for the round."""
+    return config_lib.consolidation(self.config, number)
 
   def sampling(self, group: str) -> Sampling:
     """As config.deployment, config.extraction or config.evaluation say."""

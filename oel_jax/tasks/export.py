@@ -59,10 +59,8 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
       target.mkdir(exist_ok=True)
       fields = _companions(source, target, policy.tokenizer)
       huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
-  print(
-    f"exported: weights of round {number} of {folder}, after {own.consolidation.steps} steps",
-    flush=True,
-  )
+  steps = config_lib.consolidation(own, number).steps
+  print(f"exported: weights of round {number} of {folder}, after {steps} steps", flush=True)
   return target
 
 
@@ -164,7 +162,8 @@ def _newest(
   """
   for number in range(own.rounds, 0, -1):
     checkpoints = folder / f"round_{number}" / "checkpoints"
-    params = _trained(own, policy, checkpoints, devices)
+    training = config_lib.consolidation(own, number)
+    params = _trained(training, policy, checkpoints, devices)
     if params is not None:
       return number, params
     if steps := restore.steps_done(checkpoints):
@@ -173,7 +172,7 @@ def _newest(
         folder,
         number,
         steps,
-        own.consolidation.steps,
+        training.steps,
       )
   raise ValueError(
     f"{folder}: no round has been consolidated to the end, so there are no new weights: run it "
@@ -183,10 +182,10 @@ def _newest(
 
 @together.everywhere
 def _trained(
-  own: Any, policy: Policy, checkpoints: pathlib.Path, devices: jax.sharding.Mesh
+  training: Any, policy: Policy, checkpoints: pathlib.Path, devices: jax.sharding.Mesh
 ) -> Any:
   """`restore.trained_params`, which get a name."""
-  params = restore.trained_params(own.consolidation, policy, checkpoints, devices)
+  params = restore.trained_params(training, policy, checkpoints, devices)
   if params is not None:
     together.share(together.WEIGHTS, params)
   return params
