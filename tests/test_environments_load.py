@@ -10,6 +10,8 @@ from oel_jax.environments import Game, game_spec, textarena_game, try_game
 from oel_jax.environments.api import GameSpec, Step
 
 OWN = """
+import random
+
 from oel_jax.environments import Step
 
 class Guess:
@@ -38,6 +40,20 @@ class BadReset(Guess):
 class BadStep(Guess):
   def step(self, action):
     return self.nothing
+class Exits(Guess):
+  def step(self, action):
+    raise SystemExit(3)
+class ExitsAtOnce(Guess):
+  def reset(self, seed):
+    exit()
+def leaves(): quit()
+def which(): return Guess
+class Chance(Guess):
+  def reset(self, seed):
+    return super().reset(seed) + f"A card: {random.Random().random()}"
+class LateChance(Guess):
+  def step(self, action):
+    return Step(f"A card: {random.Random().random()}") if action else Step("No number.")
 class Texts(Guess):
   def step(self, action):
     return "Higher."
@@ -113,11 +129,17 @@ def test_what_names_nothing_is_told_with_the_field(file, monkeypatch, name, told
   "name, told",
   [
     ("Guess", r"with config.deployment.game_args {'size': 3} \(TypeError.*it takes \(most=9\)"),
-    ("broken", r"with config.deployment.game_args {}.*ZeroDivisionError.*my_env.py:20\)"),
+    ("broken", r"with config.deployment.game_args {}.*ZeroDivisionError.*my_env.py:22\)"),
     ("empty", r"which makes <object .*no method reset: it must have reset\(seed\) and step"),
     ("NoStep", "no method step"),
-    ("BadReset", r"my_env.py:BadReset, seed 0: reset failed: KeyError: 'seed', at .*my_env.py:26"),
-    ("BadStep", r"failed at the move ''.*AttributeError.*my_env.py:29"),
+    ("BadReset", r"my_env.py:BadReset, seed 0: reset failed: KeyError: 'seed', at .*my_env.py:28"),
+    ("BadStep", r"failed at the move ''.*AttributeError.*my_env.py:31"),
+    ("Exits", r"seed 0: the game failed at the move ''.*SystemExit: 3, at .*my_env.py:34"),
+    ("ExitsAtOnce", r"seed 0: reset failed: SystemExit: None, at .*my_env.py:37"),
+    ("leaves", r"which fails with config.deployment.game_args {} .SystemExit: None, at .*py:38"),
+    ("which", r"which makes the class Guess and not an object of it: it must return Guess\(...\)"),
+    ("Chance", r"with seed 0 and the same moves it says 'I think .*A card: 0.\d*' once and 'I"),
+    ("LateChance", "with seed 0 and the same moves it says 'A card: .*from random.Random"),
     ("Texts", "seed 0: step returned 'Higher.': it must be a Step"),
   ],
 )

@@ -328,6 +328,14 @@ def test_a_task_may_count_with_numpy():
   }
 
 
+def test_a_task_that_exits_does_not_end_the_run_unsaid():
+  def leave(*_, seed):
+    raise SystemExit(0)
+
+  with pytest.raises(ValueError, match=r"evaluation.tasks: own fails .SystemExit: 0, at .*\.py:\d"):
+    tasks.measure({"own": leave}, None, 3, seed=0)
+
+
 @pytest.mark.parametrize(
   "hits, of", [(float("nan"), 4), (2.5, 4), (5, 4), (-1, 4), (1, float("inf")), ("3", 4)]
 )

@@ -326,6 +326,7 @@ def test_a_check_says_true_or_false_in_python_or_numpy(tmp_path):
       "def f(answer):\n  return answer[5] == 'x'\n",
       r"it fails for the answer 'x' \(IndexError: string index out of range\)",
     ),
+    ("def f(answer):\n  exit(0)\n", r"it fails for the answer 'x' \(SystemExit: 0\)"),
     ("def f():\n  return True\n", r"it fails for the answer 'x' \(TypeError: "),
   ],
 )

@@ -79,3 +79,13 @@ def test_a_function_that_fails_is_told_with_its_line(tmp_path):
   told = rf"config.x is '{text}': it fails \(ZeroDivisionError: .*, at {file}:2\)"
   with pytest.raises(ValueError, match=told):
     named.called(text, "config.x", half, 0)
+
+
+def test_one_that_exits_fails_like_any_other(tmp_path):
+  """It would end the run with its own status, 0 even, and not a word."""
+  file = tmp_path / "own.py"
+  file.write_text("import sys\ndef leave(x):\n  sys.exit()\n")
+  text = f"{file}:leave"
+  told = rf"config.x is '{text}': it fails \(SystemExit: , at {file}:3\)"
+  with pytest.raises(ValueError, match=told):
+    named.called(text, "config.x", named.function(text, "config.x"), 0)

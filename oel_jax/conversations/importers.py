@@ -213,7 +213,7 @@ def read_check(name: str, field: str = "obeys") -> Callable[..., bool]:
     shown = reprlib.repr(given[-1])
     try:
       result = check(*given)
-    except Exception as error:
+    except named.FAILURES as error:
       reason = f"{type(error).__name__}: {error}"
       raise ValueError(f"{told}: it fails for the answer {shown} ({reason})") from error
     if not isinstance(result, (bool, np.bool_)):

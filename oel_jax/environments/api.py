@@ -152,7 +152,7 @@ class Game:
       self._environment = spec.make()
       try:
         self.observation = self._environment.reset(seed)
-      except Exception as error:
+      except named.FAILURES as error:
         if _told(error):
           raise
         raise self._wrong(f"reset failed{_where(error, self._environment)}") from error
@@ -219,7 +219,7 @@ class Game:
     with self._own_random():
       try:
         step = move()
-      except Exception as error:
+      except named.FAILURES as error:
         if _told(error):
           raise
         raise self._wrong(f"the game failed at {what}{_where(error, self._environment)}") from error
@@ -303,13 +303,13 @@ class Game:
       np.random.set_state(outside[1])
 
 
-def _told(error: Exception) -> bool:
+def _told(error: BaseException) -> bool:
   """Whether an environment of this folder raised it, in words that need no more."""
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   return pathlib.Path(raised_in).parent == pathlib.Path(__file__).parent
 
 
-def _where(error: Exception, environment: Any) -> str:
+def _where(error: BaseException, environment: Any) -> str:
   """The error, and the line of the environment's own file that led to it."""
   try:
     own = inspect.getsourcefile(type(environment))

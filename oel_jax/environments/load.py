@@ -95,17 +95,22 @@ def _made(environment: str, make: Callable[..., Any], arguments: Mapping[str, An
   """What the user's class or function makes.
 
   Raises:
-    ValueError: it fails, or what it makes has no `reset` or no `step`.
+    ValueError: it fails, or what it makes is a class, or has no `reset` or no `step`.
   """
   told = f"{_FIELD} is {environment!r}"
   try:
     made = make(**arguments)
-  except Exception as error:
+  except named.FAILURES as error:
     place = named.explained(error, named.source(environment, _FIELD))
     raise ValueError(
       f"{told}, which fails with config.deployment.game_args {arguments!r} ({place}): it takes "
       f"{_signature(make)}"
     ) from error
+  if isinstance(made, type):
+    raise ValueError(
+      f"{told}, which makes the class {made.__name__} and not an object of it: it must return "
+      f"{made.__name__}(...), or be that class itself"
+    )
   for method in ("reset", "step"):
     if not callable(getattr(made, method, None)):
       raise ValueError(
@@ -126,9 +131,11 @@ def try_game(spec: GameSpec) -> None:
   """Opens a game and makes moves: what cannot be played shows before a model is loaded.
 
   Raises:
-    ValueError: the game shows the player nothing; or as `Game`.
+    ValueError: the game shows the player nothing, or another thing the second time; or as `Game`.
     RuntimeError: as `Game` and `Game.play`.
   """
+  if spec.field == "environment":  # TextArena's draw from the generators that `Game` sets
+    _refuse_chance(spec)
   game = Game(spec, 0)
   complaint = game.play("")
   if not shows_something(spec, game, complaint):
@@ -137,6 +144,29 @@ def try_game(spec: GameSpec) -> None:
       f"only {game.observation[:80]!r} whatever is played: take another game, or one that shows "
       "its state (rules are hidden)"
     )
+
+
+def _refuse_chance(spec: GameSpec) -> None:
+  """Raises ValueError unless the same seed and actions lead to the same texts, twice."""
+  for first, again in zip(_texts(spec), _texts(spec), strict=True):
+    if first != again:
+      raise ValueError(
+        f"config.deployment.{spec.field} is {spec.name!r}: with seed 0 and the same moves it says "
+        f"{first[:80]!r} once and {again[:80]!r} another time: the same seed must give the same "
+        "episode, so all chance must come from random.Random(seed), or the like"
+      )
+
+
+def _texts(spec: GameSpec) -> list[str]:
+  """What an episode of seed 0 says while it is tried, one text for each move that is tried."""
+  game = Game(spec, 0)
+  found = [game.observation]
+  for action in ("", *sample_actions(spec)[:_TRIED]):
+    step = game.play(action)
+    found.append(_said(step))
+    if step.done:
+      game = Game(spec, 0)
+  return found
 
 
 def shows_something(spec: GameSpec, game: Game, complaint: Step) -> bool:

@@ -113,11 +113,15 @@ def measure(
 
   Raises:
     ValueError: a task returns something else than a Count, or one that is no share, or its
-      categories do not add up to it; whatever a task raises is its own.
+      categories do not add up to it, or it exits; whatever else a task raises is its own.
   """
   measured = {}
   for name, task in tasks.items() if count else ():
-    found = task(policy, count, seed=seed)
+    try:
+      found = task(policy, count, seed=seed)
+    except SystemExit as error:  # which would end the run unsaid
+      reason = named.explained(error)
+      raise ValueError(f"config.evaluation.tasks: {name} fails ({reason})") from error
     if not isinstance(found, Count):
       raise ValueError(
         f"config.evaluation.tasks: {name} returns {reprlib.repr(found)}: it must be a "

@@ -18,6 +18,8 @@ from typing import Any
 from oel_jax.runtime import files
 
 FORM = "MODULE:NAME or FILE.py:NAME, a function"
+# How code of the user's may fail: exit(), sys.exit() and quit() in it must not end the run unsaid.
+FAILURES = (Exception, SystemExit)
 _numbers = itertools.count()  # two files of one name stay two modules
 
 
@@ -94,7 +96,7 @@ def called(
   """
   try:
     return function(*args)
-  except Exception as error:
+  except FAILURES as error:
     reason = explained(error, found(text), words=words)
     raise ValueError(f"{field} is {text!r}: it fails ({reason})") from error
 
@@ -126,9 +128,10 @@ def explained(error: BaseException, file: pathlib.Path | None = None, *, words: 
   if isinstance(error, SyntaxError):  # says its own
     return told
   frames = traceback.extract_tb(error.__traceback__)
-  if frames[-1].filename.startswith("<frozen"):  # the import itself
+  own = [frame for frame in frames if frame.filename == str(file)]
+  if not own and frames[-1].filename.startswith("<frozen"):  # the import itself
     return told
-  frame = ([frame for frame in frames if frame.filename == str(file)] or frames)[-1]
+  frame = (own or frames)[-1]
   return f"{told}, at {frame.filename}:{frame.lineno}"
 
 
@@ -149,7 +152,7 @@ def _module(text: str, field: str, file: pathlib.Path | None = None) -> types.Mo
   """The module, or what the file is when it has run."""
   try:
     return _run(file) if file else importlib.import_module(text.rpartition(":")[0])
-  except (Exception, SystemExit) as error:  # whatever is wrong in the user's file
+  except FAILURES as error:  # whatever is wrong in the user's file
     failed = "file cannot be run" if file else "module cannot be imported"
     reason = explained(error, file)
     raise ValueError(f"{field} is {text!r}: the {failed} ({reason})") from error
