@@ -130,3 +130,12 @@ def test_a_directory_in_use_is_left_alone(make):
   with locked(folder), pytest.raises(OSError, match="another process is running in this directory"):
     export.run(config, str(folder))
   assert not saved
+
+
+def test_a_file_in_the_folders_place_is_told(make):
+  run, saved = make
+  config, folder = run(20)
+  (folder / "export").write_text("mine")
+  with pytest.raises(ValueError, match=f"{folder}/export: is a file: move it, for the weights go"):
+    export.run(config, str(folder))
+  assert not saved and (folder / "export").read_text() == "mine"

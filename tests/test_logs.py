@@ -424,6 +424,7 @@ def test_a_number_that_python_does_not_read_is_damage_at_its_place(tmp_path, con
   "line, told",
   [
     ("{nonsense\n", "Expecting property name"),
+    ('{"messages": [{"role": "user", "content": "cut o\n', "string starting at: character 43"),
     ("[" * 100_000 + "\n", "nested too deeply"),
     ("3\n", "a JSON object is needed, this is a number"),
     ({"messages": []}, "the conversation is an empty list: it must be a list of messages"),

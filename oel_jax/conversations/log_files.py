@@ -36,13 +36,15 @@ def _parsed(line: bytes | Exception) -> Any:
   if isinstance(line, Exception):
     return line
   try:
-    data = json.loads(line.decode("utf-8-sig"))
+    data = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     own = isinstance(data, dict) and data.get("schema") in READS and "digest" in data
     return schema.loads(line) if own else data
   except UnicodeDecodeError as error:
     return ValueError(f"not UTF-8 at byte {error.start}")
   except RecursionError:
     return ValueError("nested too deeply")
+  except json.JSONDecodeError as error:  # whose own words count lines, of which there is one
+    return ValueError(f"{error.msg}: character {error.pos + 1}")
   except ValueError as error:
     return error
 

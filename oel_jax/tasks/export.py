@@ -47,7 +47,8 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
 
   Raises:
     ValueError: no run, or no round that has been consolidated; config.policy.weights are others
-      than the run's; or the policy is of no Hugging Face family.
+      than the run's; the policy is of no Hugging Face family; or a file stands in the folder's
+      place.
     OSError: another process is running in the directory, or a file cannot be read or written.
   """
   folder = run_folder(workdir)
@@ -56,6 +57,8 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
     with together.leading(**_shared(own, devices, policy)):
       number, params = _newest(own, policy, folder, devices)
       source, target = pathlib.Path(own.policy.weights).expanduser(), folder / "export"
+      if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file: move it, for the weights go to a folder there")
       target.mkdir(exist_ok=True)
       fields = _companions(source, target, policy.tokenizer)
       huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
