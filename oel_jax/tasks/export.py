@@ -165,8 +165,7 @@ def _newest(
   """
   for number in range(own.rounds, 0, -1):
     checkpoints = folder / f"round_{number}" / "checkpoints"
-    training = config_lib.consolidation(own, number)
-    params = _trained(training, policy, checkpoints, devices)
+    params = _trained(own, number, policy, checkpoints, devices)
     if params is not None:
       return number, params
     if steps := restore.steps_done(checkpoints):
@@ -175,7 +174,7 @@ def _newest(
         folder,
         number,
         steps,
-        training.steps,
+        config_lib.consolidation(own, number).steps,
       )
   raise ValueError(
     f"{folder}: no round has been consolidated to the end, so there are no new weights: run it "
@@ -185,9 +184,10 @@ def _newest(
 
 @together.everywhere
 def _trained(
-  training: Any, policy: Policy, checkpoints: pathlib.Path, devices: jax.sharding.Mesh
+  own: Any, number: int, policy: Policy, checkpoints: pathlib.Path, devices: jax.sharding.Mesh
 ) -> Any:
-  """`restore.trained_params`, which get a name."""
+  """The round's `restore.trained_params`, which get a name."""
+  training = config_lib.consolidation(own, number)
   params = restore.trained_params(training, policy, checkpoints, devices)
   if params is not None:
     together.share(together.WEIGHTS, params)
