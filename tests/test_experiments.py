@@ -159,7 +159,8 @@ def said_by(user: str, number: int, *more: dict) -> dict:
     {"role": "assistant", "content": f"To desk {number}."},
     *more,
   ]
-  return {"messages": messages, "user": user, "feedback": f"It went to desk {number + 1}."}
+  feedback = f"It went to desk {number + 1}, in hall H."  # the name in SAYS has to be told
+  return {"messages": messages, "user": user, "feedback": feedback}
 
 
 def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsys):
