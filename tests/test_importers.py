@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from oel_jax.conversations import importers
+from oel_jax.conversations import importers, redact, tools
 from oel_jax.conversations.jsonl import write_jsonl
 from oel_jax.conversations.schema import Message, Prompt
 
@@ -356,3 +356,19 @@ def test_a_check_that_is_not_there(tmp_path):
     match=re.escape(f"config.distill.obeys is '{tmp_path}/none.py:f': there is no such file"),
   ):
     importers.read_check(f"{tmp_path}/none.py:f")
+
+
+def test_a_file_that_is_not_there_is_told_with_the_field(tmp_path):
+  names = {
+    "config.distill.prompts": lambda path: importers.read_prompts(path, "prompts"),
+    "config.logs.redact_names": redact.read_names,
+    "config.logs.tools": tools.read,
+  }
+  for field, read in names.items():
+    path = str(tmp_path / "no.txt")
+    with pytest.raises(FileNotFoundError, match=f"^{field} is '{path}': there is no such file$"):
+      read(path)
+    with pytest.raises(
+      IsADirectoryError, match=f"^{field} is '{tmp_path}': it is a folder, and mu"
+    ):
+      read(str(tmp_path))

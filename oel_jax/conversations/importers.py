@@ -39,7 +39,7 @@ def read_text(path: str, field: str, group: str = "distill") -> str:
   """
   if not path:
     raise ValueError(f"config.{group}.{field} is not set: it must be the path of a file")
-  file = files.local(path, f"config.{group}.{field}")
+  file = files.given(path, f"config.{group}.{field}")
   if file.suffix.lower() in COMPRESSED:
     raise ValueError(
       f"config.{group}.{field} is {path!r}, which is compressed: it must be unpacked"

@@ -217,7 +217,7 @@ def read_names(path: str, field: str = "config.logs.redact_names") -> list[str]:
     OSError: there is no such file.
   """
   found = []
-  text = files.local(path, field).read_bytes()
+  text = files.given(path, field).read_bytes()
   try:
     lines = text.decode("utf-8-sig").splitlines()
   except UnicodeDecodeError as error:

@@ -11,11 +11,11 @@
 """
 
 import json
-import pathlib
 from typing import Any
 
 from oel_jax.conversations.log_messages import kind
 from oel_jax.conversations.tool_texts import tool_text
+from oel_jax.runtime import files
 
 SCHEMAS = ("parameters", "input_schema", "inputSchema")
 
@@ -65,7 +65,7 @@ def read(path: str, field: str = "config.logs.tools") -> tuple[str, ...]:
     OSError: it cannot be read.
   """
   try:
-    given = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig"))
+    given = json.loads(files.given(path, field).read_text(encoding="utf-8-sig"))
     found = definitions(given.get("tools") if isinstance(given, dict) else given)
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{field}: {path} is no list of definitions as JSON ({error})") from error

@@ -56,6 +56,21 @@ def local(path: str | os.PathLike, field: str) -> pathlib.Path:
   return pathlib.Path(path).expanduser()
 
 
+def given(path: str | os.PathLike, field: str) -> pathlib.Path:
+  """`local`, of a file that a field of the configuration names.
+
+  Raises:
+    ValueError: as `local`.
+    OSError: there is no such file, or a folder; names the field.
+  """
+  file = local(path, field)
+  if file.is_dir():
+    raise IsADirectoryError(f"{field} is {str(path)!r}: it is a folder, and must be a file")
+  if not file.exists():
+    raise FileNotFoundError(f"{field} is {str(path)!r}: there is no such file")
+  return file
+
+
 def explained(error: OSError, path: str | os.PathLike) -> OSError:
   """Returns the error again, of the same type and number, with the file's name and what would
   help.
