@@ -246,11 +246,11 @@ def test_attention_over_texts_and_the_cache(name, interpret):
 
   def kernel(qkv, keys, values, text_keys, text_values):
     y, _, _, logsumexp, q = step(qkv, keys, values)
-    texts = text_cache.Texts((text_keys,), (text_values,), length)
+    texts = text_cache.LayerTexts(text_keys, text_values, length)
     run = functools.partial(text_cache.kernel, interpret=interpret)
     with unittest.mock.patch.object(text_cache, "kernel", run):
       where = text_cache.blocks(text, texts, N // K)
-      before = text_cache.attend_rows(q, where, texts, 0, "triton", 1.0)
+      before = text_cache.attend_rows(q, where, texts, "triton", 1.0)
     return text_cache.join((y, logsumexp), before, text)
 
   def plain(qkv, keys, values, text_keys, text_values):
@@ -260,7 +260,7 @@ def test_attention_over_texts_and_the_cache(name, interpret):
     k = jnp.where(new, rotated[:, N:, None], keys)
     v = jnp.where(new, qkv[:, N + K :, None], values)
     own = (column - columns) % S < filled[:, None]
-    there = jnp.arange(P) < text_cache.lengths(text_cache.Texts((), (), length), text)[:, None]
+    there = jnp.arange(P) < text_cache.lengths(length, text)[:, None]
     k, v = (jnp.concatenate([x[text], y], 2) for x, y in ((text_keys, k), (text_values, v)))
     mask = jnp.concatenate([there, own], 1)[:, None]
     return kv_cache.attend_many(rotated[:, None, :N], k, v, mask)[0][:, 0]

@@ -422,6 +422,26 @@ def test_the_ring_is_written_in_place():
   assert used.alias_size_in_bytes >= 2 * TINY.layers * slots.values[0].nbytes
 
 
+def test_python_goes_through_layers_that_are_alike_once(monkeypatch):
+  """And through the first, which has nothing to add up yet."""
+  a, seen, block = dataclasses.replace(TINY, layers=7), [], transformer.block
+  monkeypatch.setattr(transformer, "block", lambda *given: seen.append(1) or block(*given))
+  tokens = jnp.ones((2, 3), jnp.int32)
+  params = jax.eval_shape(lambda: transformer.init(a, jax.random.key(0)))
+  weights = jax.eval_shape(
+    lambda given: model.prepare(given, architecture=a, dtype="float32"), params
+  )
+
+  def attend(layer, own, held):
+    return own[0] + held, None
+
+  def read(weights):
+    split = model.heads_at(a, jnp.zeros((2, 3), jnp.int32))
+    return model.forward(weights, a, tokens, split, attend, [jnp.float32(0)] * a.layers)[0]
+
+  assert jax.eval_shape(read, weights).shape == (2, 3, a.width) and len(seen) == 2
+
+
 def test_few_programs_are_compiled():
   """24 batches of other sizes and lengths share a handful of compiled shapes."""
   programs = on_cpu.prefill_begin, on_cpu.prefill_layer, on_cpu.prefill_last, on_cpu.decode

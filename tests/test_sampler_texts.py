@@ -213,9 +213,9 @@ def test_each_block_sees_its_text(exact, monkeypatch, attn_impl, programs):
   q = rng.standard_normal((C, M, N, H))
   k, v = rng.standard_normal((2, 3, K, P, H))
   length, text = np.int32([256, 65, 1]), np.int32([1, 0, -1, 2])
-  texts = text_cache.Texts((np.float32(k),), (np.float32(v),), length)
-  attend = jax.jit(text_cache.attend, static_argnums=(3, 4, 5))
-  value, logsumexp = jax.device_get(attend(np.float32(q), text, texts, 0, attn_impl, H**-0.5))
+  texts = text_cache.LayerTexts(np.float32(k), np.float32(v), length)
+  attend = jax.jit(text_cache.attend, static_argnums=(3, 4))
+  value, logsumexp = jax.device_get(attend(np.float32(q), text, texts, attn_impl, H**-0.5))
   assert np.isfinite(value).all() and np.isfinite(logsumexp).all()
   for c, n in itertools.product((0, 1, 3), range(N)):
     here = text[c], n // (N // K), slice(length[text[c]])
@@ -227,8 +227,8 @@ def test_each_block_sees_its_text(exact, monkeypatch, attn_impl, programs):
     np.testing.assert_allclose(logsumexp[c, :, n], (top + np.log(mass))[:, 0], atol=1e-5)
   # What is no number stays with its query, or with the blocks of its text.
   q[0, 1, 2] = k[2, 0, 0, 3] = np.nan
-  texts = texts._replace(keys=(np.float32(k),))
-  broken = np.asarray(attend(np.float32(q), text, texts, 0, attn_impl, H**-0.5)[0])
+  texts = texts._replace(keys=np.float32(k))
+  broken = np.asarray(attend(np.float32(q), text, texts, attn_impl, H**-0.5)[0])
   is_nan = np.zeros((C, M, N), bool)
   is_nan[0, 1, 2] = is_nan[3] = True
   assert np.isnan(broken[is_nan]).all() and (broken[~is_nan] == value[~is_nan]).all()

@@ -158,6 +158,17 @@ def test_the_kernels_do_the_same_where_they_stand(name, few_programs, monkeypatc
   assert set(used) == set(KERNELS)
 
 
+def test_python_goes_through_a_teachers_layers_once(monkeypatch):
+  """The first apart, which has nothing to add up yet, and the last, which is read at few places."""
+  a, seen, block = dataclasses.replace(SMALL, layers=7), [], transformer.block
+  monkeypatch.setattr(transformer, "block", lambda *given: seen.append(1) or block(*given))
+  how, tokens = dict(dtype=jnp.float32, attn_impl="xla"), jnp.ones((1, 4), jnp.int32)
+  params = jax.eval_shape(lambda: transformer.init(a, jax.random.key(0)))
+  weights = jax.eval_shape(lambda given: unrolled.fuse(given, jnp.float32), params)
+  read = lambda given: unrolled.forward(given, a, *[tokens] * 4, remat="none", **how)
+  assert jax.eval_shape(read, weights).shape == (1, 4, a.width) and len(seen) == 3
+
+
 def test_no_product_of_a_layer_is_made_twice():
   a = SMALL
   tokens = jnp.ones((1, 4), jnp.int32)

@@ -287,7 +287,7 @@ def blocks(
     return (x + y, None) if remat == "full" else (x, y)
 
   if remat == "none":
-    return block
+    return jax.jit(block, static_argnums=4)  # Python goes through layers that are alike once
   return jax.checkpoint(block, policy=transformer.REMAT[remat], static_argnums=4)
 
 

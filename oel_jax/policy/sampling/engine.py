@@ -114,28 +114,24 @@ def _prefill_insert(
   attn_impl,
   axis,
 ):
-  (weights, texts), kept = held, []
+  (weights, texts), caches = held, list(zip(slots.keys, slots.values, strict=True))
   given = reading.batch(
     architecture,
     *(lengths_R, rows_R, shared, text_R),
     tokens=tokens_RxT.shape[1],
     columns=slots.values[0].shape[2],
     column=slots.column,
-    texts=texts,
+    text_lengths=texts and texts.length,
   )
 
-  def attend(layer, own):
-    number = len(kept)
-    cache = slots.keys[number], slots.values[number]
-    y, new = reading.attend(architecture, own, cache, given, texts, number, attn_impl)
-    kept.append(new)
-    return y
+  def attend(layer, own, held):
+    return reading.attend(architecture, own, *held, given, attn_impl)
 
   with jax.named_scope("prefill"):
     split = model.heads_by(architecture, given.cos_sin)
-    hidden = model.forward(weights, architecture, tokens_RxT, split, attend, axis)
+    each = list(zip(caches, text_cache.by_layer(texts, len(caches)), strict=True))
+    hidden, kept = model.forward(weights, architecture, tokens_RxT, split, attend, each, axis)
   last = jnp.take_along_axis(hidden, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
-  caches = zip(slots.keys, slots.values, strict=True)
   caches = [
     reading.put(cache, new, given, attn_impl) for cache, new in zip(caches, kept, strict=True)
   ]
@@ -258,16 +254,15 @@ def _read_last(
   """Each row's hidden state behind the id drawn last, and the keys and values with its column
   written.
   """
-  keys, values = [], []
-  positions = slots.filled + (text_cache.lengths(texts, slots.text) if texts else 0)
+  positions = slots.filled + (text_cache.lengths(texts.length, slots.text) if texts else 0)
   cos_sin = attention.cos_sin(positions, a)
   # The kernel makes queries, keys and values of the projection itself.
   split = (
     (lambda layer, qkv: qkv) if attn_impl == "triton" else model.heads_at(a, positions[:, None])
   )
 
-  def attend(layer, own):
-    number, cache = len(keys), (slots.keys[len(keys)], slots.values[len(keys)])
+  def attend(layer, own, held):
+    cache, known = held
     if attn_impl == "triton":
       scale, bias = layer.get("qk_norm"), layer.get("qkv_bias")
       how = dict(eps=a.norm_eps, queries=texts is not None)
@@ -283,13 +278,14 @@ def _read_last(
         old, jnp.expand_dims(new, axis), column, axis=axis
       )
       cache = write(cache[0], k, 3), write(cache[1], v, 2)
-    keys.append(cache[0])
-    values.append(cache[1])
     if texts:
       factor = 1.0 if attn_impl == "triton" else a.head_size**-0.5
-      before_it = text_cache.attend_rows(q, where, texts, number, attn_impl, factor)
+      before_it = text_cache.attend_rows(q, where, known, attn_impl, factor)
       y = text_cache.join((y, logsumexp), before_it, slots.text)
-    return y
+    return y, tuple(cache)
 
-  hidden = model.forward(weights, a, slots.token[:, None], split, attend, axis)[:, 0]
-  return hidden, tuple(keys), tuple(values)
+  caches = zip(slots.keys, slots.values, strict=True)
+  each = list(zip(caches, text_cache.by_layer(texts, a.layers), strict=True))
+  hidden, kept = model.forward(weights, a, slots.token[:, None], split, attend, each, axis)
+  keys, values = map(tuple, zip(*kept, strict=True))
+  return hidden[:, 0], keys, values

@@ -6,7 +6,7 @@ program attends to, the tokens themselves or a cache, it says itself (`attend`).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,20 +85,37 @@ def forward(
   tokens_BxT: Int[Array, "B T"],
   split: Callable,
   attend: Callable,
+  held: Sequence[Any],
   axis: str | None = None,
-) -> Float[Array, "B T D"]:
-  """`transformer.apply` on prepared weights.
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+  """`transformer.apply` on prepared weights, and what `attend` keeps of each layer.
 
-  `split(layer, qkv)` gets the heads [B, T, N + 2 K, H] as projected; `attend(layer, …)` what that
-  gives, and keeps what it must. With an `axis`, within `jax.shard_map`, the weights are a device's
-  share, and `a` its architecture.
+  `split(layer, qkv)` gets the heads [B, T, N + 2 K, H] as projected; `attend(layer, heads, held)`
+  what that gives and the layer's own of `held`, and returns the output and what is to be kept. With
+  an `axis`, within `jax.shard_map`, the weights are a device's share, and `a` its architecture.
   """
   B, T = tokens_BxT.shape
-  run = operations(a, (B, T), split, attend, axis)
+
+  # Python goes through a layer once for all that are alike, not 28 times.
+  @jax.jit
+  def one(layer, x, y, held):
+    kept = []
+
+    def attend_and_keep(layer, own):
+      out, new = attend(layer, own, held)
+      kept.append(new)
+      return out
+
+    run = operations(a, (B, T), split, attend_and_keep, axis)
+    return *transformer.block(run, layer, x, y), kept[0]
+
   x, y = groups.embed(weights["embed"]["embedding"], tokens_BxT, axis).reshape(B * T, -1), None
-  for layer in weights["layers"]:
-    x, y = transformer.block(run, layer, x, y)
-  return norm.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
+  kept = []
+  for layer, own in zip(weights["layers"], held, strict=True):
+    x, y, new = one(layer, x, y, own)
+    kept.append(new)
+  hidden = norm.add_norm(x, y, weights["norm"]["scale"], a.norm_eps)[1].reshape(B, T, -1)
+  return hidden, kept
 
 
 def logits(

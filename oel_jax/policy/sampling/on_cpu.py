@@ -52,12 +52,10 @@ def prefill_insert(
 ) -> tuple[Slots, tuple[Array, ...]]:
   """As `engine.prefill_insert`, on one device; the slots that were given are gone."""
   column, columns = slots.column, slots.values[0].shape[2]
-  part = lambda begin, end: (
-    texts and texts._replace(keys=texts.keys[begin:end], values=texts.values[begin:end])
-  )
+  known = text_cache.by_layer(texts, len(weights["layers"]))
   x, y, given = prefill_begin(
     weights["embed"]["embedding"],
-    *(tokens_RxT, lengths_R, rows_R, shared, text_R, column, part(0, 0)),
+    *(tokens_RxT, lengths_R, rows_R, shared, text_R, column, texts and texts.length),
     architecture=architecture,
     columns=columns,
   )
@@ -69,7 +67,7 @@ def prefill_insert(
       y,
       (slots.keys[number], slots.values[number]),
       given,
-      part(number, number + 1),
+      known[number],
       architecture=architecture,
       attn_impl=attn_impl,
     )
@@ -95,7 +93,7 @@ def prefill_begin(
   shared,
   text_R,
   column,
-  texts,
+  text_lengths,
   *,
   architecture,
   columns,
@@ -108,7 +106,7 @@ def prefill_begin(
     tokens=T,
     columns=columns,
     column=column,
-    texts=texts,
+    text_lengths=text_lengths,
   )
   x = embedding[tokens_RxT].reshape(R * T, -1)
   return x, jnp.zeros_like(x), given
@@ -122,7 +120,7 @@ def prefill_layer(layer, x, y, cache, given, texts, *, architecture, attn_impl):
   kept = []
 
   def attend(layer, own):
-    z, new = reading.attend(architecture, own, cache, given, texts, 0, attn_impl)
+    z, new = reading.attend(architecture, own, cache, texts, given, attn_impl)
     kept.append(new)
     return z
 

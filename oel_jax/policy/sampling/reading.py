@@ -55,7 +55,7 @@ def batch(
   tokens: int,
   columns: int,
   column: Int[Array, ""],
-  texts: text_cache.Texts | None,
+  text_lengths: Int[Array, "n"] | None,
 ) -> Batch:
   """The batch in which `tokens` of each prompt are read at most, for slots of so many columns, of
   which `column` is written next; the other arguments are as in `engine.prefill_insert`.
@@ -63,8 +63,8 @@ def batch(
   (R,), T, S = lengths_R.shape, tokens, columns
   count = shared.count if shared else jnp.zeros_like(lengths_R)
   positions = count[:, None] + jnp.arange(T, dtype=jnp.int32)
-  if texts:
-    positions += text_cache.lengths(texts, text_R)[:, None]
+  if text_lengths is not None:
+    positions += text_cache.lengths(text_lengths, text_R)[:, None]
   seen = None
   if shared:
     # Of the source's columns, which token of the prompt each one holds; from `count` on, none.
@@ -86,9 +86,8 @@ def attend(
   a: Architecture,
   own: tuple[Array, Array, Array],
   cache: tuple[Array, Array],
+  texts: text_cache.LayerTexts | None,
   given: Batch,
-  texts: text_cache.Texts | None,
-  layer: int,
   attn_impl: str,
 ) -> tuple[Float[Array, "R T N H"], tuple[Array, Array]]:
   """One layer's attention of the tokens read, to these, to what their sources hold and to texts.
@@ -96,8 +95,8 @@ def attend(
   Args:
     own: queries [R, T, N, H], keys and values [R, T, K, H].
     cache: the layer's keys and values of all slots.
+    texts: the layer's keys and values of the texts.
     given: the batch.
-    texts, layer: the texts, and which of their layers this is.
     attn_impl: the attention implementation of `decode`.
 
   Returns:
@@ -115,7 +114,7 @@ def attend(
   q = jax.lax.optimization_barrier(q) if texts else q
   prompt_impl = model.prefill_attn_impl(a, q.dtype)
   if texts:
-    before_it = text_cache.attend(q, given.text, texts, layer, attn_impl, a.head_size**-0.5)
+    before_it = text_cache.attend(q, given.text, texts, attn_impl, a.head_size**-0.5)
     y = text_cache.attend_own(q, *new, given.seen, prompt_impl)
     y = text_cache.join(y, before_it, given.text)
   elif given.source is None and prompt_impl != "xla":

@@ -57,6 +57,19 @@ class Texts(NamedTuple):
   length: Int[Array, "n"]
 
 
+class LayerTexts(NamedTuple):
+  """What one layer has of n texts.
+
+  Attributes:
+    keys, values: [n, K, P, H].
+    length: [n] int32, tokens of each.
+  """
+
+  keys: Float[Array, "n K P H"]
+  values: Float[Array, "n K P H"]
+  length: Int[Array, "n"]
+
+
 class Blocks(NamedTuple):
   """B rows, those behind one text together: C blocks of M places.
 
@@ -103,20 +116,16 @@ def _read(weights, tokens_nxP, count, *, architecture, mesh):
   dtype = weights["embed"]["embedding"].dtype
 
   def one(weights, tokens_P):
-    keys, values = [], []
-
-    def attend(layer, own):
+    def attend(layer, own, _):
       q, k, v = own
-      keys.append(k.swapaxes(1, 2))
-      values.append(v.swapaxes(1, 2))
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
       attn_impl = model.prefill_attn_impl(architecture, dtype)
-      return attention.causal(q, keys[-1], values[-1], attn_impl)
+      return attention.causal(q, k, v, attn_impl), (k, v)
 
     positions = jnp.arange(len(tokens_P), dtype=jnp.int32)[None]
-    model.forward(
-      weights, architecture, tokens_P[None], model.heads_at(architecture, positions), attend, axis
-    )
-    return keys, values
+    split, nothing = model.heads_at(architecture, positions), [None] * architecture.layers
+    _, kept = model.forward(weights, architecture, tokens_P[None], split, attend, nothing, axis)
+    return tuple(map(list, zip(*kept, strict=True)))
 
   def run(weights, tokens_nxP, count):
     put = lambda i: lambda all_of_them, new: all_of_them.at[i].set(new[0])
@@ -141,9 +150,17 @@ def _by_heads(axis: str | None) -> PartitionSpec:
   return PartitionSpec(None, axis) if axis else PartitionSpec()
 
 
-def lengths(texts: Texts, text_R: Int[Array, "R"]) -> Int[Array, "R"]:
-  """The tokens of each one's text; 0 for -1."""
-  return jnp.where(text_R < 0, 0, jnp.asarray(texts.length)[text_R])
+def by_layer(texts: Texts | None, layers: int) -> list[LayerTexts | None]:
+  """What each of so many layers has of the texts; None where there are none."""
+  if texts is None:
+    return [None] * layers
+  pairs = zip(texts.keys, texts.values, strict=True)
+  return [LayerTexts(keys, values, texts.length) for keys, values in pairs]
+
+
+def lengths(length_n: Int[Array, "n"], text_R: Int[Array, "R"]) -> Int[Array, "R"]:
+  """The tokens of each one's text, of texts of these lengths; 0 for -1."""
+  return jnp.where(text_R < 0, 0, jnp.asarray(length_n)[text_R])
 
 
 def blocks(text_B: Int[Array, "B"], texts: Texts, group: int) -> Blocks:
@@ -166,13 +183,12 @@ def blocks(text_B: Int[Array, "B"], texts: Texts, group: int) -> Blocks:
 def attend_rows(
   q_BxNxH: Float[Array, "B N H"],
   where: Blocks,
-  texts: Texts,
-  layer: int,
+  texts: LayerTexts,
   attn_impl: str,
   scale: float,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
   """`attend` for one query a row; what rows in no block get means nothing."""
-  value, logsumexp = attend(q_BxNxH[where.rows], where.text, texts, layer, attn_impl, scale)
+  value, logsumexp = attend(q_BxNxH[where.rows], where.text, texts, attn_impl, scale)
   place = jnp.minimum(where.place, where.rows.size - 1)
   return tuple(x.reshape(-1, *x.shape[2:])[place] for x in (value, logsumexp))
 
@@ -180,8 +196,7 @@ def attend_rows(
 def attend(
   q_CxMxNxH: Float[Array, "C M N H"],
   text_C: Int[Array, "C"],
-  texts: Texts,
-  layer: int,
+  texts: LayerTexts,
   attn_impl: str,
   scale: float,
 ) -> tuple[Float[Array, "C M N H"], Float[Array, "C M N"]]:
@@ -192,11 +207,10 @@ def attend(
   where the attention beside it does that: to the queries in the one, to the scores in the other.
   """
   C, M, N, H = q_CxMxNxH.shape
-  keys, values, length_C = texts.keys[layer], texts.values[layer], lengths(texts, text_C)
-  K = keys.shape[1]
+  length_C, K = lengths(texts.length, text_C), texts.keys.shape[1]
   q = q_CxMxNxH.reshape(C, M, K, N // K, H).swapaxes(1, 2).reshape(C, K, -1, H)
   run = kernel if attn_impl == "triton" else _plain
-  value, logsumexp = run(q, jnp.maximum(text_C, 0), length_C, keys, values, scale)
+  value, logsumexp = run(q, jnp.maximum(text_C, 0), length_C, texts.keys, texts.values, scale)
   back = lambda x: (
     x.reshape(C, K, M, N // K, *x.shape[3:]).swapaxes(1, 2).reshape(C, M, N, *x.shape[3:])
   )
