@@ -121,3 +121,10 @@ def test_prompts_stand_behind_texts_which_count_once(monkeypatch):
   assert len({tuple(prompt[40:]) for prompt in prompts}) == 6 and set(map(len, prompts)) == {45}
   token = 2 * 2 * 16 * 4  # 2 layers, keys and values, one head of 16
   assert row["limit_ms"] - plain["limit_ms"] == pytest.approx(2 * 40 * token / 1e3)
+
+
+@pytest.mark.parametrize("flag", ("--rows=goals,nosuch", "--architecture=nosuch"))
+def test_what_is_no_row_or_architecture_is_told_before_anything_is_measured(flag, capsys):
+  with pytest.raises(SystemExit) as error:
+    sampling.main(["--architecture=pocket", flag])
+  assert error.value.code == 2 and "'nosuch'" in capsys.readouterr().err

@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
   checkouts = {"s": HERE}
   if args.against:
     checkouts["against s"] = pathlib.Path(args.against).resolve()
+    if not (checkouts["against s"] / "oel_jax").is_dir():
+      parser.error(f"--against is {args.against!r}: it must be a checkout, which holds oel_jax/")
   found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
   for _ in range(args.repeats):
     for name, checkout in checkouts.items():

@@ -38,7 +38,7 @@ from oel_jax import config as config_lib
 from oel_jax.environments import Episode, game_spec, play
 from oel_jax.pocket import load as pocket
 from oel_jax.policy import transformer
-from oel_jax.policy.architecture import Architecture, named
+from oel_jax.policy.architecture import ARCHITECTURES, Architecture, named
 from oel_jax.policy.sampling.sampler import generate
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--architecture", default="qwen3-1.7b")
+  parser.add_argument("--architecture", default="qwen3-1.7b", choices=list(ARCHITECTURES))
   parser.add_argument(
     "--rows", default="goals", help="of goals, growth, shared, tiny, mixed, episodes, with commas"
   )
@@ -276,6 +276,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
   parser.add_argument("--json", help="file for the figures")
   flags = parser.parse_args(arguments)
   shape, names = named(flags.architecture), flags.rows.split(",")
+  if unknown := [name for name in names if name not in (*ROWS, "mixed", "episodes")]:
+    parser.error(f"--rows has {unknown[0]!r}: they are {', '.join(ROWS)}, mixed, episodes")
   if flags.peer_row:
     print(peer(shape, *map(int, flags.peer_row.split(","))))
     return {}
