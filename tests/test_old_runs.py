@@ -64,6 +64,9 @@ NEW = (
   ("consolidation", "cut_responses"),
   ("consolidation", "teacher"),
   ("consolidation", "one_end"),
+  ("consolidation", "final_rate"),
+  ("consolidation", "decay"),
+  ("consolidation", "later_steps"),
   ("mesh", "sample_tensor"),
 )
 
