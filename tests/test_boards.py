@@ -6,11 +6,11 @@ import json
 import sys
 
 import pytest
+from test_workdir import open_workdir
 
 from oel_jax import config as config_lib
 from oel_jax.runtime import boards
 from oel_jax.runtime.metrics import Metrics
-from oel_jax.runtime.workdir import open_workdir
 
 WANDB = """
 import json, os

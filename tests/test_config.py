@@ -12,6 +12,7 @@ import tokenize
 
 import ml_collections
 import pytest
+from test_workdir import open_workdir
 
 from oel_jax import config as config_lib
 from oel_jax.policy.architecture import ARCHITECTURES
@@ -259,7 +260,7 @@ def test_a_whole_number_that_the_runs_own_file_could_not_be_read_with_is_refused
     config_lib.validate(config)
   config.deployment.game_args.sizes = [3, 2**63 - 1, -(2**63)]
   config_lib.validate(config)
-  run = workdir.open_workdir(config, tmp_path / "run")
+  run = open_workdir(config, tmp_path / "run")
   assert workdir.read_config(run / "config.json")["config"] == json.loads(config.to_json())
 
 

@@ -7,10 +7,11 @@ import pathlib
 import types
 
 import pytest
+from test_workdir import open_workdir
 
 from oel_jax import config as config_lib
 from oel_jax import main
-from oel_jax.runtime.workdir import locked, open_workdir
+from oel_jax.runtime.workdir import locked
 from oel_jax.tasks import export
 
 

@@ -1,10 +1,10 @@
 """Where the paths that a configuration names are looked for, and that runs of before go on."""
 
 import pytest
+from test_workdir import open_workdir
 
 from oel_jax import config as config_lib
 from oel_jax.runtime import paths
-from oel_jax.runtime.workdir import open_workdir
 
 
 @pytest.fixture(name="places")

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 from fakes import game_of, turn_of
+from test_workdir import open_workdir
 
 from oel_jax import report
 from oel_jax.config import default, default_distill
@@ -22,7 +23,6 @@ from oel_jax.report import answers as answers_lib
 from oel_jax.report import cuts, games, page, plots, records
 from oel_jax.report import items as items_lib
 from oel_jax.report import results as results_lib
-from oel_jax.runtime.workdir import open_workdir
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
 BOARD = (

@@ -137,7 +137,7 @@ def filled(tree: Any, seed: int) -> Any:
 @pytest.fixture(scope="module", name="place")
 def fixture_place(tmp_path_factory):
   """What two processes leave."""
-  from oel_jax.runtime.workdir import open_workdir
+  from test_workdir import open_workdir
 
   place = tmp_path_factory.mktemp("spread")
   (place / "model").mkdir()

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from test_changed_runs import bits, play_a_round
 from test_provenance import Writer, fixture_make_run  # noqa: F401
+from test_workdir import open_workdir
 
 from oel_jax import config as config_lib
 from oel_jax import report
@@ -21,7 +22,6 @@ from oel_jax.pocket import load
 from oel_jax.policy.tokenizers import SentencePieceTokenizer
 from oel_jax.runtime import files
 from oel_jax.runtime.manifest import Manifest
-from oel_jax.runtime.workdir import open_workdir
 from oel_jax.stages import held_out, knowledge, resume, withdrawn
 from oel_jax.stages.collect import collect
 from oel_jax.stages.deploy import deploy

@@ -8,8 +8,14 @@ import pytest
 
 from oel_jax import config as default_config
 from oel_jax.runtime import seeds, workdir
-from oel_jax.runtime.workdir import locked, open_workdir, opened
+from oel_jax.runtime.workdir import locked, opened
 from oel_jax.tasks import distill
+
+
+def open_workdir(config, workdir, resume_anyway=False):
+  """The run directory, made or gone on with, and let go of again."""
+  with opened(config, workdir, resume_anyway) as path:
+    return path
 
 
 def test_first_use_writes_the_configuration_and_versions(tmp_path):

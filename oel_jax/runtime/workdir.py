@@ -72,14 +72,6 @@ def opened(
     mirror.update(copied, path)
 
 
-def open_workdir(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume_anyway: bool = False
-) -> pathlib.Path:
-  """What `opened` does, but lets go of the directory again; returns its path."""
-  with opened(config, workdir, resume_anyway) as path:
-    return path
-
-
 def file_digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Field → 16 hexadecimal digits, of each file or folder that the configuration names and that is
   there.
