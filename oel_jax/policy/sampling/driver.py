@@ -28,6 +28,48 @@ class Requests(NamedTuple):
   eos_ids: np.ndarray
 
 
+def requests_of(
+  prompts: Sequence[Sequence[int]], seeds: Any, limits: Any, ends: Any, vocabulary: int
+) -> Requests:
+  """Checks what `sampler.generate` was given, and makes it arrays; the weights have `vocabulary`
+  rows.
+  """
+  n = len(prompts)
+  one = lambda value: isinstance(value, (int, np.integer))
+  limits = [limits] * n if one(limits) else limits
+  ends = [ends] * n if all(map(one, ends)) else ends
+  for name, given in (("seeds", seeds), ("limits", limits), ("lists of end ids", ends)):
+    if len(given) != n:
+      raise ValueError(f"generate got {n} prompts but {len(given)} {name}: one a prompt")
+  for i, prompt in enumerate(prompts):
+    check_prompt(prompt, i, vocabulary)
+    if limits[i] < 1:
+      raise ValueError(
+        f"generate got max_new_tokens {limits[i]} for the prompt at index {i}: it must be at least "
+        "1"
+      )
+  # At least one column: XLA (JAX 0.11.2) crashes where an array of no elements is spread over
+  # several GPUs.
+  padded = np.full((n, max([1, *map(len, ends)])), -1, np.int32)
+  for row, ids in zip(padded, ends, strict=True):
+    row[: len(ids)] = ids
+  return Requests(np.array(seeds, np.uint32), np.asarray(limits, np.int32), padded)
+
+
+def check_prompt(prompt: Sequence[int], index: int, vocabulary: int) -> None:
+  """Raises ValueError if a prompt is empty, or holds an id that the weights have no row for."""
+  if not prompt:
+    raise ValueError(
+      f"generate got an empty prompt at index {index}: a prompt has at least one token"
+    )
+  if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+    wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+    raise ValueError(
+      f"generate got the id {wrong} in the prompt at index {index}: ids are at least 0 and below "
+      f"{vocabulary}"
+    )
+
+
 class Driver:
   """Takes the prompts of one scheduler through the engine.
 

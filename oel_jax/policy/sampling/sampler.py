@@ -39,7 +39,7 @@ from oel_jax.policy.sampling import (
   text_cache,
 )
 from oel_jax.policy.sampling import scheduler as scheduling
-from oel_jax.policy.sampling.driver import Driver, Requests
+from oel_jax.policy.sampling.driver import Driver, Requests, check_prompt, requests_of
 from oel_jax.policy.sampling.token_sampling import Sampling
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime import target
@@ -175,138 +175,169 @@ def generate(
   """
   if slots is not None and slots < 1:
     raise ValueError(f"generate got slots {slots}: it must be at least 1, or None")
-  requests = _requests(architecture, prompts, seeds, max_new_tokens, eos_ids)
+  requests = requests_of(prompts, seeds, max_new_tokens, eos_ids, architecture.vocabulary)
   if not prompts:
     return ([], []) if logprobs else []
   mesh = groups.of_params(params, architecture, sample_tensor)
   device = None if mesh else slot_state.device_of(params)
   ready = dict(architecture=architecture, dtype=dtype, mesh=mesh)
   weights = slot_state.committed(model.prepare, device, **ready)(params)
-  share = architecture.share(sample_tensor)
-  attn_impl = kv_cache.attn_impl(share, dtype)
-  how = dict(
-    architecture=share,
-    sampling=sampling,
-    logprobs=logprobs,
-    attn_impl=attn_impl,
-    mesh=mesh,
-  )
-  each = token_bytes(share, dtype)
-  max_tokens = int(MAX_TEXT_SHARE * MAX_CACHE_BYTES / each)
-  # In less than float32 XLA may round a query for its text and not for its own tokens.
-  if attn_impl == "xla" and jnp.dtype(dtype) != jnp.float32:
-    max_tokens = 0
-  common = beginnings.find(prompts, max_tokens, replies=reply is not None)
+  a = architecture.share(sample_tensor)
+  attn_impl = kv_cache.attn_impl(a, dtype)
+  how = dict(architecture=a, sampling=sampling, logprobs=logprobs, attn_impl=attn_impl, mesh=mesh)
+  common = beginnings.find(prompts, _text_tokens(a, dtype, attn_impl), replies=reply is not None)
   if common.texts:
-    how["texts"] = text_cache.read(weights, common, architecture=share, mesh=mesh)
+    how["texts"] = text_cache.read(weights, common, architecture=a, mesh=mesh)
   # Each part has slots, a share of the memory and on a CPU a thread of its own; long and short
   # prompts are dealt out evenly.
   parts = min(_cores(mesh), len(prompts) // MIN_PROMPTS_PER_CORE, slots or len(prompts)) or 1
   split = [common.split(prompt) for prompt in prompts]
   by_length = sorted(range(len(prompts)), key=lambda i: -len(split[i][1]))
-  programs = on_cpu if mesh is None and target.backend() == "cpu" else engine
-  lock, stopped = threading.Lock(), threading.Event()
-  ids, scores = [[] for _ in prompts], [[] for _ in prompts]
+  call = _Call(
+    weights=weights,
+    how=how,
+    device=device,
+    dtype=dtype,
+    common=common,
+    split=split,
+    requests=requests,
+    slots=slots and slots // parts,
+    parts=parts,
+    pad_id=pad_id,
+    reply=reply and _one_at_a_time(reply, architecture.vocabulary),
+  )
+  stopped, ids, scores = threading.Event(), [[] for _ in prompts], [[] for _ in prompts]
 
   def work(own: list[int]) -> None:
-    def answer(k: int, drawn: list[int]) -> tuple[Sequence[int], int] | None:
-      with lock:
-        following = reply(own[k], drawn)
-      if following is not None:
-        _check(following[0], own[k], architecture.vocabulary)
-      return following
-
-    asked = Requests(*(array[own] for array in requests))
-    scheduler, empty = _slots(
-      [split[i] for i in own],
-      asked,
-      how,
-      device=device,
-      dtype=dtype,
-      slots=slots and slots // parts,
-      common=common,
-      parts=parts,
-      replies=reply is not None,
-    )
-    driver = Driver(
-      weights,
-      empty,
-      scheduler,
-      asked,
-      how,
-      programs=programs,
-      beginnings=common,
-      indices=own,
-      pad_id=pad_id,
-      reply=reply and answer,
-    )
-    while not stopped.is_set() and not scheduler.done:
+    driver = call.driver(own)
+    while not stopped.is_set() and not driver.scheduler.done:
       driver.advance()
     for k, i in enumerate(own):
-      ids[i], scores[i] = scheduler.responses[k], np.float32(driver.scores[k])
+      ids[i], scores[i] = driver.scheduler.responses[k], np.float32(driver.scores[k])
 
   _side_by_side(work, [by_length[part::parts] for part in range(parts)], stopped)
   return (ids, scores) if logprobs else ids
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """One call of `generate`: what its parts, each of which has some of the prompts, have in common.
+
+  Attributes:
+    weights: from `model.prepare`.
+    how: the static arguments of the engine's programs, and the texts, if any are kept once.
+    device: where all of it lies; None on a mesh.
+    dtype: of the activations.
+    common: the texts that are kept once.
+    split: of each prompt, the number of the text before it, and the rest.
+    requests: what is asked for besides the prompts.
+    slots: of a part, most sequences side by side; None: as many as there is memory for.
+    parts: how many there are.
+    pad_id: fills what is not there.
+    reply: for one prompt at a time; None: responses are not replied to.
+  """
+
+  weights: Any
+  how: dict[str, Any]
+  device: jax.Device | None
+  dtype: Any
+  common: beginnings.Beginnings
+  split: list[tuple[int, list[int]]]
+  requests: Requests
+  slots: int | None
+  parts: int
+  pad_id: int
+  reply: Reply | None
+
+  def driver(self, own: list[int]) -> Driver:
+    """What takes the prompts of these numbers, a part's, through the engine."""
+    requests = Requests(*(array[own] for array in self.requests))
+    room = self._room(own, int(requests.limits.max()))
+    texts, prompts = zip(*(self.split[i] for i in own), strict=True)
+    cpu = target.backend() == "cpu"
+    scheduler = scheduling.Scheduler(
+      prompts,
+      texts=texts,
+      slots=room.slots,
+      columns=room.columns,
+      cache_lengths=room.cache_lengths,
+      devices=room.devices,
+      cpu=cpu,
+      replies=self.reply is not None,
+    )
+    return Driver(
+      self.weights,
+      self._empty(room, requests.eos_ids.shape[1]),
+      scheduler,
+      requests,
+      self.how,
+      programs=on_cpu if cpu and self.how["mesh"] is None else engine,
+      beginnings=self.common,
+      indices=own,
+      pad_id=self.pad_id,
+      reply=self.reply and (lambda k, drawn: self.reply(own[k], drawn)),
+    )
+
+  def _room(self, own: list[int], limit: int) -> slot_room.SlotRoom:
+    """The slots of a part: as many as are asked for, or as its share of the memory holds, but no
+    more than its prompts need, whose responses have at most `limit` tokens.
+    """
+    mesh, parted = self.how["mesh"], [self.split[i] for i in own]
+    cache_tokens = MAX_CACHE_BYTES // token_bytes(self.how["architecture"], self.dtype)
+    # A reply may leave its text, and is whole in its slot then.
+    whole = max(self.common.length(text) + len(rest) for text, rest in parted)
+    replies = slot_room.Replies(whole, cache_tokens // self.parts) if self.reply else None
+    return slot_room.slot_room(
+      [len(rest) for _, rest in parted],
+      limit,
+      attn_impl=self.how["attn_impl"],
+      devices=mesh_lib.row_shards(mesh) if slot_state.row_axes(mesh) else 1,
+      slots=self.slots,
+      tokens=(cache_tokens - self.common.tokens) // self.parts,
+      replies=replies,
+    )
+
+  def _empty(self, room: slot_room.SlotRoom, eos_ids: int) -> slot_state.Slots:
+    """Empty slots, on the device or on the mesh."""
+    return slot_state.committed(
+      slot_state.empty,
+      self.device,
+      architecture=self.how["architecture"],
+      rows=room.devices * room.slots,
+      columns=room.columns,
+      eos_ids=eos_ids,
+      dtype=self.dtype,
+      attn_impl=self.how["attn_impl"],
+      mesh=self.how["mesh"],
+      texts="texts" in self.how,
+    )()
+
+
+def _one_at_a_time(reply: Reply, vocabulary: int) -> Reply:
+  """`reply` for several threads; what it returns is checked."""
+  lock = threading.Lock()
+
+  def checked(i: int, drawn: list[int]) -> tuple[Sequence[int], int] | None:
+    with lock:
+      following = reply(i, drawn)
+    if following is not None:
+      check_prompt(following[0], i, vocabulary)
+    return following
+
+  return checked
+
+
+def _text_tokens(a: Architecture, dtype: Any, attn_impl: str) -> int:
+  """Most tokens of texts that are kept once."""
+  # In less than float32 XLA may round a query for its text and not for its own tokens.
+  if attn_impl == "xla" and jnp.dtype(dtype) != jnp.float32:
+    return 0
+  return int(MAX_TEXT_SHARE * MAX_CACHE_BYTES / token_bytes(a, dtype))
+
+
 def token_bytes(a: Architecture, dtype: Any) -> int:
   """Of the keys and values of one token."""
   return 2 * a.layers * a.kv_heads * a.head_size * jnp.dtype(dtype).itemsize
-
-
-def _slots(
-  prompts: list[tuple[int, list[int]]],
-  requests: Requests,
-  how: dict[str, Any],
-  *,
-  device: jax.Device | None,
-  dtype: Any,
-  slots: int | None,
-  common: beginnings.Beginnings,
-  parts: int,
-  replies: bool,
-) -> tuple[scheduling.Scheduler, slot_state.Slots]:
-  """The prompts, each with the number of the text before it, in a scheduler of their own, and empty
-  slots, on the device or on the mesh: as many as are asked for, or as this one's share of the
-  memory among `parts` holds, but no more than the prompts need.
-  """
-  a, mesh, attn_impl = how["architecture"], how["mesh"], how["attn_impl"]
-  texts, prompts = zip(*prompts, strict=True)
-  cache_tokens = MAX_CACHE_BYTES // token_bytes(a, dtype)
-  # A reply may leave its text, and is whole in its slot then.
-  whole = [common.length(text) + len(own) for text, own in zip(texts, prompts, strict=True)]
-  room = slot_room.slot_room(
-    list(map(len, prompts)),
-    int(requests.limits.max()),
-    attn_impl=attn_impl,
-    devices=mesh_lib.row_shards(mesh) if slot_state.row_axes(mesh) else 1,
-    slots=slots,
-    tokens=(cache_tokens - common.tokens) // parts,
-    replies=slot_room.Replies(max(whole), cache_tokens // parts) if replies else None,
-  )
-  scheduler = scheduling.Scheduler(
-    prompts,
-    texts=texts,
-    slots=room.slots,
-    columns=room.columns,
-    cache_lengths=room.cache_lengths,
-    devices=room.devices,
-    cpu=target.backend() == "cpu",
-    replies=replies,
-  )
-  empty = slot_state.committed(
-    slot_state.empty,
-    device,
-    architecture=how["architecture"],
-    rows=room.devices * room.slots,
-    columns=room.columns,
-    eos_ids=requests.eos_ids.shape[1],
-    dtype=dtype,
-    attn_impl=attn_impl,
-    mesh=mesh,
-    texts="texts" in how,
-  )()
-  return scheduler, empty
 
 
 def _cores(mesh: Any) -> int:
@@ -334,40 +365,3 @@ def _side_by_side(
       stopped.set()
   for one in working:
     one.result()
-
-
-def _requests(architecture, prompts, seeds, limits, ends) -> Requests:
-  """Checks what `generate` was given, and makes it arrays."""
-  n = len(prompts)
-  one = lambda value: isinstance(value, (int, np.integer))
-  limits = [limits] * n if one(limits) else limits
-  ends = [ends] * n if all(map(one, ends)) else ends
-  for name, given in (("seeds", seeds), ("limits", limits), ("lists of end ids", ends)):
-    if len(given) != n:
-      raise ValueError(f"generate got {n} prompts but {len(given)} {name}: one a prompt")
-  for i, prompt in enumerate(prompts):
-    _check(prompt, i, architecture.vocabulary)
-    if limits[i] < 1:
-      raise ValueError(
-        f"generate got max_new_tokens {limits[i]} for the prompt at index {i}: it must be at least "
-        "1"
-      )
-  # At least one column: XLA (JAX 0.11.2) crashes where an array of no elements is spread over
-  # several GPUs.
-  padded = np.full((n, max([1, *map(len, ends)])), -1, np.int32)
-  for row, ids in zip(padded, ends, strict=True):
-    row[: len(ids)] = ids
-  return Requests(np.array(seeds, np.uint32), np.asarray(limits, np.int32), padded)
-
-
-def _check(prompt: Sequence[int], index: int, vocabulary: int) -> None:
-  if not prompt:
-    raise ValueError(
-      f"generate got an empty prompt at index {index}: a prompt has at least one token"
-    )
-  if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-    wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-    raise ValueError(
-      f"generate got the id {wrong} in the prompt at index {index}: ids are at least 0 and below "
-      f"{vocabulary}"
-    )
