@@ -7,7 +7,7 @@ Runs on the user side, where the trajectories are, and reads nothing but them an
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,39 +126,58 @@ def extract(
     thinking=thinking,
   )
   reads = orders(len(trajectories), texts, seed, round)
-  ids = [trajectory.id for trajectory in trajectories]
   done: list[state.Step] = []
   if state_path is not None:
-    state_path = pathlib.Path(state_path)
+    state_path, ids = pathlib.Path(state_path), [each.id for each in trajectories]
     named = dict(seed=seed, round=round, texts=texts, form=form, see_previous=see_previous)
     made_from = _made_from(weights, trajectories, wording, answered_only, people)
     identity = {**named, "trajectories": ids, "made_from": made_from}
     done = state.load(state_path, identity, start, [[ids[i] for i in order] for order in reads])
   if done and advance is not None:
     advance(len(done))
-
   found = [list(text.items) for text in start]
+  for number, answers, left_out in _steps(how, trajectories, reads, found, done):
+    told = "extraction step %d of %d: %d items from %d texts, %d answers without one"
+    empty = sum(not answer for answer in answers) - len(left_out)
+    logging.info(told, number, len(trajectories), sum(map(len, answers)), texts, empty)
+    if state_path is not None:
+      state.append(state_path, number, answers, left_out)
+    if advance is not None:
+      advance(1)
+  return [Knowledge(tuple(items)) for items in found]
+
+
+def _steps(
+  how: "_Settings",
+  trajectories: Sequence[Conversation],
+  reads: Sequence[Sequence[int]],
+  found: list[list[Item]],
+  done: Sequence[state.Step],
+) -> Iterator[tuple[int, state.Step, list[dict[str, Any]]]]:
+  """Takes the steps that are left, and yields each as `state.append` takes it.
+
+  Args:
+    how: what all steps have in common.
+    trajectories: what is read.
+    reads: of each text, their numbers in the order of its steps.
+    found: of each text, the items that it begins with; those of all steps are added, of those that
+      are `done`, too.
+    done: the steps of before.
+  """
+  ids = [trajectory.id for trajectory in trajectories]
   for number, answers in enumerate(done, start=1):
-    _add(found, answers, [ids[order[number - 1]] for order in reads], number, round)
+    _add(found, answers, [ids[order[number - 1]] for order in reads], number, how.round)
   shown = [_newest(how, items) for items in found]
-  at_once = 1 if see_previous else max(1, AT_ONCE // texts)
+  at_once = 1 if how.see_previous else max(1, AT_ONCE // len(reads))
   for first in range(len(done) + 1, len(trajectories) + 1, at_once):
     numbers = range(first, min(first + at_once, len(trajectories) + 1))
     read = {number: [trajectories[order[number - 1]] for order in reads] for number in numbers}
     for number, (answers, left_out) in _ask(how, read, shown).items():
-      new = _add(found, answers, [each.id for each in read[number]], number, round)
+      new = _add(found, answers, [each.id for each in read[number]], number, how.round)
       # What does not fit beside the items of before fits no better beside more: the newest that fit
       # are among those that did, and the new ones.
       shown = [_newest(how, (*text.items, *items)) for text, items in zip(shown, new, strict=True)]
-      told = "extraction step %d of %d: %d items from %d texts, %d answers without one"
-      items = sum(map(len, answers))
-      empty = sum(not answer for answer in answers) - len(left_out)
-      logging.info(told, number, len(trajectories), items, texts, empty)
-      if state_path is not None:
-        state.append(state_path, number, answers, left_out)
-      if advance is not None:
-        advance(1)
-  return [Knowledge(tuple(items)) for items in found]
+      yield number, answers, left_out
 
 
 def _made_from(
