@@ -165,6 +165,12 @@ def test_support_counts_distinct_conversations_over_all_texts():
     ("Login trouble goes to Rowan within 3 days.", False),  # nor that number
     ("Login trouble: Send the case to Rowan, as I said.", True),  # words that begin, and "I"
     ("'Login trouble' goes to \"Rowan\".", True),
+    ("**Login trouble**: *Rowan*", True),
+    ("- Login trouble\n- Send it to Rowan", True),  # a list
+    ("Login Trouble Always Goes To Rowan", True),  # a title
+    ("LOGIN TROUBLE ALWAYS GOES TO ROWAN", True),
+    ("Login trouble goes to Rowan by form B12", False),
+    ("login trouble goes to rowan by form b12", False),
   ],
 )
 def test_whether_others_said_an_item(item, others):
@@ -182,6 +188,23 @@ def test_whether_others_said_an_item(item, others):
     "c", messages, Source(LOG, "log.jsonl"), outcome="wrong product", feedback="no postcode asked"
   )
   assert lib.told(item, conversation) is others
+
+
+@pytest.mark.parametrize(
+  "said, item, others",
+  [
+    ("Nein, kalter Kaffee gehört zu Hasel.", "Fälle von kaltem Kaffee gehen zu Hasel.", True),
+    ("Nein, kalter Kaffee gehört zu Hasel.", "Fälle mit Kaffee: nach 3 Tagen zu Hasel", False),
+    ("不对，冷咖啡归7号台。", "冷咖啡的情况交给7号台处理", True),
+    ("不对，冷咖啡归7号台。", "冷咖啡的情况交给8号台处理", False),
+    ("Non, le café froid va chez Noisetier.", "Un café froid : pour Noisetier", True),
+    ("Non, le café froid va chez Noisetier.", "Un café froid : pour Noyer", False),
+  ],
+)
+def test_names_and_numbers_of_other_languages(said, item, others):
+  """German gives each noun a capital; Chinese has no spaces around its numbers."""
+  messages = Message("user", "?"), Message("assistant", "!"), Message("user", said)
+  assert lib.told(item, Conversation("c", messages, Source(LOG, "log.jsonl"))) is others
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ with a support of its own.
 
 import collections
 import dataclasses
+import itertools
 import pathlib
 import re
 import unicodedata
@@ -51,6 +52,13 @@ _NO_KEY = ("advice", "example", "hint", "important", "note", "remember", "rule",
 _COMMON = frozenset(
   "a an and are as at be by for from in is it of on or that the they this to with you your".split()
 )
+# German: of its most frequent words those that are no English ones.
+_GERMAN = frozenset(
+  "aber auch auf bei das dem der ein eine einem einen einer für ist mit nicht oder und vom von wenn "
+  "werden wird zum zur".split()
+)
+_WITHIN = re.compile(r"[ ,/&(\"'“”‘’-]+")  # between words of one phrase
+TITLE_WORDS = 3  # a text with so many words behind its first may be a title
 # Why an item is in no text.
 LIMIT, SUPPORT, OWN_WORDS, NEWER = "limit", "support", "own words", "newer item"
 TOO_WEAK = (SUPPORT, OWN_WORDS)
@@ -169,12 +177,13 @@ def told(text: str, conversation: Conversation, people: Collection[str] = ()) ->
   An answer that nobody put right is written down like one that was; what a policy gets wrong the
   same way each time would have support enough.
   """
-  said = {True: set(), False: set()}  # by whether the policy said it
+  said = {True: "", False: ""}  # by whether the policy said it
   for message in conversation.messages:
-    said[by_policy(message, people)] |= _words(_text(message))
-  said[False] |= _words(f"{conversation.outcome or ''} {conversation.feedback or ''}")
+    said[by_policy(message, people)] += f" {_text(message)}"
+  others = f"{said[False]} {conversation.outcome or ''} {conversation.feedback or ''}"
   item = _untagged(text)
-  return not (_words(item) & said[True] | _names(item)) - said[False]
+  words = _words(item) & _words(said[True]) | _names(item)
+  return words <= _words(others) and _numbers(item) <= _numbers(others)
 
 
 def related(origins: Sequence[Origin], said: str) -> Origin | None:
@@ -323,17 +332,25 @@ def _words(text: str) -> set[str]:
 
 
 def _names(text: str) -> set[str]:
-  """The words with a digit, in capitals, or with a capital letter where no sentence begins."""
-  text = unicodedata.normalize("NFKC", text)
-  return _words(" ".join(word[0] for word in re.finditer(r"\w+", text) if _is_name(word)))
+  """The words in capitals, or with a capital letter within a phrase; none of a text whose capitals
+  are no sign of names: a title, or German, which gives one to each noun.
+  """
+  words = list(re.finditer(r"\w+", text))
+  gaps = (text[before.end() : word.start()] for before, word in itertools.pairwise(words))
+  within = [word[0] for word, gap in zip(words[1:], gaps) if _WITHIN.fullmatch(gap)]
+  capital = [word for word in within if word[0].isupper() and word != "I"]
+  title = len(within) >= TITLE_WORDS and 2 * len(capital) > len(within)
+  if title or _GERMAN & _words(text):
+    return set()
+  return _words(" ".join([*capital, *(word[0] for word in words if word[0].isupper())])) - {"i"}
 
 
-def _is_name(word: re.Match[str]) -> bool:
-  if re.search(r"\d", word[0]):
-    return True
-  before = word.string[: word.start()].rstrip(" '\"‘“(")
-  begins = not before or before[-1] in ".:;!?"
-  return word[0] not in ("I", word[0].lower()) and (word[0].isupper() or not begins)
+def _numbers(text: str) -> set[str]:
+  """Those in digits, with the letters beside them; what has no spaces, Chinese or Japanese, may
+  hold some.
+  """
+  text = unicodedata.normalize("NFKC", text).casefold()
+  return set(re.findall(r"[a-z]*\d[a-z\d]*", text))
 
 
 def _sighting(
