@@ -54,8 +54,8 @@ _COMMON = frozenset(
 )
 # German: of its most frequent words those that are no English ones.
 _GERMAN = frozenset(
-  "aber auch auf bei das dem der ein eine einem einen einer für ist mit nicht oder und vom von wenn "
-  "werden wird zum zur".split()
+  "aber auch auf bei das dem der ein eine einem einen einer für ist mit nicht oder und vom von "
+  "wenn werden wird zum zur".split()
 )
 _WITHIN = re.compile(r"[ ,/&(\"'“”‘’-]+")  # between words of one phrase
 TITLE_WORDS = 3  # a text with so many words behind its first may be a title
