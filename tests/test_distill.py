@@ -5,6 +5,7 @@ in the weights.
 import importlib.util
 import json
 import pathlib
+import re
 
 import fakes
 import jax
@@ -109,7 +110,10 @@ def test_what_is_measured_is_what_is_kept(config, prefixes, tmp_path, capsys):
   assert f"{100 * result['after']['obeys']['rate']:.1f}% of 16 answers" in page
   out = capsys.readouterr().out
   assert f"report: {tmp_path}/run/report/index.html" in out
-  assert "recovered" in out and out.count("chosen: ") == 1
+  [(share, kl)] = re.findall("recovered: (.*)%, KL .* prompts: (.*) nats a token\n", out)
+  assert float(share) == pytest.approx(100 * result["recovered"], abs=0.51)
+  assert float(kl) == pytest.approx(result["unrelated_kl"], rel=1e-3) and len(kl) < 10
+  assert out.count("chosen: ") == 1
   assert result["choices"] == json.loads((tmp_path / "run/choices.json").read_text())["choices"]
   assert result["choices"]["attention"] == "xla"
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.json")}
@@ -118,6 +122,14 @@ def test_what_is_measured_is_what_is_kept(config, prefixes, tmp_path, capsys):
   }
   assert distill.run(config, tmp_path / "run") == result  # the same command again
   assert all((tmp_path / "run" / name).stat().st_mtime_ns == time for name, time in before.items())
+
+
+def test_what_is_not_known_is_told_by_a_dash(capsys, tmp_path):
+  answers = {"obeys": statistics.count(4, 4), "response_tokens": {"mean": 3.0}}
+  result = {name: answers for name in ("base", "in_context", "after")}
+  distill._tell(result | {"recovered": None, "unrelated_kl": None}, tmp_path)
+  out = capsys.readouterr().out
+  assert "recovered: –, KL to the base on unrelated prompts: –\n" in out
 
 
 @pytest.mark.slow

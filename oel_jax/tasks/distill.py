@@ -194,7 +194,9 @@ def _tell(result: dict[str, Any], folder: pathlib.Path) -> None:
   rows = [_row(name, result[name]) for name in ("base", "in_context", "after")]
   progress.table(rows, str(folder))
   recovered, kl = result["recovered"], result["unrelated_kl"]
-  print(f"recovered: {recovered}, KL to the base on unrelated prompts: {kl}")
+  share = "–" if recovered is None else f"{100 * recovered:.0f}%"
+  moved = "–" if kl is None else f"{kl:.4g} nats a token"
+  print(f"recovered: {share}, KL to the base on unrelated prompts: {moved}")
   print(f"report: {folder / 'report' / 'index.html'}", flush=True)
 
 
