@@ -86,6 +86,7 @@ def test_kinds(text, kind):
     ("Cases of the kind", None),
     ("opening hours: 10:30 to 12", ("opening hours", "10:30 to 12")),
     ("it opens at 10:30", None),
+    ("冷咖啡：7号台。", ("冷咖啡", "7号台")),
     ("Note: be kind", None),
     ("lesson: be kind", None),
     ("one two three four five six seven eight nine ten eleven twelve thirteen: x", None),
@@ -205,6 +206,16 @@ def test_names_and_numbers_of_other_languages(said, item, others):
   """German gives each noun a capital; Chinese has no spaces around its numbers."""
   messages = Message("user", "?"), Message("assistant", "!"), Message("user", said)
   assert lib.told(item, Conversation("c", messages, Source(LOG, "log.jsonl"))) is others
+
+
+def test_messages_that_share_the_words_of_an_item_without_spaces():
+  """冷咖 and 咖啡 stand in the first, 号台 in the third, nothing of it in the second."""
+  said = Message("user", "我的冷咖啡?"), Message("assistant", "请稍等"), Message("user", "归7号台")
+  conversation = Conversation("c", said, Source(LOG, "log.jsonl"))
+  assert lib.shared("冷咖啡交给7号台", conversation) == (1, 3)
+  found = [lib.Origin(text, "", (), ()) for text in ("破灯交给8号台", "冷咖啡交给7号台")]
+  assert lib.related(found, "冷咖啡又来了") is found[1]
+  assert lib.related(found, "再见") is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ with a support of its own.
 
 import collections
 import dataclasses
-import itertools
 import pathlib
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from typing import Any
 
 from oel_jax.conversations.jsonl import JsonLines, write_jsonl
 from oel_jax.conversations.schema import Conversation, Message, by_policy
+from oel_jax.extraction import words as words_lib
 from oel_jax.extraction.knowledge import Item, Knowledge
 from oel_jax.extraction.prompts import ITEM_MARK
 from oel_jax.runtime import schema
@@ -37,9 +37,10 @@ _WORDS = (
 )
 _TAGS = "|".join(kind.replace("-", "[- ]") for kind in KINDS)
 _TAG = re.compile(rf"(?:\[({_TAGS})\]|\(({_TAGS})\)|({_TAGS}):)\s*", re.IGNORECASE)
-# What parts an item's key from what it says of it. A colon without a space behind it is a time.
+# What parts an item's key from what it says of it. A colon without a space behind it is a time,
+# but not that of Chinese and Japanese.
 _SEPARATOR = re.compile(
-  r"\s*(?:->|→|=>|:(?=\s)|\b(?:goes|go|belongs|belong) to\b|\bis handled by\b)\s*", re.IGNORECASE
+  r"\s*(?:->|→|=>|:(?=\s)|：|\b(?:goes|go|belongs|belong) to\b|\bis handled by\b)\s*", re.IGNORECASE
 )
 # "Cases of the kind 'late parcel' get form 12": what is quoted is the key.
 _OF_THE_KIND = re.compile(
@@ -49,16 +50,6 @@ _OF_THE_KIND = re.compile(
 MAX_KEY_WORDS = 12  # more before a colon are a sentence, not the name of a case
 # Words before a colon that name no case.
 _NO_KEY = ("advice", "example", "hint", "important", "note", "remember", "rule", "tip", "warning")
-_COMMON = frozenset(
-  "a an and are as at be by for from in is it of on or that the they this to with you your".split()
-)
-# German: of its most frequent words those that are no English ones.
-_GERMAN = frozenset(
-  "aber auch auf bei das dem der ein eine einem einen einer für ist mit nicht oder und vom von "
-  "wenn werden wird zum zur".split()
-)
-_WITHIN = re.compile(r"[ ,/&(\"'“”‘’-]+")  # between words of one phrase
-TITLE_WORDS = 3  # a text with so many words behind its first may be a title
 # Why an item is in no text.
 LIMIT, SUPPORT, OWN_WORDS, NEWER = "limit", "support", "own words", "newer item"
 TOO_WEAK = (SUPPORT, OWN_WORDS)
@@ -124,7 +115,7 @@ Origins = dict[str, Origin]  # by their `normalised` texts
 def normalised(text: str) -> str:
   """The text by which items are compared: see the module."""
   text = unicodedata.normalize("NFKC", _untagged(text)).casefold()
-  return " ".join(text.split()).strip(" .,;:!*_\"'“”")
+  return " ".join(text.split()).strip(" .,;:!*_\"'“”。")
 
 
 def kind_of(text: str) -> str:
@@ -153,11 +144,11 @@ def key_of(text: str) -> tuple[str, str] | None:
 
 
 def shared(text: str, conversation: Conversation) -> tuple[int, ...]:
-  """Numbers, from 1, of few messages that together hold all words of the item that the conversation
+  """Numbers, from 1, of few messages that together hold all terms of the item that the conversation
   has; the one that adds most is taken first, of several the first.
   """
-  held = [_words(_text(message)) for message in conversation.messages]
-  missing, found = _words(_untagged(text)), []
+  held = [words_lib.terms(_text(message)) for message in conversation.messages]
+  missing, found = words_lib.terms(_untagged(text)), []
   while held:
     number = max(range(len(held)), key=lambda i: len(held[i] & missing))
     if not held[number] & missing:
@@ -182,18 +173,18 @@ def told(text: str, conversation: Conversation, people: Collection[str] = ()) ->
     said[by_policy(message, people)] += f" {_text(message)}"
   others = f"{said[False]} {conversation.outcome or ''} {conversation.feedback or ''}"
   item = _untagged(text)
-  words = _words(item) & _words(said[True]) | _names(item)
-  return words <= _words(others) and _numbers(item) <= _numbers(others)
+  words = words_lib.words(item) & words_lib.words(said[True]) | words_lib.names(item)
+  return words <= words_lib.words(others) and words_lib.numbers(item) <= words_lib.numbers(others)
 
 
 def related(origins: Sequence[Origin], said: str) -> Origin | None:
-  """The item with most words in common with a text, a word that n of the items have counting as the
+  """The item with most terms in common with a text, a term that n of the items have counting as the
   n-th part of one; of several the first, None where no item has any.
   """
-  held = [_words(_untagged(origin.text)) for origin in origins]
-  having = collections.Counter(word for words in held for word in words)
-  asked = _words(said)
-  weights = [sum(1 / having[word] for word in sorted(words & asked)) for words in held]
+  held = [words_lib.terms(_untagged(origin.text)) for origin in origins]
+  having = collections.Counter(term for terms in held for term in terms)
+  asked = words_lib.terms(said)
+  weights = [sum(1 / having[term] for term in sorted(terms & asked)) for terms in held]
   best = max(range(len(origins)), key=weights.__getitem__, default=None)
   return origins[best] if best is not None and weights[best] else None
 
@@ -325,32 +316,6 @@ def _text(message: Message) -> str:
   """What a message says, in the calls that it makes, too."""
   calls = (f"{call.name} {call.arguments}" for call in message.tool_calls)
   return " ".join((message.content, *calls))
-
-
-def _words(text: str) -> set[str]:
-  return set(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) - _COMMON
-
-
-def _names(text: str) -> set[str]:
-  """The words in capitals, or with a capital letter within a phrase; none of a text whose capitals
-  are no sign of names: a title, or German, which gives one to each noun.
-  """
-  words = list(re.finditer(r"\w+", text))
-  gaps = (text[before.end() : word.start()] for before, word in itertools.pairwise(words))
-  within = [word[0] for word, gap in zip(words[1:], gaps) if _WITHIN.fullmatch(gap)]
-  capital = [word for word in within if word[0].isupper() and word != "I"]
-  title = len(within) >= TITLE_WORDS and 2 * len(capital) > len(within)
-  if title or _GERMAN & _words(text):
-    return set()
-  return _words(" ".join([*capital, *(word[0] for word in words if word[0].isupper())])) - {"i"}
-
-
-def _numbers(text: str) -> set[str]:
-  """Those in digits, with the letters beside them; what has no spaces, Chinese or Japanese, may
-  hold some.
-  """
-  text = unicodedata.normalize("NFKC", text).casefold()
-  return set(re.findall(r"[a-z]*\d[a-z\d]*", text))
 
 
 def _sighting(
