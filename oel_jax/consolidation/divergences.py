@@ -1,7 +1,19 @@
 """The divergences of the student's distribution p from the teacher's q, one entry each.
 
 `losses` sums an entry's terms over dense logits and is differentiated by JAX; `chunk_loss` uses
-every field, to form value and gradient in one pass. A new divergence is one more entry.
+every field, to form value and gradient in one pass.
+
+A new divergence is one more entry of `DIVERGENCES`; `consolidation.kind` takes its name. What its
+functions must keep to:
+
+- `terms` and `balanced` are 0 where p = q, exactly: `expm1` of the difference of the logarithms, no
+  difference of exponentials.
+- All are finite where log p is −1e30.
+- `terms` has no corner (`max`, `abs`) at p = q, for JAX differentiates it.
+- `moment` is for a KL alone. A constant of its own stands in the functions.
+
+Its value in NumPy goes into `RIGHT` of tests/test_divergences.py and into both tables of
+test_losses.py; test_config.py spells the names.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,11 @@ session, or an event that is no message.
 | Codex | {"type": "response_item", "payload": an item}, {"type": "session_meta", "payload"} |
 | any agent | {"role", "content"} |
 
+Another format that is one JSON object: the name of its list goes into `LISTS`, and the object into
+this table. What an entry of the list may say stands in `log_messages` (`said`, `SPEAKERS`, `SAYS`,
+`MESSAGE_KNOWN`), files that are no lines of JSON in `log_files`. An example goes into
+tests/test_logs.py.
+
 No error tells what somebody said: a record is named by its place, what is wrong by its kind.
 """
 

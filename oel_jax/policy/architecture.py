@@ -1,4 +1,20 @@
-"""The shapes a policy can have, and the catalogue of named ones."""
+"""The shapes a policy can have, and the catalogue of named ones.
+
+Another field stands in `Architecture`, with a default. What else it changes depends on its kind:
+
+- Norms, queries and keys, feed-forward: plain form, kernel and its gradient in `policy.ops`;
+  `attn_impl` in `sampling.kv_cache` chooses "xla", or the decoding kernel there learns the field.
+  A factor on scores is one on queries: tests/test_architecture.py does it.
+- Embeddings: `apply` in `transformer`, `forward` in `sampling.model`, `embed` in `unrolled`, there
+  behind the addition of `weights["rows"]`, or the gradient is wrong.
+- A cap on scores: `attend`, `causal` and `attend_with_prefix` in `attention`, `attend` and
+  `attend_many` in `sampling.kv_cache`, `attend` in `sampling.text_cache`, and their callers; "xla"
+  also from `attn_impl` in `consolidation.placement` and `prefill_attn_impl` in `sampling.model`.
+- A cap on logits: `logits` in `transformer`, value and gradient in `consolidation.chunk_loss`, and
+  their callers.
+
+Files of models that have it are read by `weights.huggingface_config` and `weights.gguf`.
+"""
 
 import dataclasses
 

@@ -1,8 +1,9 @@
 """The tree of parameters, written once: of each its path, shape, place on a mesh and first values,
 and its name and layout in the files of others.
 
-`runtime.mesh` and the readers and writers in `policy.weights` go by this table; a new parameter is
-a new row.
+`runtime.mesh` and the readers and writers in `policy.weights` go by this table. A new parameter is
+a new row (`there` says which architectures have it) and its way to the operation: `_apart` in
+`transformer`, `fuse` and `unfuse` in `unrolled`, `prepare` and `specs` in `sampling.model`.
 """
 
 import dataclasses
