@@ -10,6 +10,13 @@ groups that come out save more tokens:
     h A A A A A z       1
     h B B B B x         5    one of 5 saves 5; all five prompts behind "h" would save 4 x 1
     h B B B B y
+
+Texts are found among a call's first prompts: of MIN_TOKENS or more, which at least MIN_PROMPTS of
+them begin with. A text is read once and kept once, and a slot holds only what stands behind it; a
+reply that leaves its text stands whole in its slot. On a mesh every device keeps all texts (with
+`mesh.sample_tensor` those of its own heads); of several processes each finds those of its own share
+of the prompts. In bfloat16 without the Triton kernel (CPUs, TPUs, head sizes that it does not take)
+nothing is shared.
 """
 
 import dataclasses

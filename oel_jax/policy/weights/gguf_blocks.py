@@ -1,5 +1,6 @@
 """The numbers of GGUF's quantised blocks, computed on the device that they are meant for: bit for
-bit what `gguf.dequantize` gives.
+bit what `gguf.dequantize` gives. Ten types are: Q4_0 to Q8_0 and Q2_K to Q6_K; the `gguf` package
+decodes the others, on the host.
 
 The scales of a block are halves; what multiplies them are whole numbers of few bits. So each
 product is exact in float32 and only the last sum rounds: neither the order of the products nor a
