@@ -91,12 +91,8 @@ def test_an_environment_of_ones_own_can_be_played(name, tmp_path):
   file.write_text(f"{shown('class Coin')}\n{shown('class Clock')}")
   config = game_config()
   with config.unlocked():
-    config.deployment.update(
-      environment=f"{file}:{name}",
-      player="",
-      actions="[heads], [tails]",
-      action_pattern=r"\[(heads|tails)\]",
-    )
+    made("coin.py:Coin", config=config)
+    config.deployment.environment = f"{file}:{name}"
   config_lib.validate(config)
   spec = game_spec(config.deployment)
   try_game(spec)
