@@ -1,9 +1,13 @@
-"""What README.md shows is run as it stands there: each piece of Python, in its order."""
+"""What README.md shows is run as it stands there, and the pieces that it points to: each of Python,
+in its order.
+"""
 
 import asyncio
 import pathlib
 import re
+import runpy
 import sys
+import textwrap
 import types
 
 import numpy as np
@@ -11,11 +15,12 @@ import pytest
 
 from oel_jax import config as config_lib
 from oel_jax.conversations import logs
-from oel_jax.environments import Game, game_spec
+from oel_jax.environments import Game, api, game_spec
 from oel_jax.environments.load import try_game
 from oel_jax.tasks import distill
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+CALLBACKS = README.with_name("experiments") / "data/custom_callbacks.py"
 
 
 def shown(word: str) -> str:
@@ -61,7 +66,7 @@ def test_the_proxys_callback_writes_a_log_that_is_read(tmp_path, monkeypatch):
     "messages": [{"role": "user", "content": "Wo ist Łódź?"}],
     "response": {"choices": [{"message": {"role": "assistant", "content": "In Poland."}}]},
   }
-  handler = made("CustomLogger")["proxy_handler_instance"]
+  handler = runpy.run_path(str(CALLBACKS))["proxy_handler_instance"]
   asyncio.run(handler.async_log_success_event({"standard_logging_object": said}, None, 0, 1))
   counts = logs.Counts()
   [found] = logs.read(tmp_path, counts)
@@ -88,7 +93,8 @@ def test_a_game_is_configured_and_can_be_played():
 @pytest.mark.parametrize("name", ["Coin", "Clock"])
 def test_an_environment_of_ones_own_can_be_played(name, tmp_path):
   file = tmp_path / "coin.py"
-  file.write_text(f"{shown('class Coin')}\n{shown('class Clock')}")
+  clock = textwrap.dedent(api.__doc__[api.__doc__.index("    class Clock(Coin):") :])
+  file.write_text(f"{shown('class Coin')}\n{clock}")
   config = game_config()
   with config.unlocked():
     made("coin.py:Coin", config=config)

@@ -1,24 +1,15 @@
 """What plays a game and what is played: an `Environment` has two methods, and a `Game` is one
 episode of it under the limits that the configuration sets.
 
-An environment of one's own, whole, in a file `coin.py`:
+The README has an environment of one's own, whole, `Coin`. One that offers tools, too:
 
-    import random
+    class Clock(Coin):
+      tools = [
+        {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+      ]
 
-    from oel_jax.environments import Step
-
-    class Coin:
-      def reset(self, seed):
-        self.side = random.Random(seed).choice(["heads", "tails"])
-        return "A coin lies under the cup."
-
-      def step(self, action):
-        right = action == self.side
-        return Step(f"It was {self.side}.", done=True, reward=float(right))
-
-`config.deployment.environment = "coin.py:Coin"` has it played, with `game_args = {}`,
-`player = ""`, `actions = "[heads], [tails]"` and `action_pattern = r"\\[(heads|tails)\\]"`.
-Held-out episodes have odd seeds, all others even ones.
+      def call(self, name, arguments):
+        return Step("12:00")
 """
 
 import contextlib
@@ -91,8 +82,11 @@ class Environment(Protocol):
     call(name, arguments) -> Step: makes one call of one of them, `arguments` being a dict; the
       observation is what the tool returns.
 
-  The model's own chat template shows definitions, calls and results. All calls of one answer are
-  one move, and what is said beside them reaches nobody.
+  The model's own chat template shows definitions, calls and results, and its calls are read in the
+  form that its family writes; behind a server they come as `tool_calls`. All calls of one answer
+  are one move, and what is said beside them reaches nobody. A call of no tool, or with arguments
+  that are no JSON object, is told to the model alone. A game whose calls the template cannot show
+  (Llama 3.1: two at once) ends as invalid. The embedded policy knows no tools.
   """
 
   def reset(self, seed: int) -> str:
