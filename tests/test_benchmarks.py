@@ -30,6 +30,7 @@ def fixture_script(monkeypatch):
     "size",
     "step",
     "measure",
+    "figures_file",
   ):
     sys.modules.pop(name, None)
 
@@ -171,3 +172,40 @@ def test_cold_runs_are_told_stage_by_stage_beside_another_checkouts(script, tmp_
   assert sum(rows[name]["s"] for name in parts) == pytest.approx(rows["whole"]["s"])
   with pytest.raises(RuntimeError, match="now: the run failed: no such game"):
     cold.main(["--repeats=1", "--", "--fail"])
+
+
+@pytest.mark.parametrize(
+  "name, arguments",
+  [
+    ("cold", []),
+    ("conversations", []),
+    ("loading", []),
+    ("loss", []),
+    ("packing", ["equal"]),
+    ("peer_vllm", []),
+    ("plan", ["qwen3-1.7b"]),
+    ("sampling", []),
+    ("sent", []),
+    ("size", []),
+    ("step", []),
+  ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+  script, tmp_path, capsys, name, arguments
+):
+  for path in (tmp_path, tmp_path / "nowhere/found.json"):
+    with pytest.raises(SystemExit) as error:
+      script(name).main([*arguments, f"--json={path}"])
+    assert error.value.code == 2
+    assert f"argument --json: {str(path)!r}: it must be a file" in capsys.readouterr().err
+  there = sorted(path.name for path in FOLDER.glob("*.py") if "--json" in path.read_text())
+  assert f"{name}.py" in there and len(there) == 12  # with figures_file.py: all that have the flag
+
+
+@pytest.mark.parametrize("flag", ("--architecture", "--weights", "--against"))
+def test_what_is_no_architecture_weights_or_checkout_is_told_before_weights_are_written(
+  script, capsys, flag
+):
+  with pytest.raises(SystemExit) as error:
+    script("loading").main([f"{flag}=nosuch"])
+  assert error.value.code == 2 and f"{flag} is 'nosuch': " in capsys.readouterr().err

@@ -19,7 +19,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
 def fixture_peer(monkeypatch):
   monkeypatch.syspath_prepend(str(FOLDER))
   yield importlib.import_module("peer_vllm")
-  for name in ("peer_vllm", "sampling", "measure"):
+  for name in ("peer_vllm", "sampling", "measure", "figures_file"):
     sys.modules.pop(name, None)
 
 

@@ -23,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+import figures_file
+
 HERE = pathlib.Path(__file__).resolve().parents[2]
 QUICKSTART = ("--config=experiments/frozen_lake.py:pocket",)
 REAL_MODEL = (
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--weights", help="a Hugging Face folder or a GGUF file of a real model")
   parser.add_argument("--against", metavar="CHECKOUT", help="whose code runs, too")
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   args = parser.parse_args(own)
   arguments = list(QUICKSTART)
   if args.weights:

@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import figures_file
+
 from oel_jax.conversations import jsonl
 from oel_jax.conversations.schema import (
   GAME,
@@ -162,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--lines", type=int, default=1_000_000)
   parser.add_argument("--trajectories", type=int, nargs="+", default=[100, 1000, 10_000])
-  parser.add_argument("--json", default="conversations.json")
+  parser.add_argument("--json", type=figures_file.to_write, default="conversations.json")
   parser.add_argument("--read", help=argparse.SUPPRESS)
   given = parser.parse_args(arguments)
   if given.read:

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,19 @@ def write_folder(folder: str, name: str) -> dict[str, float]:
   return {"largest tensor GiB": max(sizes) / 2**30}
 
 
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+  """Ends the program at an architecture, weights or a checkout that are none."""
+  from oel_jax.policy.architecture import ARCHITECTURES
+
+  if args.architecture not in ARCHITECTURES:
+    names = ", ".join(ARCHITECTURES)
+    parser.error(f"--architecture is {args.architecture!r}: it must be one of {names}")
+  if args.weights and not pathlib.Path(args.weights).exists():
+    parser.error(f"--weights is {args.weights!r}: there is no such file or folder")
+  if args.against and not (pathlib.Path(args.against) / "oel_jax").is_dir():
+    parser.error(f"--against is {args.against!r}: it must be a checkout, which holds oel_jax/")
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--weights", help="a Hugging Face folder or a GGUF file, instead")
   parser.add_argument("--against", metavar="CHECKOUT", help="whose code reads them, too")
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   # What is to be done with them: the process that is measured.
   parser.add_argument("--only", choices=("load", "plain"), help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
@@ -160,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     call = reader(path) if args.only == "load" else lambda: plainly(path)
     print(json.dumps(measured(call)))
     return
+  _check(parser, args)
   with tempfile.TemporaryDirectory() as folder:
     row: dict[str, Any] = {"weights": args.weights or args.architecture}
     if args.weights is None:

@@ -8,6 +8,7 @@ JAX_PLATFORMS=cpu python experiments/benchmarks/loss.py --tiny
 import argparse
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import measure
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--peer", help="path of peer_torch.py")
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   parser.add_argument(
     "--chunks", default="512,1024", help="chunks to try; the first one is used for all"
   )

@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import measure
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("work", nargs="+", choices=list(WORK))
   parser.add_argument("--shapes", action="store_true", help="count shapes and padding, run nothing")
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   args = parser.parse_args(argv)
   rows = []
   for name in args.work:

@@ -25,10 +25,11 @@ import tempfile
 import time
 from typing import Any
 
+import figures_file
 import numpy as np
 from sampling import ROWS, mixed_lengths, prompts_of, rates
 
-from oel_jax.policy.architecture import Architecture, named
+from oel_jax.policy.architecture import ARCHITECTURES, Architecture, named
 from oel_jax.policy.weights.huggingface_config import write_config
 
 MIXED = (512, 256)  # prompts of `mixed_lengths`, and their new tokens
@@ -120,13 +121,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--architecture", default="qwen3-1.7b")
+  parser.add_argument("--architecture", default="qwen3-1.7b", choices=list(ARCHITECTURES))
   parser.add_argument("--rows", default="goals,mixed,shared", help="as sampling.py's")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's that it takes")
   parser.add_argument("--sequences", type=int, help="at a time, at most; vLLM's own choice if none")
   parser.add_argument("--beside", help="what sampling.py --json wrote")
-  parser.add_argument("--json", help="file for the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="file for the figures")
   flags = parser.parse_args(arguments)
   flags.rows = flags.rows.split(",")
   try:

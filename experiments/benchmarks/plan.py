@@ -21,6 +21,7 @@ import sys
 import tempfile
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import measure
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("architecture", choices=list(architecture.ARCHITECTURES))
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   args, overrides = parser.parse_known_args(argv)
   # One copy of the weights is held here, as in a run's first round.
   given = [f"--config.policy.architecture={args.architecture}", "--config.rounds=1", *overrides]

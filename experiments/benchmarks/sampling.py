@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -273,7 +274,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     "--peer", action="store_true", help="also run transformers on each row, in a process of its own"
   )
   parser.add_argument("--peer_row", help=argparse.SUPPRESS)
-  parser.add_argument("--json", help="file for the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="file for the figures")
   flags = parser.parse_args(arguments)
   shape, names = named(flags.architecture), flags.rows.split(",")
   if unknown := [name for name in names if name not in (*ROWS, "mixed", "episodes")]:

@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import measure
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--fsdp", type=int, required=True, help="data takes the others")
   parser.add_argument("--samples", type=int, nargs="+", default=[64, 512], help="of a step")
   parser.add_argument("--layers", type=int, help="compiled; default: all")
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   given = parser.parse_args(argv)
   device, count = target.parse(given.device)
   jax.config.update("jax_enable_compilation_cache", False)

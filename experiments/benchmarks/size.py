@@ -34,6 +34,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import figures_file
 import jax
 import ml_collections
 import numpy as np
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--batch", type=int, default=1001)
   parser.add_argument("--counts", type=int, nargs="+", default=[1, 4], help="of processes")
   parser.add_argument("--tiny", action="store_true", help="2,000 lines, and the rest to fit")
-  parser.add_argument("--json", default="size.json")
+  parser.add_argument("--json", type=figures_file.to_write, default="size.json")
   for name, kind in (("log", pathlib.Path), ("folder", pathlib.Path)):
     parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
   for name in ("processes", "me", "port"):

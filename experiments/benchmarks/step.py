@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import figures_file
 import jax
 import jax.numpy as jnp
 import measure
@@ -352,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("work", choices=list(WORK))
   parser.add_argument("--peer", help="path of peer_torch.py")
-  parser.add_argument("--json", help="where to write the figures")
+  parser.add_argument("--json", type=figures_file.to_write, help="where to write the figures")
   parser.add_argument(
     "--how",
     default="",
