@@ -228,9 +228,9 @@ def test_a_template_without_tools_says_so_and_its_other_prompts_stay():
   kept, told = leave_out(tokenizer, PROMPTS)
   assert kept == [PROMPTS[0]]
   assert told == [
-    "1 prompts of 1 conversations are left out, a-1 the first: tokenizer '': its chat template "
+    "1 prompt of 1 conversation is left out, a-1 the first: tokenizer '': its chat template "
     "leaves out calls of tools: the model knows none",
-    "2 prompts of 1 conversations are left out, b-0 the first: tokenizer '': its chat template "
+    "2 prompts of 1 conversation are left out, b-0 the first: tokenizer '': its chat template "
     "leaves out the definitions of tools: the model knows none",
   ]
   with pytest.raises(CannotRender, match="leaves out calls of tools"):

@@ -201,7 +201,7 @@ def test_of_litellm_the_end_user_and_failed_calls(tmp_path):
   _, found, counts = log(tmp_path, good, failed, also, rest)
   assert [(each.id, each.user) for each in found] == [("1", "ann"), ("2", "bob"), ("3", "cem")]
   assert counts.unanswered == 1 and counts.damaged == 0
-  assert "1 conversations have no answer of the assistant's and were left out" in counts.sentences()
+  assert "1 conversation has no answer of the assistant's and was left out" in counts.sentences()
 
 
 def event(kind, *content, **more):
@@ -395,8 +395,8 @@ def test_a_folder_or_file_without_logs(tmp_path):
   with pytest.raises(ValueError) as error:
     read(path)
   assert str(error.value) == (
-    f"{path} holds no conversation that can be used: 1 conversations have no answer of the "
-    "assistant's and were left out; 1 records are events and no messages: summary 1"
+    f"{path} holds no conversation that can be used: 1 conversation has no answer of the "
+    "assistant's and was left out; 1 record is an event and no message: summary 1"
   )
   (tmp_path / "blank.jsonl").write_text("\n \n")
   with pytest.raises(ValueError, match="blank.jsonl .* can be used: its 1 files have no record"):
@@ -583,7 +583,7 @@ def test_duplicates_are_left_out_and_told(tmp_path, caplog):
   assert found == ["again", "whole"]  # the one with feedback; the one that goes on
   assert (counts.same, counts.continued, counts.near) == (2, 1, 1)
   assert counts.conversations == 6
-  assert "1 conversations nearly say the same as an earlier one and were left out" in caplog.text
+  assert "1 conversation nearly says the same as an earlier one and was left out" in caplog.text
   found = [each.id for each in logs.distinct(path, logs.Counts(), near=1.1)]
   assert found == ["again", "whole", "close"]
   assert json.loads(json.dumps(counts.as_json()))["near"] == 1

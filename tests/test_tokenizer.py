@@ -195,9 +195,7 @@ def test_definitions_of_tools_are_refused_and_not_left_out():
   ]
   kept, [told] = leave_out(tokenizer(), prompts)
   assert kept == prompts[:1]
-  assert told.startswith(
-    "1 prompts of 1 conversations are left out, b-0 the first: the embedded pol"
-  )
+  assert told.startswith("1 prompt of 1 conversation is left out, b-0 the first: the embedded pol")
 
 
 def test_a_transcript_full_of_them_adds_no_turn():

@@ -27,6 +27,7 @@ from oel_jax.conversations.log_files import COMPRESSED, SUFFIXES
 from oel_jax.conversations.log_records import Record
 from oel_jax.conversations.schema import AGENT, LOG, Conversation, Message, Source
 from oel_jax.runtime import files
+from oel_jax.runtime.counted import counted
 
 MAX_MESSAGE = 1_000_000  # characters of one message, above which no model reads it
 MAX_NAMES = 1000  # of fields, events and parts that are told apart
@@ -73,8 +74,10 @@ class Counts:
 
   def sentences(self) -> list[str]:
     """What a user should know, none for what did not occur."""
-    read = f"{self.conversations} conversations from {self.records} records of {self.files} files"
-    told = [f"read {read}"]
+    read = counted(self.conversations, "conversations")
+    told = [
+      f"read {read} from {counted(self.records, 'records')} of {counted(self.files, 'files')}"
+    ]
     for count, sentence in (
       (self.damaged, "records are damaged and were left out"),
       (self.unanswered, "conversations have no answer of the assistant's and were left out"),
@@ -86,7 +89,7 @@ class Counts:
       (self.near, "conversations nearly say the same as an earlier one and were left out"),
     ):
       if count:
-        told.append(f"{count} {sentence}")
+        told.append(counted(count, sentence))
     for kind, sentence in (
       ("event", "records are events and no messages"),
       ("field", "fields are not read; they stay in the log, at the file and line of the source"),
@@ -94,11 +97,12 @@ class Counts:
     ):
       met = collections.Counter({n: count for (k, n), count in self.seen.items() if k == kind})
       if met:
-        told.append(f"{met.total()} {sentence}: {_shown(met)}")
+        told.append(f"{counted(met.total(), sentence)}: {_shown(met)}")
     if self.other_files:
       told.append(
-        f"{self.other_files.total()} files were left alone: {_shown(self.other_files)}; what is "
-        f"compressed must be unpacked, and the names of logs end in {', '.join(SUFFIXES)}"
+        f"{counted(self.other_files.total(), 'files were left alone')}: "
+        f"{_shown(self.other_files)}; what is compressed must be unpacked, and the names of logs "
+        f"end in {', '.join(SUFFIXES)}"
       )
     return told
 

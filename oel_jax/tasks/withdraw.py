@@ -31,6 +31,7 @@ from oel_jax.extraction import provenance
 from oel_jax.extraction import state as extraction_state
 from oel_jax.extraction.extract import orders
 from oel_jax.runtime import files, mirror, schema
+from oel_jax.runtime.counted import counted
 from oel_jax.runtime.manifest import Manifest
 from oel_jax.runtime.workdir import locked, read_config
 from oel_jax.stages import collect, withdrawn
@@ -324,9 +325,9 @@ def _leave_unmeasured(
   aside = [_aside(path / name) for name in names if (path / name).exists()]
   aside.append(_rewrite_prompts(path, HELD_OUT, ids))
   print(
-    f"round {number}: {held.held_out} prompts went from those that are measured on, "
-    f"{len(_prompts(path / HELD_OUT))} are left: what was measured is set aside, and the same "
-    "command as before measures again",
+    f"round {number}: {counted(held.held_out, 'prompts')} went from those that are measured on, "
+    f"{counted(len(_prompts(path / HELD_OUT)), 'are left')}: what was measured is set aside, and "
+    "the same command as before measures again",
     flush=True,
   )
   return aside
@@ -369,7 +370,8 @@ def _name_aside(path: pathlib.Path) -> pathlib.Path:
 
 def _tell(first: int, held: _Held, weights: list[int]) -> None:
   items = held.items
-  print(f"round {first}: {len(items)} items went from knowledge/, and {held.prompts} prompts")
+  gone = counted(len(items), "items")
+  print(f"round {first}: {gone} went from knowledge/, and {counted(held.prompts, 'prompts')}")
   for text in items[:MAX_SHOWN]:
     print(f"  {text}")
   if len(items) > MAX_SHOWN:

@@ -7,6 +7,7 @@ from typing import Any
 from oel_jax.conversations import prompt as prompt_lib
 from oel_jax.conversations.schema import KNOWLEDGE, Message, Prompt, conversation_of
 from oel_jax.policy.tokenizers.chat_template import CannotRender
+from oel_jax.runtime.counted import counted
 
 PROBE = Message(KNOWLEDGE, "Rule 1.")
 
@@ -61,8 +62,6 @@ def _sort(prompt: Prompt) -> tuple[Any, ...]:
 
 
 def _told(reason: str, ids: Sequence[str]) -> str:
-  conversations = set(map(conversation_of, ids))
-  return (
-    f"{len(ids)} prompts of {len(conversations)} conversations are left out, {ids[0]} the first: "
-    f"{reason}"
-  )
+  of = counted(len(set(map(conversation_of, ids))), "conversations")
+  are = "is" if len(ids) == 1 else "are"
+  return f"{counted(len(ids), 'prompts')} of {of} {are} left out, {ids[0]} the first: {reason}"
