@@ -24,6 +24,7 @@ from oel_jax.conversations.schema import AGENT, Conversation, Message, Prompt, c
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.policy.tokenizers import leave_out
 from oel_jax.runtime import files, schema
+from oel_jax.runtime.counted import counted
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import withdrawn
 from oel_jax.stages.run import DEPLOYED, HELD_OUT, LOGS, PROMPTS, USERS, Run
@@ -68,11 +69,21 @@ def collect(run: Run, number: int, policy: Policy) -> None:
       "left"
     )
   offered = agents_tools(config)
-  redacted = {}
-  for name, draw in drawn.items():
-    taken = (redact(_offering(offered, one)) for one in draw.taken())
-    redacted[name] = withdrawn.left(run.folder, taken)
-  prompts = {name: _usable(run, policy, redacted[name]) for name in ("prompts", "held out")}
+  clean: dict[str, Conversation] = {}
+
+  def redacted_once(one: Conversation) -> Conversation:
+    """One that is drawn for knowledge and for prompts counts once."""
+    if one.id not in clean:
+      clean[one.id] = redact(_offering(offered, one))
+    return clean[one.id]
+
+  redacted = {
+    name: withdrawn.left(run.folder, map(redacted_once, draw.taken()))
+    for name, draw in drawn.items()
+  }
+  prompts = {
+    name: _usable(run, number, name, policy, redacted[name]) for name in ("prompts", "held out")
+  }
   if not prompts["prompts"]:
     raise ValueError(f"{folder}: no turn of its conversations can be made a prompt of this model")
   if not prompts["held out"]:
@@ -194,8 +205,12 @@ def _drawn(config: Any, number: int) -> dict[str, _Draw]:
   }
 
 
-def _usable(run: Run, policy: Policy, conversations: Iterable[Conversation]) -> list[Prompt]:
-  """The prompts of conversations that the model can be given, knowledge before them."""
+def _usable(
+  run: Run, number: int, name: str, policy: Policy, conversations: Iterable[Conversation]
+) -> list[Prompt]:
+  """The prompts of the conversations drawn as `name` that the model can be given, knowledge before
+  them.
+  """
   thinking, fit, long = run.config.policy.thinking, [], []
   room = run.config.policy.max_prompt_tokens - run.config.extraction.max_knowledge_tokens
   cut = [prompt for conversation in conversations for prompt in cut_prompts(conversation)]
@@ -206,9 +221,9 @@ def _usable(run: Run, policy: Policy, conversations: Iterable[Conversation]) -> 
     (fit if size <= room else long).append(prompt)
   if long:
     told.append(
-      f"{len(long)} prompts are left out, {long[0].id} the first: more than {room} tokens, "
-      "config.policy.max_prompt_tokens less extraction.max_knowledge_tokens"
+      f"{counted(len(long), 'prompts are left out')}, {long[0].id} the first: more than {room} "
+      "tokens, config.policy.max_prompt_tokens less extraction.max_knowledge_tokens"
     )
   for sentence in told:
-    logging.warning("%s", sentence)
+    logging.warning("round %d, %s: %s", number, name, sentence)
   return fit
