@@ -216,7 +216,7 @@ def _check_source(config: Any) -> None:
     not (config.logs.path and config.deployment.endpoint),
     '"" where logs.path says what was said: nothing is played in deployment',
   )
-  for field in ("people", "tools"):
+  for field in ("people", "tools", "redact_names", "redact_hook"):
     right = '"" where logs.path is "": they speak of logs'
     _need(config, f"logs.{field}", bool(config.logs.path) or not config.logs[field], right)
   _need(
@@ -252,6 +252,18 @@ def _check_guard(config: Any) -> None:
   training = config.consolidation
   _need(config, "consolidation.final_rate", 0 <= training.final_rate <= 1, "from 0 to 1 (constant)")
   _need(config, "consolidation.decay", 0 < training.decay <= 1, "above 0 and at most 1 (all steps)")
+  _need(
+    config,
+    "consolidation.decay",
+    training.decay == 1 or training.final_rate < 1,
+    "1 where consolidation.final_rate is 1: the rate does not fall",
+  )
+  _need(
+    config,
+    "consolidation.later_steps",
+    not training.later_steps or "distill" not in config,
+    "0, as config.task is distill: it has one round",
+  )
   _need(config, "consolidation.select", 0 < training.select <= 1, "above 0 and at most 1 (all)")
   _need(
     config,

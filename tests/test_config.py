@@ -562,3 +562,14 @@ def test_the_papers_update_is_64_new_games_a_step_and_the_students_top_256(name,
   }
   assert (exact["consolidation.k"], exact["extraction.texts"]) == (256, 10)
   assert exact["consolidation.steps"] == steps
+
+
+@pytest.mark.parametrize("field", ["people", "tools", "redact_names", "redact_hook"])
+def test_what_speaks_of_logs_is_refused_where_there_are_none(field):
+  """Nothing would be taken out of games by those that redact."""
+  config = config_lib.default()
+  config.logs[field] = "x"
+  with pytest.raises(
+    ValueError, match=f'config.logs.{field} is .x.: it must be "" where logs.path'
+  ):
+    config_lib.validate(config)

@@ -99,7 +99,25 @@ def test_a_run_whose_rate_begins_to_fall_has_its_rounds_still(policy, tmp_path, 
 )
 def test_a_share_that_is_none_is_refused(field, share, right):
   config = config_lib.default()
+  config.consolidation.final_rate = 0.0
   config.consolidation[field] = share
   told = f"config.consolidation.{field} is .*: it must be {right}"
+  with pytest.raises(ValueError, match=told):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+  "config, changes, told",
+  [
+    (config_lib.default(), dict(decay=0.25), "decay is 0.25: it must be 1 where .*final_rate is 1"),
+    (
+      config_lib.default_distill(),
+      dict(later_steps=5),
+      "later_steps is 5: it must be 0, as config",
+    ),
+  ],
+)
+def test_what_would_change_nothing_is_refused(config, changes, told):
+  config.consolidation.update(changes)
   with pytest.raises(ValueError, match=told):
     config_lib.validate(config)
