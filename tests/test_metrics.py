@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import resource
 import struct
 import types
@@ -269,6 +270,12 @@ def test_a_terminal_sees_the_program_that_is_waited_for_and_then_the_loss(monkey
     (2, "round 1: consolidate: compiling probe, 1 program so far"),
     (2, "round 1: consolidate: loss 0.5"),
   ]
+
+
+def test_a_stage_whose_pieces_are_not_counted_says_how_long_it_took(capsys):
+  with progress.bar("base: evaluate", 0):
+    pass
+  assert re.fullmatch(r"base: evaluate: ended after \d+\.\d s\n", capsys.readouterr().out)
 
 
 def test_programs_are_told_by_name_as_they_are_compiled():

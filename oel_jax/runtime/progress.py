@@ -22,7 +22,7 @@ def bar(name: str, total: int, compiles: Any = None) -> Iterator[Callable[..., N
 
   Args:
     name: what is being done, e.g. "round 1: deploy".
-    total: how many pieces of work it has.
+    total: how many pieces of work it has; 0: they are not counted.
     compiles: a `metrics.CompileCounter`, which tells of programs that are compiled; None: nobody
       does.
 
@@ -42,7 +42,8 @@ def bar(name: str, total: int, compiles: Any = None) -> Iterator[Callable[..., N
     if compiles is not None:
       stack.enter_context(compiles.telling(stage.compiling))
     yield stage.advance
-  print(f"{name}: {stage.done} of {total} in {time.monotonic() - start:.1f} s", flush=True)
+  done = f"{stage.done} of {total} in" if total else "ended after"
+  print(f"{name}: {done} {time.monotonic() - start:.1f} s", flush=True)
 
 
 class _Stage:
@@ -56,7 +57,7 @@ class _Stage:
     """`shown` is the bar, or None."""
     self.done = 0
     self._name, self._total, self._shown = name, total, shown
-    self._task = shown.add_task(name, total=total) if shown is not None else None
+    self._task = shown.add_task(name, total=total or None) if shown is not None else None
     self._told, self._note = time.monotonic(), ""
     self._begun: tuple[float, int] | None = None  # when and how many at the first call
     self._lock, self._under_way, self._since = threading.Lock(), 0, 0.0
@@ -99,9 +100,11 @@ class _Stage:
       so_far = f", {count} so far" if self._programs else ""
       self._describe(f"compiling {program}{so_far}" if program else self._note)
     elif program and not self._programs and self._under_way == 1:
-      self._tell(f"compiling {program}, then {self._total} to do", now)
+      then = f", then {self._total} to do" if self._total else ""
+      self._tell(f"compiling {program}{then}", now)
     elif not program and now - self._told >= LINE_SECONDS:
-      self._tell(f"{count} compiled in {self._compiled:.0f} s, {self.done} of {self._total}", now)
+      done = f", {self.done} of {self._total}" if self._total else ""
+      self._tell(f"{count} compiled in {self._compiled:.0f} s{done}", now)
 
   def _describe(self, note: str) -> None:
     said = f"{self._name}: {note}" if note else self._name
