@@ -24,7 +24,7 @@ from oel_jax.policy.tokenizers import HuggingFaceTokenizer, SentencePieceTokeniz
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.metrics import Metrics
 from oel_jax.stages import divergence, held_out, withdrawn
-from oel_jax.stages.run import ANSWERS, HELD_OUT, Run
+from oel_jax.stages.run import ANSWERS, HELD_OUT, Meter, Run
 
 LIMIT = 6
 TEXTS = ("- EXPERIENCE ITEM: The goal is G.",)
@@ -86,7 +86,8 @@ def test_both_answer_for_themselves_and_without_knowledge(made, data, tmp_path):
   """Also where the teacher samples in training; means are over tokens, shares over answers."""
   this, before, after, prompts = made
   this.config.consolidation.update(data=data, pack=False)
-  found = held_out.measure(this, 1, after, before, TEXTS)
+  meter = Meter(before)
+  found = held_out.measure(this, 1, after, before, TEXTS, meter)
   asked = [tuple(before.tokenizer.chat(prompt.messages, thinking=True)) for prompt in prompts]
   for policy in (before, after):
     assert [tuple(ids) for ids in policy.asked] == asked
@@ -99,11 +100,14 @@ def test_both_answer_for_themselves_and_without_knowledge(made, data, tmp_path):
   assert found["response_tokens_before"] == statistics.mean(sizes)
   assert found["cut_before"] == statistics.count(sum(size == LIMIT for size in sizes), 20)
   assert found["cut_after"]["hits"] == 0 and found["prompts"] == 20
+  # Of 2 weights; each answer is sampled, and read by itself and the teacher.
+  read = sum(map(len, asked)) + sum(sizes), sum(map(len, asked)) + 2 * 20
+  assert (meter.tokens, meter.flops) == (sum(sizes) + 2 * 20, 3 * 2 * 2 * sum(read))
 
 
 def test_answers_to_the_first_prompts_of_few_conversations_are_kept(made, tmp_path, caplog):
   this, before, after, prompts = made
-  held_out.measure(this, 1, after, before, TEXTS)
+  held_out.measure(this, 1, after, before, TEXTS, Meter(before))
   kept = {when: read_conversations(tmp_path / "round_1" / name) for when, name in ANSWERS.items()}
   firsts = prompts[::2][: held_out.KEPT]
   for when, counts in (("before", before.counts), ("after", after.counts)):
@@ -122,7 +126,7 @@ def test_answers_to_the_first_prompts_of_few_conversations_are_kept(made, tmp_pa
   other = Fixed(before.tokenizer, 5, (3,) * 20)
   before.asked.clear()
   with caplog.at_level(logging.WARNING):
-    held_out.measure(this, 1, other, before, TEXTS)
+    held_out.measure(this, 1, other, before, TEXTS, Meter(before))
   [aside] = (tmp_path / "round_1/user").glob("held_out_after.jsonl.replaced-*")
   assert aside.read_bytes() == first and "answered with other weights" in caplog.text
   assert not list((tmp_path / "round_1/user").glob("held_out_before.jsonl.replaced-*"))
@@ -131,8 +135,8 @@ def test_answers_to_the_first_prompts_of_few_conversations_are_kept(made, tmp_pa
 def test_without_prompts_nothing_is_measured(made, tmp_path):
   this, before, after, _ = made
   write_jsonl(tmp_path / "round_1" / HELD_OUT, [])
-  assert held_out.measure(this, 1, after, before, TEXTS) is None
-  assert held_out.measure(this, 2, after, before, TEXTS) is None and not before.asked
+  assert held_out.measure(this, 1, after, before, TEXTS, Meter(before)) is None
+  assert held_out.measure(this, 2, after, before, TEXTS, Meter(before)) is None and not before.asked
 
 
 def test_prompts_that_were_withdrawn_are_not_measured_and_counted(made, tmp_path):
@@ -144,7 +148,7 @@ def test_prompts_that_were_withdrawn_are_not_measured_and_counted(made, tmp_path
   for _ in range(2):
     before.asked.clear()
     after.asked.clear()
-    found = held_out.measure(this, 1, after, before, TEXTS)
+    found = held_out.measure(this, 1, after, before, TEXTS, Meter(before))
     left = [prompt for prompt in prompts if prompt.id[:2] not in ("c0", "c4")]
     assert (found["prompts"], found["withdrawn"]) == (16, 4) and len(before.asked) == 16
     kept = read_conversations(tmp_path / "round_1" / ANSWERS["after"])
@@ -167,7 +171,7 @@ def test_an_answer_that_calls_a_tool_is_kept_as_a_call(made, tmp_path):
   prompts = [Prompt("a-0", asked, TOOLS), Prompt("b-0", asked)]
   write_jsonl(tmp_path / "round_1" / HELD_OUT, prompts)
   before, after = (Caller(tokenizer, weights, ()) for weights in (1, 2))
-  held_out.measure(this, 1, after, before, TEXTS)
+  held_out.measure(this, 1, after, before, TEXTS, Meter(before))
   with_tools, without = read_conversations(tmp_path / "round_1" / ANSWERS["after"])
   answer = with_tools.messages[-1]
   assert answer.tool_calls == (ToolCall("", "clock", '{"zone": "UTC"}'),) and not answer.content

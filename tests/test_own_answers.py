@@ -23,7 +23,7 @@ from oel_jax.report import results as results_lib
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import own_answers
 from oel_jax.stages.evaluate import evaluate
-from oel_jax.stages.run import Run
+from oel_jax.stages.run import Meter, Run
 
 K = 5
 ASKED = ("Which way?", "And now, which way is it?", "Where to?")
@@ -38,7 +38,8 @@ def test_entropy_and_mass_are_those_of_sums_over_the_vocabulary(run):
   run.config.evaluation.own_answers = 2  # of three games
   run.config.consolidation.k = K
   policy = moved(run.base)
-  found = own_answers.measure(run, policy, GAMES)
+  meter = Meter(policy)
+  found = own_answers.measure(run, policy, GAMES, meter)
   prompts = [
     list(policy.tokenizer.chat([Message("user", said)], thinking=run.config.policy.thinking))
     for said in ASKED[:2]
@@ -61,11 +62,12 @@ def test_entropy_and_mass_are_those_of_sums_over_the_vocabulary(run):
   for name, values in right.items():
     np.testing.assert_allclose(found[name], np.mean(values), rtol=1e-4, err_msg=name)
   assert (found["prompts"], found["k"]) == (2, K)
+  assert meter.tokens == sum(map(len, answers))
 
 
 def test_nothing_is_measured_where_nothing_is_asked_for(run):
   assert run.config.evaluation.own_answers == 0
-  assert own_answers.measure(run, run.base, GAMES) is None
+  assert own_answers.measure(run, run.base, GAMES, Meter(run.base)) is None
 
 
 def test_it_is_measured_on_the_held_out_games_and_again_where_other_ones_count(
@@ -73,7 +75,7 @@ def test_it_is_measured_on_the_held_out_games_and_again_where_other_ones_count(
 ):
   asked = []
 
-  def measure(run, policy, games):
+  def measure(run, policy, games, meter):
     asked.append([game.id for game in games])
     return {"prompts": 2, "entropy": 0.5, "k": K, "topk_mass": 0.9, "kl": 0.25}
 

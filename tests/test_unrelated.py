@@ -23,7 +23,7 @@ from oel_jax.runtime.metrics import Metrics
 from oel_jax.runtime.seeds import derive
 from oel_jax.stages import unrelated, user_side
 from oel_jax.stages.evaluate import evaluate
-from oel_jax.stages.run import Run
+from oel_jax.stages.run import Meter, Run
 
 ASKED = ("Name the capital of Canada.", "What is 17 plus 25?", "Why?")
 LIMIT, TEMPERATURE = 6, 0.7
@@ -75,7 +75,8 @@ def log_probabilities(policy: Policy, rows: list[list[int]]) -> list[np.ndarray]
 
 def test_it_is_the_divergence_from_the_base_on_the_policys_own_answers(run):
   policy = moved(run.base)
-  found = unrelated.measure(run, policy)
+  meter = Meter(policy)
+  found = unrelated.measure(run, policy, meter)
   prompts = [
     list(policy.tokenizer.chat([Message("user", line)], thinking=run.config.policy.thinking))
     for line in ASKED
@@ -97,10 +98,13 @@ def test_it_is_the_divergence_from_the_base_on_the_policys_own_answers(run):
   np.testing.assert_allclose(found["kl"], np.mean(divergences), rtol=1e-4)
   assert found["prompts"] == 3
   assert found["response_tokens"] == statistics.mean(list(map(len, answers)))
+  size = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
+  assert meter.tokens == sum(map(len, answers))
+  assert meter.flops == 3 * 2 * size * sum(map(len, whole))
 
 
 def test_the_base_is_not_away_from_itself(run):
-  found = unrelated.measure(run, run.base)
+  found = unrelated.measure(run, run.base, Meter(run.base))
   assert abs(found["kl"]) < 1e-6 and found["response_tokens"]["of"] == 3
 
 
@@ -109,7 +113,7 @@ def test_it_is_measured_where_asked_for_and_again_where_the_prompts_change(
 ):
   measured = []
 
-  def measure(run, policy):
+  def measure(run, policy, meter):
     measured.append(policy)
     return {"prompts": 1, "kl": 0.25, "response_tokens": statistics.mean([3])}
 
@@ -147,4 +151,4 @@ def test_prompts_that_are_none_are_told_before_anything_is_written(run, tmp_path
 def test_a_prompt_that_is_too_long_is_named(run):
   run.config.policy.max_prompt_tokens = 12
   with pytest.raises(ValueError, match="max_prompt_tokens is 12, but prompt unrelated-1 has"):
-    unrelated.measure(run, run.base)
+    unrelated.measure(run, run.base, Meter(run.base))

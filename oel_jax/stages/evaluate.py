@@ -114,11 +114,11 @@ def _measure(
 
     for name, (player, given) in plays.items():
       found[name] = summary(name, player, given)
+    meter.policy = policy
     if number and run.config.logs.path:
-      meter.policy = policy
-      found["held_out"] = held_out.measure(run, number, policy, before, texts)
-    found["unrelated"] = unrelated.measure(run, policy)
-    found["own_answers"] = own_answers.measure(run, policy, without)
+      found["held_out"] = held_out.measure(run, number, policy, before, texts, meter)
+    found["unrelated"] = unrelated.measure(run, policy, meter)
+    found["own_answers"] = own_answers.measure(run, policy, without, meter)
     found["accumulation"] = [
       {
         "trajectories": step,

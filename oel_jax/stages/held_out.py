@@ -22,14 +22,14 @@ from oel_jax.policy.tokenizers import tool_calls
 from oel_jax.runtime import files
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import divergence, withdrawn
-from oel_jax.stages.run import ANSWERS, HELD_OUT, LOGS, Run
+from oel_jax.stages.run import ANSWERS, HELD_OUT, LOGS, Meter, Run
 
 KEPT = 8  # conversations whose first prompt has its answers kept
 NOTHING = 1e-6  # nats a token that float32 cannot tell from none
 
 
 def measure(
-  run: Run, number: int, policy: Policy, before: Policy, texts: Sequence[str]
+  run: Run, number: int, policy: Policy, before: Policy, texts: Sequence[str], meter: Meter
 ) -> dict[str, Any] | None:
   """How far two policies are from the one that has the knowledge in its prompt, on answers of their
   own to the round's held-out prompts.
@@ -45,6 +45,7 @@ def measure(
     policy: what the round made.
     before: what the round began with; with the knowledge, it is the teacher.
     texts: the round's knowledge.
+    meter: counts the answers.
 
   Returns:
     "prompts", and how many were "withdrawn" from them; "kl_before" and "kl_after", nats a token;
@@ -78,6 +79,7 @@ def measure(
   kl, numbers = {}, {}
   for when, student in (("before", before), ("after", policy)):
     found, responses = score(student)
+    meter.scored(task.prompts, responses)
     kl[when] = found["kl"]
     _keep(run, number, ANSWERS[when], student, prompts, responses)
     sizes = [len(ids) for ids in responses]

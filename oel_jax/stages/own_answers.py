@@ -8,10 +8,12 @@ from typing import Any
 from oel_jax.conversations.schema import Conversation, cut_prompts
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.stages import divergence
-from oel_jax.stages.run import Run
+from oel_jax.stages.run import Meter, Run
 
 
-def measure(run: Run, policy: Policy, games: Sequence[Conversation]) -> dict[str, Any] | None:
+def measure(
+  run: Run, policy: Policy, games: Sequence[Conversation], meter: Meter
+) -> dict[str, Any] | None:
   """Entropy, mass of the likeliest tokens, and divergence from the run's first weights, as means
   over the tokens of the policy's own answers to the first prompts of held-out games, without
   knowledge. These prompts are the same in every round.
@@ -22,6 +24,7 @@ def measure(run: Run, policy: Policy, games: Sequence[Conversation]) -> dict[str
     run: the run.
     policy: what a round made, or the base.
     games: the held-out games, of which the first config.evaluation.own_answers count.
+    meter: counts the answers.
 
   Returns:
     "prompts"; "entropy" and "kl", nats a token; "k", config.consolidation.k, and "topk_mass", the
@@ -36,7 +39,8 @@ def measure(run: Run, policy: Policy, games: Sequence[Conversation]) -> dict[str
     return None
   task = divergence.plain_task(run, policy, asked)
   k = config.consolidation.k
-  found, _ = divergence.scorer(run, task, run.base, "held-out games", k)(policy)
+  found, answers = divergence.scorer(run, task, run.base, "held-out games", k)(policy)
+  meter.scored(task.prompts, answers)
   return {
     "prompts": len(asked),
     "entropy": found["student_entropy"],

@@ -174,10 +174,15 @@ class Meter:
       self._count(prompt, sampled)
     return responses
 
-  def _count(self, prompt: Sequence[int], sampled: Sequence[int]) -> None:
+  def scored(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+    """Counts answers that were sampled elsewhere and read again by a student and a teacher."""
+    for prompt, sampled in zip(prompts, answers, strict=True):
+      self._count(prompt, sampled, passes=3)
+
+  def _count(self, prompt: Sequence[int], sampled: Sequence[int], passes: int = 1) -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(self.policy.params))
     self.tokens += len(sampled)
-    self.flops += 2.0 * size * (len(prompt) + len(sampled))
+    self.flops += 2.0 * size * passes * (len(prompt) + len(sampled))
 
 
 def made_from(policy: Policy | Meter, texts: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from oel_jax.conversations.schema import Prompt
 from oel_jax.evaluation import statistics
 from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.stages import divergence
-from oel_jax.stages.run import Run
+from oel_jax.stages.run import Meter, Run
 
 FIELD = "config.evaluation.unrelated"
 
@@ -25,7 +25,7 @@ def prompts(config: Any) -> list[Prompt]:
   return read_prompts(path, "unrelated", group="evaluation") if path else []
 
 
-def measure(run: Run, policy: Policy) -> dict[str, Any] | None:
+def measure(run: Run, policy: Policy, meter: Meter) -> dict[str, Any] | None:
   """KL(π(·|x, y<t) ‖ π_base(·|x, y<t)), over the whole vocabulary and on answers y of the policy's
   own: on-policy and in the direction of the loss, here from the weights that the run began with
   and with no knowledge in either prompt.
@@ -36,6 +36,7 @@ def measure(run: Run, policy: Policy) -> dict[str, Any] | None:
   Args:
     run: the run.
     policy: what a round made; of the base itself, the divergence is 0 but for rounding.
+    meter: counts the answers.
 
   Returns:
     "prompts"; "kl", nats a token of the answers; "response_tokens", of an answer
@@ -51,5 +52,6 @@ def measure(run: Run, policy: Policy) -> dict[str, Any] | None:
     return None
   task = divergence.plain_task(run, policy, asked)
   found, answers = divergence.scorer(run, task, run.base, FIELD)(policy)
+  meter.scored(task.prompts, answers)
   sizes = [len(ids) for ids in answers]
   return {"prompts": len(asked), "kl": found["kl"], "response_tokens": statistics.mean(sizes)}
