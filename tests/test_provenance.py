@@ -261,7 +261,7 @@ def test_what_the_policy_alone_said_has_no_support():
   assert [one.left_out for one in sifted.values()] == ["", lib.OWN_WORDS]
   strict = lib.sift(found, min_support=3, newest_wins=False, told_by_others=True)
   assert [one.left_out for one in strict.values()] == [lib.SUPPORT, lib.OWN_WORDS]
-  left = lib.without(sifted, {"c4"}, 2, told_by_others=True)
+  left = lib.without(sifted, {"c4"}, **how, told_by_others=True)
   assert [one.left_out for one in left.values()] == [lib.SUPPORT, lib.OWN_WORDS]
 
 
@@ -399,15 +399,33 @@ def test_conversations_that_never_were():
     {},
   )
   found = lib.sift(found, min_support=1, newest_wins=True)
-  left = lib.without(found, {"c3"}, 1)
-  assert set(left) == {"lamp: a", "sofa: c"} and left["lamp: a"].superseded_by == ""
-  left = lib.without(lib.sift(found, min_support=1, newest_wins=False), {"c2"}, 1)
+  assert found["lamp: a"].left_out == lib.NEWER
+  left = lib.without(found, {"c3"}, min_support=1, newest_wins=True)
+  assert set(left) == {"lamp: a", "sofa: c"}
+  assert (left["lamp: a"].left_out, left["lamp: a"].superseded_by) == ("", "")
+  how = dict(min_support=1, newest_wins=False)
+  left = lib.without(lib.sift(found, **how), {"c2"}, **how)
   assert set(left) == {"lamp: a", "lamp: b"} and left["lamp: a"].support == 1
   assert (
     dataclasses.replace(left["lamp: b"])
     == lib.sift(found, min_support=1, newest_wins=False)["lamp: b"]
   )
-  assert lib.without(found, {"c2"}, 2)["lamp: a"].left_out == lib.SUPPORT
+  left = lib.without(found, {"c2"}, min_support=2, newest_wins=False)
+  assert left["lamp: a"].left_out == lib.SUPPORT
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_left_is_sifted_as_if_they_had_never_been(seed):
+  """Of cases that several conversations speak of, the newest may go, or lose what made it so."""
+  rng = random.Random(seed)
+  pairs = [(f"case {rng.randrange(3)}: v{rng.randrange(3)}", f"c{i}") for i in range(12)]
+  conversations = [said(f"c{i}", rng.choice((pairs[i][0], "")), pairs[i][0]) for i in range(12)]
+  how = dict(min_support=rng.choice((1, 2)), newest_wins=True, told_by_others=rng.random() < 0.5)
+  gone = set(rng.sample([name for _, name in pairs], 3))
+  whole = lib.sift(lib.gather(texts(pairs), conversations, {}), **how)
+  rest = [(text, name) for text, name in pairs if name not in gone]
+  right = lib.sift(lib.gather(texts(rest), conversations, {}), **how)
+  assert lib.without(whole, gone, **how) == right
 
 
 # The stage, with a policy that writes an item that each game gives and one of the game's own.

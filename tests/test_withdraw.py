@@ -30,6 +30,8 @@ from oel_jax.stages.extract import extract, texts_after
 from oel_jax.stages.run import ITEMS
 from oel_jax.tasks import withdraw
 
+ITEMS_OF_1 = f"round_1/{ITEMS}"
+
 
 @pytest.fixture(name="played")
 def fixture_played(make_run, tmp_path):
@@ -145,6 +147,40 @@ def test_an_item_that_stands_once_stays_as_anothers(make_run, tmp_path, capsys):
   stayed = [item for item in before_items if item.text not in weak]
   moved = [now for was, now in zip(stayed, told, strict=True) if was.trajectory == gone]
   assert moved and all(item.trajectory == latest[item.text] for item in moved)
+
+
+def test_an_item_stands_again_that_a_withdrawn_one_had_taken_the_place_of(
+  make_run, tmp_path, capsys
+):
+  this = make_run(newest_wins=True)
+  open_workdir(this.config, tmp_path)
+  extract(make_run(), 1, Writer())
+  every = knowledge.read(this, 1)
+  (tmp_path / "round_1/knowledge/whole").unlink()
+  extract(this, 1, Writer())
+  before = [[item.text for item in text.items] for text in knowledge.read(this, 1)]
+  origins = provenance.read(tmp_path / ITEMS_OF_1)
+  newer = {origin.superseded_by for origin in origins.values()} - {""}
+  gone = {one.conversation for name in newer for one in origins[provenance.normalised(name)].seen}
+  asked(this, ",".join(gone))
+  assert (
+    "stand no more: the same command as before writes knowledge/ anew" in capsys.readouterr().out
+  )
+  player = Writer()
+  resume.check(this, player)
+  extract(this, 1, player)
+  # By hand: of what others gave, in each case what the latest conversation said.
+  games = [game.id for game in read_conversations(tmp_path / "round_1/user/trajectories.jsonl")]
+  left = [[item for item in text.items if item.trajectory not in gone] for text in every]
+  latest = {}
+  for item in sorted(sum(left, []), key=lambda item: games.index(item.trajectory)):
+    latest[item.text.rpartition(":")[0]] = item.text
+  right = [[i.text for i in items if latest[i.text.rpartition(":")[0]] == i.text] for items in left]
+  found = [[item.text for item in text.items] for text in knowledge.read(this, 1)]
+  assert found == right and not player.asked
+  assert set(sum(found, [])) - set(sum(before, []))
+  origins = provenance.read(tmp_path / ITEMS_OF_1)
+  assert {o.text for o in origins.values() if not o.left_out} == set(sum(found, []))
 
 
 def test_nothing_says_any_more_that_they_gave_an_item(make_run, tmp_path):

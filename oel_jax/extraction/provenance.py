@@ -262,27 +262,26 @@ def placed(origins: Origins, texts: Sequence[Knowledge]) -> Origins:
 def without(
   origins: Origins,
   conversations: Collection[str],
+  *,
   min_support: int,
+  newest_wins: bool,
   told_by_others: bool = False,
 ) -> Origins:
   """What is left where these conversations never were: their sightings go, items that nobody else
-  gave go with them, and what has too little support now is left out.
+  gave go with them, and the rest is sifted anew (`sift`). What the limit kept out stays out.
   """
+  seen = lambda origin: tuple(one for one in origin.seen if one.conversation not in conversations)
   rest = {
-    name: dataclasses.replace(
-      origin, seen=tuple(one for one in origin.seen if one.conversation not in conversations)
-    )
+    name: dataclasses.replace(origin, seen=seen(origin))
     for name, origin in origins.items()
+    if seen(origin)
   }
-  gone = {origin.text for origin in rest.values() if not origin.seen}
+  how = dict(min_support=min_support, newest_wins=newest_wins, told_by_others=told_by_others)
   return {
     name: dataclasses.replace(
-      origin,
-      left_out=_weak(origin, min_support, told_by_others) or origin.left_out,
-      superseded_by="" if origin.superseded_by in gone else origin.superseded_by,
+      origin, left_out=origin.left_out or (LIMIT if rest[name].left_out == LIMIT else "")
     )
-    for name, origin in rest.items()
-    if origin.seen
+    for name, origin in sift(rest, **how).items()
   }
 
 

@@ -8,8 +8,10 @@ it measures again. Nothing is deleted: what is printed says what lies where.
 
 A name that redaction changed is found as the logs have it, and as the files in user/ do.
 
-An item that the extractor wrote of another conversation, when it had a withdrawn one's before it,
-stays. So does what the run's logs and user/ hold.
+An item that a newer one had taken the place of (extraction.newest_wins) stands again where that is
+withdrawn: knowledge/ is then made anew from the steps of the extraction, by the same command as
+before. An item that the extractor wrote of another conversation, when it had a withdrawn one's
+before it, stays. So does what the run's logs and user/ hold.
 """
 
 import dataclasses
@@ -213,14 +215,15 @@ def _left(
   path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]
 ) -> Callable[[knowledge_lib.Item], knowledge_lib.Item | None]:
   """What is left of an item of the round's texts. None: it came from one of these conversations, or
-  without them too few gave it. One that stands for all that gave it (extraction.repeats, of the
+  without them too few gave it, or another is the newest of its case (extraction.newest_wins). One
+  that stands for all that gave it (extraction.repeats, of the
   run's `rules`, is off) stays, and counts as the latest other's.
   """
   origins = _origins(path, ids, rules)
 
   def left(item: knowledge_lib.Item) -> knowledge_lib.Item | None:
     origin = origins.get(provenance.normalised(item.text))
-    if origin and origin.left_out in provenance.TOO_WEAK:
+    if origin and origin.left_out in (*provenance.TOO_WEAK, provenance.NEWER):
       return None
     if item.trajectory not in ids:
       return item
@@ -235,8 +238,25 @@ def _left(
 def _origins(
   path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]
 ) -> provenance.Origins:
-  least, told = rules.get("min_support", 1), rules.get("told_by_others", False)
-  return provenance.without(provenance.read(path / ITEMS), ids, least, told)
+  return provenance.without(
+    provenance.read(path / ITEMS),
+    ids,
+    min_support=rules.get("min_support", 1),
+    newest_wins=rules.get("newest_wins", False),
+    told_by_others=rules.get("told_by_others", False),
+  )
+
+
+def _stand_again(path: pathlib.Path, ids: Collection[str], rules: Mapping[str, Any]) -> list[str]:
+  """Items that newer ones had taken the place of, which without these conversations are the newest
+  of their cases.
+  """
+  before = provenance.read(path / ITEMS)
+  return [
+    origin.text
+    for name, origin in _origins(path, ids, rules).items()
+    if before[name].left_out == provenance.NEWER and not origin.left_out
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +288,17 @@ def _rebuild(
   texts = [
     knowledge_lib.Knowledge(tuple(filter(None, map(left, text.items)))) for text in _texts(path)
   ]
+  again = _stand_again(path, ids, rules)
   aside = _forget(path, ids)
-  if held.items:
+  if again and (path / KNOWLEDGE).exists() and (path / STATE).exists():
+    # Where in a text they stand, extraction knows, which makes the texts again from its steps.
+    aside.append(_aside(path / "knowledge"))
+    print(
+      f"{path.name}: newer items had taken the place of {counted(len(again), 'items')}, and stand "
+      "no more: the same command as before writes knowledge/ anew, with the older ones",
+      flush=True,
+    )
+  elif held.items:
     aside.append(_rewrite_texts(path, texts))
   seen = (one for origin in provenance.read(path / ITEMS).values() for one in origin.seen)
   if any(one.conversation in ids for one in seen):
