@@ -104,3 +104,22 @@ def test_an_environment_of_ones_own_can_be_played(name, tmp_path):
   try_game(spec)
   ends = [Game(spec, seed).play("[tails]").ended for seed in range(6)]
   assert ends == ["lost", "lost", "passed", "passed", "lost", "lost"]
+
+
+def anchors(text: str) -> set[str]:
+  """What GitHub makes of the headings: small letters, no punctuation, hyphens for spaces."""
+  headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("place", ["", "launch", "experiments", "experiments/benchmarks"])
+def test_every_link_leads_to_a_file_and_a_heading(place):
+  file = README.parent / place / "README.md"
+  links = re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8"))
+  own = [link for link in links if not link.startswith("https://")]
+  assert own
+  for link in own:
+    path, _, heading = link.partition("#")
+    target = file.parent / path if path else file
+    assert target.exists(), f"{file}: {link}"
+    assert not heading or heading in anchors(target.read_text(encoding="utf-8")), f"{file}: {link}"
