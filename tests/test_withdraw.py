@@ -149,6 +149,16 @@ def test_an_item_that_stands_once_stays_as_anothers(make_run, tmp_path, capsys):
   assert moved and all(item.trajectory == latest[item.text] for item in moved)
 
 
+def test_extraction_counts_the_steps_that_it_takes(make_run, tmp_path, capsys):
+  this = make_run()
+  open_workdir(this.config, tmp_path)
+  deploy(this, 1, Writer())
+  games = read_conversations(tmp_path / "round_1/user/trajectories.jsonl")
+  asked(this, games[0].id)
+  extract(this, 1, Writer())
+  assert len(games) == 6 and "round 1: extract: 5 of 5 in " in capsys.readouterr().out
+
+
 def test_an_item_stands_again_that_a_withdrawn_one_had_taken_the_place_of(
   make_run, tmp_path, capsys
 ):

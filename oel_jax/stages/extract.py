@@ -19,7 +19,7 @@ from oel_jax.policy.sampling.sampler import Policy
 from oel_jax.runtime import files, named, schema, together
 from oel_jax.runtime.checksum import fingerprint
 from oel_jax.stages import collect, deploy, knowledge, resume, withdrawn
-from oel_jax.stages.run import DEPLOYED, ITEMS, KNOWLEDGE, Meter, Run
+from oel_jax.stages.run import DEPLOYED, ITEMS, KNOWLEDGE, STATE, Meter, Run
 
 Advance = Callable[..., None]
 Texts = list[knowledge_lib.Knowledge]
@@ -61,9 +61,10 @@ def texts_after(run: Run, number: int, step: int, policy: Policy) -> list[str]:
 def _write(run: Run, number: int, policy: Policy, games: Sequence[Conversation]) -> None:
   config, folder = run.config.extraction, run.round(number) / "knowledge"
   made_from = {"weights": fingerprint(policy.params)}
+  steps = len(_read(run, number, games)) if config.source == "extracted" else 0
   with (
     _writer(run, policy) as writer,
-    run.stage(number, "extract", writer, config.trajectories) as (meter, advance),
+    run.stage(number, "extract", writer, steps) as (meter, advance),
   ):
     whole = _accumulate(run, number, meter, games, advance)
     if writer is not policy:
@@ -124,9 +125,7 @@ def _accumulate(
   """All that the K texts gathered in a round, before the limit; sampled once, then read back from
   user/extraction.jsonl.
   """
-  config, state = run.config.extraction, run.round(number) / "user/extraction.jsonl"
-  if not state.exists():  # one that is there has nothing of those that were withdrawn since
-    games = withdrawn.left(run.folder, games)
+  config, games = run.config.extraction, _read(run, number, games)
   if config.source == "trajectories":
     return raw_knowledge(
       games,
@@ -156,10 +155,16 @@ def _accumulate(
     answered_only=config.answered_only,
     people=collect.people(run.config),
     start=knowledge.carried(run, number - 1) if _carries(run, number) else None,
-    state_path=state,
+    state_path=run.round(number) / STATE,
     weights=fingerprint(policy.params),
     advance=advance,
   )
+
+
+def _read(run: Run, number: int, games: Sequence[Conversation]) -> Sequence[Conversation]:
+  """What the extraction reads; of steps that are there, they were emptied of what was withdrawn."""
+  there = (run.round(number) / STATE).exists()
+  return games if there else withdrawn.left(run.folder, games)
 
 
 def _carries(run: Run, number: int) -> bool:

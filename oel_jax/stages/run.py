@@ -34,6 +34,7 @@ OLD_PROMPTS = "prefixes.jsonl"  # as runs of before named it: one that is there 
 KNOWLEDGE = "knowledge/whole"  # the last file of the knowledge to appear
 LEFT_OUT = "knowledge/left_out.json"  # the texts that the gate left out; none if it is not there
 ITEMS = "user/items.jsonl"  # what stands behind each item of the knowledge
+STATE = "user/extraction.jsonl"  # the steps that the knowledge is made of (`extraction.state`)
 GATE = "gate.json"
 CHECKPOINTS = "checkpoints"  # a folder; also the manifest's entry of the finished training
 EVALUATION = "evaluation.json"

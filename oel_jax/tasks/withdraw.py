@@ -49,11 +49,11 @@ from oel_jax.stages.run import (
   OLD_PROMPTS,
   PROMPT_GAMES,
   PROMPTS,
+  STATE,
   USERS,
 )
 
 MAX_SHOWN = 20  # items that are printed, of those that went
-STATE = "user/extraction.jsonl"
 # What a round built on its knowledge and prompts, in the order in which it is set aside.
 BUILT = (CHECKPOINTS, EVALUATION, GATE, "user/gate_with.jsonl", *ANSWERS.values())
 
