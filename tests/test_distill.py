@@ -94,6 +94,11 @@ def test_what_is_measured_is_what_is_kept(config, prefixes, tmp_path, capsys):
     kept = json.loads((tmp_path / f"run/{name}.json").read_text())
     obeying = sum(answer["answer"] == "[down]" for answer in kept["answers"])
     assert (result[name]["obeys"]["hits"], result[name]["obeys"]["of"]) == (obeying, 16)
+    # Those that ended by themselves are parted from those that the limit ended by their mean.
+    cut, limit = result[name]["cut"], config.deployment.max_response_tokens
+    assert cut["of"] == 16 and (cut["hits"] < 16) == (
+      result[name]["response_tokens"]["mean"] < limit
+    )
   assert result["in_context"]["obeys"]["rate"] > result["base"]["obeys"]["rate"]
   assert result["in_context"]["response_tokens"]["mean"] < result["base"]["response_tokens"]["mean"]
   gain = result["in_context"]["obeys"]["rate"] - result["base"]["obeys"]["rate"]
@@ -108,6 +113,7 @@ def test_what_is_measured_is_what_is_kept(config, prefixes, tmp_path, capsys):
   )
   page = (tmp_path / "run/report/index.html").read_text()
   assert f"{100 * result['after']['obeys']['rate']:.1f}% of 16 answers" in page
+  assert "Cut by the limit" in page
   out = capsys.readouterr().out
   assert f"report: {tmp_path}/run/report/index.html" in out
   [(share, kl)] = re.findall("recovered: (.*)%, KL .* prompts: (.*) nats a token\n", out)

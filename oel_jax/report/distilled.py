@@ -28,7 +28,7 @@ from oel_jax.runtime import files, schema
 SCHEMA = 1
 # Files of a run directory, each with what the page calls it, in the order of a run.
 MEASURED = {"base": "Before", "in_context": "Text in context", "after": "After"}
-SHARES = {"obeys": "wanted form", "content": "wanted content"}
+SHARES = {"obeys": "wanted form", "content": "wanted content", "cut": "cut by the limit"}
 SHOWN_PROMPTS = 8
 FEW = 0.1  # half an interval that is wider says little
 FOOTER = (
@@ -87,7 +87,7 @@ def read(folder: pathlib.Path) -> Distilled:
 
 def summarize(found: Distilled) -> dict[str, Any]:
   """Returns what results.json holds: "base", "in_context" and "after", None or each with "obeys",
-  "content" if it was judged, and "response_tokens"; "recovered"; "unrelated_kl".
+  "content" if it was judged, "response_tokens" and "cut"; "recovered"; "unrelated_kl".
   """
   measured = {
     name: _numbers(found.answers[name]) if name in found.answers else None for name in MEASURED
@@ -107,8 +107,9 @@ def measurement(value: Any) -> dict[str, Any]:
   answers = schema.get(value, "answers", schema.TOP, list)
   schema.share(schema.get(measured, "obeys", "measured"), "measured.obeys")
   schema.mean(schema.get(measured, "response_tokens", "measured"), "measured.response_tokens")
-  if "content" in measured:
-    schema.share(measured["content"], "measured.content")
+  for name in ("content", "cut"):
+    if name in measured:
+      schema.share(measured[name], f"measured.{name}")
   for name in measured:
     schema.need(
       measured[name]["of"] == len(answers),
@@ -221,7 +222,8 @@ def _table(found: Distilled) -> str:
   below = table(("", ""), [[f"<td>{name}</td>", cell] for name, cell in facts])
   about = note(
     "Recovered: the gain of the weights as a share of the gain in context, of the wanted form; "
-    "says little where that gain is small."
+    "says little where that gain is small. Cut: answers with all the tokens that "
+    "deployment.max_response_tokens allows."
   )
   return table(head, lines) + below + about
 

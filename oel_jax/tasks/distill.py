@@ -50,8 +50,9 @@ def run(config: Any, workdir: str, *, resume_anyway: bool = False) -> dict[str, 
   results.json holds. Of several processes the first one calls it, the others `follow`.
 
   Returns:
-    "base", "in_context" and "after", each with "obeys", "content" if it is judged, and
-    "response_tokens"; "recovered", the share of the gain in context that the weights now hold;
+    "base", "in_context" and "after", each with "obeys", "content" if it is judged,
+    "response_tokens" and "cut", the share that config.deployment.max_response_tokens ended;
+    "recovered", the share of the gain in context that the weights now hold;
     "unrelated_kl", KL(after ‖ base) in nats a token on the base's answers to the unrelated prompts;
     "choices", of `choices.choose`.
 
@@ -332,7 +333,9 @@ def _measure(
     name: statistics.count(sum(check(one["prompt"], one["answer"]) for one in kept), len(kept))
     for name, check in checks.items()
   }
-  measured["response_tokens"] = statistics.mean([len(ids) for ids in sampled])
+  sizes, limit = [len(ids) for ids in sampled], config.deployment.max_response_tokens
+  measured["response_tokens"] = statistics.mean(sizes)
+  measured["cut"] = statistics.count(sum(size >= limit for size in sizes), len(sizes))
   files.write_sealed(
     path, {"schema": 1, "made_from": made_from, "measured": measured, "answers": kept}
   )
@@ -393,4 +396,7 @@ def _row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
   row = {"": name, "obeys % (interval)": f"{obeys:.1f} [{low:.1f}, {high:.1f}]"}
   if "content" in measured:
     row["content %"] = 100 * measured["content"]["rate"]
-  return row | {"response tokens": measured["response_tokens"]["mean"]}
+  row["response tokens"] = measured["response_tokens"]["mean"]
+  if "cut" in measured:  # in files of before it was counted it is not
+    row["cut %"] = 100 * measured["cut"]["rate"]
+  return row
