@@ -159,6 +159,13 @@ def test_extraction_counts_the_steps_that_it_takes(make_run, tmp_path, capsys):
   assert len(games) == 6 and "round 1: extract: 5 of 5 in " in capsys.readouterr().out
 
 
+def newer(folder):
+  """The conversations that gave items which took the place of older ones."""
+  origins = provenance.read(folder / ITEMS_OF_1)
+  names = {origin.superseded_by for origin in origins.values()} - {""}
+  return {one.conversation for name in names for one in origins[provenance.normalised(name)].seen}
+
+
 def test_an_item_stands_again_that_a_withdrawn_one_had_taken_the_place_of(
   make_run, tmp_path, capsys
 ):
@@ -169,9 +176,7 @@ def test_an_item_stands_again_that_a_withdrawn_one_had_taken_the_place_of(
   (tmp_path / "round_1/knowledge/whole").unlink()
   extract(this, 1, Writer())
   before = [[item.text for item in text.items] for text in knowledge.read(this, 1)]
-  origins = provenance.read(tmp_path / ITEMS_OF_1)
-  newer = {origin.superseded_by for origin in origins.values()} - {""}
-  gone = {one.conversation for name in newer for one in origins[provenance.normalised(name)].seen}
+  gone = newer(tmp_path)
   asked(this, ",".join(gone))
   assert (
     "stand no more: the same command as before writes knowledge/ anew" in capsys.readouterr().out
@@ -234,15 +239,24 @@ STEPS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repeats", (True, False))
+@pytest.mark.parametrize(
+  "rules",
+  (
+    dict(min_support=2),
+    dict(min_support=2, repeats=False),
+    dict(newest_wins=True),  # an item stands again whose newer one goes
+  ),
+)
 def test_a_kill_at_any_moment_leaves_what_the_same_command_ends(
-  make_run, tmp_path, tmp_path_factory, monkeypatch, repeats
+  make_run, tmp_path, tmp_path_factory, monkeypatch, rules
 ):
-  this = make_run(min_support=2, repeats=repeats)
+  this = make_run(**rules)
   open_workdir(this.config, tmp_path)
   play_a_round(this, Writer())
   items, prompts = conversations(this)
   gone = f"{min(items)},{max(prompts)}"
+  if "newest_wins" in rules:
+    gone = ",".join(newer(this.folder))
 
   def ask(folder, moment):
     """Withdraws them, killed before the step of this number; whether there was one."""
