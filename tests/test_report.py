@@ -23,6 +23,8 @@ from oel_jax.report import answers as answers_lib
 from oel_jax.report import cuts, games, page, plots, records
 from oel_jax.report import items as items_lib
 from oel_jax.report import results as results_lib
+from oel_jax.runtime import files
+from oel_jax.runtime.manifest import Manifest
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)></pre>&amp;'
 BOARD = (
@@ -727,6 +729,22 @@ def test_lines_of_metrics_that_are_missing_are_told(run, caplog, change, told):
   (run / "metrics.jsonl").write_text("".join(change(lines)))
   records.read(run)
   assert f"{run / 'metrics.jsonl'}: {told}" in caplog.text
+
+
+def test_steps_that_a_round_is_still_to_take_are_not_missing(run, caplog):
+  """config.consolidation.steps was raised, and the report is read before they are trained."""
+  for number in (1, 2):
+    (run / f"round_{number}/checkpoints").mkdir()
+    Manifest(run / f"round_{number}").announce("checkpoints", {"steps": "20", "weights": "0"})
+  value = json.loads((run / "config.json").read_text())
+  assert value["config"]["consolidation"]["steps"] == 20
+  value["config"]["consolidation"]["steps"] = 21
+  files.write_sealed(run / "config.json", value)
+  records.read(run)
+  assert "has no line" not in caplog.text
+  Manifest(run / "round_1").announce("checkpoints", {"steps": "21", "weights": "0"})
+  records.read(run)
+  assert "round 1 has no line for steps 21" in caplog.text
 
 
 @pytest.mark.parametrize(

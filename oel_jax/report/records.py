@@ -5,7 +5,7 @@ plots only show.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -174,7 +174,11 @@ def read(workdir: pathlib.Path) -> Run:
       if (folder / "user" / "trajectories.jsonl").exists():
         deployed = read_conversations(folder / "user" / "trajectories.jsonl")
         said |= {conversation.id: conversation for conversation in deployed}
-  trained = [number for number in evaluations if (folders[number] / "checkpoints").is_dir()]
+  trained = {
+    number: _steps_trained(folders[number])
+    for number in evaluations
+    if (folders[number] / "checkpoints").is_dir()
+  }
   folder = workdir.absolute()
   # a seed alone says little
   name = "/".join(folder.parts[-2:]) if folder.name.isdigit() else folder.name
@@ -323,13 +327,20 @@ def _sum(a: float | None, b: float | None) -> float | None:
   return None if a is None or b is None else a + b
 
 
+def _steps_trained(folder: pathlib.Path) -> int | None:
+  """After how many steps the round's training ended; None by a version that did not say."""
+  made_from = Manifest(folder).made_from("checkpoints")
+  return int(made_from["steps"]) if made_from else None
+
+
 def _steps(
-  path: pathlib.Path, config: dict[str, Any], done: Collection[int]
+  path: pathlib.Path, config: dict[str, Any], done: Mapping[int, int | None]
 ) -> list[dict[str, Any]]:
   """Consolidation's lines; of a step that was done again, the last. What is damaged or missing is
   told and left out of the curves.
 
-  `done` are the rounds that were trained to the end, of which no step's line may be missing.
+  `done` are the rounds that were trained to the end, with their steps, or None for as many as the
+  configuration has: of these no line may be missing.
   """
   found = {}
   for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
@@ -344,7 +355,7 @@ def _steps(
   first, later = (settings.get(f"consolidation.{name}") for name in ("steps", "later_steps"))
   for number in sorted({number for number, _ in found} | set(done)):
     last = max((step for other, step in found if other == number), default=0)
-    planned = later if number > 1 and later else first
+    planned = done.get(number) or (later if number > 1 and later else first)
     if number in done and type(planned) is int:
       last = max(last, planned)
     if missing := [step for step in range(1, last + 1) if (number, step) not in found]:
