@@ -5,8 +5,8 @@
 # needs to sample many ends of one thought, or to go on where a limit of tokens cut it. Seen: the template takes a message without </think> for an
 # answer, and since it is the last one puts an EMPTY, closed thought in front: the model reads "<think>\n\n</think>\n\n<think>\nLet me", a second
 # thought behind one that is done. enable_thinking has no say in it. The field reasoning_content is closed at its end: the thought counts as finished.
-# A beginning of an answer gets the empty thought, too, though thinking is on; with a closed thought in the message all is as given. What is right for an unfinished thought is the
-# prompt of add_generation_prompt with the text behind it.
+# A beginning of an answer gets the empty thought, too, though thinking is on; with a closed thought in the message all is as given. What is right
+# for an unfinished thought is the prompt of add_generation_prompt with the text behind it.
 #
 # Ends with 0 if it is still so.
 set -euo pipefail
