@@ -353,7 +353,8 @@ def main(argv: list[str]) -> None:
     "jax_compilation_cache_dir",
     os.environ.get("OEL_JAX_CACHE") or os.path.expanduser("~/.cache/oel_jax/jax"),
   )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   if _STAGE.value == "plan":
     jax.config.update("jax_platforms", "cpu")  # it takes nothing of a device that is here
   try:

@@ -86,6 +86,8 @@ def start(cache, workdir, *flags: str, **changes) -> subprocess.Popen:
   # well.
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=python_path(), OEL_JAX_CACHE=str(cache))
   env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  # All programs, so that how many there are does not hang on how fast the machine is.
+  env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   settings = SHORT | {name.replace("__", "."): value for name, value in changes.items()}
   command = [
     sys.executable,
@@ -376,11 +378,11 @@ def test_held_out_maps_are_nobody_elses(run):
 
 
 def test_trained_weights_run_in_the_programs_of_the_first(run, cache):
-  """A program for each of the shapes that prompts and ring have: 17 and 13; twice as many, if the
+  """A program for each of the shapes that prompts and cache have: 8 and 4; twice as many, if the
   base model's were not used again.
   """
-  assert 4 <= len(list(cache.glob("jit_prefill_layer-*-cache"))) <= 22
-  assert 4 <= len(list(cache.glob("jit_decode-*-cache"))) <= 17
+  assert 4 <= len(list(cache.glob("jit_prefill_layer-*-cache"))) <= 12
+  assert 2 <= len(list(cache.glob("jit_decode-*-cache"))) <= 6
   assert len(list(cache.glob("jit_prepare-*-cache"))) == 1
 
 
