@@ -216,8 +216,8 @@ def _left(
 ) -> Callable[[knowledge_lib.Item], knowledge_lib.Item | None]:
   """What is left of an item of the round's texts. None: it came from one of these conversations, or
   without them too few gave it, or another is the newest of its case (extraction.newest_wins). One
-  that stands for all that gave it (extraction.repeats, of the
-  run's `rules`, is off) stays, and counts as the latest other's.
+  that stands for all that gave it (extraction.repeats, of the run's `rules`, is off) stays, and
+  counts as the latest other's.
   """
   origins = _origins(path, ids, rules)
 
