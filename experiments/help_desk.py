@@ -69,10 +69,12 @@ def get_config(size: str = "all") -> ml_collections.ConfigDict:
       max_knowledge_tokens=2048,
       max_response_tokens=64,
     )
-    # The rate of the least that is forgotten (experiments/README.md).
-    config.consolidation.update(learning_rate=3e-6, steps=300, on_no_gain="skip", gate_episodes=256)
+    # The rate of the least that is forgotten (experiments/README.md). The first round has most to
+    # teach; of later ones, what AdamW moves the weights by where nothing is left to learn is noise.
+    config.consolidation.update(learning_rate=3e-6, on_no_gain="skip", gate_episodes=256)
+    config.consolidation.update(steps=400, later_steps=100, final_rate=0.0, decay=0.25)
     # Of each round the weights at its end: 4 bytes a parameter, where a checkpoint is 12.
-    config.consolidation.update(keep="weights", checkpoint_every=300)
+    config.consolidation.update(keep="weights", checkpoint_every=400)
     config.evaluation.update(episodes=256, temperature=0.1)
     config.evaluation.tasks = ("oel_jax.evaluation.instructions:instructions",)
     config.evaluation.retention = 256
