@@ -228,7 +228,9 @@ def test_logs_alone_become_knowledge_prompts_and_weights(folder, tmp_path, capsy
     }
     assert np.isfinite([away["kl_before"], away["kl_after"]]).all() and away["kl_before"] >= -1e-6
   page = (tmp_path / "run/report/index.html").read_text()
-  assert "Held-out conversations" in page
+  assert "Held-out conversations" in page and "Consolidation, step by step" in page
+  for of_games in ("Passed", "Games passed", "Turns a game", "not checked"):
+    assert f">{of_games}<" not in page, of_games
   assert "Held-out prompts, before and after" in page and "After round 2" in page
   before = (tmp_path / "run/round_1/prompts.jsonl").read_bytes()
   shutil.rmtree(tmp_path / "logs/1")

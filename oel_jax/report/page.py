@@ -8,6 +8,7 @@ from oel_jax.conversations.schema import ENDED
 from oel_jax.report import appendix
 from oel_jax.report.answers import answers
 from oel_jax.report.cuts import cuts
+from oel_jax.report.divergences import HeldOut
 from oel_jax.report.games import ENDED_WORDS, games
 from oel_jax.report.in_context import in_context
 from oel_jax.report.items import items
@@ -49,21 +50,25 @@ def render(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
   model, own = run.config.get("policy.architecture"), run.config.get("deployment.environment")
   game = run.config.get("deployment.game") if own in (None, "textarena") else own
   subtitle = " · ".join(str(part) for part in (game, model, _planned(run)) if part)
-  with_games = _games_played(run) or not run.evaluations
-  sections = [
-    section("Rounds", _rounds(run)),
-    section("Curves", _plots(run, light, dark)),
-    section("Held-out conversations", _held_out(run)),
-    *([section("How games ended", _ended(run))] if with_games else []),
-    *(section("By category", found) for found in [_categories(run)] if found),
-    section("Responses that the limit cut", cuts(run)),
-    section("Does the knowledge help in context?", in_context(run)),
-    *([section("Held-out games, before and after", games(run))] if with_games else []),
-    *(section("Held-out prompts, before and after", found) for found in [answers(run)] if found),
-    section("Knowledge", appendix.knowledge(run) + items(run)),
-    section("Cost", appendix.costs(run)),
-    section("Configuration", appendix.configuration(run)),
-  ]
+  # From logs alone there is no game to tell of, nor to check the knowledge by.
+  with_games = _games_played(run) or (not run.evaluations and own != "")
+  gated = with_games or any(each.gate for each in run.evaluations.values())
+  away = _held_out(run) if not with_games or _away(run) else ""
+  contents = {
+    "Rounds": _rounds(run) + kept(run) if with_games else "",
+    "Held-out conversations": away if with_games else away + kept(run),
+    "Curves": _plots(run, light, dark, with_games),
+    "How games ended": _ended(run) if with_games else "",
+    "By category": _categories(run),
+    "Responses that the limit cut": cuts(run),
+    "Does the knowledge help in context?": in_context(run) if gated else "",
+    "Held-out games, before and after": games(run) if with_games else "",
+    "Held-out prompts, before and after": answers(run),
+    "Knowledge": appendix.knowledge(run) + items(run),
+    "Cost": appendix.costs(run),
+    "Configuration": appendix.configuration(run),
+  }
+  sections = [section(title, content) for title, content in contents.items() if content]
   return document(run.name, subtitle, summary(run), sections, FOOTER)
 
 
@@ -189,14 +194,18 @@ def _rounds(run: Run) -> str:
         share_cell(play.leaks),
       ]
     )
-  return table(head, lines) + _meanings() + kept(run)
+  return table(head, lines) + _meanings()
+
+
+def _away(run: Run) -> dict[int, HeldOut]:
+  """By round, what was measured on held-out prompts of logs."""
+  return {n: each.held_out for n, each in sorted(run.evaluations.items()) if each.held_out}
 
 
 def _held_out(run: Run) -> str:
   """How far each round's policy is from its teacher, where nothing was learned."""
-  measured = {n: each.held_out for n, each in sorted(run.evaluations.items()) if each.held_out}
-  if not measured:
-    return note("Measured where logs are learned from (config.logs).")
+  if not (measured := _away(run)):
+    return note("Not measured yet.")
   lines = [
     [
       f"<td>{label(number)}</td>",
@@ -237,7 +246,7 @@ def _meanings() -> str:
   )
 
 
-def _plots(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
+def _plots(run: Run, light: dict[str, bytes], dark: dict[str, bytes], with_games: bool) -> str:
   plots = (
     ("passed", "", "Games passed", "Held-out games, 95% intervals."),
     (
@@ -269,7 +278,8 @@ def _plots(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
   figures = [
     figure(title, about, light.get(name), dark.get(name), kind, absent)
     for name, kind, title, about in plots
-    if name in light or name != "rounds"  # of one round there is nothing to say
+    # of one round there is nothing to say "round by round"; without games, of training alone
+    if name in light or (name != "rounds" if with_games else name == "consolidation")
   ]
   return f'<div class="plots">{"".join(figures)}</div>'
 
