@@ -144,3 +144,16 @@ def test_many_near_duplicates_of_a_few_are_all_found():
   found = reasons(map(talk, texts))
   assert found[:3] == [KEPT] * 3 and found.count(KEPT) < 10
   assert duplicates.NAMES[NEARLY] == "near"
+
+
+def test_calls_that_repeat_a_conversation_under_another_system_text_are_its_beginnings():
+  """Many programs write the time into it at each call."""
+  said, calls = (), []
+  for turn in range(3):
+    asked = Message("user", f"question {turn}")
+    said = (*said, asked, Message("assistant", f"answer {turn}"))
+    head = Message("system", f"It is 12:0{turn}.")
+    calls.append(Conversation("x", (head, *said), Source("log", "x")))
+  assert reasons(calls, near=2) == [CONTINUED, CONTINUED, KEPT]
+  two = [talk("question", system=text) for text in ("Be brief.", "Be polite.")]
+  assert reasons(two, near=2) == [KEPT, KEPT]

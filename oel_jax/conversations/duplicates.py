@@ -2,13 +2,14 @@
 
 - The same: a digest of all that was said.
 - The beginning of another: a proxy writes a line for each call, and each call says again all that
-  was said before; of those lines the last one says it all.
+  was said before; of those lines the last one says it all. What the system says counts for nothing
+  here: many programs write the time into it, or what they remember, at each call.
 - Nearly the same: Jaccard similarity of the sets of five-word sequences (what the system says left
   out, which many conversations share), estimated by MinHash (Broder 1997) from 128 hashes, of which
   8 bits each are kept (Li and König 2010). Candidates agree in one of 32 bands of four hashes,
   which finds 0.80 with a probability of 1 - (1 - 0.8^4)^32 > 0.9999.
 
-128 bytes a conversation stand in memory for the sketch and 16 for digests, and 8 for each answer.
+128 bytes a conversation stand in memory for the sketch and 24 for digests, and 8 for each answer.
 """
 
 import array
@@ -17,11 +18,12 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8, UInt64
 
-from oel_jax.conversations.schema import Conversation
+from oel_jax.conversations.schema import Conversation, Message
 from oel_jax.runtime.seeds import derive
 
 NEAR = 0.8
@@ -44,20 +46,21 @@ class Sketches:
     drawn = np.random.PCG64(derive(seed, "duplicates")).random_raw(2 * HASHES + WORDS)
     self._odd, self._shift, self._word = np.split(drawn | np.uint64(1), [HASHES, 2 * HASHES])
     self._sketches, self._said = bytearray(), bytearray()
-    self._digests, self._beginnings = array.array("Q"), array.array("Q")
+    self._digests, self._without_system = array.array("Q"), array.array("Q")
+    self._beginnings = array.array("Q")
 
   def add(self, conversation: Conversation) -> None:
     """Takes in the next conversation."""
-    *beginnings, whole = _digests(conversation)
+    *beginnings, without_system = _digests(conversation)
     self._beginnings.extend(beginnings)
-    self._digests.append(whole)
+    self._without_system.append(without_system)
+    self._digests.append(_digest(conversation))
     self._said.append(any(x is not None for x in (conversation.feedback, conversation.reward)))
     self._sketches += self._sketch(_text(conversation)).tobytes()
 
   def holds(self, number: int, conversation: Conversation) -> bool:
     """Whether the conversation is the one that came in at this number, from 0."""
-    *_, whole = _digests(conversation)
-    return number < len(self._digests) and self._digests[number] == whole
+    return number < len(self._digests) and self._digests[number] == _digest(conversation)
 
   def reasons(self, near: float = NEAR) -> UInt8[np.ndarray, "N"]:
     """Returns for each conversation KEPT, or why it is left out: SAME, CONTINUED or NEARLY.
@@ -77,7 +80,10 @@ class Sketches:
     order = np.lexsort((~said, digests))  # stable: the first of them stays first
     again = np.r_[False, digests[order][1:] == digests[order][:-1]]
     reasons[order[again]] = SAME
-    continued = np.isin(digests, np.frombuffer(self._beginnings, np.uint64))
+    whole, beginnings = (
+      np.frombuffer(kept, np.uint64) for kept in (self._without_system, self._beginnings)
+    )
+    continued = np.isin(whole, beginnings)
     reasons[continued & ~said & (reasons == KEPT)] = CONTINUED
     if near <= 1:
       sketches = np.frombuffer(self._sketches, np.uint8).reshape(-1, HASHES)
@@ -137,18 +143,33 @@ def _leave_near(
       left = left[~first & ~out]
 
 
+def _digest(conversation: Conversation) -> int:
+  """64 bits that name all that was said."""
+  whole = hashlib.blake2b(digest_size=8)
+  for message in conversation.messages:
+    _update(whole, message)
+  return int.from_bytes(whole.digest(), "big")
+
+
 def _digests(conversation: Conversation) -> Iterator[int]:
-  """64 bits that name what was said: up to each answer but the last message, then all of it."""
+  """64 bits that name what was said but by the system: up to each answer but the last message, then
+  all of it.
+  """
   whole = hashlib.blake2b(digest_size=8)
   last = len(conversation.messages) - 1
   for number, message in enumerate(conversation.messages):
-    calls = [text for call in message.tool_calls for text in (call.name, call.arguments)]
-    for text in (message.role, message.content, *calls):
-      whole.update(text.encode("utf-8", "replace") + b"\0")
-    whole.update(b"\1")
+    if message.role != "system":
+      _update(whole, message)
     if message.role == "assistant" and number < last:
       yield int.from_bytes(whole.digest(), "big")
   yield int.from_bytes(whole.digest(), "big")
+
+
+def _update(whole: Any, message: Message) -> None:
+  calls = [text for call in message.tool_calls for text in (call.name, call.arguments)]
+  for text in (message.role, message.content, *calls):
+    whole.update(text.encode("utf-8", "replace") + b"\0")
+  whole.update(b"\1")
 
 
 def _text(conversation: Conversation) -> str:
