@@ -375,7 +375,7 @@ def test_a_folder_is_read_in_order_with_ids_of_its_own(tmp_path):
   [told] = [sentence for sentence in counts.sentences() if "left alone" in sentence]
   assert told.startswith("5 files were left alone: ") and told.endswith(
     "; what is compressed must be unpacked, and the names of logs end in .jsonl, .ndjson, "
-    ".jsonlines, .json"
+    ".jsonlines, .json, .traj"
   )
 
 
@@ -469,6 +469,11 @@ def test_whatever_stands_where_is_a_record_that_can_be_written_or_a_value_error(
     {"input": [{"type": "message", "role": "user", "content": [OUTPUT]}], "output": [{"type": 1}]},
     event("assistant", {"type": "thinking", "thinking": "x"}, use("a"), of="m"),
     event("user", result("a", [OUTPUT])),
+    {"contents": [{"role": "model", "parts": [{"functionCall": {"name": "f"}}]}], "system": "x"},
+    {"type": "ai", "data": {"content": [{"type": "tool-f", "output": 1}], "response_metadata": {}}},
+    {"run_type": "llm", "inputs": {"messages": [[ASKED]]}, "outputs": {"generations": [[{}]]}},
+    {"chat": {"messages": [ASKED, {"role": "assistant", "parts": [{"type": "text"}]}]}},
+    {"request": {"input": [{"type": "x_call"}]}, "response": {"candidates": [{"content": {}}]}},
     item(type="reasoning", summary=[{"text": "x"}]),
     item(type="function_call_output", call_id="c", output={"content": "x"}),
     {"type": "compacted", "payload": {"replacement_history": [ASKED]}},
@@ -482,7 +487,7 @@ def test_whatever_stands_where_is_a_record_that_can_be_written_or_a_value_error(
     return [changed(inner) for inner in value] if isinstance(value, list) else value
 
   outcomes = set()
-  for _ in range(3000):
+  for _ in range(5000):
     try:
       found = log_records.read(changed(rng.choice(seeds)), [])
     except ValueError:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from oel_jax.conversations.schema import READS
 from oel_jax.runtime import schema
 
-SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".traj")  # SWE-agent's, which are JSON
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 MAX_RECORD = 1 << 26  # bytes of one record, above which it is not even held in memory
 
@@ -25,7 +25,7 @@ def values(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
     OSError: the file cannot be read.
   """
   with open(file, "rb") as stream:
-    if file.suffix.lower() == ".json":
+    if file.suffix.lower() in (".json", ".traj"):
       yield from _values(stream)
     else:
       yield from ((number, _parsed(line)) for number, line in _lines(stream))

@@ -9,14 +9,18 @@ session, or an event that is no message.
 | Alpaca | {"instruction", "input", "output", "history": [[asked, answered]]} |
 | requests kept with their answers | {"request": {"messages"}, "response"}, or "input", "output"… |
 | OpenAI's Responses API | {"input": items, "output": items} |
+| Gemini | {"contents": [{"role", "parts"}]} |
+| LangSmith, Langfuse | {"inputs" or "input", "outputs" or "output"}, of a call of a model |
+| Helicone, Open WebUI | {"request_body", "response_body"}, {"chat": {"messages"}} |
+| SWE-agent | {"trajectory", "history": [a message]} |
 | Claude Code | {"type": "user" or "assistant", "sessionId", "message": {"role", "content"}} |
 | Codex | {"type": "response_item", "payload": an item}, {"type": "session_meta", "payload"} |
 | any agent | {"role", "content"} |
 
 Another format that is one JSON object: the name of its list goes into `LISTS`, and the object into
 this table. What an entry of the list may say stands in `log_messages` (`said`, `SPEAKERS`, `SAYS`,
-`MESSAGE_KNOWN`), files that are no lines of JSON in `log_files`. An example goes into
-tests/test_logs.py.
+`MESSAGE_KNOWN`, `*_PARTS`), items that are no messages in `log_items`, files that are no lines of
+JSON in `log_files`. An example goes into tests/test_log_programs.py.
 
 No error tells what somebody said: a record is named by its place, what is wrong by its kind.
 """
@@ -28,25 +32,40 @@ from collections.abc import Iterator
 from typing import Any
 
 from oel_jax.conversations import tools
+from oel_jax.conversations.log_items import answers_joined, entry, item
 from oel_jax.conversations.log_messages import (
   SPEAKERS,
   Seen,
   first_name,
-  joined,
   kind,
   opened,
   said,
+  with_role,
   words,
 )
-from oel_jax.conversations.schema import Message, ToolCall
+from oel_jax.conversations.schema import Message
 
-SESSIONS = ("sessionId", "session_id", "session", "conversation_id")
-LISTS = ("messages", "conversations", "conversation")  # what holds a conversation's messages
-REQUESTS, RESPONSES = ("request", "input", "body"), ("response", "output", "completion")
-USERS = ("user", "user_id", "userId", "end_user", "safety_identifier", "user_api_key_end_user_id")
+SESSIONS = (
+  "sessionId", "session_id", "session", "conversation_id", "conversationId", "thread_id",
+  "threadId", "chat_id", "chatId",
+)  # fmt: skip
+# What holds a conversation's messages.
+LISTS = ("messages", "conversations", "contents", "history", "conversation")
+REQUESTS = (
+  "outputs", "request", "request_body", "proxy_server_request", "inputs", "input", "body",
+  "chat",
+)  # fmt: skip
+RESPONSES = ("response", "response_body", "output", "outputs", "completion")
+# LiteLLM's "user" is the owner of the key, beside its end user.
+USERS = (
+  "end_user", "user_api_key_end_user_id", "user", "user_id", "userId", "safety_identifier",
+  "request_user_id",
+)  # fmt: skip
+OFFERED = ("tools", "functions")
+SYSTEMS = ("system", "instructions", "systemInstruction", "system_instruction")
 # Of a record, what is read or what says nothing of the conversation; the rest is counted by name.
 KNOWN = {
-  "id", "custom_id", "system", "instructions", "tools", "functions",
+  "id", "custom_id", "tools", "functions",
   "choices", "feedback", "outcome", "reward", "score", "metadata", "schema", "digest", "source",
   "passed", "ended", "object", "model", "created", "created_at", "timestamp", "usage", "status",
   "error", "dataset", "split", "tags", "language", "store", "n", "seed", "temperature",
@@ -56,7 +75,8 @@ KNOWN = {
   "completion_tokens", "model_map_information", "model_id", "model_group", "model_parameters",
   "api_base", "cache_hit", "cache_key", "saved_cache_cost", "request_tags", "hidden_params",
   "requester_ip_address", "error_str", "error_information", "stream", "custom_llm_provider",
-  "instruction", "history", *LISTS, *REQUESTS, *RESPONSES, *USERS, *SESSIONS,
+  "instruction", "feedback_stats", *LISTS, *REQUESTS, *RESPONSES, *USERS,
+  *SESSIONS, *SYSTEMS,
 }  # fmt: skip
 
 
@@ -72,6 +92,8 @@ class Record:
     joins: names the model's response that the messages are a part of, "" if unknown: what has one
       name is one message.
     begins: the model's context begins anew here, with these messages.
+    place: of a user's message, names what it follows: a second one takes back what came after.
+    takes_back: how many of the user's messages are taken back here, with all that came after.
     heads: these messages stand before a session or nowhere.
     id, user, outcome, reward, feedback, tools: of the conversation, where the record names them.
   """
@@ -81,6 +103,8 @@ class Record:
   side: str = ""
   joins: str = ""
   begins: bool = False
+  place: str = ""
+  takes_back: int = 0
   heads: bool = False
   id: str = ""
   user: str | None = None
@@ -107,10 +131,15 @@ def read(data: Any, seen: Seen) -> Record | None:
   payload = data.get("payload")
   if isinstance(data.get("type"), str) and isinstance(payload, dict):
     return _codex(data["type"], payload, seen)
+  step = _step(data)
+  if step:
+    seen.append(("event", step))
+    return None
   request = _request(data)
   if request is not None:
     return _whole(data, request, seen)
-  if data.get("type") is None and next(_answer(data, []), None) is not None:
+  alone = data.get("type") is None and next(_answer(data, []), None) is not None
+  if alone or (data.get("type") == "message" and "stop_reason" in data):  # Anthropic's
     raise ValueError("an answer without what was asked: the request must stand in the same record")
   return _agent(data, seen)
 
@@ -118,18 +147,33 @@ def read(data: Any, seen: Seen) -> Record | None:
 # Whole conversations.
 
 
+def _step(data: dict[str, Any]) -> str:
+  """What a trace's record is, if it is no call of a model: a tool's, a search; else ""."""
+  if "traceId" in data or "trace_id" in data:  # Langfuse's observations
+    what = data.get("type")
+    if isinstance(what, str) and what.isupper() and what != "GENERATION":
+      return what
+  run, messages = data.get("run_type"), _object(data.get("outputs")).get("messages")  # LangSmith's
+  return run if isinstance(run, str) and run != "llm" and not messages else ""
+
+
+def _places(data: dict[str, Any]) -> list[dict[str, Any]]:
+  """The record and the objects in it that may be a request."""
+  inner = [_object(data.get(name)) for name in REQUESTS]
+  return [data, *inner, *(_object(value.get("body")) for value in inner)]
+
+
 def _request(data: dict[str, Any]) -> dict[str, Any] | None:
   """The object that holds what was said before the answer."""
-  inner = [opened(data.get(name)) for name in REQUESTS]
-  bodies = [opened(value.get("body")) for value in inner if isinstance(value, dict)]
-  for value in (data, *inner, *bodies):
-    if isinstance(value, dict) and any(_lists(value)):
+  places = _places(data)
+  for value in places:
+    if any(_lists(value)):
       return value
   if isinstance(data.get("instruction"), str):
     return {"messages": _alpaca(data)}
   if "call_id" not in data and any(data.get(name) for name in RESPONSES):  # the Responses API's
-    for value in (data, *inner, *bodies):
-      if isinstance(value, dict) and isinstance(value.get("input"), (str, list)):
+    for value in places:
+      if isinstance(value.get("input"), (str, list)):
         return value
   return None
 
@@ -146,40 +190,70 @@ def _alpaca(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _lists(value: dict[str, Any]) -> Iterator[str]:
-  """Which of LISTS an object has; of the Responses API's the conversation is an object's id."""
-  return (n for n in LISTS if n in value and (n != LISTS[-1] or isinstance(value[n], list)))
+  """Which of LISTS an object has: what has such a name may be something else elsewhere, a text, an
+  id, Alpaca's pairs, or the empty object that LiteLLM's database holds beside the request.
+  """
+  for name in LISTS:
+    given = opened(value.get(name))
+    objects = isinstance(given, list) and all(isinstance(each, dict) for each in given)
+    sure = name in LISTS[:2] and "proxy_server_request" not in value
+    if name in value and (sure or objects and (name != "history" or "trajectory" in value)):
+      yield name
 
 
 def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   seen += (("field", name) for name in data if name not in KNOWN)
+  response = _object(next((data[name] for name in RESPONSES if data.get(name)), None))
+  if request.get("previous_response_id") or response.get("previous_response_id"):
+    raise ValueError(
+      "it goes on from another response (previous_response_id), whose messages are not in this "
+      "record: all that was said before must stand in its input"
+    )
   given = opened(request[next(itertools.chain(_lists(request), ["input"]))])
   if isinstance(given, dict) and "messages" in given:
     given = opened(given["messages"])
   if isinstance(given, str):
     given = [{"role": "user", "content": given}]
+  if isinstance(given, list) and given and isinstance(given[0], list):  # LangChain's, of a batch
+    given = given[0]
   if not isinstance(given, list) or not given:
     raise ValueError(f"the conversation is {kind(given)}: it must be a list of messages")
-  messages = [message for each in given for message in _entry(each, seen)]
-  system = request.get("system", request.get("instructions"))
-  if system and messages[0].role != "system":
-    messages = said({"role": "system", "content": system}, seen) + messages
-  if request is not data or messages[-1].role != "assistant":
+  messages = [message for each in given for message in entry(each, seen)]
+  places = (request, response)
+  system = next(filter(None, (place.get(name) for place in places for name in SYSTEMS)), None)
+  if system:
+    system = said({"role": "system", "content": _texts(system)}, seen)
+    messages = messages if messages[:1] == system else system + messages
+  if request is not data or not messages or messages[-1].role != "assistant":
     messages += _answer(data, seen)
   # LiteLLM keeps the rest of a request in "model_parameters".
   meta, rest = (_object(data.get(name)) for name in ("metadata", "model_parameters"))
-  places = [place.get(name) for place in (request, data, rest) for name in ("tools", "functions")]
-  offered = next(filter(None, places), None)
+  places = (request, data, rest, response)
+  offered = next(filter(None, (place.get(name) for place in places for name in OFFERED)), None)
   reward = _reward(data.get("reward", data.get("score", meta.get("score"))))
   return Record(
-    tuple(_joined(messages)),
+    tuple(answers_joined(messages)),
     id=first_name(data.get("id"), data.get("custom_id"), *(data.get(name) for name in SESSIONS)),
-    user=first_name(*(place.get(name) for place in (data, request, meta, rest) for name in USERS))
-    or None,
+    user=_user(data, meta, rest),
     outcome=words(data.get("outcome", meta.get("outcome"))),
     reward=reward,
-    feedback=words(data.get("feedback", meta.get("feedback"))),
+    feedback=words(data.get("feedback", meta.get("feedback", data.get("feedback_stats")))),
     tools=tools.definitions(offered),
   )
+
+
+def _texts(system: Any) -> Any:
+  """What the system says, without the object around Gemini's parts."""
+  return system["parts"] if isinstance(system, dict) and "parts" in system else system
+
+
+def _user(data: dict[str, Any], *others: dict[str, Any]) -> str | None:
+  """Who the user was: as the record says, its request, or what stands beside them."""
+  places = [*_places(data), *others]
+  places += [_object(place.get("metadata")) for place in places]
+  places.append(_object(_object(data.get("extra")).get("metadata")))  # LangSmith's
+  names = [name for name in USERS if name != "user" or "end_user" not in data]
+  return first_name(*(place.get(name) for name in names for place in places)) or None
 
 
 def _reward(value: Any) -> float | None:
@@ -216,42 +290,25 @@ def _answer(data: dict[str, Any], seen: Seen) -> Iterator[Message]:
     choice = given["choices"][0]
     choice = choice if isinstance(choice, dict) else {}
     given = choice.get("message", {"role": "assistant", "content": choice.get("text")})
+  elif isinstance(given, dict) and isinstance(given.get("candidates"), list):  # Gemini's
+    if len(given["candidates"]) > 1:
+      seen.append(("form", "choices"))
+    given = [_object(each).get("content") for each in given["candidates"][:1]]
+    given = [{"role": "assistant"} | each for each in given if isinstance(each, dict)]
+  elif isinstance(given, dict) and isinstance(given.get("generations"), list):  # LangChain's
+    while isinstance(given, list | dict) and given and "message" not in given:
+      given = given[0] if isinstance(given, list) else given.get("generations")
+    given = given["message"] if isinstance(given, dict) and given else []
   elif isinstance(given, dict) and isinstance(given.get("output"), list):
     given = given["output"]
+  elif isinstance(given, dict) and given is not data and isinstance(given.get("message"), dict):
+    given = given["message"]
   elif isinstance(given, dict) and given is not data and "content" in given:
     given = {"role": "assistant"} | given
   else:
     given = given if isinstance(given, list) else []
   for each in given if isinstance(given, list) else [given]:
-    yield from _entry(each, seen)
-
-
-def _entry(value: Any, seen: Seen) -> list[Message]:
-  """The messages of one entry of a list: a message, or an item of the Responses API."""
-  if isinstance(value, dict) and "role" not in value and "from" not in value:
-    item = _item(value, seen)
-    if item is not None:
-      return item
-  return said(value, seen)
-
-
-def _joined(messages: list[Message]) -> Iterator[Message]:
-  """The messages, an answer's thinking and calls in one message with its text.
-
-  Items of the Responses API come one by one; where each message has its text or its calls, nothing
-  changes.
-  """
-  before = None
-  for message in messages:
-    follows = before is not None and before.role == message.role == "assistant"
-    if follows and not (message.content and (before.content or before.tool_calls)):
-      before = joined(before, message)
-    else:
-      if before is not None:
-        yield before
-      before = message
-  if before is not None:
-    yield before
+    yield from entry(each, seen)
 
 
 # Agents' sessions.
@@ -262,6 +319,8 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
   event = data.get("type", data.get("record_type"))
   event = event if isinstance(event, str) else None
   inner = data["message"] if isinstance(data.get("message"), dict) else data
+  if event in ("human", "ai") or "response_metadata" in {**data, **_object(data.get("data"))}:
+    inner = with_role(inner)
   if data.get("isMeta") or data.get("isApiErrorMessage"):  # not the user's, not the model's
     seen.append(("event", "isMeta" if data.get("isMeta") else "isApiErrorMessage"))
     return None
@@ -270,12 +329,15 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
     inner, who = {"role": event} | inner, event
   session = first_name(*(data.get(name) for name in SESSIONS))
   if who is None:
-    messages = _item(data, seen)
+    messages = item(data, seen)
     if messages is None and event:
       seen.append(("event", event))
       return None
     if messages is None:
-      raise ValueError("a message, a conversation or an event is needed: this has no role, no type")
+      raise ValueError(
+        "a message, a conversation or an event is needed: this has no role, no type; write it as "
+        'an object with "messages", each with "role" and "content"'
+      )
     return Record(tuple(messages), session, joins=_side(messages))
   messages = tuple(said(inner, seen))
   user = first_name(*(data.get(name) for name in USERS)) or None
@@ -285,10 +347,15 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
     side=first_name(data.get("agentId")) or "side" if data.get("isSidechain") else "",
     joins=first_name(inner.get("id")) if who == "assistant" and inner is not data else "",
     begins=data.get("isCompactSummary") is True,
+    place=f"parent {data['parentUuid']}" if "parentUuid" in data and _by_user(messages) else "",
     user=user,
     feedback=words(data.get("feedback")),
     tools=_offered(data.get("tools")),
   )
+
+
+def _by_user(messages: tuple[Message, ...]) -> bool:
+  return bool(messages) and all(message.role == "user" for message in messages)
 
 
 def _offered(given: Any) -> tuple[str, ...]:
@@ -306,12 +373,15 @@ def _codex(event: str, payload: dict[str, Any], seen: Seen) -> Record | None:
     offered = _offered(payload.get("dynamic_tools"))
     return Record(head, "", heads=True, id=first_name(payload.get("id")), tools=offered)
   if event == "compacted" and isinstance(payload.get("replacement_history"), list):
-    history = [m for each in payload["replacement_history"] for m in _entry(each, seen)]
-    return Record(tuple(_joined(history)), "", begins=True)
+    history = [m for each in payload["replacement_history"] for m in entry(each, seen)]
+    return Record(tuple(answers_joined(history)), "", begins=True)
+  turns = payload.get("num_turns")
+  if payload.get("type") == "thread_rolled_back" and type(turns) is int and turns > 0:
+    return Record((), "", takes_back=turns)
   if event != "response_item":
     seen.append(("event", event))
     return None
-  messages = _item(payload, seen)
+  messages = item(payload, seen)
   if messages is None:
     seen.append(("event", f"{event} {payload.get('type')}"))
     return None
@@ -321,31 +391,3 @@ def _codex(event: str, payload: dict[str, Any], seen: Seen) -> Record | None:
 def _side(messages: list[Message]) -> str:
   """What follows one another from the model is one response."""
   return "*" if messages and messages[0].role == "assistant" else ""
-
-
-def _item(value: dict[str, Any], seen: Seen) -> list[Message] | None:
-  """The messages of an item as OpenAI's Responses API and Codex write it; None if it is none."""
-  what = value.get("type")
-  call = first_name(value.get("call_id"), value.get("id"))
-  if what == "message" or (what is None and "role" in value):
-    return said(value, seen)
-  if what in ("function_call", "custom_tool_call"):
-    arguments = value.get("arguments", value.get("input"))
-    name = value.get("name")
-    if not isinstance(name, str):
-      raise ValueError(f"the name of a tool's call is {kind(name)}: it must be a text")
-    return [Message("assistant", "", (ToolCall(call, name, words(arguments) or ""),))]
-  if what == "local_shell_call":
-    arguments = words(value.get("action")) or ""
-    return [Message("assistant", "", (ToolCall(call, "local_shell", arguments),))]
-  if what in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
-    output = value.get("output")
-    output = output.get("content") if isinstance(output, dict) else output
-    result = said({"role": "tool", "content": output}, seen)[0]
-    return [dataclasses.replace(result, tool_call_id=call)]
-  if what == "reasoning":
-    lists = [value[name] for name in ("summary", "content") if isinstance(value.get(name), list)]
-    texts = [part.get("text") for each in lists for part in each if isinstance(part, dict)]
-    thinking = "\n".join(text for text in texts if isinstance(text, str))
-    return [Message("assistant", "", thinking=thinking)]
-  return None

@@ -173,7 +173,7 @@ def _opening(conversation: Conversation) -> str:
   """What the user says first, up to the message that makes it `OPENING` characters."""
   said = ""
   for message in conversation.messages:
-    if message.role == "user" and len(said) < OPENING:
+    if log_sessions.is_prompt(message) and len(said) < OPENING:
       said += f"{message.content}\n"
   return said
 
@@ -191,7 +191,7 @@ def read(
   """The conversations of logs, as a stream: files in the order of their names, records in theirs.
 
   Ids are the records' own, or of the file and line; one that came before gets file and line added.
-  In memory stand one record or one agent's session, and a number for each id.
+  In memory stand one record or a file's open sessions of agents, and a number for each id.
 
   Args:
     path: a file, or a folder of them, with all its folders.

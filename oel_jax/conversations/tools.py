@@ -7,6 +7,7 @@
 | OpenAI's Responses API | {"type": "function", "name", "description", "parameters"} |
 | Anthropic | {"name", "description", "input_schema"} |
 | MCP, Codex | {"name", "description", "inputSchema"} |
+| Gemini | {"functionDeclarations": [{"name", "description", "parameters"}]} |
 | ShareGPT | a JSON text of a list of any of these |
 """
 
@@ -35,12 +36,20 @@ def definitions(given: Any) -> tuple[str, ...]:
       pass  # told below
   if given in (None, "", [], {}):
     return ()
+  if isinstance(given, list):
+    given = [each for tool in given for each in _declared(tool)]
   if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
     raise ValueError(f"the tools are {kind(given)}: they must be a list of objects")
   try:
     return tuple(tool_text(_in_chat_form(tool)) for tool in given)
   except ValueError as error:
     raise ValueError("the tools hold NaN or an infinity: their numbers must be finite") from error
+
+
+def _declared(tool: Any) -> list[Any]:
+  """The functions that one of Gemini's tools declares; any other tool as it is."""
+  names = ("functionDeclarations", "function_declarations") if isinstance(tool, dict) else ()
+  return next((tool[name] for name in names if isinstance(tool.get(name), list)), [tool])
 
 
 def _in_chat_form(tool: dict[str, Any]) -> dict[str, Any]:
