@@ -3,6 +3,7 @@ in its order.
 """
 
 import asyncio
+import json
 import pathlib
 import re
 import runpy
@@ -72,6 +73,19 @@ def test_the_proxys_callback_writes_a_log_that_is_read(tmp_path, monkeypatch):
   [found] = logs.read(tmp_path, counts)
   assert [message.content for message in found.messages] == ["Wo ist Łódź?", "In Poland."]
   assert counts.damaged == 0
+
+
+def test_batches_become_a_log_that_is_read(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  asked, says = {"role": "user", "content": "Noon?"}, {"role": "assistant", "content": "Yes."}
+  request = {"custom_id": "a", "method": "POST", "body": {"model": "m", "messages": [asked]}}
+  completion = {"object": "chat.completion", "choices": [{"message": says}]}
+  answer = {"id": "b", "custom_id": "a", "response": {"status_code": 200, "body": completion}}
+  for name, line in (("requests", request), ("answers", answer)):
+    (tmp_path / f"batch_{name}.jsonl").write_text(json.dumps(line) + "\n")
+  made("custom_id")
+  [found] = logs.read(tmp_path / "logs.jsonl", logs.Counts())
+  assert (found.id, [m.content for m in found.messages]) == ("a", ["Noon?", "Yes."])
 
 
 def test_a_text_to_distil_is_configured():
