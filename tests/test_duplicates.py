@@ -157,3 +157,19 @@ def test_calls_that_repeat_a_conversation_under_another_system_text_are_its_begi
   assert reasons(calls, near=2) == [CONTINUED, CONTINUED, KEPT]
   two = [talk("question", system=text) for text in ("Be brief.", "Be polite.")]
   assert reasons(two, near=2) == [KEPT, KEPT]
+
+
+def test_an_answer_that_comes_back_with_other_spaces_is_the_same():
+  """OpenAI's servers write {"a":1,…}; LangChain sends back {"a": 1, …}."""
+  user, result = Message("user", "question"), Message("tool", "12", tool_call_id="c")
+  call = lambda text: Message("assistant", "", (ToolCall("c", "clock", text),))
+  done, more = Message("assistant", "Noon."), Message("user", "And now?")
+  calls = [
+    (user, call('{"a":1,"b":"x y"}')),
+    (user, call('{"a": 1, "b": "x y"}'), result, Message("assistant", "Noon.\n")),
+    (user, call('{"b": "x y", "a": 1}'), result, done, more, done),
+    (user, call('{"a": 1, "b": "xy"}')),
+    (user, call('{"a": 1')),
+  ]
+  talks = [Conversation("x", said, Source("log", "x")) for said in calls]
+  assert reasons(talks, near=2) == [CONTINUED, CONTINUED, KEPT, KEPT, KEPT]

@@ -287,6 +287,19 @@ def test_ollamas_answer(tmp_path):
   assert found == (USER, Message("assistant", SAYS, thinking="Look."))
 
 
+def test_an_answer_that_is_a_stream_of_events_is_refused(tmp_path):
+  chunk = {"choices": [{"delta": {"content": SAYS}}]}
+  record = {"request": {"messages": [ASKED]}, "response": f"data: {json.dumps(chunk)}\n\n"}
+  found, counts = read(tmp_path, {"messages": [ASKED, NOON]}, record, max_damaged=1)
+  assert len(found) == 1 and "its pieces must be joined to one answer" in counts.places[0]
+
+
+def test_empty_feedback_is_none(tmp_path):
+  for given in ({"feedback_stats": {}}, {"feedback": ""}, {"metadata": {"feedback": []}}):
+    [found], _ = read(tmp_path, {"messages": [ASKED, NOON]} | given)
+    assert found.feedback is None
+
+
 def test_parts_as_opentelemetry_names_them(tmp_path):
   said = [
     {"role": "user", "parts": [{"type": "text", "content": ASKS}]},

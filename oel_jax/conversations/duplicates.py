@@ -14,6 +14,7 @@
 
 import array
 import hashlib
+import json
 import math
 import re
 import zlib
@@ -166,10 +167,21 @@ def _digests(conversation: Conversation) -> Iterator[int]:
 
 
 def _update(whole: Any, message: Message) -> None:
-  calls = [text for call in message.tool_calls for text in (call.name, call.arguments)]
-  for text in (message.role, message.content, *calls):
+  """Takes a message in, but for what programs change where they send an answer back: the spaces
+  around it, and between the arguments of its calls.
+  """
+  calls = [text for call in message.tool_calls for text in (call.name, _packed(call.arguments))]
+  for text in (message.role, message.content.strip(), *calls):
     whole.update(text.encode("utf-8", "replace") + b"\0")
   whole.update(b"\1")
+
+
+def _packed(arguments: str) -> str:
+  """The JSON text with no spaces but in its texts; what is none, as it is."""
+  try:
+    return json.dumps(json.loads(arguments), sort_keys=True)
+  except (ValueError, RecursionError):
+    return arguments
 
 
 def _text(conversation: Conversation) -> str:

@@ -237,7 +237,7 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
     user=_user(data, meta, rest),
     outcome=words(data.get("outcome", meta.get("outcome"))),
     reward=reward,
-    feedback=words(data.get("feedback", meta.get("feedback", data.get("feedback_stats")))),
+    feedback=_feedback(data, meta),
     tools=tools.definitions(offered),
   )
 
@@ -254,6 +254,12 @@ def _user(data: dict[str, Any], *others: dict[str, Any]) -> str | None:
   places.append(_object(_object(data.get("extra")).get("metadata")))  # LangSmith's
   names = [name for name in USERS if name != "user" or "end_user" not in data]
   return first_name(*(place.get(name) for name in names for place in places)) or None
+
+
+def _feedback(*places: dict[str, Any]) -> str | None:
+  """What was said of it afterwards; an empty object, as LangSmith writes, is nothing."""
+  given = (place.get(name) for place in places for name in ("feedback", "feedback_stats"))
+  return words(next((each for each in given if each not in (None, "", {}, [])), None))
 
 
 def _reward(value: Any) -> float | None:
@@ -282,6 +288,8 @@ def _answer(data: dict[str, Any], seen: Seen) -> Iterator[Message]:
   given = opened(data if given is None else given)
   if isinstance(given, dict) and isinstance(opened(given.get("body")), dict):
     given = opened(given["body"])
+  if isinstance(given, str) and given.lstrip().startswith(("data: {", "event: ")):
+    raise ValueError("the answer is a stream of events: its pieces must be joined to one answer")
   if isinstance(given, str):
     given = {"role": "assistant", "content": given}
   elif isinstance(given, dict) and isinstance(given.get("choices"), list) and given["choices"]:
@@ -349,7 +357,7 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
     begins=data.get("isCompactSummary") is True,
     place=f"parent {data['parentUuid']}" if "parentUuid" in data and _by_user(messages) else "",
     user=user,
-    feedback=words(data.get("feedback")),
+    feedback=_feedback(data),
     tools=_offered(data.get("tools")),
   )
 
