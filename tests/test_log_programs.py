@@ -300,6 +300,23 @@ def test_empty_feedback_is_none(tmp_path):
     assert found.feedback is None
 
 
+def test_feedback_on_one_answer_is_kept(tmp_path):
+  said = [ASKED, NOON | {"annotation": {"rating": -1}}, ASKED, NOON | {"feedback": "Wrong."}]
+  [found], counts = read(tmp_path, {"id": "c", "chat": {"messages": said}})
+  assert found.feedback == '{"rating": -1}\nWrong.'
+  assert not [name for kind, name in counts.seen if kind == "field"]
+  lines = [ASKED, NOON | {"feedback": "Wrong.", "user_id": "ann"}, ASKED | {"feedback": ""}]
+  [found], _ = read(tmp_path, *(line | {"session": "s"} for line in lines))
+  assert (found.feedback, found.user) == ("Wrong.", "ann")
+
+
+def test_what_gemini_was_shown_stands_in_brackets(tmp_path):
+  shown = [{"text": ASKS}, {"inlineData": {"mimeType": "image/png", "data": "AA"}}]
+  said = [{"role": "user", "parts": shown}, {"role": "model", "parts": [{"text": SAYS}]}]
+  [found] = messages(tmp_path, {"contents": said})
+  assert found == (Message("user", f"{ASKS}[inlineData]"), ANSWER)
+
+
 def test_parts_as_opentelemetry_names_them(tmp_path):
   said = [
     {"role": "user", "parts": [{"type": "text", "content": ASKS}]},

@@ -24,6 +24,7 @@ RESULT_PARTS = ("tool-result", "tool_call_response")  # and what ends in "tool_r
 GEMINI = {
   "functionCall": "tool_call", "function_call": "tool_call",
   "functionResponse": "tool_result", "function_response": "tool_result",
+  **{n: n for n in ("inlineData", "fileData", "executableCode", "codeExecutionResult")},
 }  # fmt: skip
 SILENT_PARTS = ("redacted_thinking", "step-start")
 LANGCHAIN = ("human", "ai", "AIMessageChunk", "system", "tool", "function")
@@ -33,6 +34,7 @@ MESSAGE_KNOWN = {
   "type", "model", "stop_reason", "stop_sequence", "usage", "status", "phase", "audio", "parts",
   "toolInvocations", "additional_kwargs", "response_metadata", "invalid_tool_calls",
   "usage_metadata", "annotations", "finish_reason", "createdAt", "example", "artifact",
+  "feedback", "annotation",
 }  # fmt: skip
 # One of them a message must have, whatever it holds.
 SAYS = {

@@ -237,7 +237,7 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
     user=_user(data, meta, rest),
     outcome=words(data.get("outcome", meta.get("outcome"))),
     reward=reward,
-    feedback=_feedback(data, meta),
+    feedback=_feedback(data, meta, *filter(None, map(_object, given))),
     tools=tools.definitions(offered),
   )
 
@@ -257,9 +257,13 @@ def _user(data: dict[str, Any], *others: dict[str, Any]) -> str | None:
 
 
 def _feedback(*places: dict[str, Any]) -> str | None:
-  """What was said of it afterwards; an empty object, as LangSmith writes, is nothing."""
-  given = (place.get(name) for place in places for name in ("feedback", "feedback_stats"))
-  return words(next((each for each in given if each not in (None, "", {}, [])), None))
+  """What was said of it afterwards, of all of it or of one answer; an empty object, as LangSmith
+  writes, is nothing.
+  """
+  names = ("feedback", "feedback_stats", "annotation")  # LangSmith's, Open WebUI's
+  given = [place.get(name) for place in places for name in names]
+  texts = dict.fromkeys(words(each) for each in given if each not in (None, "", {}, []))
+  return "\n".join(texts) or None
 
 
 def _reward(value: Any) -> float | None:

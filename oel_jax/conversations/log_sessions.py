@@ -16,8 +16,8 @@ MAX_OPEN = 256  # sessions of a file that are held in memory, as a server's line
 
 @dataclasses.dataclass
 class _Part:
-  """What an agent has said so far in one context of a session, and the tools that it was last said
-  to have.
+  """What an agent has said so far in one context of a session, the tools that it was last said to
+  have, and what was said of it.
   """
 
   first: Record
@@ -26,10 +26,14 @@ class _Part:
   joins: list[str] = dataclasses.field(default_factory=list)
   tools: tuple[str, ...] = ()
   places: dict[str, int] = dataclasses.field(default_factory=dict)
+  user: str | None = None
+  feedback: tuple[str, ...] = ()
 
   def add(self, record: Record) -> None:
     """Adds a record's messages; those of one response of the model become one message."""
     self.tools = record.tools or self.tools
+    self.user = self.user or record.user
+    self.feedback += (record.feedback,) if record.feedback else ()
     self.places |= {record.place: len(self.messages)} if record.place else {}
     for message in record.messages:
       place = len(self.messages) - 1
@@ -60,7 +64,14 @@ class _Part:
     """All of it, without answers that were broken off before they said anything."""
     said = (m for m in self.messages if m.role != "assistant" or m.content or m.tool_calls)
     name = "/".join(filter(None, (self.first.session or self.first.id, self.first.side)))
-    return dataclasses.replace(self.first, messages=tuple(said), id=name, tools=self.tools)
+    return dataclasses.replace(
+      self.first,
+      messages=tuple(said),
+      id=name,
+      tools=self.tools,
+      user=self.user,
+      feedback="\n".join(dict.fromkeys(self.feedback)) or None,
+    )
 
 
 def is_prompt(message: Message) -> bool:
@@ -91,7 +102,8 @@ def gathered(records: Iterable[tuple[Record, int]]) -> Iterator[tuple[Record, in
       continue
     if part is not None and record.begins:
       yield parts.pop(record.side).record(), part.line
-      record = dataclasses.replace(record, id=part.first.id, tools=record.tools or part.tools)
+      known = {"user": record.user or part.user, "tools": record.tools or part.tools}
+      record = dataclasses.replace(record, id=part.first.id, **known)
     stay = part and part.taken_back(record)
     if stay is not None:
       yield part.record(), part.line
