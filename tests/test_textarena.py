@@ -382,6 +382,18 @@ def test_games_with_another_order_of_arguments(name, args, move, said):
   assert second.ended == "invalid" and "format. Use" in second.outcome and 0 <= second.reward < 1
 
 
+def test_a_solved_fifteen_puzzle_is_passed(monkeypatch):
+  """It names its winners as games of several players do. Boards of its own are far from solved."""
+  from textarena.envs.FifteenPuzzle.env import FifteenPuzzleEnv
+
+  tiles = [*range(1, 15), None, 15]
+  board = [tiles[row : row + 4] for row in range(0, 16, 4)]
+  monkeypatch.setattr(FifteenPuzzleEnv, "_generate_board", lambda self: board)
+  step = Game(spec("FifteenPuzzle-v0-raw", {}), 3).play("[left]")
+  assert (step.done, step.reward, step.ended) == (True, 1.0, "passed")
+  assert "successfully solved the 15-Puzzle" in step.outcome
+
+
 def test_a_mine_is_a_loss_and_no_invalid_move():
   """The game calls both an invalid move, and forgives the first of either."""
   ends = collections.Counter()

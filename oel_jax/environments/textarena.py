@@ -182,15 +182,16 @@ def _start(game: str, arguments: Mapping[str, Any], seed: int) -> textarena.Env:
     ) from error
   if not isinstance(env.state, textarena.SinglePlayerState):
     raise ValueError(several)
-  _take_any_order(env.state)
+  _take_any_call(env.state)
   return env
 
 
-def _take_any_order(state: textarena.SinglePlayerState) -> None:
-  """Lets the state take arguments in the order in which some games hand them over.
+def _take_any_call(state: textarena.SinglePlayerState) -> None:
+  """Lets the state take the calls that some games make, and that it does not declare.
 
   Countdown, Cryptarithm and Slitherlink give sender, text and type of an observation, and reward
-  and reason of an invalid move; the state declares other orders.
+  and reason of an invalid move; the state declares other orders. FifteenPuzzle, once solved, names
+  the winners, which states of several players take.
   """
   add, invalid = state.add_observation, state.set_invalid_move
 
@@ -205,7 +206,11 @@ def _take_any_order(state: textarena.SinglePlayerState) -> None:
       args = args[::-1]
     invalid(*args, **named)
 
+  def set_winners(player_ids, reason):
+    state.set_outcome(reward=float(0 in player_ids), reason=reason)
+
   state.add_observation, state.set_invalid_move = add_observation, set_invalid_move
+  state.set_winners = set_winners
 
 
 def _sentences(rules: str) -> list[str]:
