@@ -423,24 +423,63 @@ def claude(role, text, uuid, parent, **more):
   return {"type": role, "sessionId": "s", "uuid": uuid, "parentUuid": parent, "message": message}
 
 
-def test_what_is_taken_back_in_claude_code_stood_in_no_later_prompt(tmp_path):
+@pytest.mark.parametrize("parent", ["2", "event"])
+def test_what_is_taken_back_in_claude_code_stood_in_no_later_prompt(tmp_path, parent):
+  """The next message goes on from the line before what is taken back, which may be an event."""
   lines = [
     claude("user", "one", "1", None),
     claude("assistant", "One.", "2", "1"),
-    claude("user", "two", "3", "2"),
+    {"type": "system", "sessionId": "s", "uuid": "event", "parentUuid": "2"},
+    claude("user", "two", "3", "event"),
     claude("assistant", "Two.", "4", "3"),
     claude("user", "three", "5", "4"),
     claude("assistant", "Three.", "6", "5"),
-    claude("user", "two again", "7", "2"),  # instead of "two"
+    claude("user", "two again", "7", parent),
     claude("assistant", "Two again.", "8", "7"),
     claude("user", "four", "9", "8"),
     claude("assistant", "Four.", "10", "9"),
+    claude("user", "anew", "11", None),
+    claude("assistant", "Anew.", "12", "11"),
+    claude("user", "so far: anew", "13", None) | {"isCompactSummary": True},
+    claude("assistant", "Good.", "14", "13"),
   ]
   found, _ = read(tmp_path, *lines, near=2)
   assert {each.id: [m.content for m in each.messages] for each in found} == {
     "s": ["one", "One.", "two", "Two.", "three", "Three."],
-    "s#log.jsonl:7": ["one", "One.", "two again", "Two again.", "four", "Four."],
+    "s#log.jsonl:8": ["one", "One.", "two again", "Two again.", "four", "Four."],
+    "s#log.jsonl:12": ["anew", "Anew."],
+    "s#log.jsonl:14": ["so far: anew", "Good."],
   }
+
+
+def test_results_of_calls_that_ran_at_once_take_nothing_back(tmp_path):
+  def line(role, uuid, parent, *parts):
+    return claude(role, "", uuid, parent) | {
+      "message": {"role": role, "content": list(parts), "id": "m"}
+    }
+
+  uses = [{"type": "tool_use", "id": n, "name": "clock", "input": {}} for n in ("a", "b")]
+  results = [{"type": "tool_result", "tool_use_id": n, "content": n} for n in ("a", "b")]
+  lines = [
+    claude("user", "one", "1", None),
+    line("assistant", "2", "1", uses[0]),
+    line("assistant", "3", "2", uses[1]),
+    line("user", "4", "2", results[0]),  # each follows its own call
+    line("user", "5", "3", results[1]),
+    claude("user", "[Request interrupted by user]", "6", "4"),
+    claude("user", "two", "7", "6"),
+    claude("assistant", "Two.", "8", "7"),
+  ]
+  [found] = messages(tmp_path, *lines)
+  assert [m.content for m in found] == [
+    "one",
+    "",
+    "a",
+    "b",
+    lines[5]["message"]["content"][0]["text"],
+    "two",
+    "Two.",
+  ]
 
 
 def codex(role, text):

@@ -92,7 +92,8 @@ class Record:
     joins: names the model's response that the messages are a part of, "" if unknown: what has one
       name is one message.
     begins: the model's context begins anew here, with these messages.
-    place: of a user's message, names what it follows: a second one takes back what came after.
+    name, follows: of a line, and of the line that a user's message follows: what the user said
+      since then is taken back.
     takes_back: how many of the user's messages are taken back here, with all that came after.
     heads: these messages stand before a session or nowhere.
     id, user, outcome, reward, feedback, tools: of the conversation, where the record names them.
@@ -103,7 +104,8 @@ class Record:
   side: str = ""
   joins: str = ""
   begins: bool = False
-  place: str = ""
+  name: str = ""
+  follows: str = ""
   takes_back: int = 0
   heads: bool = False
   id: str = ""
@@ -352,6 +354,7 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
       )
     return Record(tuple(messages), session, joins=_side(messages))
   messages = tuple(said(inner, seen))
+  asks = all(message.role == "user" for message in messages)
   user = first_name(*(data.get(name) for name in USERS)) or None
   return Record(
     messages,
@@ -359,15 +362,12 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
     side=first_name(data.get("agentId")) or "side" if data.get("isSidechain") else "",
     joins=first_name(inner.get("id")) if who == "assistant" and inner is not data else "",
     begins=data.get("isCompactSummary") is True,
-    place=f"parent {data['parentUuid']}" if "parentUuid" in data and _by_user(messages) else "",
+    name=first_name(data.get("uuid")),
+    follows=first_name(data["parentUuid"]) or "nothing" if asks and "parentUuid" in data else "",
     user=user,
     feedback=_feedback(data),
     tools=_offered(data.get("tools")),
   )
-
-
-def _by_user(messages: tuple[Message, ...]) -> bool:
-  return bool(messages) and all(message.role == "user" for message in messages)
 
 
 def _offered(given: Any) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ class _Part:
     self.tools = record.tools or self.tools
     self.user = self.user or record.user
     self.feedback += (record.feedback,) if record.feedback else ()
-    self.places |= {record.place: len(self.messages)} if record.place else {}
+    if record.follows:  # what it follows may be an event
+      self.places.setdefault(record.follows, len(self.messages))
     for message in record.messages:
       place = len(self.messages) - 1
       # A tool may answer the first call of a response before the second call is written down.
@@ -46,13 +47,16 @@ class _Part:
       else:
         self.messages.append(message)
         self.joins.append(record.joins)
+    if record.name:
+      self.places[record.name] = len(self.messages)
 
   def taken_back(self, record: Record) -> int | None:
     """How many messages stay where a record takes the rest back; None if it does not."""
-    prompts = [number for number, message in enumerate(self.messages) if is_prompt(message)]
-    if record.takes_back and prompts:
-      return prompts[-min(record.takes_back, len(prompts))]
-    return self.places.get(record.place)
+    if record.takes_back:
+      prompts = [number for number, message in enumerate(self.messages) if is_prompt(message)]
+      return prompts[-min(record.takes_back, len(prompts))] if prompts else None
+    stay = self.places.get(record.follows, len(self.messages))
+    return stay if any(map(is_prompt, self.messages[stay:])) else None
 
   def until(self, count: int, line: int) -> "_Part":
     """The part with its first messages alone, to go on from there."""
@@ -100,12 +104,12 @@ def gathered(records: Iterable[tuple[Record, int]]) -> Iterator[tuple[Record, in
     part = parts.get(record.side)
     if part is not None and record.heads:  # written again where a session is taken up again
       continue
+    stay = part.taken_back(record) if part is not None and not record.begins else None
     if part is not None and record.begins:
       yield parts.pop(record.side).record(), part.line
       known = {"user": record.user or part.user, "tools": record.tools or part.tools}
       record = dataclasses.replace(record, id=part.first.id, **known)
-    stay = part and part.taken_back(record)
-    if stay is not None:
+    elif stay is not None:
       yield part.record(), part.line
       parts[record.side] = part.until(stay, line)
     parts.setdefault(record.side, _Part(record, line)).add(record)
