@@ -512,6 +512,22 @@ def test_what_is_rolled_back_in_codex_stood_in_no_later_prompt(tmp_path):
   ]
 
 
+@pytest.mark.parametrize("history", [None, [], [{"type": "message"} | ASKED | {"content": "So."}]])
+def test_a_summary_begins_codexs_context_anew(tmp_path, history):
+  summary = {"message": "So."} | ({} if history is None else {"replacement_history": history})
+  lines = [
+    codex("user", "one"),
+    codex("assistant", "One."),
+    {"type": "compacted", "payload": summary},
+  ]
+  lines += [codex("user", "two"), codex("assistant", "Two.")]
+  found, _ = read(tmp_path, *lines, near=2)
+  assert [[m.content for m in each.messages] for each in found] == [
+    ["one", "One."],
+    ["So.", "two", "Two."],
+  ]
+
+
 # What follows from them.
 
 

@@ -384,8 +384,11 @@ def _codex(event: str, payload: dict[str, Any], seen: Seen) -> Record | None:
     head = (Message("system", text),) if isinstance(text, str) and text else ()
     offered = _offered(payload.get("dynamic_tools"))
     return Record(head, "", heads=True, id=first_name(payload.get("id")), tools=offered)
-  if event == "compacted" and isinstance(payload.get("replacement_history"), list):
-    history = [m for each in payload["replacement_history"] for m in entry(each, seen)]
+  history, summary = payload.get("replacement_history"), payload.get("message")
+  if event == "compacted" and not history and isinstance(summary, str):
+    history = [{"role": "user", "content": summary}]  # all that older versions write
+  if event == "compacted" and isinstance(history, list):
+    history = [message for each in history for message in entry(each, seen)]
     return Record(tuple(answers_joined(history)), "", begins=True)
   turns = payload.get("num_turns")
   if payload.get("type") == "thread_rolled_back" and type(turns) is int and turns > 0:
