@@ -222,6 +222,19 @@ def test_langchains_messages(tmp_path, said):
   assert found.feedback == '{"thumb": {"avg": 0.0}}' and counts.seen["event", "tool"] == 1
 
 
+def test_of_langgraphs_runs_the_outputs_are_all_or_what_is_new(tmp_path):
+  graph = {"id": "g", "run_type": "chain", "inputs": {"messages": [["user", ASKS]]}}
+  graph["outputs"] = {"messages": PLAIN}
+  assert messages(tmp_path, graph) == [LC_TALK]
+  node = {"id": "n", "run_type": "chain", "inputs": {"messages": PLAIN[:-1]}}
+  node["outputs"] = {"messages": PLAIN[-1:]}
+  assert messages(tmp_path, node) == [LC_TALK]
+  tools = {"id": "t", "run_type": "chain", "inputs": {"tool_call": LC_CALL}}
+  tools["outputs"] = {"messages": PLAIN[3:4]}
+  [found], counts = read(tmp_path, tools, node)
+  assert found.id == "n" and counts.seen["event", "chain"] == 1
+
+
 @pytest.mark.parametrize("said", [PLAIN, DATA])
 def test_langchains_messages_as_records(tmp_path, said):
   assert messages(tmp_path, *said) == [LC_TALK]

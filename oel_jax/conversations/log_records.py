@@ -52,7 +52,7 @@ SESSIONS = (
 # What holds a conversation's messages.
 LISTS = ("messages", "conversations", "contents", "history", "conversation")
 REQUESTS = (
-  "outputs", "request", "request_body", "proxy_server_request", "inputs", "input", "body",
+  "request", "request_body", "proxy_server_request", "inputs", "input", "body",
   "chat",
 )  # fmt: skip
 RESPONSES = ("response", "response_body", "output", "outputs", "completion")
@@ -155,8 +155,18 @@ def _step(data: dict[str, Any]) -> str:
     what = data.get("type")
     if isinstance(what, str) and what.isupper() and what != "GENERATION":
       return what
-  run, messages = data.get("run_type"), _object(data.get("outputs")).get("messages")  # LangSmith's
-  return run if isinstance(run, str) and run != "llm" and not messages else ""
+  run, inputs = data.get("run_type"), _object(data.get("inputs"))  # LangSmith's
+  said = _object(data.get("outputs")).get("messages") and (_state(data) or inputs.get("messages"))
+  return run if isinstance(run, str) and run != "llm" and not said else ""
+
+
+def _state(data: dict[str, Any]) -> dict[str, Any] | None:
+  """The outputs of a run of LangGraph's that hold all that was said, not what is new alone."""
+  outputs = _object(data.get("outputs"))
+  given = opened(outputs.get("messages"))
+  first = given[0] if isinstance(given, list) and given else None
+  who = with_role(first).get("role") if isinstance(first, dict) else None
+  return outputs if isinstance(who, str) and SPEAKERS.get(who) in ("system", "user") else None
 
 
 def _places(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -167,8 +177,8 @@ def _places(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _request(data: dict[str, Any]) -> dict[str, Any] | None:
   """The object that holds what was said before the answer."""
-  places = _places(data)
-  for value in places:
+  places, state = _places(data), _state(data)
+  for value in places if state is None else (state,):
     if any(_lists(value)):
       return value
   if isinstance(data.get("instruction"), str):
@@ -226,7 +236,8 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   if system:
     system = said({"role": "system", "content": _texts(system)}, seen)
     messages = messages if messages[:1] == system else system + messages
-  if request is not data or not messages or messages[-1].role != "assistant":
+  own = request is data or request == _state(data)
+  if not own or not messages or messages[-1].role != "assistant":
     messages += _answer(data, seen)
   # LiteLLM keeps the rest of a request in "model_parameters".
   meta, rest = (_object(data.get(name)) for name in ("metadata", "model_parameters"))
@@ -315,6 +326,8 @@ def _answer(data: dict[str, Any], seen: Seen) -> Iterator[Message]:
     given = given["message"] if isinstance(given, dict) and given else []
   elif isinstance(given, dict) and isinstance(given.get("output"), list):
     given = given["output"]
+  elif isinstance(given, dict) and given is not data and isinstance(given.get("messages"), list):
+    given = given["messages"] if _state(data) is None else []
   elif isinstance(given, dict) and given is not data and isinstance(given.get("message"), dict):
     given = given["message"]
   elif isinstance(given, dict) and given is not data and "content" in given:
