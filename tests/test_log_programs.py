@@ -259,6 +259,15 @@ def test_of_langfuses_observations_only_calls_of_a_model_are_said(tmp_path):
   }
 
 
+def test_a_page_of_a_list_holds_records(tmp_path):
+  rows = [{"id": str(n), "traceId": "t", "type": "GENERATION", "input": [ASKED]} for n in range(2)]
+  rows = [row | {"output": NOON | {"content": f"At {row['id']}."}} for row in rows]
+  for rest in ({"object": "list", "has_more": False}, {"meta": {"page": 1}}, {"error": None}):
+    path = tmp_path / "page.json"
+    path.write_text(json.dumps({"data": rows} | rest))
+    assert [each.id for each in logs.read(path, logs.Counts())] == ["0", "1"]
+
+
 @pytest.mark.parametrize("empty", ["{}", {}])
 def test_litellms_database(tmp_path, empty):
   """`messages` is empty there, and `user` the key's owner."""

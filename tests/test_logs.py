@@ -472,6 +472,7 @@ def test_whatever_stands_where_is_a_record_that_can_be_written_or_a_value_error(
     {"contents": [{"role": "model", "parts": [{"functionCall": {"name": "f"}}]}], "system": "x"},
     {"type": "ai", "data": {"content": [{"type": "tool-f", "output": 1}], "response_metadata": {}}},
     {"run_type": "llm", "inputs": {"messages": [[ASKED]]}, "outputs": {"generations": [[{}]]}},
+    {"run_type": "chain", "inputs": {"messages": [ASKED]}, "outputs": {"messages": [NOON]}},
     {"chat": {"messages": [ASKED, {"role": "assistant", "parts": [{"type": "text"}]}]}},
     {"request": {"input": [{"type": "x_call"}]}, "response": {"candidates": [{"content": {}}]}},
     item(type="reasoning", summary=[{"text": "x"}]),

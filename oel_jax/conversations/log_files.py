@@ -14,6 +14,7 @@ from oel_jax.runtime import schema
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".traj")  # SWE-agent's, which are JSON
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+PAGE = {"data", "meta", "error"}  # of a list, as Langfuse and Helicone give it
 MAX_RECORD = 1 << 26  # bytes of one record, above which it is not even held in memory
 
 
@@ -68,7 +69,7 @@ _CHUNK = 1 << 20
 
 def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
   """The JSON values of a .json file, with their numbers from 1: an array's items, or objects that
-  follow one another, on one line or on many; of a list as OpenAI's API gives it, its "data".
+  follow one another, on one line or on many; of a page of a list, its "data".
   """
   decoder, reader = json.JSONDecoder(), io.TextIOWrapper(stream, encoding="utf-8-sig")
   text, number, array = "", 0, None
@@ -106,7 +107,8 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         text = text.partition("\n")[2]
         continue
       text = text[end:]
-      listed = value.get("data") if isinstance(value, dict) and value.get("object") == "list" else 0
+      page = isinstance(value, dict) and (value.get("object") == "list" or value.keys() <= PAGE)
+      listed = value.get("data") if page else None
       for each in listed if isinstance(listed, list) else [value]:
         number += 1
         yield number, each
