@@ -310,10 +310,11 @@ def test_ollamas_answer(tmp_path):
 
 
 def test_an_answer_that_is_a_stream_of_events_is_refused(tmp_path):
-  chunk = {"choices": [{"delta": {"content": SAYS}}]}
-  record = {"request": {"messages": [ASKED]}, "response": f"data: {json.dumps(chunk)}\n\n"}
-  found, counts = read(tmp_path, {"messages": [ASKED, NOON]}, record, max_damaged=1)
-  assert len(found) == 1 and "its pieces must be joined to one answer" in counts.places[0]
+  chunk = {"object": "chat.completion.chunk", "choices": [{"delta": {"content": SAYS}}]}
+  for stream in (f"data: {json.dumps(chunk)}\n\n", [chunk]):
+    record = {"request": {"messages": [ASKED]}, "response": stream}
+    found, counts = read(tmp_path, {"messages": [ASKED, NOON]}, record, max_damaged=1)
+    assert len(found) == 1 and "its pieces must be joined to one answer" in counts.places[0]
 
 
 def test_empty_feedback_is_none(tmp_path):
@@ -532,6 +533,18 @@ def test_what_is_rolled_back_in_codex_stood_in_no_later_prompt(tmp_path):
     [*head, "two", "Two."],
     [*head, "three", "Three."],
   ]
+
+
+def test_an_older_codexs_session(tmp_path):
+  lines = [
+    {"id": "t", "timestamp": "2025-06-01T00:00:00Z", "instructions": "Be brief."},
+    {"record_type": "state"},
+    {"type": "message", "id": None} | ASKED,
+    {"type": "reasoning", "summary": [], "encrypted_content": "x"},
+    {"type": "message", "id": "m"} | NOON,
+  ]
+  [found], counts = read(tmp_path, *lines)
+  assert (found.id, found.messages, counts.damaged) == ("t", (SYSTEM, USER, ANSWER), 0)
 
 
 @pytest.mark.parametrize("history", [None, [], [{"type": "message"} | ASKED | {"content": "So."}]])

@@ -61,6 +61,7 @@ USERS = (
   "end_user", "user_api_key_end_user_id", "user", "user_id", "userId", "safety_identifier",
   "request_user_id",
 )  # fmt: skip
+OLD_HEAD = {"id", "timestamp", "instructions", "git"}  # of an older Codex's session
 OFFERED = ("tools", "functions")
 SYSTEMS = ("system", "instructions", "systemInstruction", "system_instruction")
 # Of a record, what is read or what says nothing of the conversation; the rest is counted by name.
@@ -133,6 +134,8 @@ def read(data: Any, seen: Seen) -> Record | None:
   payload = data.get("payload")
   if isinstance(data.get("type"), str) and isinstance(payload, dict):
     return _codex(data["type"], payload, seen)
+  if {"id", "timestamp", "instructions"} <= data.keys() <= OLD_HEAD:
+    return _codex("session_meta", data, seen)
   step = _step(data)
   if step:
     seen.append(("event", step))
@@ -305,7 +308,9 @@ def _answer(data: dict[str, Any], seen: Seen) -> Iterator[Message]:
   given = opened(data if given is None else given)
   if isinstance(given, dict) and isinstance(opened(given.get("body")), dict):
     given = opened(given["body"])
-  if isinstance(given, str) and given.lstrip().startswith(("data: {", "event: ")):
+  first = _object(given[0]) if isinstance(given, list) and given else {}
+  streamed = isinstance(given, str) and given.lstrip().startswith(("data: {", "event: "))
+  if streamed or first.get("object") == "chat.completion.chunk":
     raise ValueError("the answer is a stream of events: its pieces must be joined to one answer")
   if isinstance(given, str):
     given = {"role": "assistant", "content": given}
