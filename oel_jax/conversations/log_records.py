@@ -19,8 +19,9 @@ session, or an event that is no message.
 
 Another format that is one JSON object: the name of its list goes into `LISTS`, and the object into
 this table. What an entry of the list may say stands in `log_messages` (`said`, `SPEAKERS`, `SAYS`,
-`MESSAGE_KNOWN`, `*_PARTS`), items that are no messages in `log_items`, files that are no lines of
-JSON in `log_files`. An example goes into tests/test_log_programs.py.
+`MESSAGE_KNOWN`, `*_PARTS`), items that are no messages in `log_items`, answers to requests in
+`log_answers`, files that are no lines of JSON in `log_files`. An example goes into
+tests/test_log_programs.py.
 
 No error tells what somebody said: a record is named by its place, what is wrong by its kind.
 """
@@ -32,6 +33,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from oel_jax.conversations import tools
+from oel_jax.conversations.log_answers import (
+  RESPONSES,
+  answer,
+  object_in,
+  state_of_graph,
+  step_of_trace,
+)
 from oel_jax.conversations.log_items import answers_joined, entry, item
 from oel_jax.conversations.log_messages import (
   SPEAKERS,
@@ -55,7 +63,6 @@ REQUESTS = (
   "request", "request_body", "proxy_server_request", "inputs", "input", "body",
   "chat",
 )  # fmt: skip
-RESPONSES = ("response", "response_body", "output", "outputs", "completion")
 # LiteLLM's "user" is the owner of the key, beside its end user.
 USERS = (
   "end_user", "user_api_key_end_user_id", "user", "user_id", "userId", "safety_identifier",
@@ -136,14 +143,14 @@ def read(data: Any, seen: Seen) -> Record | None:
     return _codex(data["type"], payload, seen)
   if {"id", "timestamp", "instructions"} <= data.keys() <= OLD_HEAD:
     return _codex("session_meta", data, seen)
-  step = _step(data)
+  step = step_of_trace(data)
   if step:
     seen.append(("event", step))
     return None
   request = _request(data)
   if request is not None:
     return _whole(data, request, seen)
-  alone = data.get("type") is None and next(_answer(data, []), None) is not None
+  alone = data.get("type") is None and next(answer(data, []), None) is not None
   if alone or (data.get("type") == "message" and "stop_reason" in data):  # Anthropic's
     raise ValueError("an answer without what was asked: the request must stand in the same record")
   return _agent(data, seen)
@@ -152,35 +159,15 @@ def read(data: Any, seen: Seen) -> Record | None:
 # Whole conversations.
 
 
-def _step(data: dict[str, Any]) -> str:
-  """What a trace's record is, if it is no call of a model: a tool's, a search; else ""."""
-  if "traceId" in data or "trace_id" in data:  # Langfuse's observations
-    what = data.get("type")
-    if isinstance(what, str) and what.isupper() and what != "GENERATION":
-      return what
-  run, inputs = data.get("run_type"), _object(data.get("inputs"))  # LangSmith's
-  said = _object(data.get("outputs")).get("messages") and (_state(data) or inputs.get("messages"))
-  return run if isinstance(run, str) and run != "llm" and not said else ""
-
-
-def _state(data: dict[str, Any]) -> dict[str, Any] | None:
-  """The outputs of a run of LangGraph's that hold all that was said, not what is new alone."""
-  outputs = _object(data.get("outputs"))
-  given = opened(outputs.get("messages"))
-  first = given[0] if isinstance(given, list) and given else None
-  who = with_role(first).get("role") if isinstance(first, dict) else None
-  return outputs if isinstance(who, str) and SPEAKERS.get(who) in ("system", "user") else None
-
-
 def _places(data: dict[str, Any]) -> list[dict[str, Any]]:
   """The record and the objects in it that may be a request."""
-  inner = [_object(data.get(name)) for name in REQUESTS]
-  return [data, *inner, *(_object(value.get("body")) for value in inner)]
+  inner = [object_in(data.get(name)) for name in REQUESTS]
+  return [data, *inner, *(object_in(value.get("body")) for value in inner)]
 
 
 def _request(data: dict[str, Any]) -> dict[str, Any] | None:
   """The object that holds what was said before the answer."""
-  places, state = _places(data), _state(data)
+  places, state = _places(data), state_of_graph(data)
   for value in places if state is None else (state,):
     if any(_lists(value)):
       return value
@@ -218,7 +205,7 @@ def _lists(value: dict[str, Any]) -> Iterator[str]:
 
 def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   seen += (("field", name) for name in data if name not in KNOWN)
-  response = _object(next((data[name] for name in RESPONSES if data.get(name)), None))
+  response = object_in(next((data[name] for name in RESPONSES if data.get(name)), None))
   if request.get("previous_response_id") or response.get("previous_response_id"):
     raise ValueError(
       "it goes on from another response (previous_response_id), whose messages are not in this "
@@ -239,11 +226,11 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
   if system:
     system = said({"role": "system", "content": _texts(system)}, seen)
     messages = messages if messages[:1] == system else system + messages
-  own = request is data or request == _state(data)
+  own = request is data or request == state_of_graph(data)
   if not own or not messages or messages[-1].role != "assistant":
-    messages += _answer(data, seen)
+    messages += answer(data, seen)
   # LiteLLM keeps the rest of a request in "model_parameters".
-  meta, rest = (_object(data.get(name)) for name in ("metadata", "model_parameters"))
+  meta, rest = (object_in(data.get(name)) for name in ("metadata", "model_parameters"))
   places = (request, data, rest, response)
   offered = next(filter(None, (place.get(name) for place in places for name in OFFERED)), None)
   reward = _reward(data.get("reward", data.get("score", meta.get("score"))))
@@ -253,7 +240,7 @@ def _whole(data: dict[str, Any], request: dict[str, Any], seen: Seen) -> Record:
     user=_user(data, meta, rest),
     outcome=words(data.get("outcome", meta.get("outcome"))),
     reward=reward,
-    feedback=_feedback(data, meta, *filter(None, map(_object, given))),
+    feedback=_feedback(data, meta, *filter(None, map(object_in, given))),
     tools=tools.definitions(offered),
   )
 
@@ -266,8 +253,8 @@ def _texts(system: Any) -> Any:
 def _user(data: dict[str, Any], *others: dict[str, Any]) -> str | None:
   """Who the user was: as the record says, its request, or what stands beside them."""
   places = [*_places(data), *others]
-  places += [_object(place.get("metadata")) for place in places]
-  places.append(_object(_object(data.get("extra")).get("metadata")))  # LangSmith's
+  places += [object_in(place.get("metadata")) for place in places]
+  places.append(object_in(object_in(data.get("extra")).get("metadata")))  # LangSmith's
   names = [name for name in USERS if name != "user" or "end_user" not in data]
   return first_name(*(place.get(name) for name in names for place in places)) or None
 
@@ -296,53 +283,6 @@ def _reward(value: Any) -> float | None:
   return reward
 
 
-def _object(value: Any) -> dict[str, Any]:
-  """An object, or what stands as one in a text; an empty one for anything else."""
-  value = opened(value)
-  return value if isinstance(value, dict) else {}
-
-
-def _answer(data: dict[str, Any], seen: Seen) -> Iterator[Message]:
-  """The messages of the answer that stands beside a request."""
-  given = next((data[name] for name in RESPONSES if data.get(name)), None)
-  given = opened(data if given is None else given)
-  if isinstance(given, dict) and isinstance(opened(given.get("body")), dict):
-    given = opened(given["body"])
-  first = _object(given[0]) if isinstance(given, list) and given else {}
-  streamed = isinstance(given, str) and given.lstrip().startswith(("data: {", "event: "))
-  if streamed or first.get("object") == "chat.completion.chunk":
-    raise ValueError("the answer is a stream of events: its pieces must be joined to one answer")
-  if isinstance(given, str):
-    given = {"role": "assistant", "content": given}
-  elif isinstance(given, dict) and isinstance(given.get("choices"), list) and given["choices"]:
-    if len(given["choices"]) > 1:
-      seen.append(("form", "choices"))
-    choice = given["choices"][0]
-    choice = choice if isinstance(choice, dict) else {}
-    given = choice.get("message", {"role": "assistant", "content": choice.get("text")})
-  elif isinstance(given, dict) and isinstance(given.get("candidates"), list):  # Gemini's
-    if len(given["candidates"]) > 1:
-      seen.append(("form", "choices"))
-    given = [_object(each).get("content") for each in given["candidates"][:1]]
-    given = [{"role": "assistant"} | each for each in given if isinstance(each, dict)]
-  elif isinstance(given, dict) and isinstance(given.get("generations"), list):  # LangChain's
-    while isinstance(given, list | dict) and given and "message" not in given:
-      given = given[0] if isinstance(given, list) else given.get("generations")
-    given = given["message"] if isinstance(given, dict) and given else []
-  elif isinstance(given, dict) and isinstance(given.get("output"), list):
-    given = given["output"]
-  elif isinstance(given, dict) and given is not data and isinstance(given.get("messages"), list):
-    given = given["messages"] if _state(data) is None else []
-  elif isinstance(given, dict) and given is not data and isinstance(given.get("message"), dict):
-    given = given["message"]
-  elif isinstance(given, dict) and given is not data and "content" in given:
-    given = {"role": "assistant"} | given
-  else:
-    given = given if isinstance(given, list) else []
-  for each in given if isinstance(given, list) else [given]:
-    yield from entry(each, seen)
-
-
 # Agents' sessions.
 
 
@@ -351,7 +291,7 @@ def _agent(data: dict[str, Any], seen: Seen) -> Record | None:
   event = data.get("type", data.get("record_type"))
   event = event if isinstance(event, str) else None
   inner = data["message"] if isinstance(data.get("message"), dict) else data
-  if event in ("human", "ai") or "response_metadata" in {**data, **_object(data.get("data"))}:
+  if event in ("human", "ai") or "response_metadata" in {**data, **object_in(data.get("data"))}:
     inner = with_role(inner)
   if data.get("isMeta") or data.get("isApiErrorMessage"):  # not the user's, not the model's
     seen.append(("event", "isMeta" if data.get("isMeta") else "isApiErrorMessage"))
