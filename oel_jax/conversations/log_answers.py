@@ -1,5 +1,5 @@
-"""The answer that stands beside a request, in the forms of servers and of programs that trace calls;
-and which records of a trace are calls of a model.
+"""The answer that stands beside a request, as servers write it and programs that trace calls; and
+which records of a trace are calls of a model.
 """
 
 from collections.abc import Iterator
