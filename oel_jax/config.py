@@ -225,6 +225,10 @@ def _consolidation() -> ml_collections.ConfigDict:
       # share of it that a round's last step has, to which it falls in a line; 1: constant
       final_rate=1.0,
       decay=1.0,  # share of a round's steps, its last ones, over which it falls; 1: all of them
+      # above 0: of each layer's matrices only what a product of this rank adds to them is learned
+      # (LoRA; consolidation/lora.py), at a rate some ten times as high; the rest stays as it is
+      lora_rank=0,
+      lora_alpha=32.0,  # the product is multiplied by this over the rank
       b1=0.9,  # decay of the gradient's mean
       b2=0.999,  # decay of its square
       eps=1e-8,  # added to its root

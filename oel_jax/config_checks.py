@@ -56,6 +56,7 @@ POSITIVE = (
   "consolidation.k",
   "consolidation.temperature",
   "consolidation.learning_rate",
+  "consolidation.lora_alpha",
   "consolidation.eps",
   "consolidation.clip_norm",
   "consolidation.micro_tokens",
@@ -72,6 +73,7 @@ NOT_NEGATIVE = (
   "extraction.top_k",
   "evaluation.top_k",
   "consolidation.later_steps",
+  "consolidation.lora_rank",
   "consolidation.games_per_step",
   "consolidation.gate_episodes",
   "consolidation.log_probe",
@@ -263,6 +265,12 @@ def _check_guard(config: Any) -> None:
     "consolidation.later_steps",
     not training.later_steps or "distill" not in config,
     "0, as config.task is distill: it has one round",
+  )
+  _need(
+    config,
+    "consolidation.lora_alpha",
+    training.lora_rank > 0 or training.lora_alpha == 32,
+    "32 where consolidation.lora_rank is 0: there is no product",
   )
   _need(config, "consolidation.select", 0 < training.select <= 1, "above 0 and at most 1 (all)")
   _need(

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 
-from oel_jax.consolidation import id_lists
+from oel_jax.consolidation import id_lists, lora
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.runtime import distributed, finite, schema
+from oel_jax.runtime import distributed, finite, schema, seeds
 from oel_jax.runtime import mesh as mesh_lib
 from oel_jax.runtime.checkpoint import Checkpoints, Restored
 from oel_jax.runtime.checksum import fingerprint
@@ -68,14 +70,41 @@ def _falling(
 
 
 @functools.lru_cache(maxsize=2)
-def beginning(optimizer: optax.GradientTransformation) -> Callable[[Any], step_lib.State]:
-  """`begin` with this optimizer, the same function each time."""
-  return functools.partial(begin, optimizer)
+def beginning(
+  optimizer: optax.GradientTransformation, rank: int = 0
+) -> Callable[..., step_lib.State]:
+  """`begin` with this optimizer and rank, the same function each time."""
+  return functools.partial(begin, optimizer, rank=rank)
 
 
-def begin(optimizer: optax.GradientTransformation, params: Any) -> step_lib.State:
-  """The state before the first step, its parameters in float32."""
-  return step_lib.init_state(jax.tree.map(lambda p: p.astype("float32"), params), optimizer)
+def begin(
+  optimizer: optax.GradientTransformation, params: Any, seed: Any = None, *, rank: int = 0
+) -> step_lib.State:
+  """The state before the first step: of the parameters in float32, or with a rank of their adapters
+  (`lora.init`), drawn by `seed`, uint32.
+  """
+  learned = lora.init(params, rank, jax.random.key(seed)) if rank else in_float32(params)
+  return step_lib.init_state(learned, optimizer)
+
+
+def begins_with(config: Any, task: task_lib.Task, params: Any) -> tuple[Any, ...]:
+  """What `beginning` is given besides the optimizer and the rank."""
+  if not config.lora_rank:
+    return (params,)
+  return params, np.uint32(seeds.derive(task.seed, task.round, "adapters"))
+
+
+def in_float32(params: Any) -> Any:
+  """All parameters as a training leaves them."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def keeps_weights(config: Any) -> bool:
+  """Whether a finished training leaves its parameters alone. Of adapters they are the only thing to
+  go on from: what is added to them would differ in its last bits from one kind of device to
+  another.
+  """
+  return config.keep == "weights" or config.lora_rank > 0
 
 
 def inputs(task: task_lib.Task, policy: Policy) -> dict[str, str]:
@@ -176,12 +205,16 @@ def drop_checkpoints(directory: str | os.PathLike) -> None:
   distributed.barrier(f"the checkpoints of {directory}")
 
 
-def need_room(checkpoints: Checkpoints, config: Any, abstract: Any, first: int) -> None:
-  """Raises OSError unless the disk has room for what is saved after step `first`."""
+def need_room(
+  checkpoints: Checkpoints, config: Any, abstract: Any, params: Any, first: int
+) -> None:
+  """Raises OSError unless the disk has room for what is saved after step `first`: states, and in
+  the end maybe all the parameters.
+  """
   left = config.steps - first
-  if config.keep == "weights":
+  if keeps_weights(config):
     checkpoints.need_room(abstract, (left - 1) // config.checkpoint_every)
-    checkpoints.need_room(abstract.params, 1)
+    checkpoints.need_room(params, 1)
   else:
     checkpoints.need_room(abstract, -(-left // config.checkpoint_every))
 
@@ -217,9 +250,9 @@ def weights(
 def weights_only(folder: str | os.PathLike, done: int, planned: int) -> str:
   """That a training cannot go on for more steps."""
   return (
-    f"{folder}: holds the weights after step {done} alone, as config.consolidation.keep says, but "
-    f"config.consolidation.steps or later_steps is {planned}: set it to {done}, or remove the "
-    "folder to train the round anew"
+    f"{folder}: holds the weights after step {done} alone, as config.consolidation.keep or "
+    f"lora_rank says, but config.consolidation.steps or later_steps is {planned}: set it to "
+    f"{done}, or remove the folder to train the round anew"
   )
 
 
@@ -231,10 +264,11 @@ def trained_params(
   """
   if not os.path.isdir(directory):
     return None
-  abstract = mesh_lib.abstract_init(beginning(make_optimizer(config)), mesh, policy.params)
-  params = weights(directory, abstract.params, config.steps)
-  if params is not None:
+  whole = mesh_lib.abstract_init(in_float32, mesh, policy.params)
+  params = weights(directory, whole, config.steps)
+  if params is not None or config.lora_rank:
     return params
+  abstract = mesh_lib.abstract_init(beginning(make_optimizer(config)), mesh, policy.params)
   with Checkpoints(directory) as checkpoints:
     restored = newest(checkpoints, abstract)
   return restored.state.params if restored and restored.step == config.steps else None

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oel_jax.consolidation import batch as batch_lib
-from oel_jax.consolidation import chunk_loss, micro_batches, on_mesh, sharded
+from oel_jax.consolidation import chunk_loss, lora, micro_batches, on_mesh, sharded
 from oel_jax.consolidation import metrics as metrics_lib
 from oel_jax.consolidation import teacher as teacher_lib
 from oel_jax.policy import transformer, unrolled
@@ -22,7 +22,9 @@ GRADIENT = "gradient_norm/"  # begins the name of a metric that is one parameter
 
 
 class State(NamedTuple):
-  """What training changes: optimizer steps done (int32), float32 parameters, optimizer state."""
+  """What training changes: optimizer steps done (int32), float32 parameters, or adapters of them
+  (`lora`), optimizer state.
+  """
 
   step: Array
   params: Any
@@ -129,10 +131,13 @@ def make_step(
   one: tuple[int, ...] = (),
   shardings: Any = None,
   anchor: float = 0.0,
+  lora_scale: float = 1.0,
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
-  """Makes the jitted step(state, teacher, batch, kept=None) -> (state, metrics). The state is
-  donated, the teacher is not. `kept`, a batch too, has prompts as they stand, of which the teacher
-  reads no other knowledge: on them, the student is held to what the teacher does (`anchor`).
+  """Makes the jitted step(state, teacher, batch, kept=None, base=None) -> (state, metrics). The
+  state is donated, the others are not. `kept`, a batch too, has prompts as they stand, of which the
+  teacher reads no other knowledge: on them, the student is held to what the teacher does
+  (`anchor`). `base`, parameters as `transformer.init` makes them, says that the state's are
+  adapters of these (`lora.init`), which alone are learned.
 
   Args:
     architecture: of student and teacher.
@@ -149,6 +154,7 @@ def make_step(
     shardings: of the state, as `mesh.state_shardings` gives them; None on one device. A batch's
       rows are a multiple of the mesh's data x fsdp (`mesh.pad_batch`).
     anchor: weight of the mean divergence over the tokens of `kept`, beside that over the batch's.
+    lora_scale: what the adapters' product is multiplied by before it is added to `base`.
 
   Returns:
     step; its metrics are float32 scalars: loss (nats a token), gradient_norm, tokens, and means
@@ -190,18 +196,23 @@ def make_step(
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / of, gradient)
     return value / of, count, sums, gradient
 
-  def step(state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, kept=None):
+  def step(
+    state: State, teacher: teacher_lib.Teacher, batch: batch_lib.Batch, kept=None, base=None
+  ):
+    whole = state.params if base is None else lora.merge(base, state.params, lora_scale)
     # Cast here, once. The loop's gradients in cast matrices are rounded to their type, as those of
     # the products in it are anyway.
     if teacher_lib.is_unrolled(teacher):
-      params = on_mesh.fuse(state.params, architecture, dtype, mesh)
+      params = on_mesh.fuse(whole, architecture, dtype, mesh)
     else:
-      params = transformer.cast(state.params, dtype)
+      params = transformer.cast(whole, dtype)
     value, count, sums, gradient = mean(params, teacher, batch)
     more = {}
     if kept is not None:
       more["anchor"], _, _, slope = mean(params, teacher_lib.without_knowledge(teacher), kept)
       gradient = jax.tree.map(lambda g, s: g + anchor * s, gradient, slope)
+    if base is not None:
+      gradient = lora.slopes(gradient, state.params, lora_scale)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
     metrics = {

@@ -18,7 +18,16 @@ import optax
 from absl import logging
 
 from oel_jax.consolidation import anchor as anchor_lib
-from oel_jax.consolidation import draws, failure, placement, probing, restore, samples, selection
+from oel_jax.consolidation import (
+  draws,
+  failure,
+  lora,
+  placement,
+  probing,
+  restore,
+  samples,
+  selection,
+)
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import streamed as streamed_lib
 from oel_jax.consolidation import task as task_lib
@@ -75,11 +84,13 @@ def consolidate(
     Terminated: SIGTERM came. A checkpoint of the step that was under way is written.
   """
   optimizer = restore.make_optimizer(config)
-  begin = restore.beginning(optimizer)
-  abstract = mesh_lib.abstract_init(begin, mesh, policy.params)
+  begin = restore.beginning(optimizer, config.lora_rank)
+  given = restore.begins_with(config, task, policy.params)
+  abstract = mesh_lib.abstract_init(begin, mesh, *given)
+  whole = mesh_lib.abstract_init(restore.in_float32, mesh, policy.params)
   made_from = restore.inputs(task, policy)
   cost = dict.fromkeys(COSTS, 0.0)
-  finished = restore.weights(directory, abstract.params, config.steps, made_from)
+  finished = restore.weights(directory, whole, config.steps, made_from)
   if finished is not None:
     restore.drop_checkpoints(directory)  # which a kill may have left
     advance(config.steps)
@@ -88,11 +99,11 @@ def consolidate(
     batches = iter(draws.batches(task, config))
     restored = restore.newest(checkpoints, abstract)
     first = restore.go_on(restored, batches, config, task, made_from, directory) if restored else 0
-    state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, policy.params)
+    state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, *given)
     if first:
       advance(first)
     if first < config.steps:
-      restore.need_room(checkpoints, config, abstract, first)
+      restore.need_room(checkpoints, config, abstract, whole, first)
       metrics.drop_after(task.round, "consolidate", first if restored else -1)
       training = _Training(
         config,
@@ -109,9 +120,10 @@ def consolidate(
         first=first,
       )
       state, cost = training.run(state, batches, made_from, advance)
-  if config.keep == "weights":
-    restore.keep_weights(directory, config.steps, state.params, made_from)
-  return state.params, cost
+  params = lora.whole(config, policy.params)(state.params)
+  if restore.keeps_weights(config):
+    restore.keep_weights(directory, config.steps, params, made_from)
+  return params, cost
 
 
 class _Training:
@@ -129,6 +141,8 @@ class _Training:
     max_samples: most samples of a step.
     micro_tokens: most tokens of a micro-batch (`samples.micro_tokens_of`).
     teacher: what it has read of the knowledge.
+    whole: what is learned → all parameters (`lora.whole`), and `base`, what is given to the step of
+      them; None where they are learned themselves.
     step: the jitted step (`step.make_step`).
     select: what chooses the samples to be trained on; None: all are.
     anchor: what lays out the samples that are kept; None: none are.
@@ -174,6 +188,8 @@ class _Training:
     self.micro_tokens = samples.micro_tokens_of(
       config, task.prompts, limit=limit, samples=trained, mesh=mesh
     )
+    self.whole = lora.whole(config, policy.params)
+    self.base = policy.params if config.lora_rank else None
     self.step = make_step(config, policy, optimizer, self.attn_impl, shardings, self.micro_tokens)
     self.select = selection.prepare(
       config, task, policy, limit, mesh, self.attn_impl, self.max_samples
@@ -215,7 +231,7 @@ class _Training:
         state, loss, spent = self.run_step(i, state, next(batches))
         cost = {name: total + spent[name] for name, total in cost.items()}
         ending = distributed.anywhere(terminated(), "the end of a step")
-        last = i == self.config.steps and self.config.keep == "weights"
+        last = i == self.config.steps and restore.keeps_weights(self.config)
         if ending or (self.saves(i) and not last):
           extra = {"iterator": batches.get_state(), "made_from": made_from}
           self.checkpoints.save(i, state, extra)
@@ -255,7 +271,7 @@ class _Training:
       NotFiniteError: as `consolidate` says.
     """
     started = time.time()
-    student = self.policy.replace(state.params)
+    student = self.policy.replace(self.whole(state.params))
     teacher = self._teacher_of(student)
     try:
       by, informed, numbers = self.samplers(student, drawn)
@@ -273,6 +289,7 @@ class _Training:
     except finite.NotFiniteError as error:
       self.metrics.write("consolidate", i, round=self.task.round, logits=math.nan)
       raise self.failed(i, str(error), [drawn["prompt"][k] for k in error.prompts]) from error
+    del student, by, informed  # of adapters, whole weights that the step has no use of
     chosen, told, counts = self._chosen(sampled, teacher)
     how = self.task, self.policy, chosen, self.config, self.limit
     batch = samples.assemble(*how, counts=counts)
@@ -280,11 +297,11 @@ class _Training:
     kept, more = self.anchor(sampled) if self.anchor else (None, 0)
     how = dict(micro_tokens=self.micro_tokens, dtype=self.policy.dtype, attn_impl=self.attn_impl)
     teacher, placed = streamed_lib.ahead(teacher, self.policy.architecture, placed, **how)
-    state, measured = self.step(state, teacher, placed, *[kept] * bool(self.anchor))
+    state, measured = self.step(state, teacher, placed, kept, self.base)
     measured = {name: float(value) for name, value in jax.device_get(measured).items()}
     scalars = _logged(measured, [len(ids) for ids in sampled.responses], self.limit) | told
     if self.saves(i):
-      scalars |= self.probe(state.params)
+      scalars |= self.probe(self.whole(state.params))
     # The line comes before the checkpoint: if a kill falls between them, the step is done again
     # and its line dropped; none is missing.
     self.metrics.write(
@@ -378,6 +395,7 @@ def make_step(
     attn_impl=attn_impl,
     one=tuple(policy.tokenizer.eos_ids) if config.one_end else (),
     anchor=config.anchor,
+    lora_scale=lora.scale_of(config) if config.lora_rank else 1.0,
   )
 
 

@@ -44,6 +44,7 @@ CONFIG_FIELDS = (
   "consolidation.support",
   "consolidation.temperature",
   "consolidation.learning_rate",
+  "consolidation.lora_rank",
   "consolidation.final_rate",
   "consolidation.decay",
   "consolidation.teacher",

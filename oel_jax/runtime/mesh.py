@@ -21,6 +21,8 @@ AXES = ("data", "fsdp", "tensor")
 # Path of a parameter (regular expression for the whole path) → mesh axis of each of its dimensions.
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   *((parameter.path, parameter.axes) for parameter in parameters.PARAMETERS),
+  # LoRA's, small: every device has them whole
+  (r"layers/.+/kernel/[ab]", (None, None, None)),
   # [L, G, K, P, H], of the knowledge texts
   (r"teacher/(keys|values)", (None, None, "tensor", None, None)),
 )

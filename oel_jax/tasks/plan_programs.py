@@ -76,9 +76,11 @@ class Planner:
     self.config, self.policy, self.mesh, self.work = config, policy, mesh, work
     self.attn_impl = placement.attn_impl(config, policy)
     self.optimizer = restore.make_optimizer(config)
-    begin = functools.partial(restore.begin, self.optimizer)
-    self.state = mesh_lib.abstract_init(begin, mesh, policy.params)
     self.whole = NamedSharding(mesh, PartitionSpec())
+    begin = restore.beginning(self.optimizer, config.lora_rank)
+    given = (policy.params, self._array(dtype=jnp.uint32))[: 1 + bool(config.lora_rank)]
+    self.state = mesh_lib.abstract_init(begin, mesh, *given)
+    self.student = mesh_lib.abstract_init(restore.in_float32, mesh, policy.params)
     self.teacher, self.read_by = self._teacher()
 
   def _teacher(self) -> tuple[teacher_lib.Teacher, Any]:
@@ -151,6 +153,11 @@ class Planner:
     }
     return found
 
+  def put_together(self) -> dict[str, int]:
+    """Of adapters, the whole weights that are made to sample and to probe with."""
+    size = device_bytes(self.student) if self.config.lora_rank else 0
+    return {"weights put together": size} if size else {}
+
   def prefix_cache(self) -> dict[str, int]:
     """The knowledge's keys and values on a device."""
     size = device_bytes((self.teacher.keys, self.teacher.values))
@@ -185,8 +192,8 @@ class Planner:
       attn_impl=self.attn_impl,
       mesh=self.mesh,
     )
-    held = self.held() | self.prefix_cache() | {"batch": device_bytes(batch)}
-    return _program("probe", held, {}, jitted, self.state.params, self.teacher, batch)
+    held = self.held() | self.prefix_cache() | self.put_together() | {"batch": device_bytes(batch)}
+    return _program("probe", held, {}, jitted, self.student, self.teacher, batch)
 
   def step(self) -> Program:
     """The optimizer's step."""
@@ -198,7 +205,10 @@ class Planner:
     held = self.held() | self.prefix_cache() | {"batch": device_bytes(batch)}
     sends = functools.partial(self._sent, batch, micro_tokens)
     how = dict(sends=sends if self.mesh.size > 1 else None)
-    found = _program("step", held, {}, jitted, self.state, self.teacher, batch, **how)
+    given = self.state, self.teacher, batch
+    if self.config.lora_rank:
+      given = *given, None, self.policy.params
+    found = _program("step", held, {}, jitted, *given, **how)
     return dataclasses.replace(found, known=self._known())
 
   def micro_batches(self, batch: Any, micro_tokens: int) -> int:
@@ -225,7 +235,7 @@ class Planner:
     if not self.is_unrolled:
       cast = {"layers": self.read_by["layers"]}
     return {
-      "gradients": device_bytes(self.state.params),
+      "gradients": device_bytes(self.student),
       "weights cast": 0 if dtype == jnp.float32 else device_bytes(cast),
       "logits": 2 * self.config.chunk * vocabulary * 4,
     }
@@ -236,8 +246,8 @@ class Planner:
     a = self.policy.architecture.share(self.policy.sample_tensor)
     devices = mesh_lib.row_shards(local)
     whole = NamedSharding(local, PartitionSpec()) if local else self.whole
-    held = self.held() | self.prefix_cache()
-    given = self.state.params
+    held = self.held() | self.prefix_cache() | self.put_together()
+    given = self.student
     if self.hosts > 1:  # cast, and gathered (`spread.own`)
       given = placed(self.read_by, mesh_lib.param_shardings(local, self.read_by))
       held["sampler's weights, gathered"] = device_bytes(given)
