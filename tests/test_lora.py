@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 import test_step
 import test_trainer
 
@@ -19,6 +20,7 @@ from oel_jax.consolidation import lora, restore
 from oel_jax.consolidation import step as step_lib
 from oel_jax.policy import architecture as architecture_lib
 from oel_jax.policy import transformer
+from oel_jax.policy.weights import huggingface, peft
 from oel_jax.runtime import mesh as mesh_lib
 
 policy = test_trainer.policy
@@ -240,3 +242,31 @@ def test_every_matrix_of_a_layer_has_adapters():
     assert {
       path.rpartition("/")[0] for path in flax.traverse_util.flatten_dict(found, sep="/")
     } == wanted
+
+
+@pytest.mark.parametrize("name, rank", [("pocket-tiny", 5), ("pocket-tiny", 400)])
+def test_what_was_added_is_written_as_an_adapter(name, rank, tmp_path):
+  """Beside the tensors of both models as `huggingface.save` writes them; a rank above a matrix's
+  own is filled with zeros.
+  """
+  architecture = architecture_lib.named(name)
+  base = transformer.init(architecture, jax.random.key(0))
+  whole = lora.merge(base, _adapters(base), SCALE)
+  peft.save(tmp_path / "adapter", base, whole, architecture, rank=rank, name="base")
+  added = safetensors.numpy.load_file(tmp_path / "adapter" / peft.WEIGHTS)
+  config = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+  assert config["r"] == config["lora_alpha"] == rank
+  assert config["base_model_name_or_path"] == "base" and config["peft_type"] == "LORA"
+  stored = []
+  for params, folder in ((base, "before"), (whole, "after")):
+    huggingface.save(tmp_path / folder, params, architecture, dtype=np.float32)
+    stored.append(safetensors.numpy.load_file(tmp_path / folder / "model.safetensors"))
+  before, after = stored
+  moved = {key for key in after if not np.array_equal(after[key], before[key])}
+  assert {key.split(".")[-2] for key in moved} == set(config["target_modules"])
+  assert len(added) == 2 * len(moved) == 2 * 7 * architecture.layers
+  for key in moved:
+    above = f"base_model.model.{key.removesuffix('.weight')}"
+    b, a = (added[f"{above}.lora_{x}.weight"] for x in "BA")
+    assert (b.shape, a.shape) == ((len(after[key]), rank), (rank, after[key].shape[1]))
+    np.testing.assert_allclose(before[key] + b @ a, after[key], atol=2e-6)

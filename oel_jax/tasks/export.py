@@ -16,10 +16,11 @@ from oel_jax import config as config_lib
 from oel_jax.consolidation import restore
 from oel_jax.policy import load
 from oel_jax.policy.sampling.sampler import Policy
-from oel_jax.policy.weights import huggingface
-from oel_jax.runtime import files, mesh, schema, together
+from oel_jax.policy.weights import huggingface, peft
+from oel_jax.runtime import distributed, files, mesh, schema, together
 from oel_jax.runtime.workdir import file_digests, locked, read_config
 
+ADAPTER = "adapter"
 GENERATION = "generation_config.json"
 # What a folder holds beside config.json and weights; copied as it is, since versions of
 # `transformers` write it differently.
@@ -36,8 +37,8 @@ COMPANIONS = (
 
 def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
   """Writes the weights of the run's newest consolidated round into `workdir`/export, and prints
-  which it is; returns that folder. Of several processes the first one calls it, the others
-  `follow`.
+  which it is; returns that folder. Where adapters were trained, ADAPTER in it holds them, too. Of
+  several processes the first one calls it, the others `follow`.
 
   Args:
     config: its `mesh` says where the weights are held, and its policy.weights where they lie if
@@ -62,9 +63,21 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
       target.mkdir(exist_ok=True)
       fields = _companions(source, target, policy.tokenizer)
       huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
+      if own.consolidation.lora_rank:
+        _save_adapter(target / ADAPTER, own, policy, number, params)
   steps = config_lib.consolidation(own, number).steps
   print(f"exported: weights of round {number} of {folder}, after {steps} steps", flush=True)
   return target
+
+
+def _save_adapter(folder: pathlib.Path, own: Any, policy: Policy, number: int, params: Any) -> None:
+  """What the rounds up to `number` added to the weights that the run began with."""
+  if distributed.count() > 1:
+    logging.warning("%s: not written by several processes: export again with one", folder)
+    return
+  name, rank = own.policy.weights, number * own.consolidation.lora_rank
+  peft.save(folder, policy.params, params, policy.architecture, rank=rank, name=name)
+  print(f"exported: what was added, of rank {rank}, to {folder}", flush=True)
 
 
 def follow(config: Any, workdir: str) -> None:
