@@ -26,7 +26,8 @@ def fixture_make(tmp_path, monkeypatch):
   (model / "config.json").write_text('{"model_type": "m"}')
   tokenizer = types.SimpleNamespace(save=lambda folder: None, eos_ids=(0,), pad_id=0)
 
-  def load(policy, devices):
+  def load(policy, devices, narrow):
+    assert not narrow
     return types.SimpleNamespace(tokenizer=tokenizer, architecture=policy.weights)
 
   def trained(config, policy, directory, devices):

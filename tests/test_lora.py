@@ -2,6 +2,7 @@
 probed and is kept are the weights with them; and a run that was cut off ends with the same bits.
 """
 
+import dataclasses
 import json
 
 import flax
@@ -19,7 +20,7 @@ from oel_jax import config as config_lib
 from oel_jax.consolidation import lora, restore
 from oel_jax.consolidation import step as step_lib
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import transformer
+from oel_jax.policy import load, transformer
 from oel_jax.policy.weights import huggingface, peft
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -270,3 +271,32 @@ def test_what_was_added_is_written_as_an_adapter(name, rank, tmp_path):
     b, a = (added[f"{above}.lora_{x}.weight"] for x in "BA")
     assert (b.shape, a.shape) == ((len(after[key]), rank), (rank, after[key].shape[1]))
     np.testing.assert_allclose(before[key] + b @ a, after[key], atol=2e-6)
+
+
+def test_weights_that_are_not_learned_are_held_as_they_are_computed_with(policy, tmp_path):
+  """In bfloat16 half the room: what a round leaves has the types that it began with, and serves
+  again.
+  """
+  narrow = transformer.cast(policy.params, jnp.bfloat16, tables=True)
+  policy = dataclasses.replace(policy, params=narrow, dtype=jnp.dtype(jnp.bfloat16))
+  config = test_trainer._config(lora_rank=2, learning_rate=1e-2, steps=2)
+  left, _ = test_trainer._run(policy, tmp_path, config)
+  kinds = lambda tree: {path: leaf.dtype for path, leaf in _flat(tree).items()}
+  assert kinds(left) == kinds(narrow) and len(set(kinds(left).values())) == 2
+  read = restore.trained_params(
+    config, policy, tmp_path / "checkpoints", test_trainer._one_device()
+  )
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), left)
+  path = "layers/feedforward/up/kernel"
+  assert not np.array_equal(_flat(left)[path], _flat(narrow)[path])
+
+
+def test_loaded_narrow_a_policy_has_its_matrices_in_the_type_that_it_computes_in():
+  config = config_lib.default().policy
+  config.update(weights=config_lib.POLICIES["pocket"], compute_dtype="bfloat16")
+  mesh = test_trainer._one_device()
+  whole, narrow = (load.load_policy(config, mesh, narrow=narrow) for narrow in (False, True))
+  for path, leaf in _flat(narrow.params).items():
+    wanted = _flat(whole.params)[path]
+    assert leaf.dtype == ("bfloat16" if wanted.ndim > 1 and "norm" not in path else "float32"), path
+    assert np.array_equal(leaf, wanted.astype(leaf.dtype))

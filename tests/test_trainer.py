@@ -651,7 +651,7 @@ def fixture_at_step(monkeypatch):
   def make(*args, **how):
     del args, how
 
-    def step(state, teacher, batch):
+    def step(state, teacher, batch, kept, base):
       del teacher, batch
       number = int(state.step) + 1
       more, value = changes.get(number, ({}, None))

@@ -95,8 +95,16 @@ def begins_with(config: Any, task: task_lib.Task, params: Any) -> tuple[Any, ...
 
 
 def in_float32(params: Any) -> Any:
-  """All parameters as a training leaves them."""
+  """The parameters as they are learned."""
   return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def abstract_left(config: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
+  """All parameters as a training leaves them, as `mesh.abstract_init` has it: in float32, or with
+  adapters in the types that they had.
+  """
+  left = (lambda params: params) if config.lora_rank else in_float32
+  return mesh_lib.abstract_init(left, mesh, params)
 
 
 def keeps_weights(config: Any) -> bool:
@@ -264,8 +272,7 @@ def trained_params(
   """
   if not os.path.isdir(directory):
     return None
-  whole = mesh_lib.abstract_init(in_float32, mesh, policy.params)
-  params = weights(directory, whole, config.steps)
+  params = weights(directory, abstract_left(config, policy.params, mesh), config.steps)
   if params is not None or config.lora_rank:
     return params
   abstract = mesh_lib.abstract_init(beginning(make_optimizer(config)), mesh, policy.params)

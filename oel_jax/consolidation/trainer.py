@@ -87,7 +87,7 @@ def consolidate(
   begin = restore.beginning(optimizer, config.lora_rank)
   given = restore.begins_with(config, task, policy.params)
   abstract = mesh_lib.abstract_init(begin, mesh, *given)
-  whole = mesh_lib.abstract_init(restore.in_float32, mesh, policy.params)
+  whole = restore.abstract_left(config, policy.params, mesh)
   made_from = restore.inputs(task, policy)
   cost = dict.fromkeys(COSTS, 0.0)
   finished = restore.weights(directory, whole, config.steps, made_from)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from oel_jax.policy import architecture as architecture_lib
-from oel_jax.policy import parameters
+from oel_jax.policy import parameters, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.policy.sampling import groups
 from oel_jax.policy.sampling.sampler import Policy
@@ -34,6 +34,7 @@ def load_policy(
   response_tokens: int | None = None,
   field: str = "policy.weights",
   sample_tensor: int = 1,
+  narrow: bool = False,
 ) -> Policy:
   """Returns the policy that config.policy names, its parameters in float32 and placed as training
   leaves them.
@@ -44,6 +45,8 @@ def load_policy(
     response_tokens: the longest response that is to follow a prompt; None: nothing is sampled.
     field: of the configuration, that its weights came from: errors name it.
     sample_tensor: config.mesh.sample_tensor.
+    narrow: whether matrices and tables are held in the type that it computes in, for they are not
+      trained.
 
   Raises:
     ValueError: no such weights, or damaged ones; or they are of another architecture than
@@ -63,6 +66,8 @@ def load_policy(
   if sample_tensor != 1:
     groups.check(architecture, sample_tensor, len(groups.local(devices)))
   params = read(shardings=mesh.param_shardings(devices, parameters.abstract(architecture)))
+  if narrow:
+    params = transformer.cast(params, dtype, tables=True)
   return Policy(architecture, params, tokenizer, dtype, sample_tensor)
 
 

@@ -66,6 +66,7 @@ def _policy(config: Any) -> tuple[jax.sharding.Mesh, Policy]:
   devices = mesh.make_mesh(config.mesh)
   longest = max(config.deployment.max_response_tokens, config.extraction.max_response_tokens)
   how = dict(response_tokens=longest, sample_tensor=config.mesh.sample_tensor)
+  how |= dict(narrow=config.consolidation.lora_rank > 0)
   return devices, load.load_policy(config_lib.policy(config), devices, **how)
 
 

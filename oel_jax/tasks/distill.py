@@ -137,6 +137,7 @@ def _load(
     devices,
     response_tokens=config.deployment.max_response_tokens,
     sample_tensor=config.mesh.sample_tensor,
+    narrow=config.consolidation.lora_rank > 0,
   )
   task = task_lib.make_task(
     policy.tokenizer,

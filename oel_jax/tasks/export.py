@@ -107,7 +107,8 @@ def _begin(config: Any, folder: pathlib.Path) -> tuple[Any, jax.sharding.Mesh, P
     )
   own = _own_config(config, folder)
   devices = mesh.make_mesh(config.mesh)
-  policy = load.load_policy(config_lib.policy(own), devices)
+  narrow = own.consolidation.lora_rank > 0
+  policy = load.load_policy(config_lib.policy(own), devices, narrow=narrow)
   if not hasattr(policy.tokenizer, "save"):
     raise ValueError(
       f"config.policy.weights is {own.policy.weights!r}: only a model that came from Hugging "

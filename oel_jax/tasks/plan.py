@@ -78,7 +78,8 @@ def run(config: Any, workdir: str | None) -> dict[str, Any]:
   groups.check(architecture, together, len(groups.local(mesh)))
   work = _work(config)
   with target.compiling_for(device):
-    policy = plan_shapes.unread(architecture, mesh, _dtype(config, device), together)
+    how = dict(narrow=config.consolidation.lora_rank > 0)
+    policy = plan_shapes.unread(architecture, mesh, _dtype(config, device), together, **how)
     planner = plan_programs.Planner(config.consolidation, policy, mesh, work)
     programs = _compiled(planner, 5 + bool(work.probe))
   found = _found(device, mesh, together, work, programs)

@@ -80,7 +80,8 @@ class Planner:
     begin = restore.beginning(self.optimizer, config.lora_rank)
     given = (policy.params, self._array(dtype=jnp.uint32))[: 1 + bool(config.lora_rank)]
     self.state = mesh_lib.abstract_init(begin, mesh, *given)
-    self.student = mesh_lib.abstract_init(restore.in_float32, mesh, policy.params)
+    self.student = restore.abstract_left(config, policy.params, mesh)
+    self.gradient = mesh_lib.abstract_init(restore.in_float32, mesh, policy.params)
     self.teacher, self.read_by = self._teacher()
 
   def _teacher(self) -> tuple[teacher_lib.Teacher, Any]:
@@ -235,7 +236,7 @@ class Planner:
     if not self.is_unrolled:
       cast = {"layers": self.read_by["layers"]}
     return {
-      "gradients": device_bytes(self.student),
+      "gradients": device_bytes(self.gradient),
       "weights cast": 0 if dtype == jnp.float32 else device_bytes(cast),
       "logits": 2 * self.config.chunk * vocabulary * 4,
     }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oel_jax.policy import parameters
+from oel_jax.policy import parameters, transformer
 from oel_jax.policy.architecture import Architecture
 from oel_jax.runtime import mesh as mesh_lib
 
@@ -61,9 +61,20 @@ class Unread:
     return [[0] * max_new_tokens for _ in prompts]
 
 
-def unread(architecture: Architecture, mesh: Mesh, dtype: Any, sample_tensor: int = 1) -> Unread:
-  """The policy of this architecture, its parameters placed as training leaves them."""
+def unread(
+  architecture: Architecture,
+  mesh: Mesh,
+  dtype: Any,
+  sample_tensor: int = 1,
+  *,
+  narrow: bool = False,
+) -> Unread:
+  """The policy of this architecture, its parameters placed as training leaves them; `narrow` as in
+  `load.load_policy`.
+  """
   params = parameters.abstract(architecture)
+  if narrow:
+    params = jax.eval_shape(lambda params: transformer.cast(params, dtype, tables=True), params)
   params = placed(params, mesh_lib.param_shardings(mesh, params))
   tokenizer = _Tokenizer(architecture.vocabulary)
   return Unread(architecture, params, jnp.dtype(dtype), tokenizer, sample_tensor)
