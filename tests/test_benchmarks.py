@@ -8,6 +8,7 @@ import pathlib
 import sys
 import types
 
+import jax
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments/benchmarks"
@@ -26,6 +27,7 @@ def fixture_script(monkeypatch):
     "loading",
     "loss",
     "packing",
+    "plan",
     "sent",
     "size",
     "step",
@@ -50,6 +52,25 @@ def test_a_benchmark_runs_and_writes_its_rows(script, tmp_path, capsys, name, ar
   assert len(found["rows"]) == rows and found["device"] == "cpu"
   assert all(row["of limit"] > 0 and "error" not in row for row in found["rows"])
   assert "of limit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_plan_is_put_beside_what_a_round_used(script, tmp_path, rank):
+  """Of fewer samples a step than the probe has, too; on a CPU nobody counts what is used."""
+  small = {
+    "plan.device": f"cpu,{jax.device_count()}",
+    "consolidation.batch_size": 4,
+    "consolidation.lora_rank": rank,
+    "consolidation.log_probe": 8,
+    "deployment.max_response_tokens": 16,
+    "plan.prompt_tokens": 64,
+    "extraction.max_knowledge_tokens": 64,
+  }
+  flags = [f"--config.{name}={value}" for name, value in small.items()]
+  script("plan").main(["pocket-tiny", f"--json={tmp_path / 'found.json'}", *flags])
+  rows = {row["what"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+  assert all(rows[name]["planned GiB"] > 0 for name in ("probe", "sampling", "step", "all"))
 
 
 def test_reading_a_folder_is_measured_in_a_process_of_its_own(script, tmp_path, monkeypatch):

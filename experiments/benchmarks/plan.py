@@ -2,6 +2,7 @@
 
 python experiments/benchmarks/plan.py --json=plan.json qwen3-1.7b
 python experiments/benchmarks/plan.py --json=plan.json qwen3-4b --config.consolidation.batch_size=16
+python experiments/benchmarks/plan.py --json=plan.json qwen3-8b --config.consolidation.lora_rank=16
 JAX_PLATFORMS=cpu python experiments/benchmarks/plan.py pocket-tiny --config.plan.device=cpu
 
 Set XLA_PYTHON_CLIENT_MEM_FRACTION=.95. The plan is made first, by a process that is told to use the
@@ -28,7 +29,7 @@ import measure
 import numpy as np
 
 from oel_jax import config as config_lib
-from oel_jax.consolidation import placement, restore, samples, trainer
+from oel_jax.consolidation import lora, placement, restore, samples, trainer
 from oel_jax.consolidation import step as step_lib
 from oel_jax.consolidation import task as task_lib
 from oel_jax.policy import architecture, transformer
@@ -60,8 +61,9 @@ def planned(overrides: list[str]) -> dict[str, Any]:
 
 
 def random_task(config: Any, vocabulary: int) -> task_lib.Task:
-  """As many prompts as a step has samples."""
-  rng, count = np.random.default_rng(0), config.consolidation.batch_size
+  """As many prompts as a step has samples, or the probe."""
+  count = max(config.consolidation.batch_size, config.consolidation.log_probe)
+  rng = np.random.default_rng(0)
   ids = lambda n, size: tuple(map(tuple, rng.integers(3, vocabulary, (n, size)).tolist()))
   texts = config.extraction.texts
   return task_lib.Task(
@@ -81,8 +83,12 @@ def used(config: Any) -> dict[str, int]:
   a = architecture.named(name)
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   mesh = mesh_lib.make_mesh(config.mesh)
-  params = mesh_lib.sharded_init(functools.partial(transformer.init, a), mesh, jax.random.key(0))
+  first = functools.partial(transformer.init, a)
+  if how.lora_rank:  # what is not learned is held as it is computed with
+    first = lambda key: transformer.cast(transformer.init(a, key), dtype, tables=True)
+  params = mesh_lib.sharded_init(first, mesh, jax.random.key(0))
   policy = Policy(a, params, Tokenizer(a.vocabulary), dtype)
+  whole, base = lora.whole(how, params), params if how.lora_rank else None
   task, limit = random_task(config, a.vocabulary), config.deployment.max_response_tokens
   optimizer = restore.make_optimizer(how)
   found = {}
@@ -93,14 +99,15 @@ def used(config: Any) -> dict[str, int]:
     found[name] = stats.get("peak_bytes_in_use", 0)
     found[f"held behind {name}"] = stats.get("bytes_in_use", 0)
 
-  state = mesh_lib.sharded_init(functools.partial(restore.begin, optimizer), mesh, params)
+  begin = restore.beginning(optimizer, how.lora_rank)
+  state = mesh_lib.sharded_init(begin, mesh, *restore.begins_with(how, task, params))
   note("first state", state)
   attn_impl = placement.attn_impl(how, policy)
   teacher = placement.prepare_teacher(how, task, policy, mesh, attn_impl)
   note("reading the knowledge", teacher)
   chosen = range(how.batch_size)
   draw = lambda numbers: samples.sample_batch(
-    task, policy.replace(state.params), policy, numbers, numbers, how, limit, "plan"
+    task, policy.replace(whole(state.params)), policy, numbers, numbers, how, limit, "plan"
   )[0]
   micro_tokens = lambda count: samples.micro_tokens_of(
     how, task.prompts, limit=limit, samples=count, mesh=mesh
@@ -119,14 +126,14 @@ def used(config: Any) -> dict[str, int]:
       attn_impl=attn_impl,
       mesh=mesh,
     )
-    note("probe", probe(state.params, teacher, batch))
+    note("probe", probe(whole(state.params), teacher, batch))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   each = micro_tokens(how.batch_size)
   step = trainer.make_step(how, policy, optimizer, attn_impl, shardings, each)
   for _ in range(2):
     batch = samples.place(draw(chosen), mesh, how.batch_size, each)
     note("sampling", batch)
-    state, metrics = step(state, teacher, batch)
+    state, metrics = step(state, teacher, batch, None, base)
     note("step", metrics)
   return found
 
