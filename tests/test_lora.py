@@ -2,6 +2,7 @@
 probed and is kept are the weights with them; and a run that was cut off ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import json
 
@@ -300,3 +301,37 @@ def test_loaded_narrow_a_policy_has_its_matrices_in_the_type_that_it_computes_in
     wanted = _flat(whole.params)[path]
     assert leaf.dtype == ("bfloat16" if wanted.ndim > 1 and "norm" not in path else "float32"), path
     assert np.array_equal(leaf, wanted.astype(leaf.dtype))
+
+
+class _Stop(Exception):
+  pass
+
+
+@pytest.mark.parametrize("before, now", [(2, 0), (2, 3), (0, 2)])
+@pytest.mark.parametrize("done", [False, True])
+def test_another_rank_is_refused_by_its_name_and_nothing_is_lost(
+  policy, tmp_path, before, now, done
+):
+  """In the middle of a round and after its end, by who trains and by who reads what is left; given
+  the rank that it was, it goes on.
+  """
+  make = lambda rank: test_trainer._config(lora_rank=rank, steps=2, checkpoint_every=1, log_probe=0)
+
+  def stop(n, note=""):
+    raise _Stop
+
+  with contextlib.nullcontext() if done else pytest.raises(_Stop):
+    test_trainer._run(policy, tmp_path, make(before), (lambda *_: None) if done else stop)
+  checkpoints = tmp_path / "checkpoints"
+  files = sorted(path for path in checkpoints.rglob("*") if path.is_file())
+  told = f"config.consolidation.lora_rank was {before}; now it is {now}: set it to {before}"
+  with pytest.raises(ValueError, match=told):
+    test_trainer._run(policy, tmp_path, make(now))
+  here = lambda config: restore.trained_params(
+    config, policy, checkpoints, test_trainer._one_device()
+  )
+  with pytest.raises(ValueError, match=told):
+    here(make(now))
+  assert sorted(path for path in checkpoints.rglob("*") if path.is_file()) == files
+  left, _ = test_trainer._run(policy, tmp_path, make(before))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(here(make(before))), left)

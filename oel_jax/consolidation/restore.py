@@ -124,6 +124,11 @@ def inputs(task: task_lib.Task, policy: Policy) -> dict[str, str]:
   }
 
 
+def beside(config: Any, made_from: dict[str, str]) -> dict[str, Any]:
+  """What each checkpoint holds besides its arrays."""
+  return {"made_from": made_from, "lora_rank": config.lora_rank}
+
+
 def check_inputs(directory: str | os.PathLike, task: task_lib.Task, policy: Policy) -> None:
   """Raises ValueError if the newest checkpoint in `directory` was trained from other weights,
   prompts or knowledge than these.
@@ -150,12 +155,27 @@ def compare_inputs(
     )
 
 
-def newest(checkpoints: Checkpoints, abstract: Any) -> Restored | None:
-  """The newest whole checkpoint, or None.
+def check_rank(checkpoints: Checkpoints, rank: int) -> None:
+  """Raises ValueError if the newest checkpoint was trained with another config.lora_rank: it holds
+  other arrays, or weights in other types.
+  """
+  before = (checkpoints.extra() or {"lora_rank": rank}).get("lora_rank", 0)
+  if before != rank:
+    raise ValueError(
+      f"{checkpoints.directory}: was trained where config.consolidation.lora_rank was {before}; "
+      f"now it is {rank}: set it to {before}, choose another --workdir, or remove the folder to "
+      "train the round anew"
+    )
+
+
+def newest(checkpoints: Checkpoints, abstract: Any, rank: int) -> Restored | None:
+  """The newest whole checkpoint, or None; `rank` is config.lora_rank.
 
   Raises:
-    ValueError: its numbers are not finite: versions before this check went on with such ones.
+    ValueError: its numbers are not finite: versions before this check went on with such ones; or as
+      `check_rank`.
   """
+  check_rank(checkpoints, rank)
   restored = checkpoints.restore(abstract)
   if restored and (broken := finite.not_finite(restored.state)):
     raise ValueError(
@@ -192,7 +212,7 @@ def go_on(
 
 
 def keep_weights(
-  directory: str | os.PathLike, step: int, params: Any, made_from: dict[str, str]
+  config: Any, directory: str | os.PathLike, params: Any, made_from: dict[str, str]
 ) -> None:
   """Leaves of a finished training its parameters alone, in `directory`/WEIGHTS; its checkpoints go
   once these are whole. All processes call it.
@@ -201,7 +221,7 @@ def keep_weights(
     OSError: they could not be written; then the checkpoints stay.
   """
   with Checkpoints(pathlib.Path(directory) / WEIGHTS, keep=1) as kept:
-    kept.save(step, params, {"made_from": made_from})
+    kept.save(config.steps, params, beside(config, made_from))
   drop_checkpoints(directory)
 
 
@@ -228,30 +248,33 @@ def need_room(
 
 
 def weights(
-  directory: str | os.PathLike, abstract: Any, step: int, made_from: dict[str, str] | None = None
+  config: Any,
+  directory: str | os.PathLike,
+  abstract: Any,
+  made_from: dict[str, str] | None = None,
 ) -> Any:
   """The parameters that `keep_weights` left, None if there are none, or none that are whole.
 
   Args:
+    config: config.consolidation.
     directory: of the round's checkpoints.
     abstract: of the parameters, as `newest` takes it of the state.
-    step: of config.steps.
     made_from: what the training has now; None: not compared.
 
   Raises:
-    ValueError: they were trained from something else, or for another number of steps; or are not
-      finite.
+    ValueError: they were trained from something else, with another rank or for another number of
+      steps; or are not finite.
   """
   folder = pathlib.Path(directory) / WEIGHTS
   if not _steps(folder):
     return None
   with Checkpoints(folder, keep=1) as kept:
-    restored = newest(kept, abstract)
+    restored = newest(kept, abstract, config.lora_rank)
   if restored is None:
     return None
   compare_inputs(directory, restored.extra.get("made_from"), made_from or {})
-  if restored.step != step:
-    raise ValueError(weights_only(folder, restored.step, step))
+  if restored.step != config.steps:
+    raise ValueError(weights_only(folder, restored.step, config.steps))
   return restored.state
 
 
@@ -269,15 +292,21 @@ def trained_params(
 ) -> Any:
   """The parameters that `consolidate` left in `directory` after config.steps steps; None if it has
   not come so far.
+
+  Raises:
+    ValueError: as `weights`.
   """
   if not os.path.isdir(directory):
     return None
-  params = weights(directory, abstract_left(config, policy.params, mesh), config.steps)
-  if params is not None or config.lora_rank:
+  params = weights(config, directory, abstract_left(config, policy.params, mesh))
+  if params is not None:
     return params
-  abstract = mesh_lib.abstract_init(beginning(make_optimizer(config)), mesh, policy.params)
   with Checkpoints(directory) as checkpoints:
-    restored = newest(checkpoints, abstract)
+    if config.lora_rank:
+      check_rank(checkpoints, config.lora_rank)
+      return None
+    abstract = mesh_lib.abstract_init(beginning(make_optimizer(config)), mesh, policy.params)
+    restored = newest(checkpoints, abstract, 0)
   return restored.state.params if restored and restored.step == config.steps else None
 
 

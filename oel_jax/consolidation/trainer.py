@@ -77,7 +77,7 @@ def consolidate(
 
   Raises:
     ValueError: the checkpoints hold more steps than config.steps, or weights alone of fewer; or
-      numbers that are not finite.
+      numbers that are not finite; or were trained with another config.lora_rank.
     NotFiniteError: a step gave a number that is not finite. Its line in metrics.jsonl says which;
       no checkpoint is written any more, and those before it are kept.
     OSError: the disk has no room for the checkpoints, or one could not be written.
@@ -90,14 +90,14 @@ def consolidate(
   whole = restore.abstract_left(config, policy.params, mesh)
   made_from = restore.inputs(task, policy)
   cost = dict.fromkeys(COSTS, 0.0)
-  finished = restore.weights(directory, whole, config.steps, made_from)
+  finished = restore.weights(config, directory, whole, made_from)
   if finished is not None:
     restore.drop_checkpoints(directory)  # which a kill may have left
     advance(config.steps)
     return finished, cost
   with Checkpoints(directory) as checkpoints:
     batches = iter(draws.batches(task, config))
-    restored = restore.newest(checkpoints, abstract)
+    restored = restore.newest(checkpoints, abstract, config.lora_rank)
     first = restore.go_on(restored, batches, config, task, made_from, directory) if restored else 0
     state = restored.state if restored else mesh_lib.sharded_init(begin, mesh, *given)
     if first:
@@ -122,7 +122,7 @@ def consolidate(
       state, cost = training.run(state, batches, made_from, advance)
   params = lora.whole(config, policy.params)(state.params)
   if restore.keeps_weights(config):
-    restore.keep_weights(directory, config.steps, params, made_from)
+    restore.keep_weights(config, directory, params, made_from)
   return params, cost
 
 
@@ -233,7 +233,7 @@ class _Training:
         ending = distributed.anywhere(terminated(), "the end of a step")
         last = i == self.config.steps and restore.keeps_weights(self.config)
         if ending or (self.saves(i) and not last):
-          extra = {"iterator": batches.get_state(), "made_from": made_from}
+          extra = {"iterator": batches.get_state()} | restore.beside(self.config, made_from)
           self.checkpoints.save(i, state, extra)
         advance(1, f"loss {loss:.4g}")
         if ending:
