@@ -72,13 +72,13 @@ def tell(folder: pathlib.Path, chosen: dict[str, str]) -> None:
   """Prints one line of what was chosen, and keeps it in choices.json, which `report` reads."""
   print("chosen: " + "; ".join(f"{name} {words}" for name, words in chosen.items()), flush=True)
   # A finished run that is started again changes no file.
-  if _kept(folder / "choices.json") != chosen:
+  if kept(folder) != chosen:
     files.write_sealed(folder / "choices.json", {"schema": 1, "choices": chosen})
 
 
-def _kept(path: pathlib.Path) -> Any:
-  """What was told before; None where there is nothing, or nothing that can be read."""
+def kept(folder: pathlib.Path) -> dict[str, str]:
+  """What was told before; {} where there is nothing, or nothing that can be read."""
   try:
-    return files.read_json(path)["choices"]
+    return dict(files.read_json(folder / "choices.json")["choices"])
   except (OSError, ValueError, KeyError, TypeError):
-    return None
+    return {}

@@ -9,8 +9,8 @@ import types
 import pytest
 from test_workdir import open_workdir
 
+from oel_jax import choices, main
 from oel_jax import config as config_lib
-from oel_jax import main
 from oel_jax.runtime.workdir import locked
 from oel_jax.tasks import export
 
@@ -141,3 +141,26 @@ def test_a_file_in_the_folders_place_is_told(make):
   with pytest.raises(ValueError, match=f"{folder}/export: is a file: move it, for the weights go"):
     export.run(config, str(folder))
   assert not saved and (folder / "export").read_text() == "mine"
+
+
+@pytest.mark.parametrize("asked, wanted", [("auto", "bfloat16"), ("float32", "float32")])
+def test_adapters_weights_are_read_in_the_type_that_the_run_held_them_in(
+  make, tmp_path, monkeypatch, asked, wanted
+):
+  """On whatever device it ran: "auto" may be another type here."""
+  run, saved = make
+  config = config_lib.default()
+  config.policy.update(weights=str(tmp_path / "model"), compute_dtype=asked)
+  config.consolidation.lora_rank = 2
+  folder = open_workdir(config, tmp_path / "adapters")
+  choices.tell(folder, {"compute_dtype": "bfloat16"})
+  found = []
+
+  def load(policy, devices, narrow):
+    found.append((policy.compute_dtype, narrow))
+    return types.SimpleNamespace(tokenizer=types.SimpleNamespace(save=None))
+
+  monkeypatch.setattr(export.load, "load_policy", load)
+  with pytest.raises(ValueError, match="no round has been consolidated"):
+    export.run(config, str(folder))
+  assert found == [(wanted, True)]

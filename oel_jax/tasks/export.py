@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
+from oel_jax import choices
 from oel_jax import config as config_lib
 from oel_jax.consolidation import restore
 from oel_jax.policy import load
@@ -108,6 +109,9 @@ def _begin(config: Any, folder: pathlib.Path) -> tuple[Any, jax.sharding.Mesh, P
   own = _own_config(config, folder)
   devices = mesh.make_mesh(config.mesh)
   narrow = own.consolidation.lora_rank > 0
+  if narrow and own.policy.compute_dtype == "auto":
+    # Its weights are in the type of the devices that it ran on, which this machine may not have.
+    own.policy.compute_dtype = choices.kept(folder).get("compute_dtype", "auto")
   policy = load.load_policy(config_lib.policy(own), devices, narrow=narrow)
   if not hasattr(policy.tokenizer, "save"):
     raise ValueError(
