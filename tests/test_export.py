@@ -164,3 +164,14 @@ def test_adapters_weights_are_read_in_the_type_that_the_run_held_them_in(
   with pytest.raises(ValueError, match="no round has been consolidated"):
     export.run(config, str(folder))
   assert found == [(wanted, True)]
+
+
+def test_an_adapter_of_other_weights_does_not_stay(make):
+  """It would be served as what was added to the weights beside it."""
+  run, saved = make
+  config, folder = run(20)
+  old = folder / "export" / export.ADAPTER
+  old.mkdir(parents=True)
+  (old / "adapter_config.json").write_text("{}")
+  export.run(config, str(folder))
+  assert saved and not old.exists()

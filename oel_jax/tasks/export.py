@@ -62,6 +62,8 @@ def run(config: Any, workdir: str, *, dtype: str = "bfloat16") -> pathlib.Path:
       if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: is a file: move it, for the weights go to a folder there")
       target.mkdir(exist_ok=True)
+      if (target / ADAPTER).exists():  # of other weights, if this export is cut off or writes none
+        shutil.rmtree(target / ADAPTER)
       fields = _companions(source, target, policy.tokenizer)
       huggingface.save(target, params, policy.architecture, dtype=jnp.dtype(dtype), config=fields)
       if own.consolidation.lora_rank:
