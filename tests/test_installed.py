@@ -17,6 +17,7 @@ import zipfile
 import bare
 import pytest
 from packaging.requirements import Requirement
+from style_figures import parsed
 
 ROOT = pathlib.Path(__file__).parents[1]
 # launch/test.sh makes it beside the environment that runs the tests.
@@ -89,7 +90,7 @@ def test_every_import_is_named_in_setup_cfg():
   brings = importlib.metadata.packages_distributions()
   missing, used = set(), set()
   for path in sorted((ROOT / "oel_jax").rglob("*.py")):
-    for module, always in imports(ast.parse(path.read_text(encoding="utf-8"))):
+    for module, always in imports(parsed(path.read_text(encoding="utf-8"))):
       if module in sys.stdlib_module_names or module == "oel_jax":
         continue
       if module in BY_THE_USER and not always:

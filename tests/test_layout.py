@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from style_figures import parsed
 
 TOP = pathlib.Path(__file__).parents[1]
 MODULES = sorted((TOP / "oel_jax").rglob("*.py"))
@@ -14,7 +15,7 @@ MODULES = sorted((TOP / "oel_jax").rglob("*.py"))
 def imported(path: pathlib.Path) -> set[str]:
   """All that a file imports, wherever in it: modules, and names of `from` with their module."""
   found = set()
-  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+  for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
