@@ -254,7 +254,9 @@ def test_what_was_added_is_written_as_an_adapter(name, rank, tmp_path):
   architecture = architecture_lib.named(name)
   base = transformer.init(architecture, jax.random.key(0))
   whole = lora.merge(base, _adapters(base), SCALE)
-  peft.save(tmp_path / "adapter", base, whole, architecture, rank=rank, name="base")
+  how = dict(rank=rank, name="base")
+  missed = peft.save(tmp_path / "adapter", base, whole, architecture, **how)
+  assert 0 <= missed < 1e-5
   added = safetensors.numpy.load_file(tmp_path / "adapter" / peft.WEIGHTS)
   config = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
   assert config["r"] == config["lora_alpha"] == rank
@@ -272,6 +274,35 @@ def test_what_was_added_is_written_as_an_adapter(name, rank, tmp_path):
     b, a = (added[f"{above}.lora_{x}.weight"] for x in "BA")
     assert (b.shape, a.shape) == ((len(after[key]), rank), (rank, after[key].shape[1]))
     np.testing.assert_allclose(before[key] + b @ a, after[key], atol=2e-6)
+
+
+def test_what_of_a_product_rounding_to_bfloat16_leaves():
+  """The figures of experiments/README.md: weights of 0.02, 1024 inputs, rank 16, alpha 32, along
+  the product, in float64.
+  """
+  rng, left = np.random.default_rng(0), []
+  weights = (0.02 * rng.standard_normal((1024, 1024))).astype("bfloat16").astype(np.float64)
+  a = rng.uniform(-1, 1, (1024, 16)) / 32
+  for most in (1e-4, 3e-4, 1e-3):
+    product = 2 * (a @ rng.uniform(-most, most, (16, 1024)))
+    moved = (weights + product).astype("bfloat16").astype(np.float64) - weights
+    left.append((moved * product).sum() / np.square(product).sum())
+  np.testing.assert_allclose(left, [0.24, 0.61, 0.98], atol=0.01)
+
+
+def test_another_alpha_is_refused_in_the_middle_of_a_round(policy, tmp_path):
+  make = lambda alpha: test_trainer._config(
+    lora_rank=2, lora_alpha=alpha, steps=2, checkpoint_every=1
+  )
+
+  def stop(n, note=""):
+    raise _Stop
+
+  with pytest.raises(_Stop):
+    test_trainer._run(policy, tmp_path, make(4.0), stop)
+  with pytest.raises(ValueError, match="lora_alpha 4.0, which is 8.0 now: set it to 4.0"):
+    test_trainer._run(policy, tmp_path, make(8.0))
+  test_trainer._run(policy, tmp_path, make(4.0))
 
 
 def test_weights_that_are_not_learned_are_held_as_they_are_computed_with(policy, tmp_path):

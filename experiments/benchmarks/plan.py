@@ -88,7 +88,8 @@ def used(config: Any) -> dict[str, int]:
     first = lambda key: transformer.cast(transformer.init(a, key), dtype, tables=True)
   params = mesh_lib.sharded_init(first, mesh, jax.random.key(0))
   policy = Policy(a, params, Tokenizer(a.vocabulary), dtype)
-  whole, base = lora.whole(how, params), params if how.lora_rank else None
+  whole = lora.whole(how, params)
+  base = params if how.lora_rank else None
   task, limit = random_task(config, a.vocabulary), config.deployment.max_response_tokens
   optimizer = restore.make_optimizer(how)
   found = {}

@@ -126,7 +126,7 @@ def inputs(task: task_lib.Task, policy: Policy) -> dict[str, str]:
 
 def beside(config: Any, made_from: dict[str, str]) -> dict[str, Any]:
   """What each checkpoint holds besides its arrays."""
-  return {"made_from": made_from, "lora_rank": config.lora_rank}
+  return {"made_from": made_from} | {name: config[name] for name in ("lora_rank", "lora_alpha")}
 
 
 def check_inputs(directory: str | os.PathLike, task: task_lib.Task, policy: Policy) -> None:
@@ -197,9 +197,17 @@ def go_on(
   """Returns the step of the round's last whole checkpoint, and sets the batches to what follows it.
 
   Raises:
-    ValueError: it was trained from something else, or for more steps than the configuration says.
+    ValueError: it was trained from something else, with another config.lora_alpha, or for more
+      steps than the configuration says.
   """
   compare_inputs(directory, restored.extra.get("made_from"), made_from)
+  alpha = restored.extra.get("lora_alpha", config.lora_alpha)
+  if alpha != config.lora_alpha:
+    raise ValueError(
+      f"{directory}: its adapters are learned with config.consolidation.lora_alpha {alpha}, which "
+      f"is {config.lora_alpha} now: set it to {alpha}, choose another --workdir, or remove the "
+      "folder to train the round anew"
+    )
   batches.set_state(restored.extra["iterator"])
   if restored.step < config.steps:
     logging.warning("round %d: consolidation goes on after step %d", task.round, restored.step)

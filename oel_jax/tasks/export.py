@@ -79,8 +79,9 @@ def _save_adapter(folder: pathlib.Path, own: Any, policy: Policy, number: int, p
     logging.warning("%s: not written by several processes: export again with one", folder)
     return
   name, rank = own.policy.weights, number * own.consolidation.lora_rank
-  peft.save(folder, policy.params, params, policy.architecture, rank=rank, name=name)
-  print(f"exported: what was added, of rank {rank}, to {folder}", flush=True)
+  missed = peft.save(folder, policy.params, params, policy.architecture, rank=rank, name=name)
+  told = f"exported: what was added, to rank {rank}, which misses {missed:.2%} of it, to {folder}"
+  print(told, flush=True)
 
 
 def follow(config: Any, workdir: str) -> None:

@@ -78,8 +78,8 @@ class Planner:
     self.optimizer = restore.make_optimizer(config)
     self.whole = NamedSharding(mesh, PartitionSpec())
     begin = restore.beginning(self.optimizer, config.lora_rank)
-    given = (policy.params, self._array(dtype=jnp.uint32))[: 1 + bool(config.lora_rank)]
-    self.state = mesh_lib.abstract_init(begin, mesh, *given)
+    seed = [self._array(dtype=jnp.uint32)] if config.lora_rank else []
+    self.state = mesh_lib.abstract_init(begin, mesh, policy.params, *seed)
     self.student = restore.abstract_left(config, policy.params, mesh)
     self.gradient = mesh_lib.abstract_init(restore.in_float32, mesh, policy.params)
     self.teacher, self.read_by = self._teacher()
@@ -156,8 +156,9 @@ class Planner:
 
   def put_together(self) -> dict[str, int]:
     """Of adapters, the whole weights that are made to sample and to probe with."""
-    size = device_bytes(self.student) if self.config.lora_rank else 0
-    return {"weights put together": size} if size else {}
+    if not self.config.lora_rank:
+      return {}
+    return {"weights put together": device_bytes(self.student)}
 
   def prefix_cache(self) -> dict[str, int]:
     """The knowledge's keys and values on a device."""

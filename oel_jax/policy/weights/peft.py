@@ -2,6 +2,7 @@
 that serve one model with many adapters.
 """
 
+import math
 import pathlib
 from typing import Any
 
@@ -19,14 +20,16 @@ MORE = 8  # columns beside the rank, which make sure of its last ones
 
 def save(
   folder: pathlib.Path, base: Any, params: Any, architecture: Architecture, *, rank: int, name: str
-) -> None:
-  """Writes `params` as an adapter of `base`.
+) -> float:
+  """Writes `params` as an adapter of `base`, in float32. Returns which share of what was added the
+  adapter misses, by the norms of all matrices together: what is left of rounding to bfloat16, which
+  has no such rank.
 
   Args:
     folder: made if need be; CONFIG comes last.
     base: tree of `parameters.init`'s shape.
-    params: the same; differs from `base` in the layers' matrices alone, in each by no more than
-      the rank.
+    params: the same; differs from `base` in the layers' matrices alone, in each by a product of
+      the rank, but for rounding.
     architecture: of both.
     rank: of the adapter.
     name: where the base lies.
@@ -35,6 +38,7 @@ def save(
     OSError: a file cannot be written.
   """
   found, modules = {}, []
+  added = missed = 0.0  # sums of squares
   for path, matrix in parameters.of(architecture).items():
     if not (matrix.stacked and path.endswith("/kernel")):
       continue
@@ -44,6 +48,8 @@ def save(
       moved = matrix.to_stored(np.float32(new) - np.float32(old), architecture)
       above = "base_model.model." + matrix.huggingface.format(layer).removesuffix(".weight")
       outputs, inputs = factors(moved, rank)
+      added += float(np.sum(np.square(moved, dtype=np.float64)))
+      missed += float(np.sum(np.square(moved - outputs @ inputs, dtype=np.float64)))
       found |= {f"{above}.lora_B.weight": outputs, f"{above}.lora_A.weight": inputs}
   folder.mkdir(exist_ok=True)
   config = dict(
@@ -61,6 +67,7 @@ def save(
   (folder / CONFIG).unlink(missing_ok=True)
   files.write_bytes(folder / WEIGHTS, safetensors.numpy.save(found, {"format": "pt"}))
   files.write_json(folder / CONFIG, config)
+  return math.sqrt(missed / added) if added else 0.0
 
 
 def factors(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
