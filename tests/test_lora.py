@@ -125,7 +125,10 @@ def test_the_gradient_is_that_in_the_adapters(unroll):
 @pytest.mark.parametrize(
   "shape",
   [
-    dict(data=2, fsdp=2, tensor=2),
+    dict(data=2, fsdp=1, tensor=1),
+    # On few cores XLA's CPU runtime may wait for ever here (JAX 0.10.2): the sums over devices do
+    # not depend on one another, and each holds a thread until its partner comes.
+    pytest.param(dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
     pytest.param(dict(data=1, fsdp=4, tensor=1), marks=pytest.mark.slow),
   ],
 )
