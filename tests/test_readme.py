@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import runpy
+import subprocess
 import sys
 import textwrap
 import types
@@ -137,3 +138,20 @@ def test_every_link_leads_to_a_file_and_a_heading(place):
     target = file.parent / path if path else file
     assert target.exists(), f"{file}: {link}"
     assert not heading or heading in anchors(target.read_text(encoding="utf-8")), f"{file}: {link}"
+
+
+@pytest.mark.parametrize(
+  "name",
+  [f"{place}README.md" for place in ("", "launch/", "experiments/", "experiments/benchmarks/")],
+)
+def test_commands_stand_in_fences_and_are_whole_lines(name):
+  """What is indented instead is joined by whatever wraps paragraphs, one command to the next."""
+  text = (README.parent / name).read_text(encoding="utf-8")
+  outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+  assert not re.findall(r"^    .*", outside, re.MULTILINE)
+  for block in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+    subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    for line in block.replace("\\\n", " ").splitlines():
+      code = line.split(" #")[0]
+      programs = re.findall(r"(?:python\d?|pip) (?:-m )?\S+", code)
+      assert len(programs) <= 1 or " && " in code or "$(" in code, f"{name}: {line}"
