@@ -131,11 +131,11 @@ def used(config: Any) -> dict[str, int]:
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   each = micro_tokens(how.batch_size)
   step = trainer.make_step(how, policy, optimizer, attn_impl, shardings, each)
-  for _ in range(2):
+  for again in ("", ", again"):
     batch = samples.place(draw(chosen), mesh, how.batch_size, each)
-    note("sampling", batch)
+    note(f"sampling{again}", batch)
     state, metrics = step(state, teacher, batch, None, base)
-    note("step", metrics)
+    note(f"step{again}", metrics)
   return found
 
 
