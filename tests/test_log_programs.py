@@ -268,6 +268,36 @@ def test_a_page_of_a_list_holds_records(tmp_path):
     assert [each.id for each in logs.read(path, logs.Counts())] == ["0", "1"]
 
 
+ITEMS = [
+  {"id": "msg_1", "type": "message", "role": "developer", "content": "Be brief."},
+  {"id": "msg_2", "type": "message", "role": "user", "content": "Rain?"},
+  {"id": "fc_1", "type": "function_call", "call_id": "c", "name": "sky", "arguments": "{}"},
+  {"id": "fco_1", "type": "function_call_output", "call_id": "c", "output": "grey"},
+  {"id": "msg_3", "type": "message", "role": "assistant", "content": "Soon."},
+]
+
+
+@pytest.mark.parametrize(
+  "items",
+  [ITEMS, ITEMS[1:], ITEMS[:2] + ITEMS[4:], ITEMS[1:2] + ITEMS[4:]],
+  ids=["all", "a call", "told", "an answer"],
+)
+@pytest.mark.parametrize("step", [1, -1], ids=["asc", "desc"])
+def test_a_page_of_items_is_one_conversation_whichever_order_was_asked_for(tmp_path, items, step):
+  """OpenAI's lists of a conversation's or a response's items come newest first by default."""
+  page = {"object": "list", "data": items[::step], "has_more": False}
+  path = tmp_path / "items.json"
+  path.write_text("\n".join(json.dumps(page) for _ in range(2)))
+  found = list(logs.read(path, logs.Counts()))
+  assert len(found) == 2
+  written = {"developer": "system", "function_call": "assistant", "function_call_output": "tool"}
+  spoke = [each.get("role", each["type"]) for each in items]
+  for record in found:
+    assert [each.role for each in record.messages] == [written.get(who, who) for who in spoke]
+    calls = [each.tool_calls for each in record.messages if each.tool_calls]
+    assert len(calls) == spoke.count("function_call")
+
+
 @pytest.mark.parametrize("empty", ["{}", {}])
 def test_litellms_database(tmp_path, empty):
   """`messages` is empty there, and `user` the key's owner."""

@@ -109,11 +109,43 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
       text = text[end:]
       page = isinstance(value, dict) and (value.get("object") == "list" or value.keys() <= PAGE)
       listed = value.get("data") if page else None
+      if isinstance(listed, list) and _one_talk(listed):
+        listed = [{"messages": _asked_first(listed)}]
       for each in listed if isinstance(listed, list) else [value]:
         number += 1
         yield number, each
   except UnicodeDecodeError:
     yield number + 1, ValueError("not UTF-8; nothing behind it is read")
+
+
+def _one_talk(listed: list[Any]) -> bool:
+  """Whether a list is one conversation, its messages and items, not several records."""
+  items = all(
+    isinstance(each, dict)
+    and ("role" in each or str(each.get("type")).endswith(("_call", "_output", "reasoning")))
+    and not each.keys() & {"messages", "conversations", "request"}
+    for each in listed
+  )
+  return items and any("role" in each for each in listed)
+
+
+def _asked_first(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The items of a conversation in the order in which they were said, where they show it: OpenAI
+  lists them newest first unless `order=asc` asks for the other.
+  """
+  ends = lambda each, what: str(each.get("type")).endswith(what)
+  name = lambda each: str(each.get("call_id"))
+  calls = {name(each): number for number, each in enumerate(items) if ends(each, "_call")}
+  early = [
+    number < calls[name(each)]
+    for number, each in enumerate(items)
+    if ends(each, "_output") and name(each) in calls
+  ]
+  roles = [each["role"] for each in items if "role" in each]
+  told_last = roles[-1] in ("system", "developer") and roles[0] not in ("system", "developer")
+  answered_first = (roles[0], roles[-1]) == ("assistant", "user")
+  newest_first = early[0] if early else told_last or answered_first
+  return items[::-1] if newest_first else items
 
 
 def _told(error: ValueError) -> str:
