@@ -157,6 +157,29 @@ distributed.start(detect=False, coordinator="127.0.0.1:PORT", processes=2, proce
   assert said.splitlines()[-1].startswith(right)
 
 
+def test_one_more_process_of_an_id_is_told():
+  """JAX aborts all, as if one had been restarted; the last line is ours and says so."""
+  code = f"""
+import sys, time
+from oel_jax.runtime import distributed
+address, me = "127.0.0.1:{free_port()}", int(sys.argv[1])
+distributed.start(detect=False, coordinator=address, processes=2, process=me, timeout=60)
+print("together", flush=True)
+time.sleep(100)
+"""
+  first = [launch(["-c", code, me]) for me in (0, 1)]
+  for each in first:
+    while (line := each.stdout.readline()) != "together\n":
+      assert line, each.communicate()
+  more = launch(["-c", code, 1])
+  try:
+    for _, said in finish(first, (2, 2)):
+      assert "or one more has come with a --process_id of theirs" in said.splitlines()[-1]
+  finally:
+    more.kill()
+    more.communicate()
+
+
 def test_nothing_is_started_where_nothing_is_asked_for():
   nobody = dict(coordinator=None, processes=None, process=None, timeout=1)
   distributed.start(detect=False, **nobody)

@@ -36,7 +36,8 @@ _on_abort = None
 
 def begin() -> None:
   """Starts the thread, once all processes are there."""
-  tell_of_abort(f"JAX has aborted it, most likely since another has ended: {AGAIN}")
+  why = "most likely since another has ended, or one more has come with a --process_id of theirs"
+  tell_of_abort(f"JAX has aborted it, {why}: {AGAIN}")
   _watch.begin()
   signals.before_end(failed)
 
