@@ -283,10 +283,11 @@ ITEMS = [
   ids=["all", "a call", "told", "an answer"],
 )
 @pytest.mark.parametrize("step", [1, -1], ids=["asc", "desc"])
-def test_a_page_of_items_is_one_conversation_whichever_order_was_asked_for(tmp_path, items, step):
+@pytest.mark.parametrize("name", ["items.json", "items.jsonl"])
+def test_a_page_of_items_is_one_conversation_in_its_order(tmp_path, items, step, name):
   """OpenAI's lists of a conversation's or a response's items come newest first by default."""
   page = {"object": "list", "data": items[::step], "has_more": False}
-  path = tmp_path / "items.json"
+  path = tmp_path / name
   path.write_text("\n".join(json.dumps(page) for _ in range(2)))
   found = list(logs.read(path, logs.Counts()))
   assert len(found) == 2

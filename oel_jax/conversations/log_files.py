@@ -29,7 +29,7 @@ def values(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
     if file.suffix.lower() in (".json", ".traj"):
       yield from _values(stream)
     else:
-      yield from ((number, _parsed(line)) for number, line in _lines(stream))
+      yield from ((number, _talk(_parsed(line))) for number, line in _lines(stream))
 
 
 def _parsed(line: bytes | Exception) -> Any:
@@ -107,26 +107,35 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         text = text.partition("\n")[2]
         continue
       text = text[end:]
-      page = isinstance(value, dict) and (value.get("object") == "list" or value.keys() <= PAGE)
-      listed = value.get("data") if page else None
-      if isinstance(listed, list) and _one_talk(listed):
-        listed = [{"messages": _asked_first(listed)}]
-      for each in listed if isinstance(listed, list) else [value]:
+      value = _talk(value)
+      listed = _listed(value)
+      for each in [value] if listed is None else listed:
         number += 1
         yield number, each
   except UnicodeDecodeError:
     yield number + 1, ValueError("not UTF-8; nothing behind it is read")
 
 
-def _one_talk(listed: list[Any]) -> bool:
-  """Whether a list is one conversation, its messages and items, not several records."""
+def _listed(value: Any) -> list[Any] | None:
+  """What stands in a page of a list; None if the value is no such page."""
+  page = isinstance(value, dict) and (value.get("object") == "list" or value.keys() <= PAGE)
+  listed = value.get("data") if page else None
+  return listed if isinstance(listed, list) else None
+
+
+def _talk(value: Any) -> Any:
+  """A page of a list that is one conversation, its messages and items, as a record; any other value
+  as it is.
+  """
+  listed = _listed(value) or []
   items = all(
     isinstance(each, dict)
     and ("role" in each or str(each.get("type")).endswith(("_call", "_output", "reasoning")))
     and not each.keys() & {"messages", "conversations", "request"}
     for each in listed
   )
-  return items and any("role" in each for each in listed)
+  one = items and any("role" in each for each in listed)
+  return {"messages": _asked_first(listed)} if one else value
 
 
 def _asked_first(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
